@@ -246,9 +246,9 @@ def scene(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[Site], r
         arrows += part.arrows
     if not boxes:
         raise StateError(
-            f"draw: no graph calls the branches of {', '.join(sorted(weights)[:3])}: Python code between the graphs "
-            "uses these weights. Choose other sites",
-            code="no-whole-graph",
+            f"draw: no graph calls the branches of {', '.join(sorted(weights)[:3])}, because the model runs eagerly or "
+            "the first call did not use these weights. Choose other sites, or see cascade.refused_frontends",
+            code="no-graph",
         )
     return Scene(boxes, tuple(arrows))
 

@@ -32,7 +32,9 @@ column *peft* is LoRA of peft on every linear and convolution of the same model:
 faults. There *groups* means that peft raises because the groups of a convolution do not divide the rank. *No merge*
 means that peft cannot merge a convolution with groups.
 
-The front end is `export` unless another one is named after the model."""
+A model runs as a graph of torch.export unless `eager` follows its name. Then the model itself runs with adapted weights
+([capture](capture.md#without-a-graph)): training, stages, checkpoints, release and peft's format work, and
+`folded_graph()`, `.pt2`, ONNX, drawings, the bank and FSDP2 do not. The last section has the reasons."""
 KINDS = ("linear", "conv", "embedding", "experts", "recurrent")
 HEAD = f"| model | {' | '.join(KINDS)} | not adapted | peft |\n|{'---|' * (len(KINDS) + 3)}"
 EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
@@ -93,9 +95,8 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
     right = sum(not each["faults"] for each in everything)
     clean = sum("," not in each["peft"] and "matrices" in each["peft"] for each in everything)
     fronts = Counter(each["frontend"] for each in everything)
-    counts = ", ".join(f"{name} {count}" for name, count in fronts.most_common())
     summary = f"{right} of {len(everything)} models are right in lorasc-fx, and {clean} show no error in peft. "
-    lines = ["# Coverage", "", ABOUT, "", f"{summary}Front ends: {counts}."]
+    lines = ["# Coverage", "", ABOUT, "", f"{summary}{fronts['export']} run as a graph, {fronts['eager']} eagerly."]
     for library, found in libraries.items():
         lists: dict[str, list[str]] = {}
         rows = []
@@ -117,7 +118,7 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
             more = f" and {len(each['idle']) - 1} more" * (len(each["idle"]) > 1)
             idle.setdefault(reason, []).append(f"{each['name']} (`{weight}`{more})")
     lines += [f"- {reason}: {', '.join(names)}" for reason, names in idle.items()] or ["None."]
-    lines += ["", "## Reasons against the front end `export`", ""]
+    lines += ["", "## Reasons why there is no graph", ""]
     models: dict[str, list[str]] = {}
     for each in everything:
         if each["refused"]:
@@ -127,7 +128,7 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _reason(text: str) -> str:
-    """Return why a front end refused, without what differs between models."""
+    """Return why torch.export refused, without what differs between models."""
     if text.startswith("GuardOnDataDependentSymNode"):
         return "a size or a branch depends on values"
     text = re.sub(r"autograd\.Function \w+,", "autograd.Function,", text)

@@ -47,7 +47,8 @@ def adapt(
             compared with its graph. These runs have no side effects.
         spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
             configuration, the other options have the defaults of `CascadeSpec`.
-        frontend: `export`, `graph-breaks`, or `auto` for the first one that works.
+        frontend: `export` for a graph of torch.export, `eager` to run the model itself, or `auto` for the first one
+            that works.
         base: where the original values W0 of the adapted weights are stored:
 
             - `memory`: a copy on the host. A weight on the host is copied just before it is first written (by noise, at

@@ -33,7 +33,7 @@ from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.given import FIRST_AXIS, Pair
 from lorasc_fx.branch.lora import DOWN, UP
 from lorasc_fx.capture import open_model
-from lorasc_fx.capture.graph_breaks import WRITES_ARGUMENT
+from lorasc_fx.check.observe import ARGUMENT
 from lorasc_fx.compile import Call, Compiler, Variant, Variants
 from lorasc_fx.errors import CaptureError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade
@@ -76,7 +76,7 @@ class AdapterBank:
         SpecError: an adapter has changes other than low-rank factors, or its factors contain inf or nan, or its rank
             is too large, or there are no targets.
         CheckpointError: an adapter was trained on another base, or cannot be read.
-        CaptureError: the model has graph breaks, or cannot be captured.
+        CaptureError: the model has no graph, or cannot be captured.
         StateError: the model is adapted already.
     """
 
@@ -425,12 +425,12 @@ class AdapterBank:
         axes = self._variants.varying(call)
         result = self._compiler.make(self.model, self._decided, call.args, call.kwargs, axes)
         if not isinstance(result.variant.module, fx.GraphModule):
-            reason = result.variant.module.why_not_whole(call.args, call.kwargs)  # type: ignore[attr-defined]
-            advice = ". To decode with a cache, call bank.generate" if reason == WRITES_ARGUMENT else ""
+            reason = "".join(reason for _, reason in result.refused_frontends) or "it runs eagerly"
+            cache = ". It writes into an argument, such as a cache. To decode with a cache, call bank.generate"
             raise CaptureError(
-                f"bank: {type(self.model).__name__} has graph breaks, and a bank needs one graph without breaks; "
-                f"{reason}{advice}",
-                code="no-whole-graph",
+                f"bank: {type(self.model).__name__} has no graph, and a bank needs one: {reason}"
+                f"{cache if ARGUMENT in reason else ''}",
+                code="no-graph",
             )
         if not self._decided.plan.sites:  # the first graph fixes the sites, because the slots have their shapes
             targets = tuple(site.weight for site in result.plan.sites)

@@ -1,7 +1,7 @@
-"""Capture a model as a graph: try the front ends in order, and compare each graph with the eager model.
+"""Capture a call of a model as a graph, and compare the graph with the eager model.
 
-A front end is one way to trace a model: torch.export, or dynamo with graph breaks. If both fail, the error lists their
-reasons.
+The graph comes from torch.export, unless the model is a GraphModule already. If torch.export fails, or the graph
+computes something else, the model runs eagerly, and its modules read adapted weights (effective.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,19 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from lorasc_fx.capture.captured import GRAPH_MODULE, OWNER, Axis, Captured, Conditions, FrontEnd, read_live
-from lorasc_fx.capture.graph_breaks import GRAPH_BREAKS, GraphBreakFallback, eager_trace
+from lorasc_fx.capture.captured import (
+    EAGER,
+    EXPORT,
+    OWNER,
+    Axis,
+    Captured,
+    Conditions,
+    FrontEnd,
+    captured_graph,
+    read_live,
+)
 from lorasc_fx.capture.least_sizes import least_sizes
-from lorasc_fx.capture.torch_export import EXPORT
+from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import has_values, isolated_model, with_fake_tensors
 from lorasc_fx.check.observe import one_line
@@ -30,17 +39,16 @@ from lorasc_fx.signature import copy_inputs, leaves, register_cache_pytrees, req
 from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 
 __all__ = [
+    "EAGER",
     "FRONTENDS",
-    "GRAPH_BREAKS",
     "OWNER",
     "Axis",
     "Captured",
     "Conditions",
     "FrontEnd",
-    "GraphBreakFallback",
     "capture",
-    "eager_trace",
     "least_sizes",
+    "not_captured",
     "open_model",
     "read_live",
 ]
@@ -49,8 +57,8 @@ log = logging.getLogger("lorasc_fx")
 
 Rewrite = Callable[[fx.GraphModule], PassResult]
 
-FRONTENDS: dict[str, FrontEnd] = {row.name: row for row in (EXPORT, GRAPH_BREAKS)}
-"""The front ends for eager models, in the order in which `auto` tries them."""
+FRONTENDS = (EXPORT.name, EAGER.name)
+"""The ways to run a model that is no GraphModule, in the order in which `auto` tries them."""
 
 
 def capture(
@@ -68,15 +76,15 @@ def capture(
     something else in the other gradient mode, the graph is valid for the current mode only.
 
     Args:
-        model: a GraphModule needs no front end. A model on the meta device, or sharded, is captured on fake tensors.
+        model: a GraphModule is not traced. A model on the meta device, or sharded, is captured on fake tensors.
         args, kwargs: example inputs in canonical form (`bind_inputs`).
-        frontend: a name in FRONTENDS, or `auto` for the first front end that works.
+        frontend: `export` for a graph of torch.export, `eager` for no graph, or `auto` for the first one that works.
         dynamic: axes to make dynamic. All other sizes are constants of the graph.
         trained: names of the parameters that require gradients in training, directly or through a branch. None for all.
-        rewrites: passes that run on a full graph before it is compared with the model.
+        rewrites: passes that run on a traced graph before it is compared with the model.
 
     Raises:
-        CaptureError: the model raises on the inputs, or no front end works. The message lists the reason of each.
+        CaptureError: the model raises on the inputs, or torch.export fails and the model cannot run eagerly either.
     """
     if frontend != "auto" and frontend not in FRONTENDS:
         names = ("auto", *FRONTENDS)
@@ -90,16 +98,11 @@ def capture(
         with requiring_grad(model, trained):
             preflight = run_preflight(model, inputs, named, torch.is_grad_enabled())
         example = _Example(model, inputs, named, dynamic, trained, rewrites, preflight, on_values)
-        if isinstance(model, fx.GraphModule):
-            captured = GRAPH_MODULE.trace(model, inputs, named, dynamic)
-        else:
-            tried = FRONTENDS.values() if frontend == "auto" else (FRONTENDS[frontend],)
-            captured = example.first_that_agrees(tuple(tried))
+        captured = captured_graph(model) if isinstance(model, fx.GraphModule) else example.captured(frontend)
     # Guard the Python state only now: a first run may fill caches in the model's attributes.
     state = Guards(model, preflight.assigned, preflight.written)
     return replace(
         captured,
-        own_backward=bool(preflight.seen.functions),
         only_recomputes=preflight.obstacles == [RECOMPUTES],
         conditions=replace(
             captured.conditions,
@@ -127,58 +130,52 @@ class _Example:
     preflight: Preflight
     on_values: bool
 
-    def first_that_agrees(self, front_ends: Sequence[FrontEnd]) -> Captured:
-        """Return the graph of the first front end that works.
+    def captured(self, frontend: str) -> Captured:
+        """Return the graph of torch.export, or no graph if the model must or shall run eagerly.
 
         Raises:
-            CaptureError: every front end fails. The message lists their reasons.
+            CaptureError: there is no graph, and the model shall not or cannot run eagerly.
         """
         register_cache_pytrees(self.model)
-        name = type(self.model).__name__
-        failures: list[tuple[str, str, Exception]] = []
-        for front_end in front_ends:
-            start = time.monotonic()
+        name, start, reasons, fault = type(self.model).__name__, time.monotonic(), dict[str, str](), None
+        if frontend != EAGER.name:
             try:
-                captured = self._captured(front_end)
-                log.info("%s captured by %s, in %.2f s", name, front_end.name, time.monotonic() - start)
-                return replace(captured, refused=tuple((failed, reason) for failed, reason, _ in failures))
-            except OUT_OF_MEMORY:  # the next front end would not need less memory
+                captured = self._exported()
+                log.info("%s captured by %s, in %.2f s", name, captured.frontend.name, time.monotonic() - start)
+                return captured
+            except OUT_OF_MEMORY:
                 raise
-            except Exception as fault:  # tracers raise exceptions of any type
-                failures.append((front_end.name, one_line(fault), fault))
+            except Exception as raised:  # tracers raise exceptions of any type
+                reasons[EXPORT.name], fault = one_line(raised), raised
                 seconds = time.monotonic() - start
-                log.info("%s not captured by %s, in %.2f s: %s", name, front_end.name, seconds, one_line(fault))
-        reasons = "".join(f"\n  {failed}: {reason}{self._where(fault)}" for failed, reason, fault in failures)
-        raise CaptureError(
-            f"No front end can capture {name}. Change the code that the reasons below name, or adapt only a part of "
-            f"the model:{reasons}"
-        ) from failures[0][2]
+                log.info("%s not captured by %s, in %.2f s: %s", name, EXPORT.name, seconds, one_line(raised))
+        if frontend != EXPORT.name and self.on_values:
+            log.info("%s runs eagerly", name)
+            log.info("%s runs eagerly", name)
+            return Captured(None, EAGER, refused=tuple(reasons.items()))
+        if fault is not None:
+            reasons[EXPORT.name] += self._where(fault)
+        if frontend != EXPORT.name:
+            reasons[EAGER.name] = (
+                "the model must run, and has no values here (it is on the meta device, or sharded). Load its weights "
+                "before adapt"
+            )
+        raise not_captured(self.model, reasons) from fault
 
-    def _captured(self, front_end: FrontEnd) -> Captured:
-        """Return the result of one front end. A full graph is compared with the model first."""
-        if not front_end.full_graph:
-            if not self.on_values:
-                raise RuntimeError(
-                    "this front end must run the model, which has no values here (it is on the meta device, or "
-                    "sharded). Load its weights before adapt"
-                )
-            # Not under `requiring_grad`: dynamo guards on requires_grad, so the flags must be as in later calls.
-            with isolated_model(self.model):
-                return front_end.trace(self.model, self.args, self.kwargs, self.dynamic)
+    def _exported(self) -> Captured:
+        """Return the graph of torch.export after the rewrites, compared with the model.
+
+        It is traced in the gradient mode in which it will be called.
+        """
         self.preflight.check()
-        captured = self._traced(front_end)
-        with requiring_grad(self.model, self.trained):
-            check_agrees(captured.module, self.preflight, self.model, self.args, self.kwargs)
-        return captured
-
-    def _traced(self, front_end: FrontEnd) -> Captured:
-        """Return the full graph after the rewrites, traced in the gradient mode in which it will be called."""
         grad = self.preflight.grad is not False  # if the mode does not matter (None), trace with gradients
         with isolated_model(self.model), requiring_grad(self.model, self.trained), torch.set_grad_enabled(grad):
-            captured = front_end.trace(self.model, *copy_inputs(self.args, self.kwargs), self.dynamic)
+            module, conditions = capture_export(self.model, *copy_inputs(self.args, self.kwargs), self.dynamic)
             for rewrite in self.rewrites:
-                captured = replace(captured, module=rewrite(captured.module).graph_module)
-            return captured
+                module = rewrite(module).graph_module
+        with requiring_grad(self.model, self.trained):
+            check_agrees(module, self.preflight, self.model, self.args, self.kwargs)
+        return Captured(module, EXPORT, conditions)
 
     def _where(self, fault: Exception) -> str:
         """Return the first module in which a graph differs from the model, as the end of a sentence, or ""."""
@@ -187,6 +184,15 @@ class _Example:
         with requiring_grad(self.model, self.trained):
             module = first_difference(fault, self.model, self.args, self.kwargs)
         return f"; the first module that differs is {module}"
+
+
+def not_captured(model: nn.Module, reasons: Mapping[str, str]) -> CaptureError:
+    """Return the error for a model that neither has a graph nor can run eagerly, with the reason of each."""
+    lines = "".join(f"\n  {tried}: {reason}" for tried, reason in reasons.items())
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured. Change the code that the reasons below name, or adapt only a part "
+        f"of the model:{lines}"
+    )
 
 
 def open_model(model: Any) -> nn.Module:

@@ -7,7 +7,7 @@ The model itself is a child of the graph module, under the name `model`. So a no
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,20 +29,23 @@ Axis = tuple[int, int]
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """One way to trace a model.
+    """A way to run a model.
 
     Args:
         name: the spelling in the option `frontend` and in checkpoints.
-        trace: traces a call (model, args, kwargs, dynamic). It may raise any exception.
-        full_graph: whether it returns one graph of the full model, which is compared with the model. Otherwise it
-            returns a `GraphBreakFallback`: several graphs with Python in between.
-        serves_all_calls: whether one graph is valid for every call, whatever its inputs.
+        serves_all_calls: whether it computes every call, whatever its inputs.
     """
 
     name: str
-    trace: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Collection[Axis]], Captured]
-    full_graph: bool = True
     serves_all_calls: bool = False
+
+
+EXPORT = FrontEnd("export")
+"""As a graph of torch.export."""
+EAGER = FrontEnd("eager", serves_all_calls=True)
+"""Eagerly, without a graph. Its modules read adapted weights."""
+GRAPH_MODULE = FrontEnd("graph", serves_all_calls=True)
+"""As the graph that the user brings, if the model is a GraphModule."""
 
 
 @dataclass(frozen=True)
@@ -141,22 +144,18 @@ class Captured:
     """The result of a capture.
 
     Args:
-        module: graph module that reads the weights as `model.NAME`. It is empty if there is a fallback.
-        frontend: the front end that traced it.
+        module: graph module that reads the weights as `model.NAME`. None if the model runs eagerly.
+        frontend: how the model runs.
         conditions: the calls that the graph is valid for.
-        refused: (name, reason) of each front end that was tried before and failed.
-        fallback: a `GraphBreakFallback`, if the model is traced as several graphs.
-        own_backward: whether the model runs a custom backward, such as the backward of an autograd.Function.
-        only_recomputes: whether gradient checkpointing alone ruled out a full graph. In eval mode it may be off, and a
-            full graph possible.
+        refused: ("export", reason) if torch.export was tried and failed.
+        only_recomputes: whether gradient checkpointing alone ruled out a graph. In eval mode it may be off, and a graph
+            possible.
     """
 
-    module: fx.GraphModule
+    module: fx.GraphModule | None
     frontend: FrontEnd
     conditions: Conditions = field(default_factory=Conditions)
     refused: tuple[tuple[str, str], ...] = ()
-    fallback: Any = None
-    own_backward: bool = False
     only_recomputes: bool = False
 
 
@@ -233,11 +232,6 @@ def check_no_random_draws(before: Mapping[str, torch.Tensor]) -> None:
         raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
 
 
-def _capture_graph(model: nn.Module, args: Any, kwargs: Any, dynamic: Collection[Axis]) -> Captured:
+def captured_graph(model: fx.GraphModule) -> Captured:
     """Return a copy of the graph of a GraphModule, which reads the weights of that GraphModule."""
-    assert isinstance(model, fx.GraphModule)
     return Captured(read_live(model, copy_graph(model.graph), model), GRAPH_MODULE)
-
-
-GRAPH_MODULE = FrontEnd("graph", _capture_graph, serves_all_calls=True)
-"""Front end for a model that is already a GraphModule."""

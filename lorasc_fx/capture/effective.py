@@ -1,18 +1,23 @@
-"""Make a model compute with effective weights `f(weight)`, in forward and in code that its backward runs again.
+"""Make a model compute with effective weights `W + s B A`, in forward and in code that its backward runs again.
 
-`f` is the branch of the weight: for LoRA, `W + s B A`. It is used for models that run eagerly instead of as a graph.
+It is used for models that run eagerly instead of as a graph. A module reads its weight from its dict `_parameters`,
+which returns an `AdaptedWeight` instead of the parameter: a tensor that computes its branch beside the op, by the table
+of forms.
 
 torch.utils.checkpoint, reversible blocks, adjoint methods and hooks run code of the model in backward, long after the
-call. So `f(weight)` is computed each time that a module reads its parameter: checkpointed regions then store no copy of
+call. So the branch is computed each time that a module reads its parameter: checkpointed regions then store nothing of
 it, and each inner backward has its own autograd graph. Two kinds of reads get the effective weight: reads inside a
 running call, and reads in the backward of a node that a call has created. All other reads get the parameter itself.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 import threading
+import types
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 from weakref import ReferenceType, WeakSet, ref
@@ -21,18 +26,166 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.errors import StateError
+from lorasc_fx.branch import Branch, Placement
+from lorasc_fx.errors import CaptureError, StateError
+from lorasc_fx.graph.forms import FunctionForm, StoredCall, WeightForm, built_in_form, registered_form
 from lorasc_fx.parameters import holders
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.signature import is_opaque_leaf
 from lorasc_fx.util.undo import Undo, isolated
-
-Effective = Callable[[torch.Tensor], torch.Tensor]
 
 MAX_SPANS = 1 << 17
 """Maximum number of calls remembered. Autograd graphs of more calls would not fit in memory."""
 
 _MARK = "_lorasc_effective"
 """Attribute of effective weights. Also the key under which the metadata of autograd nodes keeps a call alive."""
+
+
+class Reads(enum.Enum):
+    """What a read of a weight returns while the model runs."""
+
+    BESIDE = enum.auto()
+    """An `AdaptedWeight`."""
+    MERGED = enum.auto()
+    """`W + s B A`, computed at each read."""
+    MERGED_ONCE = enum.auto()
+    """`W + s B A`, computed once for a call and its backward. That is needed for code that asks for the gradients of
+    tensors in `model.parameters()`: each read must then return the same tensor. It costs the memory of these weights
+    until the backward is over."""
+
+
+class AdaptedWeight(torch.Tensor):
+    """A weight as a module reads it. An op of the table of forms computes its branch beside the op, and any other op
+    gets `W + s B A`.
+
+    It has the shape, dtype and device of the weight, but no values: C++ code that reads it gets nan. Its node in the
+    autograd graph gives a gradient of the weight to the branch. A custom autograd.Function therefore computes the right
+    gradients, although it does not call `__torch_function__`.
+
+    Attributes:
+        weight: the parameter.
+        branch: its branch.
+        plain: this tensor as a plain tensor.
+        merged: the last `W + s B A`. It is kept because Python code may ask for its address.
+    """
+
+    weight: torch.Tensor
+    branch: Branch
+    plain: torch.Tensor
+    merged: torch.Tensor
+
+    @staticmethod
+    def of(weight: torch.Tensor, branch: Branch) -> AdaptedWeight:
+        """Return the weight of a branch, for one read."""
+        factors = [factor for factor in branch.parameters() if factor.requires_grad]
+        plain: torch.Tensor = _GradientOfWeight.apply((weight, branch), *factors)  # type: ignore[no-untyped-call]
+        adapted = plain.as_subclass(AdaptedWeight)
+        adapted.weight, adapted.branch, adapted.plain = weight, branch, plain
+        return adapted
+
+    def merge(self) -> torch.Tensor:
+        """Return `W + s B A`.
+
+        Raises:
+            CaptureError: the weight is quantized.
+        """
+        if is_quantized(self.weight):
+            name = self.branch.weight_name
+            raise CaptureError(
+                f"{name} is quantized, and the model uses it in an op other than a linear layer, where its branch "
+                f"would have no effect. Exclude it (exclude=({name!r},)).",
+                code="quantized-not-supported",
+            )
+        self.merged = self.branch.on_weight(self.weight)
+        return self.merged
+
+    def fits(self, form: FunctionForm) -> bool:
+        """Whether the branch can compute beside an op of this form."""
+        return "beside" in self.branch.placements and self.branch.transposed == (form.layout == "in_out")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            return func(args[0].weight, *args[1:], **kwargs)
+        if func in _AUTOGRAD_STATE:
+            return func(args[0].plain, *args[1:], **kwargs)
+        form = form_of_function(func)
+        if isinstance(form, FunctionForm):
+            call = StoredCall("", "call_function", func, tuple(args), kwargs)
+            adapted = form.argument(call, form.weight)
+            alone = sum(isinstance(value, cls) for value in (*args, *kwargs.values())) == 1
+            if alone and isinstance(adapted, cls) and has_form(call, form) and adapted.fits(form):
+                output = func(
+                    *(adapted.weight if value is adapted else value for value in args),
+                    **{key: adapted.weight if value is adapted else value for key, value in kwargs.items()},
+                )
+                reading = form.reads(call, None)
+                return adapted.branch(output, reading.x, **{"at": Placement.BESIDE, **reading.options})
+        args, kwargs = pytree.tree_map_only(cls, cls.merge, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+
+class _GradientOfWeight(torch.autograd.Function):
+    """Computes the gradients of the trainable parameters of a branch from a gradient of its weight.
+
+    Arguments: (weight, branch), and these parameters. The output has the shape of the weight, and no values.
+    """
+
+    @staticmethod
+    def forward(read: tuple[torch.Tensor, Branch], *factors: torch.Tensor) -> torch.Tensor:
+        weight, _ = read
+        return _nan(weight.dtype, weight.device).expand(weight.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.read, *factors = inputs
+        ctx.save_for_backward(*factors)  # backward raises if they were changed after the read
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight, branch), factors = ctx.read, ctx.saved_tensors
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            merged = branch.on_weight(weight)
+            return None, *torch.autograd.grad(merged, factors, gradient, create_graph=differentiable, allow_unused=True)
+
+
+@functools.cache
+def _nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)
+
+
+def form_of_function(func: Any) -> FunctionForm | WeightForm | None:
+    """Return the row of the table for a function that `__torch_function__` gets, or None. It may be a method."""
+    if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)):
+        func = func.__name__.strip("_")
+    return built_in_form(func) or registered_form(func)
+
+
+def has_form(call: StoredCall, form: FunctionForm) -> bool:
+    """Whether the arguments of a call match the row, and a branch can compute beside it outside of a graph."""
+    fits = form.kind != "experts" and all(form.argument(call, name) in (None, value) for name, value in form.plain)
+    fits = fits and all((form.argument(call, name) or 0) >= 0 for name in form.counted)
+    fits = fits and all(form.argument(call, name) is not None for name in form.needs)
+    weight = form.argument(call, form.weight)
+    return fits and isinstance(weight, torch.Tensor) and weight.dim() == form.dims
+
+
+def _getters(*names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name).__get__ for name in names}
+
+
+METADATA = {
+    *_getters("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_sparse", "is_quantized"),
+    *_getters("itemsize", "nbytes"),
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_contiguous),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.element_size, torch.Tensor.__len__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+"""Functions that do not use the values of a weight."""
+_AUTOGRAD_STATE = _getters("requires_grad", "grad_fn", "is_leaf")
+"""Functions that read how a weight takes part in autograd."""
 
 
 class _Parameters(dict[str, Any]):
@@ -63,7 +216,8 @@ class _Parameters(dict[str, Any]):
         functional_call does this: it reads all parameters, replaces them, and writes the old values.
         """
         reader = self.reader()
-        if reader is not None and getattr(value, _MARK, False) and leaf in self.sites:
+        effective = isinstance(value, AdaptedWeight) or getattr(value, _MARK, False)
+        if reader is not None and effective and leaf in self.sites:
             value = reader.parameters[self.sites[leaf]]
         super().__setitem__(leaf, value)
 
@@ -105,15 +259,15 @@ class EffectiveWeights:
 
     Args:
         model: the model to call.
-        effective: a function for each weight, by name, that maps the parameter to its effective weight.
+
+    Attributes:
+        reads: what a read returns.
+        branches: the branch of each weight that has an effective weight, by name.
     """
 
-    once = False
-    """Whether each effective weight is computed once for a call and its backward. That is needed for code that asks for
-    the gradients of tensors in `model.parameters()`: each read must then return the same tensor. It costs the memory of
-    these weights until the backward is over."""
+    reads = Reads.BESIDE
 
-    def __init__(self, model: nn.Module, effective: Mapping[str, Effective]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._local = threading.local()  # running calls, spans and the current backward of each thread
         self._spans: list[tuple[list[int], list[int]]] = []  # of each thread: begins and ends of its calls
@@ -124,12 +278,12 @@ class EffectiveWeights:
             for module in model.modules()
             if isinstance(module, nn.RNNBase)
         ]
-        self.read_as(effective)
+        self.read_with({})
 
-    def read_as(self, effective: Mapping[str, Effective]) -> None:
-        """Replace the functions. Earlier calls whose backward has not run yet use the new functions too."""
-        self.effective = dict(effective)
-        self.parameters = {name: self.model.get_parameter(name) for name in self.effective}
+    def read_with(self, branches: Mapping[str, Branch]) -> None:
+        """Replace the branches. Earlier calls whose backward has not run yet use the new branches too."""
+        self.branches = dict(branches)
+        self.parameters = {name: self.model.get_parameter(name) for name in self.branches}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._lists = [
             (holder, names[id(holder.value)])
@@ -173,7 +327,9 @@ class EffectiveWeights:
         number = self._node_number() if value is self.parameters[name] else None
         if number is None:
             return value
-        if not self.once:
+        if self.reads is Reads.BESIDE:
+            return AdaptedWeight.of(value, self.branches[name])
+        if self.reads is Reads.MERGED:
             return self._computed(name)
         call = next((call for call in self._calls if call.owns(number)), None)
         if call is None:
@@ -193,7 +349,9 @@ class EffectiveWeights:
         self.open()
         with _running(self) as call:
             output = self.model(*args, **kwargs)
-        if self.once:  # keep the call, and with it its values, alive until the autograd graph is freed
+        if (
+            self.reads is Reads.MERGED_ONCE
+        ):  # keep the call, and with it its values, alive until the autograd graph is freed
             for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf):
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
                     cast("dict[str, Any]", leaf.grad_fn.metadata).setdefault(_MARK, []).append(call)
@@ -231,7 +389,7 @@ class EffectiveWeights:
     def _computed(self, name: str) -> torch.Tensor:
         """Compute an effective weight, and mark it for `_Parameters.__setitem__`."""
         parameter = self.parameters[name]
-        value = self.effective[name](parameter)
+        value = self.branches[name].on_weight(parameter)
         if value is not parameter:
             setattr(value, _MARK, True)
         return value
@@ -271,7 +429,7 @@ class EffectiveWeights:
     def begin(self) -> _Call:
         """Start a call on this thread: from now on, its reads get effective weights."""
         call = _Call()
-        if self.once:
+        if self.reads is Reads.MERGED_ONCE:
             self._calls.add(call)
         self._local.running = (*self.running, call)
         # A read from a list cannot be intercepted, so put the effective weights into the lists.

@@ -1,4 +1,4 @@
-"""The front end `export`: torch.export in non-strict mode.
+"""Trace a model by torch.export, in non-strict mode.
 
 Only the axes that the caller names are dynamic, because symbolic sizes make torch.export two to seven times slower.
 """
@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx import config
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.capture.captured import OWNER, Axis, Captured, Conditions, FrontEnd, check_no_random_draws, read_live
+from lorasc_fx.capture.captured import OWNER, Axis, Conditions, check_no_random_draws, read_live
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.graph.editor import call_directly, drop_nodes
 from lorasc_fx.parameters import substituted
@@ -38,8 +38,8 @@ def capture_export(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     dynamic: Collection[Axis] = (),
-) -> Captured:
-    """Return the model's ATen graph. Raises any exception of torch.export."""
+) -> tuple[fx.GraphModule, Conditions]:
+    """Return the model's ATen graph, and the calls that it is valid for. Raises any exception of torch.export."""
     signature = _explicit(signature_of(model), kwargs) if dynamic else signature_of(model)
     root = _wrapped(model, signature)
     with quiet(grad=torch.is_grad_enabled()):
@@ -78,8 +78,7 @@ def capture_export(
         }
         call_directly(module.graph, lambda node: F.linear if node in linears else None)
         module.recompile()
-    conditions = Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
-    return Captured(module, EXPORT, conditions)
+    return module, Conditions(guards.forward if guards is not None else None, sizes, frozenset(dynamic))
 
 
 def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str]:
@@ -98,9 +97,6 @@ def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str
         for name in kinds:
             guards = [guard.replace(f"L['kwargs']['{name}']", f"L['{name}']") for guard in guards]
     return guards
-
-
-EXPORT = FrontEnd("export", capture_export)
 
 
 @isolated

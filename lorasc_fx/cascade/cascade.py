@@ -224,7 +224,7 @@ class CascadeModule(nn.Module):
         Use it with passes and printers. Train the cascade itself, which has a separate graph for each kind of call.
 
         Raises:
-            StateError: after `release`, before the first call, or if the model has graph breaks.
+            StateError: after `release`, before the first call, or if the model runs eagerly.
         """
         self._run.check_alive("graph_module", on_meta=True)
         return self._graphs.unbroken_graph()

@@ -96,14 +96,15 @@ class Graphs:
         """Return the first graph as one GraphModule.
 
         Raises:
-            StateError: there is no graph yet, or it is divided by graph breaks or shards.
+            StateError: there is no graph yet, it is divided by shards, or the model runs eagerly.
         """
         module = self.first("graph_module").module
         if not isinstance(module, fx.GraphModule):
             raise StateError(
-                "graph_module: this cascade has no single graph, because graph breaks or shards divide it. "
-                "cascade.draw() shows the parts",
-                code="no-whole-graph",
+                "graph_module: this cascade has no single graph, because the model runs eagerly or shards divide it. "
+                "cascade.refused_frontends says why a model runs eagerly, and cascade.draw() shows the parts of a "
+                "sharded one",
+                code="no-graph",
             )
         return module
 

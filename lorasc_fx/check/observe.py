@@ -39,6 +39,8 @@ CANCELLED = 1e-3
 """A gradient smaller than this fraction of the largest gradient may be pure rounding error of terms that cancel."""
 MAX_ROUNDING = 0.1
 """Maximum relative rounding difference for any dtype, because ROUNDING times the eps of bfloat16 exceeds 1."""
+ARGUMENT = "an argument after the call"
+"""Subject of a difference in an argument, such as a cache into which forward writes."""
 LARGE = 1 << 26
 """Size in bytes from which an output is replaced by a digest, to save memory."""
 
@@ -299,7 +301,7 @@ def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> D
     """
     for subject, computed, expected in (
         ("an output", graph.output, model.output),
-        ("an argument after the call", graph.arguments, model.arguments),
+        (ARGUMENT, graph.arguments, model.arguments),
     ):
         if computed[0] != expected[0]:
             return Difference(f"{subject} has other types, {computed[0]} instead of {expected[0]}")

@@ -31,7 +31,7 @@ class SitesArguments:
     input: tuple[int, ...] = ()
     """Shape of the input, such as `--input 2 3 64 64`. Required if the model does not specify it."""
     frontend: str = "auto"
-    """Front end that captures the graph: `auto`, `export` or `graph-breaks`"""
+    """Front end that captures the graph: `auto`, `export` or `eager`"""
     training: bool = False
     """Capture the graph in train mode."""
 

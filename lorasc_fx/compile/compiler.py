@@ -13,23 +13,19 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.capture import (
-    Axis,
-    GraphBreakFallback,
-    capture,
-    least_sizes,
-    read_live,
-)
+from lorasc_fx.capture import Axis, Captured, capture, least_sizes
 from lorasc_fx.check.isolation import written_by
 from lorasc_fx.check.observe import one_line
-from lorasc_fx.compile.fallback import insert, make_fallback, with_sites
+from lorasc_fx.compile.eager import EagerModel, make_eager, with_uses
 from lorasc_fx.compile.variants import NewVariant, Variant
 from lorasc_fx.errors import CaptureError, LorascError, VerifyError
-from lorasc_fx.graph import faults, matches, named_weights, record_of, shared_memory
+from lorasc_fx.graph import faults, matches, named_weights, record_of, set_record, shared_memory
 from lorasc_fx.graph.copies import standalone_copy
 from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.graph.matching import candidates
+from lorasc_fx.graph.placement import placements_of
 from lorasc_fx.graph.record import AdapterInput, at_stage
+from lorasc_fx.graph.weights import BRANCHES, branches_in
 from lorasc_fx.passes import (
     AdapterInputs,
     AttentionMasks,
@@ -67,10 +63,10 @@ class Compiler:
     def decide(self, model: nn.Module, plan: Plan) -> Decided:
         """Make the branches of a saved plan without a capture. Refuses weights for shared memory, or by the spec."""
         decided = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model))
-        return with_sites(decided, [read_live(nn.Module(), fx.Graph(), model)], model, {})
+        return with_uses(decided, model, None)
 
     def faults(self, variant: Variant) -> list[str]:
-        """Return the disagreements of a variant with its plan. Subgraphs of a fallback are verified when rewritten."""
+        """Return the disagreements of a graph with its plan. A model without a graph has none."""
         return faults(variant.module) if isinstance(variant.module, fx.GraphModule) else []
 
     def make(
@@ -114,9 +110,9 @@ class Compiler:
         # The preflight has found the parameters that forward writes into. A graph does not always show the writes.
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
-        if captured.fallback is not None:
-            return make_fallback(captured, decided, args, kwargs)
-        return insert(captured, decided)
+        if captured.module is None:
+            return make_eager(captured, model, decided, args, kwargs)
+        return insert(captured, captured.module, decided)
 
     def fold(
         self,
@@ -137,17 +133,11 @@ class Compiler:
                 are too small. None to keep reading the model's parameters.
 
         Raises:
-            CaptureError: the variant is a fallback, which has several graphs.
+            CaptureError: the variant has no graph.
         """
-        if isinstance(variant.module, GraphBreakFallback):
-            raise CaptureError(
-                f"A folded graph must be one graph, but {type(model).__name__} has graph breaks: "
-                f"{variant.module.why_not_whole(args, kwargs)}. release() and folded_state_dict() need no graph.",
-                code="no-whole-graph",
-            )
-        assert isinstance(variant.module, fx.GraphModule)
-        at_stage(variant.module, stage)  # the ranks of a stage may differ, and the graph may be from an earlier stage
-        folded = FoldBranches()(variant.module).graph_module
+        module = _graph_of(variant, model)
+        at_stage(module, stage)  # the ranks of a stage may differ, and the graph may be from an earlier stage
+        folded = FoldBranches()(module).graph_module
         least = {} if variant.frontend.serves_all_calls else least_sizes(folded, model, args, kwargs)
         if values is None:
             return folded, least
@@ -186,10 +176,42 @@ class Compiler:
     def draw(
         self, variant: Variant, plan: Plan, file: str | PathLike[str] | None, sites: Sequence[str], radius: int
     ) -> Path | Picture:
-        """Draw the variant around some sites. For a fallback, draw the subgraphs that have run."""
+        """Draw the variant around some sites."""
         module = variant.module
-        graphs = getattr(module, "rewritten", [module])  # a fallback and a graph split for FSDP have several graphs
+        graphs = getattr(module, "rewritten", None) or [module]  # a graph split for FSDP has several graphs
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)
+
+
+def _graph_of(variant: Variant, model: nn.Module) -> fx.GraphModule:
+    """Return the graph of a variant. Raise CaptureError if the model runs eagerly."""
+    if isinstance(variant.module, EagerModel):
+        raise CaptureError(
+            f"{type(model).__name__} has no graph to fold, draw or export, because it runs eagerly: "
+            f"{variant.module.reason}. release() and folded_state_dict() need no graph.",
+            code="no-graph",
+        )
+    assert isinstance(variant.module, fx.GraphModule)
+    return variant.module
+
+
+def insert(captured: Captured, module: fx.GraphModule, decided: Decided) -> NewVariant:
+    """Match sites and insert branches in a captured graph.
+
+    Args:
+        captured: the result of the capture.
+        module: its graph, which is changed.
+        decided: the plan to follow, the existing branches, and the refusals so far.
+    """
+    plan = decided.plan
+    if decided.branches:
+        module._modules[BRANCHES] = nn.ModuleDict(dict(decided.branches))
+    set_record(module, replace(record_of(module), plan=plan, refusals=decided.refusals))
+    adapted = Pipeline([MatchSites(plan.spec), InsertBranches()])(module).graph_module
+    record = record_of(adapted)
+    variant = Variant(adapted, captured.frontend, captured.conditions, placements=placements_of(adapted))
+    return NewVariant(
+        record.plan, branches_in(adapted) or {}, record.refusals, record.unreached, variant, captured.refused
+    )
 
 
 def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences: Mapping[str, str]) -> Decided:

@@ -47,7 +47,7 @@ class Variant:
         module: computes a call. It takes the arguments of the model.
         frontend: the front end that captured it.
         conditions: the conditions under which it is valid for a call that has its key.
-        universal: whether it serves every signature. True for a fallback, in which dynamo selects the subgraphs.
+        universal: whether it serves every signature, because the model runs eagerly.
         attach: connects it to a run, to which later calls may add sites.
         detach: stops intercepting reads of parameters in the modules of the model.
         placements: placement of the branch (`beside`, `merged`, `weight`), by weight name.
@@ -128,7 +128,7 @@ class Variants:
     changed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        # Called while dynamo traces a call without a variant: a graph break, or with fullgraph=True an error.
+        # Called while dynamo traces a call without a variant: it ends dynamo's graph, or raises if fullgraph=True.
         self.not_compiled = torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED)
 
     def find(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant | None:
@@ -209,15 +209,14 @@ class Variants:
                 return entry.variant, len(entry.kinds)
         raise StateError(
             "torch.fx can trace a cascade only if it has a full graph for the current mode and settings. Call the "
-            "cascade once in this mode first. A model with graph breaks has no full graph.",
+            "cascade once in this mode first. A model that runs eagerly has none.",
             code="not-available",
         )
 
     def add(self, call: Call, variant: Variant, training: bool) -> None:
         """Add a variant, with the call and the mode for which it was captured."""
         if variant.universal:
-            # It serves all calls, so drop earlier fallbacks. They may intercept reads of parameters in the modules,
-            # which dynamo cannot trace.
+            # It serves all calls, so drop earlier ones that intercept reads of parameters.
             self.entries = [entry for entry in self.entries if entry.variant.detach is None]
         self.entries.append(_Entry(call.key, training, [_kind(leaf) for leaf in call.leaves], variant))
         if len(self) > MAX_VARIANTS:

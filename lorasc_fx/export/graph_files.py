@@ -63,7 +63,7 @@ def pt2(
 
     Raises:
         SpecError: the ending is invalid, or options cannot be combined.
-        CaptureError: the model has graph breaks, or torch.export cannot export its graph.
+        CaptureError: the model has no graph, or torch.export cannot export its graph.
         ExportError: the path cannot be written.
         StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
@@ -108,7 +108,7 @@ def onnx(
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
         SpecError: the ending is invalid, or options cannot be combined.
-        CaptureError: the model has graph breaks, or an operator that torch.onnx cannot convert.
+        CaptureError: the model has no graph, or an operator that torch.onnx cannot convert.
         ExportError: the path cannot be written.
         StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
@@ -172,7 +172,7 @@ def program(
 
     Raises:
         SpecError: options cannot be combined.
-        CaptureError: the model has graph breaks, or torch.export cannot export its graph.
+        CaptureError: the model has no graph, or torch.export cannot export its graph.
         StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
     rank = _rank_of(adapters, max_rank, folded, view, "export.program")
@@ -235,7 +235,7 @@ def _program(
         module: nn.Module = cascade
         if rank is not None:
             module, zeros, least = _lifted(cascade, variant, captured_call, rank, call)
-        elif folded or variant.universal:  # for a model with graph breaks, this raises and names them
+        elif folded or variant.universal:  # for a model without a graph, this raises and says why
             module, least = cascade._folded(bound, named, None, view)
         else:
             fold, model = cascade._graphs.compiler.fold, cascade.model

@@ -399,41 +399,6 @@ def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
         placeholder.replace_all_uses_with(node)
 
 
-def regions_as_modules(
-    graph: fx.Graph,
-    weights: Collection[str],
-    module_for: Callable[[str, tuple[str | None, ...], Mapping[str, Any]], str],
-) -> None:
-    """Replace each checkpointed region by a call of a module that reads its weights as attributes.
-
-    Args:
-        graph: is changed.
-        weights: names of attributes that are weights. The module call does not get them as inputs.
-        module_for: returns the name of the module. It gets the name of the body, the weight's name or None for each
-            input, and the keyword arguments of the checkpoint.
-    """
-    checkpoint = torch.ops.higher_order.tag_activation_checkpoint
-    for node in graph.find_nodes(op="call_function", target=checkpoint):
-        body, *inputs = node.args
-        named = [
-            str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None for source in inputs
-        ]
-        names = tuple(name if name in weights else None for name in named)
-        target = module_for(str(body.target), names, node.kwargs)
-        with graph.inserting_before(node):
-            call = graph.create_node(
-                "call_module", target, tuple(source for source, name in zip(inputs, names, strict=True) if name is None)
-            )
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        # Erase the weights that only this call read. The module reads them now.
-        read = [weight for weight in node.all_input_nodes if weight.op == "get_attr"]
-        graph.erase_node(node)
-        for weight in read:
-            if not weight.users and not weight._erased:
-                graph.erase_node(weight)
-
-
 def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:
     """Replace each node by a call of the function that `function_of` returns for it. None keeps the node."""
     functions = {node: function for node in graph.nodes if (function := function_of(node)) is not None}

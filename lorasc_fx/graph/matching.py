@@ -89,10 +89,10 @@ class WeightUses:
         others: nodes that use it in any other way.
         opaque: calls of leaf modules that own it. The graph does not show how they use it.
         written: nodes that write into it.
-        outside: kinds of its uses in Python code between the graphs.
+        outside: kinds of its uses in a run of the model that no graph shows.
         script: path of the TorchScript module that owns it, or "".
         rows: the range of rows that each use in `contracted` reads, None if unknown.
-        touched: whether Python code between the graphs uses it in any way.
+        touched: whether such a run uses it in any way.
         layer: whether it is the weight of a linear, conv or embedding module of torch.nn.
     """
 
@@ -254,13 +254,12 @@ def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
 
 
 def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Mapping[str, str]) -> Record:
-    """Return the record of a model that dynamo split into several graphs, with all weights classified.
+    """Return the record of a model that runs eagerly, with all weights classified.
 
     Args:
-        graph_modules: the graphs, which read one live model.
-        record: their record. Its plan is followed.
-        outside: kind of each weight that a run of the model used, in graphs or in Python code between them. The kind is
-            "" if the weight was used in an unknown way.
+        graph_modules: a graph of some uses of its weights.
+        record: the record of this graph. Its plan is followed.
+        outside: kind of each weight that a run of the model used, or "" if it was used in an unknown way.
     """
     owner = owner_of(graph_modules[0], record)
     weights = named_weights(owner)
@@ -529,13 +528,13 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) 
             node,
         )
     if not uses.reached:
-        return refusal(Reason.NO_FORM, f"Python code between the graphs {_UNUSED}") if uses.touched else None
+        return refusal(Reason.NO_FORM, f"the model {_UNUSED}") if uses.touched else None
     if not uses.kinds:
         node = uses.others[0]
         return refusal(Reason.NO_FORM, f"node {_shown(node)} {_UNUSED}", node)
     if is_quantized(parameter) and not (uses.all_beside and set(uses.kinds) == {"linear"}):
         nodes = uses.without_branch
-        where = f"node {_shown(nodes[0])}" if nodes else "Python code between the graphs"
+        where = f"node {_shown(nodes[0])}" if nodes else "the model"
         sentence = f"{where} reads the quantized weight in an op other than a linear, where no branch is supported"
         return refusal(Reason.QUANTIZED, sentence, nodes[0] if nodes else None)
     if not uses.all_beside and uses.called:
@@ -543,7 +542,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) 
         sentence = f"module {uses.called[0].target} is called as one node, but node {_shown(node)} uses its weight too"
         return refusal(Reason.MIXED_USES, sentence, node)
     # A weight with one axis longer than 1 is mostly a scale or bias. Exception: a layer with one output or input that
-    # only Python code between the graphs calls.
+    # only a model that runs eagerly calls.
     single = parameter.numel() == max(parameter.shape, default=0)
     if single and not uses.all_beside and not (uses.layer and not uses.contracted and not uses.others):
         return refusal(Reason.VECTOR, f"its shape is {tuple(parameter.shape)}: only one axis is longer than 1")

@@ -145,12 +145,12 @@ def _late_graph(variant: Variant, units: Mapping[int, str]) -> SegmentedGraph:
 
 
 def _single_graph(variant: Variant, call: str) -> fx.GraphModule:
-    """Return the graph of a variant. Raise StateError if it has graph breaks."""
+    """Return the graph of a variant. Raise StateError if the model runs eagerly."""
     if not isinstance(variant.module, fx.GraphModule):
         raise StateError(
-            f"{call}: the model has graph breaks, but only a single graph can be split into blocks. Adapt the model "
-            "with another front end",
-            code="no-whole-graph",
+            f"{call}: the model has no graph that can be split into blocks, because it runs eagerly "
+            "(cascade.refused_frontends says why). Change what prevents a graph, or adapt only a part of the model",
+            code="no-graph",
         )
     return variant.module
 

@@ -17,7 +17,7 @@ from tests.kit.models import Tied, branches, build, factors, optimizer_of, rando
 IDS = torch.tensor([[1, 4, 8, 2], [2, 3, 1, 0]])
 OPTIONS: dict[str, Any] = {"rank": 2, "lora_alpha": 3.0, "pace": 0.4}
 UNTIED = lx.CascadeSpec(untie=("head.weight",), **OPTIONS)
-FRONTENDS = pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+FRONTENDS = pytest.mark.parametrize("frontend", ["export", "eager"])
 
 
 class Three(Tied):

@@ -340,7 +340,7 @@ class Lookup(nn.Module):
         return self.head(self.table(ids)).sin()
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 @pytest.mark.parametrize(("layer", "placement"), [(nn.EmbeddingBag, "auto"), (nn.Embedding, "weight")])
 def test_a_sparse_lookup_trains_as_a_dense_one(layer: type[nn.Module], placement: str, frontend: str) -> None:
     """A branch on the table gets the gradient of the table, which is dense."""

@@ -23,7 +23,7 @@ from tests.kit.errors import raises
 from tests.kit.models import assert_merged, batches, branches, build, loss_of, merged, randomize, seeded
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-NAMES = ("export", "graph-breaks")
+NAMES = ("export", "eager")
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 
 
@@ -49,7 +49,7 @@ class Steps(Net):
 def test_no_other_front_end_is_tried_if_one_is_named() -> None:
     with raises(lx.CaptureError, "not-captured", "Steps", "export"):
         lx.adapt(build(Steps), batches(1, 4, 5), frontend="export")
-    assert lx.adapt(build(Steps), batches(1, 4, 5)).frontend == "graph-breaks"
+    assert lx.adapt(build(Steps), batches(1, 4, 5)).frontend == "eager"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +67,7 @@ COMPILERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("name", ["auto", "eager"])
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> None:
@@ -131,7 +131,7 @@ def llama(**more: Any) -> nn.Module:
     return tiny.llama(**{"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, **more})
 
 
-@pytest.mark.parametrize("name", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("name", ["auto", "eager"])
 def test_llama_with_gradient_checkpointing(name: str) -> None:
     model = llama().double()
     eager = copy.deepcopy(model).requires_grad_(False).train()
@@ -196,7 +196,7 @@ def test_a_state_that_cannot_be_flattened_is_one_leaf() -> None:
     with pytest.raises(RuntimeError, match="should be applied to another Memory"):
         pytree.tree_leaves(model(x))
     cascade = lx.adapt(model, (x,), spec=SPEC)
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     randomize(cascade)
     (_, memory), (_, theirs) = assert_merged(cascade, model, x)
     assert type(memory) is Memory

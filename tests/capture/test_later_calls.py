@@ -41,7 +41,7 @@ class Remembers(nn.Module):
 def test_what_forward_writes_into_an_argument_is_written() -> None:
     x, state = torch.randn(4, 5), dict[str, torch.Tensor]()
     cascade = lx.adapt(Remembers(), (x, {}))
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     computed = cascade(x, state)
     assert torch.equal(state["last"], computed)
     with raises(lx.CaptureError, "not-captured", "an argument after the call"):
@@ -156,8 +156,8 @@ USUAL = ("dict", "dataclass", "tensor", "hook")
     ("frontend", "names"),
     [
         ("export", USUAL),
-        ("graph-breaks", USUAL),
-        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "graph-breaks")),
+        ("eager", USUAL),
+        *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "eager")),
     ],
 )
 def test_changes_of_state_by_the_user_are_noticed(
@@ -173,7 +173,7 @@ def test_changes_of_state_by_the_user_are_noticed(
         expected = model(x)
         assert torch.allclose(cascade(x), expected, atol=1e-12), name
         assert cascade(x).dtype == expected.dtype, name
-    if frontend != "graph-breaks":
+    if frontend != "eager":
         count = variant_count(cascade)
         model.settings, model.steps, model.options = copy.deepcopy((model.settings, model.steps, model.options))
         assert torch.allclose(cascade(x), model(x), atol=1e-12)

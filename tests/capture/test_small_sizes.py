@@ -122,7 +122,7 @@ def check(cascade: lx.Cascade, x: torch.Tensor) -> bool:
 
 CASES = [(function, "auto", True) for function in FUNCTIONS]
 CASES += [(one_row, "export", False), (normed, "auto", False)]
-CASES += [(raising, "graph-breaks", True)]
+CASES += [(raising, "eager", True)]
 
 
 @pytest.mark.parametrize(("function", "frontend", "training"), CASES)
@@ -197,7 +197,7 @@ def test_a_compiled_cascade_at_one_row() -> None:
     assert variant_count(cascade) == 3
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 def test_a_batch_norm_that_sees_one_value_raises_what_the_model_raises(frontend: str) -> None:
     """Images of 5 pixels shrink to one pixel, and images of 9 pixels do not. Buffers stay finite."""
     model = nn.Sequential(nn.Conv2d(2, 3, 5), nn.BatchNorm2d(3), nn.ReLU())

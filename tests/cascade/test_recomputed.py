@@ -216,7 +216,7 @@ def test_what_backward_runs_again_computes_with_the_branches(name: str) -> None:
     """
     model = model_of(name)
     original = copy.deepcopy(model)
-    cascade = lx.adapt(model, (X,), spec=SPEC, frontend="graph-breaks" if name == "Hooked" else "auto")
+    cascade = lx.adapt(model, (X,), spec=SPEC, frontend="eager" if name == "Hooked" else "auto")
     assert len(cascade.sites) == sum(parameter.dim() > 1 for parameter in model.parameters())
     randomize(cascade)
     twin = merged_twin(original, cascade)
@@ -294,7 +294,7 @@ def test_a_weight_that_only_a_closure_holds_in_backward_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.body(Holds.apply(self.second(self.stem(x)), self.held))
 
-    with raises(lx.CaptureError, "not-captured", "Closure", "second.weight", "stem (Linear)"):
+    with raises(lx.CaptureError, "not-captured", "Closure", "second.weight", "stem.weight"):
         lx.adapt(Closure(), (X.float(),), spec=SPEC)
 
 
@@ -429,7 +429,7 @@ def test_a_whole_graph_is_refused() -> None:
     with raises(lx.CaptureError, "not-captured", "gradient checkpointing"):
         lx.adapt(model, (X.float(),), spec=SPEC, frontend="export")
     cascade = lx.adapt(model, (X.float(),), spec=SPEC)
-    with raises(lx.CaptureError, "no-whole-graph", "gradient checkpointing"):
+    with raises(lx.CaptureError, "no-graph", "gradient checkpointing"):
         cascade.folded_graph()
     cascade.eval()
     cascade.folded_graph()

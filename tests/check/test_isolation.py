@@ -87,7 +87,7 @@ def everything(model: Busy) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("make", [Busy, Follows, Replaces])
-@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "eager"])
 def test_adapt_has_no_side_effects(make: type[Busy], frontend: str) -> None:
     """The model may be adapted or refused. Later calls compute the same as calls of a model that was never adapted."""
     model, twin, ids = build(make), build(make), torch.tensor([1, 4, 8, 2, 2, 3])
@@ -331,7 +331,7 @@ class Counts(nn.Module):
         return self.layer(x) * self.calls
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["auto", "export", "eager"])
 def test_tensors_and_objects_among_attributes(frontend: str) -> None:
     """They are restored, and a graph is accepted only if it writes the same values as the model in each call."""
     model, twin, x = build(Counts), build(Counts), torch.randn(4, 5).double()

@@ -76,14 +76,14 @@ class RoundsWeights(TwoLayers):
 
 
 @pytest.mark.parametrize("make", [Rounds, RoundsWeights])
-@pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "graph-breaks"])
+@pytest.mark.parametrize("frontend", [*GRAPHS, "auto", "eager"])
 def test_a_function_keeps_its_own_backward(make: type[TwoLayers], frontend: str) -> None:
     reason = "RuntimeError: the model uses the autograd.Function Steep, whose backward a traced graph does not keep"
     if frontend in GRAPHS:
         refuse(make, frontend, reason)
         return
     cascade = lx.adapt(build(make), (X[0],), spec=SPEC, frontend=frontend)
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     assert cascade.refused_frontends == (tuple((name, reason) for name in GRAPHS) if frontend == "auto" else ())
     assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
     assert_goes_as_eager(make, cascade)
@@ -132,7 +132,7 @@ def test_state_in_python(make: type[Counts]) -> None:
     kept = model.kept
     before = list(kept) if isinstance(kept, list) else kept
     cascade = lx.adapt(model, (X[0],), spec=SPEC)
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     assert model.kept is kept
     assert before is kept or before == kept
     assert_goes_as_eager(make, cascade)
@@ -151,7 +151,7 @@ class Caches(TwoLayers):
         return x * self.scale
 
 
-@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["auto", *GRAPHS, "eager"])
 def test_an_attribute_that_only_the_first_call_sets_is_not_state(frontend: str) -> None:
     model = build(Caches)
     cascade = lx.adapt(model, (X[0],), spec=SPEC, frontend=frontend)
@@ -179,7 +179,7 @@ def test_a_buffer_of_another_shape() -> None:
     model = build(Grows)
     buffer, value = model.seen, model.seen.clone()
     cascade = lx.adapt(model, (X[0],), spec=SPEC)
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     assert model.seen is buffer
     assert torch.equal(model.seen, value)
     assert_goes_as_eager(Grows, cascade)
@@ -209,7 +209,7 @@ class Ordered(TwoLayers):
 
 
 def test_the_type_of_an_output() -> None:
-    for frontend in ("auto", "export", "graph-breaks"):
+    for frontend in ("auto", "export", "eager"):
         assert_goes_as_eager(Ordered, lx.adapt(build(Ordered), (X[0],), spec=SPEC, frontend=frontend))
 
 
@@ -261,7 +261,7 @@ def test_draws_in_python(draw: Callable[[], float]) -> None:
     before = random.getstate(), str(np.random.get_state())
     cascade = lx.adapt(build(lambda: Draws(draw)), (X[0],), spec=SPEC)
     assert (random.getstate(), str(np.random.get_state())) == before
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     assert_goes_as_eager(lambda: Draws(draw), cascade)
 
 
@@ -342,17 +342,17 @@ def test_a_tensor_hook_is_kept() -> None:
     assert "the gradient of body.weight is off by 2.0e+00 of its scale" in str(caught.value)
     assert str(caught.value).endswith("the first module that differs is body (Linear)")
     cascade = lx.adapt(build(Reverses), (X[0],), spec=SPEC)
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     assert_goes_as_eager(Reverses, cascade)
 
 
-@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "graph-breaks"])
+@pytest.mark.parametrize("breaks", [False, True], ids=["whole", "eager"])
 def test_a_tensor_hook_of_a_later_mode_is_kept(breaks: bool) -> None:
     def make() -> nn.Module:
         return Reverses(always=False, breaks=breaks)
 
     cascade = lx.adapt(build(make).eval(), (X[0],), spec=SPEC)
-    assert cascade.frontend == ("graph-breaks" if breaks else "export")
+    assert cascade.frontend == ("eager" if breaks else "export")
     assert_goes_as_eager(make, cascade)
     assert_goes_as_eager(make, cascade.train())
 
@@ -364,7 +364,7 @@ class Asks(TwoLayers):
         return x * 2 if x.requires_grad else x
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 def test_forward_reads_requires_grad_as_in_training(frontend: str) -> None:
     cascade = lx.adapt(build(Asks), (X[0],), spec=SPEC, frontend=frontend)
     assert_goes_as_eager(Asks, cascade)

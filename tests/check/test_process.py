@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import lorasc_fx as lx
-from lorasc_fx.capture.graph_breaks import _dynamo_settings
 from lorasc_fx.check.process_state import eager, quiet
 from lorasc_fx.util.undo import PROCESS, Lock
 from tests.cascade.test_threads import moved_cascade, together
@@ -28,14 +27,14 @@ from tests.kit.errors import raises
 
 
 def process_state() -> tuple[Any, ...]:
-    """Return the state of the process that a capture, or a call of a model with graph breaks, changes."""
+    """Return the state of the process that a capture, or a call of a model without a graph, changes."""
     loggers = [logging.getLogger(name).level for name in ("torch._dynamo", "torch._dynamo.variables.tensor")]
     fast, stance = torch.backends.mha.get_fastpath_enabled(), torch._dynamo.eval_frame._stance.stance
     return sys.stdout, sys.stderr, logging.root.manager.disable, list(warnings.filters), fast, stance, loggers
 
 
 class Meets(nn.Module):
-    """A model with a graph break. If armed, its next forward signals that it runs, and waits for another thread."""
+    """A model without a graph. If armed, its next forward signals that it runs, and waits for another thread."""
 
     def __init__(self, inside: threading.Event, other: threading.Event) -> None:
         super().__init__()
@@ -51,7 +50,6 @@ class Meets(nn.Module):
 ARMED: set[Meets] = set()
 
 
-@torch._dynamo.disable
 def meet(model: Meets) -> None:
     if model in ARMED:
         ARMED.discard(model)
@@ -67,12 +65,11 @@ class Broken(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x)
-        torch._dynamo.graph_break()
         return self.second(hidden)
 
 
-def with_breaks(model: nn.Module) -> lx.Cascade:
-    return lx.adapt(model, (torch.randn(2, 3),), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+def eagerly(model: nn.Module) -> lx.Cascade:
+    return lx.adapt(model, (torch.randn(2, 3),), spec=lx.CascadeSpec(rank=1), frontend="eager")
 
 
 @pytest.mark.parametrize("what", ["adapt", "call"])
@@ -80,9 +77,9 @@ def test_two_threads_restore_the_state_of_the_process(what: str) -> None:
     """The thread that enters first also leaves first, while the other one is still inside."""
     entered, both, ended = (threading.Event() for _ in range(3))
     models = [Meets(entered, both), Meets(both, ended)]
-    runs: list[Callable[[], object]] = [lambda: with_breaks(models[0]), lambda: with_breaks(models[1])]
+    runs: list[Callable[[], object]] = [lambda: eagerly(models[0]), lambda: eagerly(models[1])]
     if what == "call":
-        cascades, x = [with_breaks(model) for model in models], torch.randn(2, 3)
+        cascades, x = [eagerly(model) for model in models], torch.randn(2, 3)
         runs = [lambda: cascades[0](x), lambda: cascades[1](x)]
     before = process_state()
     ARMED.update(models)
@@ -114,7 +111,7 @@ def test_other_threads_print_during_a_capture(capsys: pytest.CaptureFixture[str]
 def test_branches_are_used_under_every_stance_of_torch_compile() -> None:
     """A capture in another thread forces eager code in the process. This model would then run without branches."""
     model, x = Broken(), torch.randn(2, 3)
-    cascade = with_breaks(model)
+    cascade = eagerly(model)
     for branch in cascade.branches.values():
         nn.init.ones_(branch.lora_B)
     expected = cascade(x)
@@ -172,9 +169,9 @@ def test_a_thread_acquires_the_process_lock_before_the_lock_of_a_cascade(
     cascade.load_state_dict(cascade.state_dict())
     with cascade.weights("slow"):
         cascade(x)
-    broken = with_breaks(Broken())
+    broken = eagerly(Broken())
     broken.eval()(torch.randn(4, 3))
-    with raises(lx.CaptureError, "no-whole-graph"):
+    with raises(lx.CaptureError, "no-graph"):
         broken.folded_graph()
     cascade.release()
     assert not acquired
@@ -208,7 +205,7 @@ def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
     before, inside, go_on, ended = process_state(), threading.Event(), threading.Event(), list[int]()
 
     def hold() -> None:
-        with quiet(), cascade._run.exclusive("save"), _dynamo_settings():
+        with quiet(), cascade._run.exclusive("save"):
             inside.set()
             go_on.wait(60)
 

@@ -175,7 +175,7 @@ def test_tensors_that_forward_writes_are_saved(
     torch.manual_seed(1)
     base = build()
     model = deepcopy(base)
-    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
+    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=1), frontend="eager")
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     for _ in range(2):
         cascade(x).square().sum().backward()
@@ -211,7 +211,7 @@ def test_tensors_that_forward_writes_are_saved(
         lx.load(tmp_path, base, args=(x,))
 
 
-@pytest.mark.parametrize(("frontend", "waits"), [("export", False), ("export", True), ("graph-breaks", True)])
+@pytest.mark.parametrize(("frontend", "waits"), [("export", False), ("export", True), ("eager", True)])
 def test_other_front_ends(frontend: str, waits: bool, tmp_path: Path) -> None:
     assert_equal_to_whole(Run(SPECS["train"], frontend=frontend, waits=waits), THREE_STAGES, (1, 4), tmp_path)
 

@@ -84,7 +84,7 @@ def adapted(frontend: str = "auto") -> lx.Cascade:
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 def test_its_weight_is_a_site(frontend: str) -> None:
     cascade = adapted(frontend)
     assert {site.weight: site.form for site in cascade.sites} == {
@@ -93,7 +93,7 @@ def test_its_weight_is_a_site(frontend: str) -> None:
         "2.weight": "",
     }
     assert cascade.refusals == ()
-    if frontend != "graph-breaks":
+    if frontend != "eager":
         assert cascade.placements == {"0.weight": "weight", "1.kernel": "beside", "2.weight": "beside"}
     values = dict(net().named_parameters()) | merged(cascade, net())
     output = cascade(X)
@@ -237,21 +237,13 @@ class Packet(Skewed):
         return torch.ops.my.skewed(x, self.kernel)
 
 
-class Between(Skewed):
-    """The op runs in Python, between two graphs."""
-
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        return skewed(x, self.kernel)
-
-
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
     ("layer", "frontend", "placement", "share"),
     [
         (Halved, "export", "weight", 0.5),
         (Packet, "export", "beside", 1.0),
-        (Between, "graph-breaks", "weight", 1.0),
+        (Skewed, "eager", "beside", 1.0),
     ],
 )
 def test_spellings(layer: type[Skewed], frontend: str, placement: str, share: float) -> None:

@@ -150,6 +150,7 @@ FIELDS = {"args", "kwargs", "target"}
 SURGEONS: dict[str, set[str]] = {
     "lorasc_fx/graph/editor.py": SURGERY | ON_A_GRAPH | FIELDS,
     "lorasc_fx/graph/copies.py": {"graph_copy", "target"},
+    "lorasc_fx/capture/uses.py": {"placeholder", "get_attr", "create_node", "output"},  # a new graph, for matching
     "lorasc_fx/graph/function.py": {"kwargs"},  # of a copy, from which code is generated
 }
 

@@ -254,7 +254,7 @@ TASKS = (
     Task(
         "Adapting a model",
         ("CaptureError",),
-        "not-a-model model-refuses-inputs not-captured no-whole-graph already-adapted not-trainable meta-model "
+        "not-a-model model-refuses-inputs not-captured no-graph already-adapted not-trainable meta-model "
         "method-not-supported quantized-left-out constant-adapted hook-not-called late-sites too-many-variants",
     ),
     Task(

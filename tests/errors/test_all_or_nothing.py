@@ -199,7 +199,7 @@ def save(spec: lx.CascadeSpec, folder: Path) -> Call:
 
 
 class Normed(nn.Module):
-    """A batch norm, dropout, and a branch in Python for `graph-breaks`."""
+    """A batch norm, dropout, and a branch in Python for `eager`."""
 
     def __init__(self, breaks: bool = False) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Normed(nn.Module):
 
 def capture_by(name: str) -> Callable[[lx.CascadeSpec, Path], Call]:
     def captured(_: lx.CascadeSpec, __: Path) -> Call:
-        model = Normed(breaks=name == "graph-breaks")
+        model = Normed(breaks=name == "eager")
         return lambda: capture(model, (inputs(4, 5),), {}, name), (model,)
 
     captured.__name__ = f"capture_{name}"
@@ -242,10 +242,10 @@ CALLS: dict[str, Callable[[lx.CascadeSpec, Path], Call]] = {
     for each in (
         transition, stage_of_a_loop, rewind, release, release_of_a_first_stage, load_state_dict, half,
         adapt, adapt_untied, load, from_peft, late_site, weights, folded, save, weights_and_statistics,
-        *map(capture_by, ("export", "graph-breaks")),
+        *map(capture_by, ("export", "eager")),
     )
 }  # fmt: skip
-LONG = {"load", "from_peft", "late_site", "adapt", "adapt_untied", "folded", "capture_export", "capture_graph-breaks"}
+LONG = {"load", "from_peft", "late_site", "adapt", "adapt_untied", "folded", "capture_export", "capture_eager"}
 """Calls that take long: fewer places are tried."""
 PLACES: dict[str, Callable[[int], Any]] = {
     "memory": lambda at: FailAt(at, failing(MemoryError("no more"))),

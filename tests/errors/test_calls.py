@@ -498,7 +498,7 @@ class TwoForms(nn.Module):
         return self.other(F.linear(x, self.weight) if self.training else x @ self.weight.t())
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 def test_a_planned_weight_in_another_form(frontend: str) -> None:
     """Beside the use in one graph, on the weight in another: one branch, one folded model."""
     cascade = lx.adapt(TwoForms(), args=(X,), spec=SPEC, frontend=frontend)

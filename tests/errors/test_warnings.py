@@ -233,7 +233,7 @@ def test_the_model_of_a_running_stage(spec: lx.CascadeSpec, code: str) -> None:
             act()
 
 
-def test_a_cascade_with_graph_breaks_calls_its_model_itself() -> None:
+def test_a_cascade_without_a_graph_calls_its_model_itself() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,7 +243,7 @@ def test_a_cascade_with_graph_breaks_calls_its_model_itself() -> None:
             return self.inner(x) if x.sum().item() > 0 else self.inner(-x)
 
     with silent():
-        cascade = lx.adapt(Branching(), (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), frontend="graph-breaks")
+        cascade = lx.adapt(Branching(), (X,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), frontend="eager")
         optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
         for _ in cascade.stages(2, optimizer):
             step(cascade, optimizer)

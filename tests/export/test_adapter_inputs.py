@@ -215,8 +215,8 @@ def test_errors_of_exports_with_adapter_inputs(tmp_path: Path) -> None:
             with unchanged(run), raises(lx.SpecError, code, "export.p", name):
                 write(run, *target, **options)  # type: ignore[operator]
     x = torch.randn(2, 3)
-    broken = lx.adapt(Breaking(3), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
-    with raises(lx.CaptureError, "no-whole-graph"):
+    broken = lx.adapt(Breaking(3), (x,), spec=lx.CascadeSpec(rank=1), frontend="eager")
+    with raises(lx.CaptureError, "no-graph"):
         lx.export.pt2(broken, out, adapters="inputs", max_rank=4)
     hira = lx.adapt(
         nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3, spec=lx.CascadeSpec(adapter="hira", rank=1)

@@ -207,7 +207,7 @@ class Returns(nn.Module):
         return self.result(torch.tanh(self.body(x)))
 
 
-@pytest.mark.parametrize("frontend", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["auto", "eager"])
 @pytest.mark.parametrize("name", RESULTS)
 def test_outputs_have_the_models_own_types(name: str, frontend: str) -> None:
     seed(0)

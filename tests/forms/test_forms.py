@@ -39,10 +39,23 @@ def test_a_graph_that_is_asked_for_is_made_or_refused(case: Case) -> None:
         check(case, "export")
 
 
-@pytest.mark.parametrize("case", [case for case in EVERY if case.has_graph], ids=lambda case: case.name)
+OTHER_KINDS = (
+    "turned_table",
+    "old_spectral_norm_transposed",
+    "spectral_norm_conv",
+    "generator",
+    "experts_sorted_turned",
+)
+"""Rows with a weight that an eager run takes for another kind or layout than a graph does, by its first op."""
+UNSEEN = ("orthogonal_cayley", "control_flow")
+"""Rows with a weight that only torch.linalg or a body of torch.cond reads, where an eager run sees no form."""
+WITHOUT_A_GRAPH = [case for case in EVERY if case.has_graph and case.name not in (*OTHER_KINDS, *UNSEEN)]
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_GRAPH, ids=lambda case: case.name)
 def test_without_a_graph(case: Case) -> None:
-    """The fallback takes every row that has a graph too."""
-    check(case, "graph-breaks")
+    """A model that could have a graph computes the same eagerly."""
+    check(case, "eager")
 
 
 SAMPLE = [name for entries in LIBRARIES.values() for name in [entry.name for entry in entries][::6]]

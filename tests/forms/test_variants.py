@@ -17,7 +17,7 @@ from tests.forms.kit import SPEC, by_formula
 from tests.kit.compare import assert_same, loss_of, run, seed
 from tests.kit.models import randomize
 
-FRONTENDS = pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+FRONTENDS = pytest.mark.parametrize("frontend", ["export", "eager"])
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
@@ -47,7 +47,7 @@ def batch(dtype: torch.dtype = torch.float64, size: int = 3, length: int = 5) ->
     return (x.to(dtype), ids), {}
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 @pytest.mark.parametrize(("first", "then"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
 def test_another_dtype(frontend: str, first: str, then: str) -> None:
     """cascade.to(dtype) computes as the eager model in that dtype, and its branches as the formula there."""
@@ -71,7 +71,7 @@ def test_another_dtype(frontend: str, first: str, then: str) -> None:
     assert cascade.release().head.weight.dtype == new
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 @pytest.mark.parametrize("around", [True, False], ids=["all_in_autocast", "calls_in_autocast"])
 def test_autocast(frontend: str, around: bool) -> None:
     """Under autocast the outputs are the eager model's, bit for bit; with branches, to the precision of bf16."""
@@ -166,7 +166,7 @@ CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] =
 }
 
 
-@pytest.mark.parametrize("frontend", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["auto", "eager"])
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_containers_of_inputs(name: str, frontend: str) -> None:
     make, take = CONTAINERS[name]
@@ -200,7 +200,7 @@ class Cached(nn.Module):
         return self.head(x), grown
 
 
-@pytest.mark.parametrize("frontend", ["auto", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["auto", "eager"])
 def test_a_cache_of_the_users_own(frontend: str) -> None:
     """A step with the cache of the steps before is the eager model's, with branches."""
     seed(0)

@@ -10,7 +10,6 @@ from typing import Any
 
 import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
-from lorasc_fx.capture import graph_breaks
 from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
@@ -31,7 +30,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
     "backward": (observe, "projected_gradients"),
-    "outside use": (_MODULES["lorasc_fx.compile.fallback"].Comparison, "hidden"),
+    "outside use": (_MODULES["lorasc_fx.compile.eager"].EagerModel, "_wrong_gradients"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
     "write tensors": (saved, "save_file"),
@@ -63,7 +62,6 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "block of a sum": ((factor_products, "BLOCK"),),
     "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),
-    "captures of the fallback": ((graph_breaks, "MAX_CAPTURES"),),
 }
 
 

@@ -24,7 +24,7 @@ def adapted(frontend: str = "auto", **options: Any) -> tuple[lx.Cascade, torch.o
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-2))
 
 
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> None:
     theirs: nn.Module = copy.deepcopy(mlp())
     cascade, optimizer = adapted(frontend)
@@ -114,7 +114,7 @@ def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -
     spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=1.0)
     x = torch.ones(4, 5).double()
     cascade = lx.adapt(Late(python).double().train(), (x,), spec=spec)
-    assert cascade.frontend == ("graph-breaks" if python else "export")
+    assert cascade.frontend == ("eager" if python else "export")
     for _ in range(2):
         cascade(x)
         cascade.transition(None)

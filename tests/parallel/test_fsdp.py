@@ -246,7 +246,7 @@ def quantized() -> nn.Module:
 REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
     "scalar": ({}, lambda: Scaled(torch.tensor(2.0)), ("sharded", "model.gain")),
     "layout": ({}, lambda: Scaled(torch.ones(2, 3).t()), ("sharded", "model.gain", "contiguous")),
-    "graph-breaks": ({}, Breaking, ("no-whole-graph",)),
+    "eager": ({}, Breaking, ("no-graph",)),
     "quantized": ({}, quantized, ("quantized-not-supported", "1.weight")),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.capture import Captured
+from lorasc_fx.capture.captured import EXPORT
 from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.graph import text
 from lorasc_fx.passes import AttentionMasks
@@ -30,8 +30,8 @@ def simplified(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """Capture with dynamic sizes, and run AttentionMasks."""
     inputs = enumerate(leaves(args, kwargs or {}))
     axes = {(index, axis) for index, leaf in inputs if isinstance(leaf, Tensor) for axis in range(leaf.dim())}
-    captured = capture_export(model, args, kwargs or {}, axes)
-    return replace(captured, module=AttentionMasks()(captured.module).graph_module)
+    module, conditions = capture_export(model, args, kwargs or {}, axes)
+    return Captured(AttentionMasks()(module).graph_module, EXPORT, conditions)
 
 
 def attention(graph_module: Any) -> list[str]:
@@ -202,7 +202,7 @@ def test_a_mask_that_matters_at_some_size_is_kept(name: str) -> None:
 @pytest.mark.parametrize("name", SOMETIMES)
 def test_a_graph_of_one_size_has_the_values_of_its_mask(name: str) -> None:
     model, x = Masked(SOMETIMES[name]).double(), batch(2, 5)
-    module = AttentionMasks()(capture_export(model, (x,), {}).module).graph_module
+    module = AttentionMasks()(capture_export(model, (x,), {})[0]).graph_module
     mask = SOMETIMES[name](model, x)
     no_mask = bool(mask.all() if mask.dtype is torch.bool else (mask == 0).all())
     causal = mask.dtype is torch.bool and torch.equal(mask, torch.ones(5, 5).bool().tril())
@@ -213,7 +213,7 @@ def test_a_graph_of_one_size_has_the_values_of_its_mask(name: str) -> None:
 @pytest.mark.parametrize(("mask", "changes"), [(ALWAYS["tril"][0], True), (NEVER["first only"], False)])
 def test_the_result_is_truthful(mask: Any, changes: bool) -> None:
     """The input is unchanged, a second run changes nothing, and the pass has a repr."""
-    before = capture_export(Masked(mask).double(), (batch(2, 5),), {}).module
+    before = capture_export(Masked(mask).double(), (batch(2, 5),), {})[0]
     written = text(before)
     result = AttentionMasks()(before)
     assert text(before) == written

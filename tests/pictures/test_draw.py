@@ -102,16 +102,10 @@ def test_a_branch_that_is_no_low_rank_product(tmp_path: Path) -> None:
     assert "branch, rank 2, on the weight" in shown or "branch, rank 2, merged into the op" in shown
 
 
-def test_graph_breaks_are_drawn_side_by_side(tmp_path: Path) -> None:
-    class Broken(Attention):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = super().forward(x)
-            torch._dynamo.graph_break()
-            return torch.tanh(self.out(torch.tanh(self.q(x))))
-
-    cascade = lx.adapt(Broken(), X, spec=lx.CascadeSpec(rank=2, placement="beside"), frontend="graph-breaks")
-    shown = texts(cascade.draw(tmp_path / "graph.svg", ["q"], 0))
-    assert shown.count("branch, rank 2, beside the op") == shown.count("q.weight") == 2  # one in each subgraph
+def test_a_model_without_a_graph_is_not_drawn(tmp_path: Path) -> None:
+    cascade = lx.adapt(Attention(), X, spec=lx.CascadeSpec(rank=2), frontend="eager")
+    with raises(lx.StateError, "no-graph", "runs eagerly"):
+        cascade.draw(tmp_path / "graph.svg", ["q"], 0)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +178,8 @@ def test_the_graph_of_a_cascade_is_an_attribute() -> None:
     cascade.double()
     with raises(lx.StateError, "not-available", "graph_module"):
         _ = cascade.graph_module
-    broken = lx.adapt(Attention(), X, spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
-    with raises(lx.StateError, "no-whole-graph", "graph_module"):
+    broken = lx.adapt(Attention(), X, spec=lx.CascadeSpec(rank=2), frontend="eager")
+    with raises(lx.StateError, "no-graph", "graph_module"):
         _ = broken.graph_module
 
 

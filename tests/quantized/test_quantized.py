@@ -349,7 +349,7 @@ def types(model: nn.Module) -> list[type]:
 
 
 @ALL
-@pytest.mark.parametrize("frontend", ["export", "graph-breaks"])
+@pytest.mark.parametrize("frontend", ["export", "eager"])
 def test_branches_train_beside_layers(case: str, frontend: str) -> None:
     model, eager = layered_net(case).train(), layered_net(case).train()
     layers = list(model.children())

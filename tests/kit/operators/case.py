@@ -70,7 +70,7 @@ class Case:
     @property
     def taken_by(self) -> str:
         """The front end that auto uses."""
-        return "export" if self.has_graph else "graph-breaks"
+        return "export" if self.has_graph else "eager"
 
     def model(self) -> nn.Module:
         """Return the model in fp64, without the zeros and ones that biases and gains start with."""

@@ -1,21 +1,18 @@
-"""The front end `graph-breaks`: the subgraphs of dynamo, with branches, compute the same as the eager model."""
+"""A model that runs eagerly computes the same with its branches as the eager model with merged weights."""
 
 from __future__ import annotations
 
 import copy
-import gc
+import ctypes
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
@@ -29,7 +26,7 @@ from tests.kit.models import (
     optimizer_of,
     randomize,
 )
-from tests.kit.seams import SEAMS, lower
+from tests.kit.seams import SEAMS
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -83,12 +80,11 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.up(x))
-        torch._dynamo.graph_break()
         return x + self.down(hidden)
 
 
 class Stack(nn.Module):
-    """Layers of one class, whose graphs dynamo shares."""
+    """Layers of one class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +92,6 @@ class Stack(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            torch._dynamo.graph_break()
             x = layer(x)
         return self.head(x)
 
@@ -116,14 +111,13 @@ class Drops(nn.Module):
 
 
 class Plain(nn.Module):
-    """One weight is used in Python code that dynamo does not trace, and another one both there and in a subgraph."""
+    """One weight is transposed, and another one is used as it is stored and transposed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.between, self.both = nn.Linear(5, 7), nn.Linear(7, 6, bias=False), nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
 
-    @torch._dynamo.disable
     def _hidden(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x @ self.between.weight.t()) @ self.both.weight
 
@@ -132,22 +126,21 @@ class Plain(nn.Module):
 
 
 class Late(nn.Module):
-    """Python code that dynamo does not trace uses one weight, for some inputs only."""
+    """Uses one weight for some inputs only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.late, self.head = nn.Linear(5, 7), nn.Linear(7, 7, bias=False), nn.Linear(7, 3)
 
-    @torch._dynamo.disable
     def _hidden(self, x: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        return x if sign > 0 else x @ self.late.weight
+        return x if sign > 0 else x @ self.late.weight.t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self._hidden(torch.tanh(self.body(x)), x.sum()))
 
 
 class Counting(nn.Module):
-    """Batch norm and a counter, with a graph break in between."""
+    """Batch norm, a counter, and a branch on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +156,7 @@ class Counting(nn.Module):
 
 
 class Zipped(TwoLayers):
-    """Dynamo fails on this model because of a bug, and eager mode works."""
+    """Indexes by tuples of tensors."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(x.shape, dtype=torch.bool)
@@ -186,8 +179,8 @@ def inputs(rows: int = 6, seed: int = 2) -> torch.Tensor:
     return batches(1, rows, 5, seed=seed)[0]
 
 
-def adapted(model: nn.Module, spec: lx.CascadeSpec = SPEC, frontend: str = "graph-breaks") -> lx.Cascade:
-    return lx.adapt(model, (inputs(),), spec=spec, frontend=frontend)
+def adapted(model: nn.Module, spec: lx.CascadeSpec = SPEC) -> lx.Cascade:
+    return lx.adapt(model, (inputs(),), spec=spec, frontend="eager")
 
 
 def run(model: Any, x: torch.Tensor, seed: int = 3) -> torch.Tensor:
@@ -213,7 +206,7 @@ def test_it_computes_the_eager_model_and_with_branches_the_merged_model(name: st
     model = model_of(name).train(training)
     eager = copy.deepcopy(model)
     cascade = adapted(model)
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     for rows, sign in ((6, 1), (4, -1), (9, 1), (6, -1)):
         x = sign * inputs(rows)
         assert torch.equal(run(cascade, x), run(eager, x))
@@ -277,7 +270,7 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
     original = copy.deepcopy(model)
     torch.manual_seed(0)
     x = torch.ones(1, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.2)), frontend="graph-breaks")
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.2)), frontend="eager")
     missing = cascade.unreached
     assert missing
     assert all(torch.equal(model.get_parameter(key), original.get_parameter(key)) for key in missing)
@@ -302,30 +295,9 @@ def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
     cascade.transition(optimizer)
 
 
-def test_no_graph_is_captured_again_because_a_branch_came_before_it() -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first, second, third = self.layers
-            x = torch.tanh(first(x))
-            torch._dynamo.graph_break()
-            x = torch.tanh(second(x))
-            torch._dynamo.graph_break()
-            return third(x)
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    cascade = lx.adapt(Broken(), (torch.randn(4, 5),), spec=lx.CascadeSpec(rank=2), frontend="graph-breaks")
-    assert len(cascade.sites) == 3
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-
-
 @ALL
-def test_copies_capture_their_own_graphs(name: str) -> None:
-    """A copy has its own branches, also for swapped weights. Training it does not change the original."""
+def test_copies_read_their_own_branches(name: str) -> None:
+    """Training a copy does not change the original."""
     cascade = adapted(model_of(name))
     reach_all(cascade)
     randomize(cascade)
@@ -340,95 +312,151 @@ def test_copies_capture_their_own_graphs(name: str) -> None:
     assert torch.equal(run(cascade, inputs()), expected)
 
 
-def test_a_folded_graph_names_the_first_break() -> None:
-    cascade = adapted(model_of("Branchy"))
-    line = next(
-        number
-        for number, text in enumerate(Path(__file__).read_text(encoding="utf-8").splitlines(), 1)
-        if "if x.sum() > 0 else" in text
-    )
-    with raises(lx.CaptureError, "no-whole-graph", "Branchy", f"{__file__}:{line}"):
+def test_a_folded_graph_is_refused_with_the_reason_of_export() -> None:
+    cascade = lx.adapt(model_of("Branchy"), (inputs(),), spec=SPEC)
+    with raises(lx.CaptureError, "no-graph", "Branchy", "GuardOnDataDependentSymNode"):
         cascade.folded_graph()
     cascade(inputs())
 
 
-def test_the_recompile_limit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo does not fall back to eager code, which would run without branches."""
+class Doubled(torch.autograd.Function):
+    """A linear layer that computes twice its product. Its backward reads the weight that forward has saved."""
 
-    class Numbers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(5, 3)
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return 2 * x @ weight.t()
 
-        def forward(self, x: torch.Tensor, text: str = "a") -> torch.Tensor:
-            if x.sum().item() > 1e9:
-                return x
-            return self.body(x) * len(text)
-
-    lower(monkeypatch, "captures of the fallback", 4)
-    cascade = lx.adapt(Numbers().double(), (inputs(),), spec=SPEC, frontend="graph-breaks")
-    randomize(cascade)
-    x, right = inputs(), 0
-
-    def call_all() -> None:
-        nonlocal right
-        for length in range(1, 12):
-            assert_merged(cascade, cascade.model, x, "a" * length)
-            right += 1
-
-    with raises(lx.CaptureError, "not-captured", "Numbers", "4"):
-        call_all()
-    assert right >= 3
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        return 2 * gradient @ weight, 2 * gradient.t() @ x
 
 
-class Recomputed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def block(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.second(hidden))
+class LateFunction(TwoLayers):
+    """Computes by a custom autograd.Function for some inputs only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.block, self.first(x), use_reentrant=False)
+        hidden = torch.tanh(self.body(x))
+        return self.head(hidden) if x.sum() > 0 else Doubled.apply(hidden, self.head.weight)
 
 
-def test_any_number_of_models_of_a_class_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits count each model separately. Code compiled by the user stays, and code of freed models is removed."""
-    compiled, theirs, x = [], Recomputed(), torch.randn(4, 5)
+@pytest.mark.parametrize("example", [1, -1], ids=["later call", "first call"])
+def test_a_custom_function_gives_its_branch_the_right_gradient(example: int) -> None:
+    """Also if it comes only in a later call, in a mode whose gradients were compared before."""
+    torch.manual_seed(17)
+    model, x = LateFunction().double(), inputs().abs()
+    cascade = lx.adapt(model, (example * x,), spec=SPEC)
+    assert cascade.frontend == "eager"
+    assert cascade.placements == {"body.weight": "beside", "head.weight": "beside" if example > 0 else "weight"}
+    randomize(cascade)
+    for sign in (1, -1):
+        assert_merged(cascade, copy.deepcopy(model), sign * x)
 
-    def backend(graph: Any, example_inputs: Any) -> Any:
-        compiled.append(graph)
-        return graph
 
-    own = torch.compile(theirs, backend=backend)
-    expected, count = own(x), len(compiled)
-    lower(monkeypatch, "captures of the fallback", 3)
-    cascades, models = [], []
-    for _ in range(5):  # while all models are alive
-        cascades.append(lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks"))
-        cascades[-1](x).sum().backward()
-        models.append(ref(cascades[-1].model))
-    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
-    assert sum(entry.code is not None for entry in entries(Recomputed.forward.__code__)) == 1 + 5
-    cascades.clear()
-    gc.collect()
-    assert not any(model() for model in models)
-    assert sum(entry.code is not None for entry in entries(Recomputed.forward.__code__)) == 1
-    assert torch.equal(own(x), expected)
-    assert len(compiled) == count
-    del own
-    torch._C._dynamo.eval_frame.reset_code(Recomputed.forward.__code__)
-    for _ in range(3):  # one model at a time
-        cascade = lx.adapt(Recomputed(), (x,), spec=lx.CascadeSpec(rank=1), frontend="graph-breaks")
-        assert len(entries(Recomputed.forward.__code__)) == 1
-        del cascade
-        gc.collect()
+def test_gradients_of_gradients_reach_a_branch_through_a_custom_function() -> None:
+    torch.manual_seed(17)
+    model, x = LateFunction().double(), -inputs().abs()
+    cascade = lx.adapt(model, (-x,), spec=SPEC)
+    randomize(cascade)
+    branch = branches(cascade)["head.weight"]
+    factors = [branch.lora_A, branch.lora_B]
+
+    def penalty(call: Any) -> torch.Tensor:
+        first, _ = torch.autograd.grad(call(x).sin().sum(), factors, create_graph=True)
+        return first.square().sum()
+
+    def merged(x: torch.Tensor) -> torch.Tensor:
+        body = branches(cascade)["body.weight"]
+        weight = model.body.weight + body.scale * (body.lora_B @ body.lora_A).detach()
+        hidden = torch.tanh(F.linear(x, weight, model.body.bias))
+        return 2 * hidden @ (model.head.weight + branch.scale * branch.lora_B @ branch.lora_A).t()
+
+    computed = torch.autograd.grad(penalty(cascade), factors)
+    expected = torch.autograd.grad(penalty(merged), factors)
+    torch.testing.assert_close(computed, expected, rtol=1e-9, atol=1e-9)
+
+
+class Addresses(TwoLayers):
+    """For some inputs, reads a weight by its address and as a numpy array."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(x))
+        if x.sum() > 0:
+            return self.head(hidden)
+        weight = self.head.weight
+        entries = (ctypes.c_double * weight.numel()).from_address(weight.data_ptr())
+        copied = torch.tensor(list(entries), dtype=x.dtype).view(weight.shape)
+        assert np.array_equal(copied.numpy(), weight.detach().numpy())
+        return hidden @ copied.t()
+
+
+def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None:
+    torch.manual_seed(17)
+    model, x = Addresses().double(), inputs().abs()
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    randomize(cascade)
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, branch in branches(cascade).items():
+            merged.get_parameter(name).add_(branch.scale * branch.lora_B @ branch.lora_A)
+    torch.testing.assert_close(cascade(-x), merged(-x), rtol=0, atol=1e-12)
+
+
+class Spellings(nn.Module):
+    """Reads weights by methods, by attributes, and in a list that is passed to an op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operator, self.by_method = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6, 7))
+        self.transposed, self.cell, self.frozen = nn.Linear(7, 4), nn.LSTM(4, 3), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.by_operator.shape == (5, 6)
+        assert self.by_operator.is_contiguous()
+        hidden = (x @ self.by_operator).matmul(self.by_method) @ self.transposed.weight.T
+        with torch.no_grad():
+            scale = self.frozen.weight.norm()
+        return self.cell(hidden)[0] * scale + self.frozen(x) * float(x.abs().sum() > 0)
+
+
+def test_spellings_of_reads() -> None:
+    torch.manual_seed(17)
+    model = Spellings().double()
+    cascade = adapted(model)
+    assert cascade.placements == {
+        "by_operator": "beside",
+        "by_method": "beside",
+        "transposed.weight": "weight",
+        "cell.weight_ih_l0": "weight",
+        "cell.weight_hh_l0": "weight",
+        "frozen.weight": "weight",
+    }
+    randomize(cascade)
+    assert_merged(cascade, copy.deepcopy(model), inputs())
+
+
+@pytest.mark.parametrize("placement", ["beside", "weight"])
+def test_the_placement_of_the_spec(placement: Any) -> None:
+    cascade = adapted(model_of("Branchy"), lx.CascadeSpec(rank=2, placement=placement))
+    assert set(cascade.placements.values()) == {placement}
+    randomize(cascade)
+    assert_merged(cascade, copy.deepcopy(cascade.model), inputs())
+
+
+def test_dropout_of_branches() -> None:
+    """The generator of torch draws it in each call, and there is none in eval mode."""
+    cascade = adapted(model_of("Branchy").train(), lx.CascadeSpec(rank=2, dropout=0.5))
+    randomize(cascade)
+    x = inputs()
+    assert torch.equal(run(cascade, x), run(cascade, x))
+    assert not torch.equal(run(cascade, x), run(cascade, x, seed=4))
+    assert_merged(cascade.eval(), copy.deepcopy(cascade.model), x)
 
 
 def test_a_weight_that_nothing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is known that hides a weight so well: the check is told that it saw one."""
-    monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ["body.weight"])
+    monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ("body.weight",))
     with raises(lx.CaptureError, "not-captured", "Branchy", "body.weight"):
         adapted(model_of("Branchy"))
 
@@ -439,6 +467,6 @@ def test_beside_fabric() -> None:
     assert hasattr(torch.compile, "__wrapped__"), fabric
     model = Breaking(4)
     cascade = lx.adapt(model, args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
-    assert cascade.frontend == "graph-breaks"
+    assert cascade.frontend == "eager"
     assert "_compile_kwargs" not in vars(model)
     assert torch.equal(cascade(-torch.ones(2, 4)), model.linear(torch.ones(2, 4)))

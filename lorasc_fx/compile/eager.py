@@ -1,0 +1,334 @@
+"""Run a model that has no graph: the model itself runs, and its modules read adapted weights (capture/effective.py).
+
+So Python code, sizes, modes, hooks, caches and recomputation are those of the model, and need no guard. It remains to
+check that every use of a weight is such a read. So in each new mode of the model, the gradients of all branches are
+compared with those of the eager model with merged weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import fx, nn
+from torch._compile import _disable_dynamo
+from torch.utils import _pytree as pytree
+
+from lorasc_fx.branch import Branch, Decided
+from lorasc_fx.capture import EAGER, OWNER, Captured, Conditions, not_captured, read_live
+from lorasc_fx.capture.effective import EffectiveWeights, Reads
+from lorasc_fx.capture.uses import Uses, uses_in_a_run
+from lorasc_fx.check.isolation import isolation
+from lorasc_fx.check.observe import attempt, one_line
+from lorasc_fx.check.process_state import no_fastpath, own_warnings, quiet
+from lorasc_fx.check.projections import backward_of_projection, requiring_grad, without_gradients
+from lorasc_fx.compile.variants import Growable, NewVariant, Variant
+from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
+from lorasc_fx.graph import Record, named_weights
+from lorasc_fx.graph.matching import survey
+from lorasc_fx.passes.insert_branches import all_branches, no_sites_message
+from lorasc_fx.quantized import is_quantized, writable
+from lorasc_fx.signature import is_opaque_leaf
+from lorasc_fx.util.undo import Undo, isolated
+
+PROBE, PROBES = 0.5, 4
+"""Norm of the deltas of a comparison relative to their weights, and how many deltas are tried.
+
+Rounding may flip the sign of an input of a ReLU, and so change a gradient. That happens with some deltas only, but a
+use of a weight without its branch shows with every delta. So a difference counts only if each delta shows it."""
+ALLOWED = {torch.float64: 1e-7, torch.float32: 1e-3}
+"""Allowed relative error of a gradient, by dtype of the weights."""
+COARSE = 0.25
+"""Allowed relative error of a gradient in any other dtype."""
+FLOOR = 1e-2
+"""A small gradient may be a sum of terms that cancel. Its error is compared with at least this fraction of the largest
+gradient."""
+
+
+def with_uses(decided: Decided, model: nn.Module, uses: Uses | None) -> Decided:
+    """Add the weights that a run used to the plan. Each gets a branch. None adds no weight."""
+    graph = read_live(nn.Module(), fx.Graph(), model) if uses is None else uses.graph
+    record = Record(owner=OWNER, plan=decided.plan, refusals=decided.refusals)
+    record = survey([graph], record, {} if uses is None else uses.kinds)
+    branches = all_branches(record.plan, decided.branches, named_weights(model).parameters)
+    return Decided(record.plan, branches, record.refusals, record.unreached)
+
+
+def make_eager(
+    captured: Captured, model: nn.Module, decided: Decided, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> NewVariant:
+    """Adapt a model without a graph.
+
+    Args:
+        captured: says why there is no graph.
+        model: the model. It is left unchanged until the variant is called.
+        decided: the plan to follow, the existing branches, and the refusals so far.
+        args, kwargs: example inputs.
+
+    Raises:
+        NoSites: no weight can be adapted.
+        CaptureError: the model raises, or with its branches it differs from the eager model with merged weights.
+    """
+    spec = decided.plan.spec
+    uses, fault = attempt(uses_in_a_run, model, args, kwargs)
+    if uses is None:
+        assert fault is not None
+        raise not_captured(model, {**dict(captured.refused), EAGER.name: one_line(fault)}) from fault
+    decided = with_uses(decided, model, uses)
+    if not decided.plan.sites:
+        raise NoSites(no_sites_message(decided))
+    for site in decided.plan.sites:
+        if "weight" not in site.options.method.placements:
+            raise SpecError(
+                f"adapter={spec.adapter!r} does not work for {type(model).__name__}, which has no graph: the branch of "
+                f"{site.weight} cannot replace its op there. Choose another adapter.",
+                code="method-not-supported",
+            )
+    eager = EagerModel(model, decided, uses.beside, "".join(reason for _, reason in captured.refused))
+    eager.prepare(args, kwargs)
+
+    def attach(run: Growable) -> None:
+        eager.run = ref(run)
+
+    # If only gradient checkpointing prevents a graph, calls in eval mode should get one.
+    universal = not captured.only_recomputes
+    conditions = Conditions(state=None if universal else captured.conditions.state)
+    variant = Variant(eager, EAGER, conditions, universal, attach, eager.weights.close, eager.placements)
+    result = eager.decided
+    return NewVariant(result.plan, result.branches, result.refusals, result.unreached, variant, captured.refused)
+
+
+class EagerModel:
+    """Runs a model whose modules read adapted weights. It takes the arguments of the model.
+
+    Args:
+        model: the model.
+        decided: plan, branches and refusals so far. Later calls may use weights that no earlier call used.
+        beside: names of weights whose branch can compute beside each op.
+        reason: why the model has no graph. "" if none was tried.
+
+    Attributes:
+        run: returns the run of the cascade, or None before it starts.
+        placements: placement of each branch, by weight name.
+    """
+
+    def __init__(self, model: nn.Module, decided: Decided, beside: frozenset[str], reason: str) -> None:
+        self.model, self.decided, self.reason = model, decided, reason or "it runs eagerly (frontend='eager')"
+        self.weights, self.placements = EffectiveWeights(model), dict[str, str]()
+        self.run: Callable[[], Growable | None] = lambda: None
+        if decided.plan.spec.placement == "weight":
+            self.weights.reads = Reads.MERGED
+        self._modules, self._compared = list(model.modules()), set[Hashable]()
+        self._read_branches(beside)
+
+    @_disable_dynamo  # dynamo would trace the model without branches
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Before a call in a new mode, or with a weight that has no branch yet, the call is examined."""
+        self.prepare(args, kwargs)
+        return self._compute(args, kwargs)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Adapt weights that no earlier call used, and compare the gradients in a new mode of the model.
+
+        While there are weights that no call has used, each call costs an extra forward of the model.
+        """
+        if self._unused:
+            uses = uses_in_a_run(self.model, args, kwargs)
+            if any(kind and name in self._unused for name, kind in uses.kinds.items()):
+                self._grow(uses)
+        # In another mode the model may compute otherwise, for example with gradient checkpointing.
+        mode = tuple(
+            [value for module in self._modules for value in vars(module).values() if value is True or value is False]
+        )
+        if mode not in self._compared:
+            with torch.inference_mode(False):
+                self._choose_reads(args, kwargs)
+            self._compared.add(mode)
+
+    def _compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with no_fastpath, own_warnings:
+            return self.weights(*args, **kwargs)
+
+    def _read_branches(self, beside: frozenset[str]) -> None:
+        """Let reads compute the current branches."""
+        branches = {branch.weight_name: branch for branch in self.decided.branches.values()}
+        self.weights.read_with(branches)
+        refused = {refusal.weight for refusal in self.decided.refusals}
+        self._unused = named_weights(self.model).matrices.keys() - branches.keys() - refused
+        for name in branches:
+            is_beside = name in beside and self.weights.reads is Reads.BESIDE
+            self.placements.setdefault(name, "beside" if is_beside else "weight")
+
+    def _grow(self, uses: Uses) -> None:
+        """Add the weights of a run to the plan, and to the run of the cascade."""
+        decided, run = self.decided, self.run()
+        if run is not None:  # ranks may differ between stages
+            decided = replace(decided, plan=replace(decided.plan.at_stage(run.plan.stage), step=run.plan.step))
+        grown = with_uses(decided, self.model, uses)
+        if run is not None and set(grown.branches) != set(decided.branches):
+            run.grow(grown)
+        self.decided = grown
+        self._read_branches(uses.beside)
+
+    def _choose_reads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Choose the first way to read weights with which all branches get the right gradients.
+
+        Raises:
+            CaptureError: there is none.
+        """
+        ways = list(Reads)
+        for way in ways[ways.index(self.weights.reads) :]:
+            self.weights.reads = way
+            if way is not Reads.BESIDE:
+                self._check_not_quantized()
+                self.placements.update(dict.fromkeys(self.placements, "weight"))
+            if not (wrong := self._wrong_gradients(args, kwargs)):
+                return
+        first, again = (self._run(args, kwargs, {}) for _ in range(2))
+        if not all(map(torch.equal, first, again)):
+            raise CaptureError(
+                f"Two runs of {type(self.model).__name__} under one seed differ, so a run with branches cannot be "
+                "compared with them. Its forward may seed a generator itself. Make the model deterministic, such as "
+                "by setting dropout to 0."
+            )
+        raise CaptureError(
+            f"{type(self.model).__name__}: the branches of {named(wrong)} would get other gradients than in the eager "
+            "model, because its Python code uses a weight in a way that no module shows. Exclude them, or adapt only a "
+            "part of the model."
+        )
+
+    def _check_not_quantized(self) -> None:
+        for name, weight in self.weights.parameters.items():
+            if is_quantized(weight):
+                raise CaptureError(
+                    f"{name} is quantized, and {type(self.model).__name__} uses weights in a way that needs merged "
+                    f"ones. There, a branch of a quantized weight would have no effect. Exclude it "
+                    f"(exclude=({name!r},)).",
+                    code="quantized-not-supported",
+                )
+
+    # ---- Comparison with the eager model with merged weights
+
+    def _wrong_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the weights whose branches get other gradients than in the model with merged weights."""
+        weights = {name: value for name, value in self.weights.parameters.items() if not is_quantized(value)}
+        dtypes = {weight.dtype for weight in weights.values()}
+        kinds = {weight.device.type for weight in weights.values()}
+        autocast = any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in kinds)
+        coarse = autocast or not dtypes <= ALLOWED.keys()
+        allowed = COARSE if coarse else max((ALLOWED[dtype] for dtype in dtypes), default=COARSE)
+        wrong = set(weights)
+        for probe in range(PROBES):
+            if wrong:
+                wrong &= self._differing(args, kwargs, weights, probe, allowed)
+        return tuple(sorted(wrong))
+
+    def _differing(
+        self, args: Any, kwargs: Any, weights: Mapping[str, nn.Parameter], probe: int, allowed: float
+    ) -> set[str]:
+        """Return the weights whose branches get other gradients for one delta of each weight."""
+        model, branches = self.model, {name: self.weights.branches[name] for name in weights}
+        trained = {name for name, value in model.named_parameters() if value.requires_grad} | weights.keys()
+        leaves = [value for value in writable(dict(model.named_parameters())).values() if value.is_leaf]
+        with quiet(), without_gradients(leaves), _temporary_values(self.weights.branches.values()):
+            for name, branch in branches.items():
+                _probe(branch, weights[name], probe)
+            deltas = {name: branch.dense_delta(weights[name].detach()) for name, branch in branches.items()}
+            merged = {
+                name: (weights[name].detach() + delta.detach()).to(weights[name].dtype)
+                for name, delta in deltas.items()
+            }
+            # Run the eager model with merged weights. The gradients of the branches follow from those of the weights.
+            with requiring_grad(model, trained):
+                outputs, fault = attempt(self._run, args, kwargs, merged)
+            if fault is not None:
+                self._check_frozen(args, kwargs, merged, fault)
+                return set()  # the model has no gradients
+            slopes = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+            expected = {
+                name: torch.autograd.grad(deltas[name], list(branches[name].trainable().values()), slope.to_dense())
+                for name, slope in slopes.items()
+            }
+            for leaf in leaves:
+                leaf.grad = None
+            # Run it with adapted weights.
+            adapted_outputs, fault = attempt(self._run, args, kwargs, None)
+            if fault is not None:  # for example, gradient checkpointing raises if forward and recomputation differ
+                return set(weights)
+            if not expected:
+                pairs = list(zip(outputs or (), adapted_outputs or (), strict=True))
+                gap = sum(_norm(output - adapted) for output, adapted in pairs)
+                return set(weights) if gap > allowed * sum(_norm(output) for output, _ in pairs) else set()
+            floor = FLOOR * max(_norm(slope) for slopes in expected.values() for slope in slopes)
+            return {
+                name
+                for name, slopes in expected.items()
+                for factor, slope in zip(branches[name].trainable().values(), slopes, strict=True)
+                if _norm(slope if factor.grad is None else factor.grad - slope) > allowed * (_norm(slope) + floor)
+            }
+
+    def _check_frozen(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor], fault: Exception) -> None:
+        """Raise CaptureError if the backward pass of the model raises only because some parameters are frozen."""
+        with requiring_grad(self.model, None):
+            if attempt(self._run, args, kwargs, merged)[1] is None:
+                raise CaptureError(
+                    f"The backward pass of {type(self.model).__name__} raises {one_line(fault)}, because parameters "
+                    "without a branch are frozen. It asks for the gradients of all parameters of a region, as custom "
+                    "gradient checkpointing does. Turn that off, use torch.utils.checkpoint, or train these parameters "
+                    "in full (train=...)."
+                ) from fault
+
+    def _run(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor]:
+        """Run forward and backward with merged weights, or None for adapted ones. Return the floating-point outputs."""
+        with isolation(self.model, args, kwargs, _with_values(self.model, merged or {})) as (inputs, by_name):
+            output = self._compute(inputs, by_name) if merged is None else self.model(*inputs, **by_name)
+            leaves = pytree.tree_leaves(output, is_leaf=is_opaque_leaf)
+            outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+            backward_of_projection([leaf for leaf in outputs if leaf.requires_grad])
+        return [leaf.detach() for leaf in outputs]
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(tensor.cpu().double().norm())
+
+
+def _probe(branch: Branch, weight: torch.Tensor, index: int) -> None:
+    """Give a branch a delta of norm PROBE relative to its weight. Each index gives another one."""
+    parameters = [branch.get_parameter(name) for name in branch.zeros]
+    for parameter in parameters:
+        entries = torch.linspace(-1, 1, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+        order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(index)) if index else slice(None)
+        parameter.data = entries[order].view_as(parameter)
+    with torch.no_grad():
+        norm = branch.dense_delta(weight).norm()
+        if norm > 0:
+            factor = PROBE * weight.norm().to(norm.dtype).clamp_min(1e-3) / norm
+            for parameter in parameters:
+                parameter.data = parameter.data * factor
+    torch.clear_autocast_cache()
+
+
+@isolated
+def _with_values(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Context manager: replace the values of parameters, without replacing the Parameter objects."""
+    undo(torch.clear_autocast_cache)  # it contains casts of these values
+    for name, value in values.items():
+        parameter = model.get_parameter(name)
+        undo(partial(setattr, parameter, "data", parameter.data))
+        parameter.data = value
+    torch.clear_autocast_cache()
+
+
+@isolated
+def _temporary_values(undo: Undo, branches: Any) -> None:
+    """Context manager: replace the parameters of branches by copies, and turn off dropout."""
+    for branch in branches:
+        undo(partial(branch._parameters.update, dict(branch._parameters)))
+        undo(partial(setattr, branch, "training", branch.training))
+        branch.training = False
+        for name, parameter in dict(branch.named_parameters()).items():
+            branch._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
