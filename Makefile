@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # A pytest of its own, because the simulated accelerator stays registered for the life of a process.
 ACCELERATOR := $(BIN)/python -m pytest tests/accelerator $(WORKERS)
 CONSTRAINTS := requirements/constraints.txt
-EXTRAS := cli,data,vision,text,demo,onnx,report,loops,tensorboard,test,bench
+EXTRAS := cli,llm,vision,text,demo,onnx,report,loops,tensorboard,test,bench
 # Where another torch may compute something else.
 CORE := $(addprefix tests/,adapt branch capture cascade check compile forms graph passes quantized state)
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)

@@ -1,7 +1,7 @@
 """Adapt a conv net for images: it is trained on MNIST, and then adapted to digits by other writers.
 
 Every convolution and the head get a branch. The batch norms are trained in full. Takes 20 seconds. Run it from a clone,
-with the extras `cli` and `demo`.
+with the extra `demo`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from experiments.data import digits, mnist5k
-from lorasc_fx.cli.data import Examples, image_examples
 
 SIZE = 28
+Examples = tuple[Tensor, Tensor]
+"""Images [examples, 3, SIZE, SIZE] from -1 to 1, and their classes."""
+
+
+def prepared(pixels: Tensor, labels: Tensor) -> Examples:
+    images = F.interpolate(pixels.float(), (SIZE, SIZE), mode="bilinear", align_corners=False)
+    return images.expand(-1, 3, -1, -1) / 127.5 - 1, labels
 
 
 class Block(nn.Module):
@@ -48,8 +54,9 @@ class ConvNet(nn.Module):
 
 def step(model: nn.Module, examples: Examples, optimizer: torch.optim.Optimizer, seed: int, rows: int) -> float:
     """Take one training step on 32 of the first `rows` examples, and return the loss."""
-    batch = examples.batch(torch.randint(rows, (32,), generator=torch.Generator().manual_seed(seed)))
-    loss = F.cross_entropy(model(*batch.args), batch.labels)
+    images, labels = examples
+    index = torch.randint(rows, (32,), generator=torch.Generator().manual_seed(seed))
+    loss = F.cross_entropy(model(images[index]), labels[index])
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -57,24 +64,23 @@ def step(model: nn.Module, examples: Examples, optimizer: torch.optim.Optimizer,
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, examples: Examples, index: Tensor) -> float:
-    batch = examples.batch(index)
-    return (model(*batch.args).argmax(-1) == batch.labels).float().mean().item()
+def accuracy(model: nn.Module, examples: Examples, first: int) -> float:
+    images, labels = (each[first:] for each in examples)
+    return (model(images).argmax(-1) == labels).float().mean().item()
 
 
 def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, float]:
     torch.manual_seed(0)
     model = ConvNet()
-    mnist, new = image_examples(*mnist5k(), size=SIZE), image_examples(*digits(), size=SIZE)
+    mnist, new = prepared(*mnist5k()), prepared(*digits())
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for index in range(pretrain):  # in practice, load a pretrained checkpoint instead
-        step(model, mnist, optimizer, index, len(mnist))
+        step(model, mnist, optimizer, index, len(mnist[0]))
     model.eval()  # batch norm keeps its statistics from here on
-    test = torch.arange(1300, len(new))
-    before = accuracy(model, new, test)
+    before = accuracy(model, new, first=1300)
 
     spec = lx.CascadeSpec(targets=("conv", "head.weight"), train=("*.norm?.*",), rank=4, lora_alpha=8, pace=0.8)
-    model = lx.adapt(model, args=new.batch(torch.arange(32)).args, spec=spec)
+    model = lx.adapt(model, args=(new[0][:32],), spec=spec)
     print(model)
     optimizer = torch.optim.AdamW(model.param_groups(lr=2e-3))
     for stage in model.stages(stages, optimizer):
@@ -82,7 +88,7 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
         for index in range(steps):
             loss = step(model, new, optimizer, stage.index * steps + index, 1300)
         print(f"stage {stage.index}: loss {loss:.3f}")
-    after = accuracy(model.release(), new, test)
+    after = accuracy(model.release(), new, first=1300)
     print(f"accuracy on other writers: {before:.3f} before, {after:.3f} after")
     return before, after
 

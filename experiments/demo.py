@@ -19,14 +19,12 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TQDM_DISABLE", "1")  # transformers shows a bar for each file that it reads
 
 import torch
-from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import lorasc_fx as lx
 from experiments.sentences import TEST_TEMPLATES, TRAIN_TEMPLATES, Example, Texts, accuracy, examples
-from lorasc_fx.cli.progress import Reporter, console, reporting
 from lorasc_fx.passes import FoldBranches
 from lorasc_fx.pictures import draw_steps
 
@@ -104,8 +102,8 @@ class Task:
 
 
 def main() -> int:
-    start, screen = time.monotonic(), console()
-    screen.print(
+    start = time.monotonic()
+    print(
         f"SmolLM2-135M learns to answer with JSON: {STAGES * STEPS} steps of LoRA, then {STAGES} stages of {STEPS} "
         f"steps of LoRASC.\nThis takes about 3 minutes on {torch.get_num_threads()} CPU threads.",
     )
@@ -124,19 +122,17 @@ def main() -> int:
     show_answers(f"Before the training: {base.correct} of {TESTED} answers are correct", task.test, base.answers)
     lora, lorasc = train(cascade, task)
     show_answers(f"After the training: {lorasc.correct} of {TESTED} answers are correct", task.test, lorasc.answers)
-    table = Table("correct answers to new kinds of sentences", "base", "LoRA", "LoRASC")
-    counts = [f"{correct} of {TESTED}" for correct in (base.correct, lora, lorasc.correct)]
-    table.add_row(f"{STAGES * STEPS} steps each, one seed", *counts)
-    screen.print(table)
-    screen.print("One seed proves little. docs/evidence.md has 15 tasks with ten seeds each.")
+    counts = {"base": base.correct, "LoRA": lora, "LoRASC": lorasc.correct}
+    found = ", ".join(f"{name} {correct} of {TESTED}" for name, correct in counts.items())
+    print(f"\nCorrect answers to new kinds of sentences after {STAGES * STEPS} steps each, one seed: {found}")
+    print("One seed proves little. docs/evidence.md has 15 tasks with ten seeds each.")
     status = fold(cascade, task, lorasc.tokens, nodes, gguf)
     python = os.path.relpath(sys.executable)
-    screen.print(
+    print(
         f"\nNext ({time.monotonic() - start:.0f} s since the start)\n"
         f"  {python} -m lorasc_fx sites hf:{FOLDER}/model   list the weights that can be adapted\n"
         f"  {python} -m examples.trainer   train stages in the Trainer of transformers\n"
-        "  make compare   compare LoRA and LoRASC on film reviews, with three seeds and paired differences",
-        soft_wrap=True,
+        "  make compare   compare LoRA and LoRASC on film reviews, with three seeds and paired differences"
     )
     return status
 
@@ -153,14 +149,15 @@ def adapt(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[lx.Ca
     reasons = Counter(refusal.reason.value for refusal in cascade.refusals)
     trained = sum(site.parameters for site in cascade.sites)
     total = sum(parameter.numel() for parameter in model.parameters())
-    table = Table(title="Capture", title_justify="left", show_header=False)
-    table.add_row("front end", f"{cascade.frontend}, {seconds:.0f} s")
-    table.add_row("nodes", f"{nodes} captured, {len(cascade.graph_module.graph.nodes)} with branches")
-    table.add_row("sites", f"{len(cascade.sites)} linear weights of layers 22 to 29, rank {SPEC.rank}")
-    table.add_row("refusals", ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none")
-    table.add_row("trained", f"{trained:,} of {total:,} parameters ({trained / total:.1%})")
-    table.add_row("picture", f"{FOLDER}/graph.svg: one block as captured, with branches, and after the fold")
-    console().print(table)
+    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+    print(
+        f"\nThe capture ({cascade.frontend}, {seconds:.0f} s)\n"
+        f"  graph: {nodes} nodes, {len(cascade.graph_module.graph.nodes)} with branches\n"
+        f"  sites: {len(cascade.sites)} linear weights of layers 22 to 29, rank {SPEC.rank}; refusals: {refused}\n"
+        f"  trained: {trained:,} of {total:,} parameters ({trained / total:.1%})\n"
+        f"  {FOLDER}/graph.svg: one block as captured, with branches, and after the fold",
+        flush=True,
+    )
     return cascade, nodes
 
 
@@ -172,10 +169,9 @@ def folded(cascade: lx.Cascade) -> torch.fx.GraphModule:
 
 def show_answers(title: str, questions: Sequence[Example], answers: Sequence[str]) -> None:
     """Print the first sentences and answers."""
-    table = Table("sentence", "answer", title=title, title_justify="left", show_lines=True)
+    print(f"\n{title}")
     for example, answer in list(zip(questions, answers, strict=True))[:SHOWN]:
-        table.add_row(example.sentence, " ".join(answer.split())[:90])
-    console().print(table)
+        print(f"  {example.sentence}\n    {' '.join(answer.split())[:90]}", flush=True)
 
 
 def train(cascade: lx.Cascade, task: Task) -> tuple[int, Measured]:
@@ -188,43 +184,28 @@ def train(cascade: lx.Cascade, task: Task) -> tuple[int, Measured]:
     """
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=RATE))
     total = STAGES * STEPS
-    table = Table(
-        "",
-        "loss",
-        "fast weights",
-        "slow weights",
-        "transition",
-        title="Training: correct answers",
-        title_justify="left",
-    )
-    with reporting() as reporter:
-        loss = fit(cascade, optimizer, task.batches(range(total)), reporter, f"LoRA, {total} steps")
-        lora = task.count_correct(cascade, "fast")
-        table.add_row(f"LoRA, {total} steps", f"{loss:.3f}", f"{lora} of {TESTED}", "", "")
-        cascade.rewind(0, optimizer)
-        for number in range(STAGES):
-            batches = task.batches(range(STEPS * number, STEPS * (number + 1)))
-            title = f"LoRASC, stage {number + 1} of {STAGES}"
-            loss = fit(cascade, optimizer, batches, reporter, title)
-            fast = task.count_correct(cascade, "fast")
-            start = time.monotonic()
-            cascade.transition(optimizer)
-            seconds = time.monotonic() - start
-            slow = task.count_correct(cascade, "slow")
-            table.add_row(title, f"{loss:.3f}", f"{fast} of {TESTED}", f"{slow} of {TESTED}", f"{seconds:.2f} s")
-    console().print(table)
+    print("\nThe training", flush=True)
+    loss = fit(cascade, optimizer, task.batches(range(total)))
+    lora = task.count_correct(cascade, "fast")
+    print(f"  LoRA, {total} steps: loss {loss:.3f}, {lora} of {TESTED} answers are correct", flush=True)
+    cascade.rewind(0, optimizer)
+    for number in range(STAGES):
+        loss = fit(cascade, optimizer, task.batches(range(STEPS * number, STEPS * (number + 1))))
+        fast = task.count_correct(cascade, "fast")
+        start = time.monotonic()
+        cascade.transition(optimizer)
+        seconds = time.monotonic() - start
+        slow = task.count_correct(cascade, "slow")
+        print(
+            f"  LoRASC, stage {number + 1} of {STAGES}: loss {loss:.3f}, fast weights {fast}, slow weights {slow}; "
+            f"transition {seconds:.2f} s",
+            flush=True,
+        )
     return lora, task.measure(cascade, "slow")
 
 
-def fit(
-    cascade: lx.Cascade,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[dict[str, torch.Tensor]],
-    reporter: Reporter,
-    title: str,
-) -> float:
+def fit(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, batches: Sequence[dict[str, torch.Tensor]]) -> float:
     """Train on these batches, and return the mean loss of the last five."""
-    reporter.begin(title, len(batches))
     losses = []
     for batch in batches:
         loss = cascade(**batch).loss
@@ -233,21 +214,18 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        reporter.step(len(losses), "", losses[-1])
     return sum(losses[-5:]) / 5
 
 
 def fold(cascade: lx.Cascade, task: Task, tokens: torch.Tensor, nodes: int, gguf: Path) -> int:
     """Write the folded model and the adapter, and load both in a new process. Return an exit code."""
-    screen = console()
     count = len(folded(cascade).graph.nodes)
     lx.export.peft(cascade, FOLDER / "adapter")
     model = cascade.release()
     model.save_pretrained(FOLDER / "model")
     task.texts.tokenizer.save_pretrained(FOLDER / "model")
     save_file(task.texts.prompts(task.test) | {"answers": tokens.contiguous()}, FOLDER / "answers.safetensors")
-    screen.print(f"\nThe fold\n  graph: {count} nodes, {nodes} captured nodes")
-    screen.print("  a new process without lorasc-fx:")
+    print(f"\nThe fold\n  graph: {count} nodes, {nodes} captured nodes\n  a new process without lorasc-fx:", flush=True)
     script = Path(__file__).with_name("plain_process.py")
     status = subprocess.run([sys.executable, str(script), str(FOLDER), str(gguf)], check=False).returncode
     return status or int(count != nodes)

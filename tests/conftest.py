@@ -160,7 +160,6 @@ SLOW = {
     "capture/test_front_ends.py::test_llama_with_gradient_checkpointing[eager]",
     "accelerator/test_operations.py::test_exported_graphs",
     "accelerator/test_operations.py::test_methods_of_a_model[llama]",
-    "cli/test_app.py::test_a_missing_extra_is_one_message",
     "contract/test_docs.py::test_page_runs[docs/start.md]",
     "durability/test_kills.py::test_a_training_outlives_a_full_disk",
     "export/test_graphs.py::test_onnx_is_the_released_model_of_any_batch[stated]",

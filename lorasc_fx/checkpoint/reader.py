@@ -109,7 +109,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     """
     root, advice = path_of(folder), "give a folder that lorasc_fx.save has written"
     with refusing(root, advice):
-        versions = list_versions(root) or list_versions(root / "checkpoint")
+        versions = list_versions(root) or list_versions(root / "cascade")
     if not versions:
         if (root / "adapter_config.json").is_file():
             advice = "it is an adapter of peft: call lorasc_fx.from_peft(folder, model, ...) instead"

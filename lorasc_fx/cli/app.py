@@ -6,52 +6,42 @@ exit code 130. Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
 
-from lorasc_fx.errors import LorascError, SpecError, nearest
-from lorasc_fx.util.extras import require
+from lorasc_fx.errors import LorascError, SpecError, nearest, path_of
+from lorasc_fx.util.extras import missing
 from lorasc_fx.util.version import version
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorasc_fx.facade import Cascade
+
 COMMANDS = {
-    "train": ("CONFIG.toml [--resume] [OPTIONS]", "adapt a model and write a run folder"),
-    "sites": ("MODEL [OPTIONS]", "list adapted weights, and why others are not"),
-    "fold": ("RUN [--base FOLDER] [--output PATH]", "write the slow weights as safetensors"),
-    "export": ("RUN --to FORMAT --output PATH", "write the model as pt2, onnx, safetensors or peft"),
-    "compare": ("CONFIG.toml [OPTIONS]", "train several methods and compare them"),
-    "predict": ("RUN FILE-or-FOLDER", "classify images or texts"),
-    "report": ("RUN [--output FILE]", "write an HTML page about a run or a comparison"),
+    "train": ("train:train", "CONFIG.toml [KEY=VALUE ...]", "train a model and write a run folder"),
+    "sites": ("sites:sites", "MODEL", "list adapted weights, and why others are not"),
+    "predict": ("predict:predict", "RUN PATH", "classify images or texts, or generate texts"),
+    "export": ("export:export", "RUN --to FORMAT --output PATH", "write pt2, onnx, safetensors or peft"),
+    "fold": ("export:fold", "RUN --base BASE --output PATH", "write the slow weights into the files of the base"),
+    "compare": ("compare:compare", "CONFIG.toml [KEY=VALUE ...]", "train several methods and compare them"),
 }
-"""Arguments and purpose of each command. It is `run_NAME` in the module NAME, or in the module in `_MODULES`."""
-
-_MODULES = {"fold": "export"}
-
-_IMPORT_WARNINGS = {
-    "torchao": "Failed to load ",
-    "torchao.kernel.intmm": "Warning: Detected no triton",
-    "torch.utils._pytree": "%s is an Enum subclass",
-}
-"""Prefixes of warnings, by logger, from the import of torchao by transformers. They are hidden, because no command uses
-torchao."""
-
-
-def _differs(prefix: str, record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(prefix)
+"""Function, arguments and purpose of each command. tyro makes options of the function's parameters."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(version())
+        return 0
     logging.basicConfig(format="%(message)s")  # print the package's warnings to standard error
-    for name, prefix in _IMPORT_WARNINGS.items():
-        logging.getLogger(name).addFilter(partial(_differs, prefix))
     try:
         return _command(arguments)
     except LorascError as fault:
@@ -75,34 +65,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        usages = {f"lorasc-fx {name} {options}": purpose for name, (options, purpose) in COMMANDS.items()}
-        width = max(map(len, usages))
-        lines = "\n".join(f"  {usage:{width}}  {purpose}" for usage, purpose in usages.items())
-        print(f"Fine-tune models by staged low-rank adaptation.\n\nusage:\n{lines}\n")
-        print("`lorasc-fx COMMAND --help` lists the options of a command. OPTIONS override keys of CONFIG.toml.")
+        lines = "\n".join(f"  {name} {usage}\n      {purpose}" for name, (_, usage, purpose) in COMMANDS.items())
+        print(f"usage: lorasc-fx COMMAND ...\n\n{lines}\n\nlorasc-fx COMMAND --help lists all options of a command.")
         return 0 if arguments else 2
-    name, options = arguments[0], arguments[1:]
-    if name == "--version":
-        print(version())
-        return 0
+    name = arguments[0]
     if name not in COMMANDS:
-        raise SpecError(
-            f"no command is called {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}", code="unknown-name"
-        )
-    require("cli", "tyro", "rich")
+        raise SpecError(f"no command is called {name!r}{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+    _require_extra()
     import tyro
 
-    run: Callable[[Any], int] = pkgutil.resolve_name(f"lorasc_fx.cli.{_MODULES.get(name, name)}:run_{name}")
-    kind = get_type_hints(run)["arguments"]
-    if name not in ("train", "compare"):
-        return run(tyro.cli(kind, prog=f"lorasc-fx {name}", args=options))
-    path = Path(options.pop(0)) if options and not options[0].startswith("-") else None
-    if path is None and "-h" not in options and "--help" not in options:
-        raise SpecError(f"{name} needs a configuration file first: lorasc-fx {name} CONFIG.toml")
-    from lorasc_fx.cli.config import Config, load_config
+    function = pkgutil.resolve_name(f"lorasc_fx.cli.{COMMANDS[name][0]}")
+    code: int = tyro.cli(function, prog=f"lorasc-fx {name}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    return code
 
-    config = Config() if path is None else load_config(path)
-    if path is not None and config.output == Config.output:
-        config = replace(config, output=f"runs/{path.stem}")
-    default = kind(config)
-    return run(tyro.cli(kind, prog=f"lorasc-fx {name} {path or 'CONFIG.toml'}", args=options, default=default))
+
+def load(run: str | PathLike[str], model: nn.Module | None = None) -> Cascade:
+    """Load the cascade of a run of `lorasc-fx train`.
+
+    It has an attribute `preprocessing`, which converts inputs in the same way as the run:
+    `cascade(**cascade.preprocessing(texts))`, or paths of images instead of texts. Its `classes` are the names of the
+    classes.
+
+    Args:
+        run: the run folder.
+        model: the model that was adapted. By default, it is built from the configuration of the run.
+
+    Raises:
+        SpecError: the model cannot be built, or the configuration builds it by a user's function, which is not called
+            here.
+        MissingExtra: the packages of the extra `cli` are not installed.
+        StateError, CheckpointError: the folder has no run, or an error of `lorasc_fx.load`.
+    """
+    _require_extra()
+    from lorasc_fx.cli.train import open_run
+
+    cascade, task = open_run(path_of(run), model, safe=True)
+    cascade.preprocessing = task
+    return cascade
+
+
+def _require_extra() -> None:
+    """Raise MissingExtra if a package is not installed. None is imported, because not every command needs all."""
+    for package in ("tyro", "tomli_w", "transformers", "datasets", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise missing("cli", package)

@@ -1,16 +1,16 @@
-"""Configuration files: frozen dataclasses for the TOML tables, and errors that name the key."""
+"""Configuration files: a TOML file, `key=value` overrides, and frozen dataclasses whose errors name the key."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lorasc_fx.cli.compare_methods import METHODS
+from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check, check, choice, decode
@@ -19,7 +19,7 @@ from lorasc_fx.util.files import replacing
 
 Count = Annotated[int, Check(lambda count: count >= 1, "give a whole number of 1 or more")]
 CountOrZero = Annotated[int, Check(lambda count: count >= 0, "give a whole number of 0 or more")]
-NotNegative = Annotated[float, Check(lambda number: number >= 0, "give a number of 0 or more")]
+Share = Annotated[float, Check(lambda share: 0 <= share <= 1, "give a share from 0 to 1")]
 Rate = Annotated[float, Check(lambda rate: rate > 0, "give a number above 0, a learning rate")]
 Seed = Annotated[int, Check(lambda seed: 0 <= seed < 2**31, "a seed is 0 or more, and less than 2147483648")]
 Method = Annotated[str, choice(METHODS)]
@@ -40,13 +40,15 @@ class ModelConfig:
     """The model that is adapted."""
 
     name: str = ""
-    """The model: `timm:NAME`, `hf:FOLDER`, `hf:package:NAME` (a model folder inside an installed package), or
-    `python:package.module:function`."""
+    """The model: `hf:FOLDER` or `hf:package:NAME` (transformers), `timm:NAME`, or `python:package.module:function`."""
+    task: Literal["auto", "language", "classification"] = "auto"
+    """What a model of transformers learns. `auto`: `language` if the folder has a causal language model, otherwise
+    `classification`."""
     weights: str = ""
-    """Pretrained weights: a `.safetensors` file, or `python:package.module:function`, a function that gets the model
+    """Weights to start from: a `.safetensors` file, or `python:package.module:function`, a function that gets the model
     and returns tensors by name. If empty, the weights of the model are kept."""
-    seed: Seed = 0
-    """Seed of weights that are not pretrained (a new head). It is combined with the seed of the run."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Dtype of a model of transformers. `auto`: the one in its files."""
 
     def __post_init__(self) -> None:
         check(self, "model")
@@ -54,33 +56,32 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data set, how it is split, and the shifted test sets."""
+    """The data set, how it is split, and further test sets."""
 
     name: str = ""
-    """The data set: `csv:FILE`, `json:FILE`, `parquet:FILE`, `imagefolder:DIR`, or `python:package.module:function`, a
-    function that returns inputs and their classes. The inputs are a list of texts, or images as uint8 [examples, 1 or
-    3, height, width]."""
+    """The data set: `json:FILE`, `csv:FILE`, `parquet:FILE`, `imagefolder:DIR`, or `python:package.module:function`, a
+    function that returns a `datasets.Dataset`."""
     train: Size = 0.7
-    """Training examples: a number, or a fraction of the data set below 1."""
+    """Training examples: a number, or a share of the data set."""
     validation: Size = 0.1
-    """Validation examples, which choose the learning rate: a number or a fraction."""
+    """Validation examples, which are evaluated at the end of each stage: a number or a share."""
     test: Size = 0.2
-    """Test examples, which the tables report: a number or a fraction."""
+    """Test examples: a number or a share."""
     shifts: Annotated[tuple[str, ...], EACH_ONCE] = ()
-    """Shifted test sets: names of data sets with the same classes, or functions `python:package.module:function` that
-    change the test inputs."""
+    """Further test sets of a classifier: data sets with the same classes, or `python:` functions that change the test
+    examples, called by `Dataset.map` with a batch of them."""
     shift_test: Count = 1500
-    """Maximum number of examples in each shifted test set."""
+    """Maximum number of examples in each further test set."""
     seed: Seed = 0
     """Seed of the split."""
+    max_length: CountOrZero = 0
+    """Maximum number of tokens. Longer texts are truncated. 0: the maximum of the model, and at most 1024."""
     image_size: Count = 64
-    """Height and width that images are resized to, in pixels."""
-    max_length: Count = 64
-    """Maximum number of tokens of a text. Longer texts are truncated."""
+    """Height and width of images in pixels, for models of timm and of functions."""
     text_column: str = "text"
     """Name of the column with the text."""
     image_column: str = "image"
-    """Name of the column with the image: its bytes, or the path of a file."""
+    """Name of the column with the image."""
     label_column: str = "label"
     """Name of the column with the class."""
 
@@ -89,48 +90,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Length and optimizer settings of the training."""
+class StagesConfig:
+    """The stages, and the learning rate within each of them."""
 
-    epochs: NotNegative = 4.0
-    """Number of passes over the training examples."""
-    steps: CountOrZero = 0
-    """Number of optimizer steps. If 0, it follows from `epochs`."""
-    stages: Count = 3
-    """Number of stages of a cascade. The steps are divided evenly among them."""
-    batch_size: Count = 16
-    """Examples per optimizer step."""
-    lr: Rate = 1e-3
-    """Learning rate of AdamW."""
-    weight_decay: NotNegative = 0.0
-    """Weight decay of AdamW."""
-    max_grad_norm: NotNegative = 1.0
-    """Gradients are clipped to this norm over all trained parameters. 0 turns clipping off."""
+    count: Count = 3
+    """Number of stages. The optimizer steps of the training are divided evenly among them."""
     warmup: CountOrZero = 10
     """Steps of linear warm-up at the start of each stage."""
     decay: Literal["cosine", "linear"] = "cosine"
-    """Shape of the learning-rate decay within each stage."""
-    floor: Annotated[float, Check(lambda share: 0 <= share <= 1, "give a share of the learning rate, from 0 to 1")] = (
-        0.0
-    )
-    """Learning rate at the end of each stage, as a fraction of `lr` from 0 to 1. 1 means no decay."""
-    frozen_norm: bool = True
-    """If the model has batch norm, train it in eval mode: its running statistics stay fixed, and dropout is off."""
-    seed: Seed = 0
-    """Seed of the order of examples, of dropout, and of a new head."""
-    device: str = "cpu"
-    """Device to train on: `cpu`, `cuda`, ..."""
-    threads: Annotated[int, Check(lambda count: 0 <= count <= 1024, "give a whole number from 0 to 1024")] = 0
-    """Number of CPU threads. If 0, torch chooses."""
-    log_every: Count = 20
-    """Log metrics every this many steps."""
-    checkpoint_every: CountOrZero = 0
-    """Save a checkpoint every this many steps. If 0, only at the end of each stage."""
+    """Shape of the decay of the learning rate within each stage."""
+    floor: Share = 0.0
+    """Learning rate at the end of each stage, as a share of the full one. 1 means no decay."""
 
     def __post_init__(self) -> None:
-        check(self, "train")
-        if self.steps == self.epochs == 0:
-            raise SpecError("train.epochs is 0; give a number above 0, or train.steps")
+        check(self, "stages")
 
 
 @dataclass(frozen=True)
@@ -138,7 +111,7 @@ class CompareConfig:
     """The methods, seeds and learning rates of `lorasc-fx compare`."""
 
     methods: Annotated[tuple[Method, ...], ONE_OR_MORE, EACH_ONCE] = ("probe", "lora", "cascade", "lorasc")
-    """The methods to compare, such as `probe`, `lora`, `cascade`, `lorasc`, `full` (all: docs/command-line.md)."""
+    """The methods to compare (all: docs/command-line.md)."""
     seeds: Annotated[tuple[Seed, ...], ONE_OR_MORE, EACH_ONCE] = (0, 1, 2)
     """Seeds. Every method is trained with every learning rate once per seed."""
     lrs: Rates = (1e-3,)
@@ -150,25 +123,22 @@ class CompareConfig:
     reference: Method = "lora"
     """The method with which all others are compared in the table of differences."""
     keep_weights: tuple[Method, ...] = ()
-    """Methods whose folded weights are saved next to their results."""
+    """Methods whose folded weights are saved, in `weights/RUN`."""
 
     def __post_init__(self) -> None:
         check(self, "compare")
 
-    def rates_of(self, method: str) -> tuple[float, ...]:
-        """Return the learning rates to try for this method."""
-        return self.rates.get(method, self.lrs)
-
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of a run: model, data, training, cascade and comparison."""
+    """A run. `train` has the keys of transformers' TrainingArguments, or of TRL's SFTConfig for a language model."""
 
     output: Annotated[str, Check(bool, "give the folder that the run writes to")] = "runs/run"
-    """The run folder to write."""
+    """The run folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    train: dict[str, Any] = field(default_factory=dict)
     spec: CascadeSpec = field(default_factory=CascadeSpec)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
@@ -176,60 +146,77 @@ class Config:
         check(self)
 
 
-def with_paths(config: Config, change: Callable[[str], str]) -> Config:
-    """Return a configuration in which a function has changed each path of a model, weights or data."""
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, and apply overrides such as `spec.rank=16`.
+
+    Paths in the file are relative to its folder. `output`, and paths in overrides, are relative to the working
+    directory. In the result all are relative to the working directory.
+
+    Raises:
+        SpecError: the file cannot be read, or a key or value is invalid.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table.setdefault("output", f"runs/{path.stem}")
+        config: Config = decode(Config, table)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        raise SpecError(f"{path}: the configuration cannot be read: {fault}", code="unreadable-file") from fault
+    except SpecError as fault:
+        raise SpecError(f"{path}: {fault}", code=fault.code) from fault
+    config = _with_paths(config, lambda place: os.path.normpath(path.parent / place))
+    if not overrides:
+        return config
+    table = to_dict(config)
+    for override in overrides:
+        _override(table, override)
+    return decode(Config, table)  # type: ignore[no-any-return]  # decode returns what its first argument says
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Set a key of nested dicts to the TOML literal after the equals sign, or to the text itself."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise SpecError(f"{override!r} is not an override; give key=value, such as spec.rank=16")
+    *parents, name = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise SpecError(f"{key}: {parent} is not a table", code="unknown-name")
+    try:
+        table[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[name] = text
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the configuration as TOML, from which `load_config` returns an equal one."""
+    tomli_w = module_of("cli", "tomli_w")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = _with_paths(config, lambda place: os.path.relpath(place, path.parent))
+    with replacing(path) as new:
+        new.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+
+
+def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
+    """Return the configuration with each relative path of a model, weights or data changed."""
 
     def changed(name: str) -> str:
-        kind, _, path = name.partition(":")
+        kind, _, place = name.partition(":")
         is_path = kind in ("csv", "json", "parquet", "imagefolder") or (
-            kind == "hf" and not path.startswith("package:")
+            kind == "hf" and not place.startswith("package:")
         )
-        return f"{kind}:{change(path)}" if is_path and path else name
+        return f"{kind}:{change(place)}" if is_path and place and not os.path.isabs(place) else name
 
     model, data = config.model, config.data
-    weights = change(model.weights) if model.weights.endswith(".safetensors") else model.weights
+    weights = model.weights
+    if weights and not weights.startswith("python:") and not os.path.isabs(weights):
+        weights = change(weights)
     model = dataclasses.replace(model, name=changed(model.name), weights=weights)
     data = dataclasses.replace(data, name=changed(data.name), shifts=tuple(map(changed, data.shifts)))
     return dataclasses.replace(config, model=model, data=data)
 
 
-def load_config(path: Path) -> Config:
-    """Read a configuration file.
-
-    In the file, paths of models, weights and data are relative to its folder. In the result, they are relative to the
-    working directory. `output` is not changed.
-
-    Raises:
-        SpecError: the file cannot be read, is not TOML, or has an unknown key or an invalid value.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
-        raise SpecError(f"{path}: the configuration cannot be read: {reason}", code="unreadable-file") from fault
-    except tomllib.TOMLDecodeError as fault:
-        raise SpecError(f"{path}: the file is not valid TOML: {fault}", code="unreadable-file") from fault
-    try:
-        config: Config = decode(Config, data)
-    except SpecError as fault:
-        raise SpecError(f"{path}: {fault}", code=fault.code) from fault
-    if path.parent == Path("."):
-        return config
-    return with_paths(config, lambda name: os.path.normpath(path.parent / name))
-
-
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as nested dicts."""
-    data = dataclasses.asdict(dataclasses.replace(config, spec=CascadeSpec()))
-    return data | {"spec": {key: value for key, value in config.spec.to_dict().items() if value is not None}}
-
-
-def write_config(config: Config, path: Path) -> None:
-    """Write the configuration as TOML, from which `load_config` returns an equal one.
-
-    Relative paths are written relative to the folder of the file.
-    """
-    tomli_w = module_of("cli", "tomli_w")
-    config = with_paths(config, lambda name: name if os.path.isabs(name) else os.path.relpath(name, path.parent))
-    with replacing(path) as new:
-        new.write_text(tomli_w.dumps(config_to_dict(config)), encoding="utf-8")
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested dicts of plain values."""
+    table = dataclasses.asdict(dataclasses.replace(config, spec=CascadeSpec()))
+    return table | {"spec": {key: value for key, value in config.spec.to_dict().items() if value is not None}}

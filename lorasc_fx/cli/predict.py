@@ -1,169 +1,150 @@
-"""`lorasc-fx predict`: classifies images or texts with the folded weights of a run.
-
-The original model is built with the folded weights of the run. No graph is captured, and the data set is not read. The
-preprocessing is the same as in the run: its configuration, its tokenizer and its names of the classes.
-"""
+"""`lorasc-fx predict`: classifies images or texts, or generates texts, with the folded weights of a run."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import tyro
 from torch import nn
+from tyro.conf import Positional
 
-from lorasc_fx.cli.config import Config, DataConfig
-from lorasc_fx.cli.data import TABLES, read_table, read_text
-from lorasc_fx.cli.models import build_model, logits_of, put_weights, read_weights, set_mode
-from lorasc_fx.cli.preprocessing import Preprocessing
-from lorasc_fx.cli.run_folder import RunFolder
-from lorasc_fx.cli.training import EVAL_BATCH, channels_last, check_device
-from lorasc_fx.errors import SpecError, StateError, named
+from lorasc_fx.cli.config import Config
+from lorasc_fx.cli.data import INPUT, LABEL, TABLES, read_examples, read_table
+from lorasc_fx.cli.models import load_file, reading
+from lorasc_fx.cli.run_folder import TASK
+from lorasc_fx.cli.task import Batch, Task
+from lorasc_fx.cli.train import task_of
+from lorasc_fx.cli.trainer import logits_of
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.util.extras import module_of
 
-Inputs = tuple[list[str], list[str], list[str]]
-"""Names, inputs (texts or paths of images), and classes. An unknown class is empty."""
+BATCH = 32
+Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Columns of a table with texts."""
+def predict(
+    run: Positional[Path],
+    inputs: Positional[Path],
+    /,
+    text_column: str = "",
+    label_column: str = "",
+    max_new_tokens: int = 128,
+) -> int:
+    """Print the class and probability of each image or text, or the text that a language model generates.
 
-    text_column: str | None = None
-    """Name of the column with the text. The default is the run's data.text_column."""
-    label_column: str | None = None
-    """Name of the column with the true class, for the accuracy. The default is the run's data.label_column, if the
-    table has it."""
-
-
-@dataclass(frozen=True)
-class PredictArguments:
-    """Print one line per image or text: its name, the predicted class and the probability, separated by tabs.
-
-    If the true classes are known, the accuracy is printed to standard error.
+    Args:
+        run: folder of a run that has ended.
+        inputs: an image or a folder of images, a file with one text per line, or a table of texts.
+        text_column: column of the table with the text. The default is that of the run.
+        label_column: column of the table with the class, for the accuracy. The default is that of the run.
+        max_new_tokens: maximum length of a generated text.
     """
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a run that has ended, or that has folded weights from `lorasc-fx fold RUN`."""
-    inputs: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE-OR-FOLDER")]
-    """An image, a text file with one text per line, a table (.csv, .tsv, .json, .jsonl, .parquet) with a column of
-    texts, or a folder of such files. For a blank line, a line without a class is printed."""
-    data: Columns = field(default_factory=Columns)
-
-
-def run_predict(arguments: PredictArguments) -> int:
-    """Print the predictions and return the exit code."""
-    folder = RunFolder(arguments.run)
-    folder.check_run(checkpoint=False)
-    preprocessing = Preprocessing(folder.path)
-    config, classes, images = preprocessing.config, preprocessing.classes, preprocessing.tokenizer is None
-    if not folder.folded.is_file():
-        raise StateError(
-            f"{arguments.run} has no {folder.folded.name}: finish it with lorasc-fx train CONFIG.toml --resume, or "
-            f"write the slow weights of its last checkpoint with lorasc-fx fold {arguments.run}",
-            code="stage-not-ended",
-        )
-    device = config.train.device
-    check_device(device)
-    batches = _images(arguments.inputs, classes) if images else _texts(arguments.inputs, config.data, arguments.data)
-    model = _folded_model(config, folder.folded, len(classes))
-    labels_seen: list[str] = []
-    correct = 0
-    for names, inputs, labels in batches:
-        # Predict all inputs except blank lines, which keep an empty prediction.
-        filled = [position for position, entry in enumerate(inputs) if entry.strip()]
-        predictions = [("", "")] * len(inputs)
-        if filled:
-            args, kwargs = preprocessing([inputs[position] for position in filled])
-            kwargs = {key: value.to(device) for key, value in kwargs.items()}
-            with torch.no_grad():
-                logits = logits_of(model(*(value.to(device) for value in args), **kwargs))
-            for position, row in zip(filled, logits.float().softmax(-1), strict=True):
-                predictions[position] = classes[int(row.argmax())], f"{row.max():.4f}"
-        for name, label, (predicted, probability) in zip(names, labels, predictions, strict=True):
-            print(f"{name}\t{predicted}\t{probability}")
-            if label and predicted:
-                labels_seen.append(label)
-                correct += label == predicted
-    unknown = sorted({*labels_seen} - {*classes})
-    if unknown:
-        print(
-            f"{named(unknown, 5)}: these labels are unknown to the run and count as wrong. The run has the classes "
-            f"{named(classes, 5)}",
-            file=sys.stderr,
-        )
-    if labels_seen:
-        total = len(labels_seen)
-        print(f"accuracy {correct / total:.3f}: {correct} of {total} labelled examples", file=sys.stderr)
+    config, _ = task_of(run)
+    data = replace(
+        config.data,
+        text_column=text_column or config.data.text_column,
+        label_column=label_column or config.data.label_column,
+    )
+    task, model = _trained(run, replace(config, data=data))
+    rows = _rows(task, inputs)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if task.kind == "language":
+        _generate(task, model, rows, max_new_tokens)
+    else:
+        _classify(task, model, rows, str(inputs))
     return 0
 
 
-def _folded_model(config: Config, weights: Path, classes: int) -> nn.Module:
-    """Return the original model with the folded weights, in eval mode."""
-    model = build_model(replace(config.model, weights=""), classes).to(config.train.device)
-    values = {name: value.to(config.train.device) for name, value in read_weights(weights).items()}
-    put_weights(model, config.model, values, weights)
-    tied = [name for name, value in model.state_dict().items() if not torch.equal(value, values[name])]
-    if tied:
-        raise SpecError(
-            f"{weights} has two values for {tied[0]}, because the run has untied it (spec.untie), but "
-            f"{config.model.name} ties it. Untie it in the model, or train without spec.untie",
-            code="base-differs",
+def _trained(run: Path, config: Config) -> tuple[Task, nn.Module]:
+    """Return the task and the model of a run that has ended, with its folded weights."""
+    if not any(run.glob("*.safetensors")):
+        raise StateError(
+            f"{run} has not ended: finish it with lorasc-fx train {run}/config.toml --resume", code="stage-not-ended"
         )
-    return set_mode(channels_last(model), False)
+    if config.model.name.startswith("hf:"):
+        config = replace(config, model=replace(config.model, name=f"hf:{run}", weights=""))
+        task = Task.read(config, run / TASK)
+        return task, task.source.build(task.classes)
+    task = Task.read(replace(config, model=replace(config.model, weights="")), run / TASK)
+    model = task.source.build(task.classes)
+    with reading(str(run)):
+        model.load_state_dict(load_file(run / "model.safetensors"))
+    return task, model
 
 
-def _files(path: Path, endings: Collection[str], content: str) -> list[Path]:
-    """Return the file at a path, or the sorted files with these endings in a folder. There must be one."""
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in endings)
-    if not files:
-        raise SpecError(
-            f"{path} contains no {content} ({', '.join(sorted(endings))}); give a file, or a folder of files",
-            code="invalid-data",
-        )
-    return files
-
-
-def _images(path: Path, classes: Sequence[str]) -> Iterator[Inputs]:
-    """Yield the image at a path, or the images in a folder. If every image is in a folder named like a class, that
-    class is its label.
-    """
-    endings = module_of("vision", "torchvision.datasets.folder").IMG_EXTENSIONS
-    files = _files(path, endings, "images")
-    labelled = all(file.parent.name in classes for file in files)
-    for file in files:
-        yield [str(file)], [str(file)], [file.parent.name if labelled else ""]
-
-
-def _texts(path: Path, config: DataConfig, columns: Columns) -> Iterator[Inputs]:
-    """Yield batches of the texts in a file, or in the files of a folder. The names have the line or row number."""
-    for file in _files(path, (".txt", *TABLES), "texts"):
-        texts, labels = _read_texts(file, config, columns)
-        numbers = [f"{file}:{number}" for number in range(1, len(texts) + 1)]
-        for start in range(0, len(texts), EVAL_BATCH):
-            part = slice(start, start + EVAL_BATCH)
-            yield numbers[part], texts[part], labels[part]
-
-
-def _read_texts(path: Path, config: DataConfig, columns: Columns) -> tuple[list[str], list[str]]:
-    """Return the texts and classes in a table, or the lines of any other file. An unknown class is empty."""
+def _rows(task: Task, path: Path) -> Sequence[Row]:
+    """Return the inputs in a file or a folder, with the names of their classes if those are known."""
     kind = TABLES.get(path.suffix.lower())
-    text, label = columns.text_column or config.text_column, columns.label_column or config.label_column
-    optional = columns.label_column is None
-    labels: list[str] = []
-    if kind is not None:
-        texts, cells = read_table(kind, path, text, label, optional=optional)
-        labels = [str(cell) for cell in cells]
-    else:
-        # Not splitlines, which also splits at other characters than tools such as `paste` do.
-        lines = read_text(path).split("\n")
-        texts = lines if lines[-1] else lines[:-1]
-    if not any(map(str.strip, texts)):
-        raise SpecError(f"{path} contains no texts; give one per line", code="invalid-data")
-    return texts, labels or [""] * len(texts)
+    if kind is None and task.kind == "image":
+        return _images(task, path)
+    if kind is None:
+        with reading(str(path)):
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return [{INPUT: line} for line in (lines if lines[-1] else lines[:-1])]
+    config = task.config.data
+    if task.kind == "language":
+        return [{INPUT: _prompt(row, config.text_column, path)} for row in read_table(f"{kind}:{path}")]
+    table = read_examples(config, task.kind, f"{kind}:{path}", labelled=False)
+    names = getattr(table.features.get(LABEL), "names", None)
+    return [row | ({LABEL: names[row[LABEL]]} if names else {}) for row in table]
+
+
+def _images(task: Task, path: Path) -> Sequence[Row]:
+    """Return the image at a path, or those in a folder. If all folders are named like classes, they are the labels."""
+    files = [path]
+    if path.is_dir():
+        endings = module_of("vision", "torchvision.datasets.folder").IMG_EXTENSIONS
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+    if not files:
+        raise SpecError(f"{path} contains no images; give an image, or a folder of images", code="invalid-data")
+    labelled = all(file.parent.name in task.classes for file in files)
+    return [{INPUT: file, "name": file} | ({LABEL: file.parent.name} if labelled else {}) for file in files]
+
+
+def _prompt(row: Row, text_column: str, path: Path) -> Any:
+    """Return what a language model continues: messages without a last answer, or a text."""
+    if "messages" in row:
+        answered = row["messages"][-1]["role"] == "assistant"
+        return row["messages"][:-1] if answered else row["messages"]
+    for name in ("prompt", text_column):
+        if name in row:
+            return row[name]
+    raise SpecError(f"{path}: the columns are {', '.join(row)}; give messages, prompt or {text_column}")
+
+
+@torch.no_grad()
+def _classify(task: Task, model: nn.Module, rows: Sequence[Row], source: str) -> None:
+    """Print name, class and probability of each input, and the accuracy to standard error."""
+    right = known = 0
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        shares = logits_of(model(**_on_device(task([row[INPUT] for row in part]), model))).float().softmax(-1)
+        for number, (row, share) in enumerate(zip(part, shares, strict=True), start=start + 1):
+            predicted = task.classes[int(share.argmax())]
+            print(f"{row.get('name', f'{source}:{number}')}\t{predicted}\t{share.max():.4f}")
+            if row.get(LABEL) not in (None, ""):
+                known, right = known + 1, right + (str(row[LABEL]) == predicted)
+    if known:
+        print(f"accuracy {right / known:.3f}: {right} of {known} labelled examples", file=sys.stderr)
+
+
+@torch.no_grad()
+def _generate(task: Task, model: Any, rows: Sequence[Row], max_new_tokens: int) -> None:
+    """Print each prompt with its completion, as a line of JSON. Generation is greedy."""
+    for start in range(0, len(rows), BATCH):
+        prompts = [row[INPUT] for row in rows[start : start + BATCH]]
+        batch = _on_device(task(prompts), model)
+        tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        texts = task.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False))
+
+
+def _on_device(batch: Batch, model: nn.Module) -> Batch:
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}

@@ -2,69 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Any
 
-import tyro
+import torch
+from tyro.conf import Positional
 
 import lorasc_fx as lx
-from lorasc_fx.cli.config import ModelConfig
-from lorasc_fx.cli.models import build_model, example_inputs, set_mode
-from lorasc_fx.cli.progress import console
+from lorasc_fx.cli.config import Config, ModelConfig
+from lorasc_fx.cli.task import Task
+from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import KINDS, CascadeSpec
 
 
-@dataclass(frozen=True)
-class SitesArguments:
-    """List every weight matrix of a model: adapted, refused (with the reason), or not reached by the captured graph."""
+def sites(
+    model: Positional[str],
+    /,
+    targets: tuple[str, ...] = KINDS,
+    exclude: tuple[str, ...] = (),
+    train: tuple[str, ...] = (),
+    rank: int = 8,
+    input: tuple[int, ...] = (),
+) -> int:
+    """List every weight matrix of a model: adapted, refused (with the reason), or not reached by the graph.
 
-    model: Annotated[str, tyro.conf.Positional]
-    """The model: `timm:NAME`, `hf:FOLDER`, `hf:package:NAME`, or `python:package.module:function`."""
-    targets: tuple[str, ...] = KINDS
-    """Kinds of weights (`linear`, `conv`, ...) or globs on weight names."""
-    exclude: tuple[str, ...] = ()
-    """Globs on names of weights that are never changed."""
-    train: tuple[str, ...] = ()
-    """Globs on names of parameters that are trained in full."""
-    rank: int = 8
-    """Rank of the branches."""
-    input: tuple[int, ...] = ()
-    """Shape of the input, such as `--input 2 3 64 64`. Required if the model does not specify it."""
-    frontend: str = "auto"
-    """Front end that captures the graph: `auto`, `export` or `eager`"""
-    training: bool = False
-    """Capture the graph in train mode."""
-
-
-def run_sites(arguments: SitesArguments) -> int:
-    """Print the table and return the exit code."""
-    from rich.table import Table
-
-    config = ModelConfig(name=arguments.model)
-    model = set_mode(build_model(config, None), arguments.training)
-    args, kwargs = example_inputs(config, model, arguments.input)
-    spec = CascadeSpec(targets=arguments.targets, exclude=arguments.exclude, train=arguments.train, rank=arguments.rank)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    cascade = lx.adapt(model, args=args, kwargs=kwargs, spec=spec, frontend=arguments.frontend)
-    screen = console()
-    sites = Table(title=f"{len(cascade.sites)} sites of {arguments.model}")
-    for column in ("weight", "kind", "shape", "rank", "branch"):
-        sites.add_column(column, justify="left" if column in ("weight", "kind") else "right", overflow="fold")
+    Args:
+        model: hf:FOLDER, hf:package:NAME, timm:NAME, or python:package.module:function.
+        targets: kinds of weights (linear, conv, ...) or globs on weight names.
+        exclude: globs on names of weights that are never changed.
+        train: globs on names of parameters that are trained in full.
+        rank: rank of the branches.
+        input: shape of the input, such as --input 2 3 64 64. Required if the model does not specify it.
+    """
+    spec = CascadeSpec(targets=targets, exclude=exclude, train=train, rank=rank)
+    task = Task(Config(model=ModelConfig(model)), {"classes": (), "chat": False})
+    built = task.source.build().eval()
+    call: dict[str, Any] = {"kwargs": task.example()} if task.processor is not None and not input else {}
+    if not call:
+        shape = input or (2, *getattr(built, "pretrained_cfg", {}).get("input_size", ()))
+        if len(shape) < 2 or min(shape) < 1:
+            raise SpecError(
+                f"the shape of the input of {model} is unknown or invalid; give one, such as --input 2 3 64 64"
+            )
+        call["args"] = (torch.rand(shape),)
+    cascade = lx.adapt(built, **call, spec=spec)
     for site in cascade.sites:
-        shape = " × ".join(str(size) for size in site.shape)
-        sites.add_row(site.weight, site.kind, shape, str(site.rank), f"{site.parameters:,}")
-    screen.print(sites)
-    if cascade.refusals:
-        refusals = Table(title=f"{len(cascade.refusals)} weights that are not adapted")
-        for column in ("weight", "reason", "explanation"):
-            refusals.add_column(column, overflow="fold")
-        for refusal in cascade.refusals:
-            refusals.add_row(refusal.weight, refusal.reason.value, refusal.sentence)
-        screen.print(refusals)
-    for name in cascade.unreached:
-        screen.print(f"not reached by this graph: {name}", soft_wrap=True)
-    added = sum(site.parameters for site in cascade.sites)
-    screen.print(
-        f"{added:,} trainable parameters in branches, {added / total:.2%} of the model's {total:,}", markup=False
-    )
+        print(f"{site.weight}\t{site.kind}\t{' × '.join(map(str, site.shape))}\trank {site.rank}\t{site.parameters:,}")
+    for refusal in cascade.refusals:
+        print(f"{refusal.weight}\t{refusal.reason.value}\t{refusal.sentence}")
+    for unreached in cascade.unreached:
+        print(f"not reached by this graph: {unreached}")
+    added, total = sum(site.parameters for site in cascade.sites), sum(value.numel() for value in built.parameters())
+    print(f"{len(cascade.sites)} sites of {model}: {added:,} parameters in branches, {added / total:.2%} of {total:,}")
     return 0

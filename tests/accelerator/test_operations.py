@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import Trainer, TrainingArguments
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
-from lorasc_fx.cli import main
 from tests.accelerator.kit import DEVICE, MODELS, OTHER, Mlp, Side, assert_same, compare, loss_of, tensors, two_devices
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -239,57 +237,6 @@ def flow(side: Side) -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in RUNS])
 def test_a_run(name: str) -> None:
     compare(name, lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), flow)
-
-
-MODEL = """
-from torch import nn
-
-def build(classes: int = 10) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-        nn.Linear(24, classes),
-    )
-"""
-CONFIG = """
-[model]
-name = "python:small_model:build"
-
-[data]
-name = "python:experiments.data:digits"
-train = 48
-validation = 16
-test = 16
-image_size = 12
-
-[train]
-steps = 6
-stages = 3
-batch_size = 8
-lr = 0.01
-log_every = 1
-threads = 1
-
-[spec]
-rank = 2
-
-[spec.noise]
-strength = 0.1
-"""
-
-
-@pytest.mark.parametrize("device", [DEVICE, pytest.param(OTHER, marks=pytest.mark.slow)])
-def test_the_command_line(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small_model.py").write_text(MODEL)
-    (tmp_path / "small.toml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    runs = [tmp_path / "host", tmp_path / "device"]
-    for place, run in zip(("cpu", device), runs, strict=True):
-        assert main(["train", "small.toml", "--train.device", place, "--output", str(run)]) == 0
-    assert_same(*(load_file(run / "folded.safetensors") for run in runs))
-    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
-    validations = [[each for line in some if "validation" in (each := json.loads(line))] for some in lines]
-    assert [each["stage"] for each in validations[1]] == [1, 2, 3]
 
 
 class WithLoss(Mlp):

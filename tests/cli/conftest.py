@@ -1,25 +1,24 @@
-"""A tiny model and a configuration for it, on real data: every command runs in seconds."""
+"""A tiny image classifier, text classifier and language model, with a configuration for each."""
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from lorasc_fx.cli import training
+from lorasc_fx.cli import main
+from tests.kit import tiny
 
-MODEL = '''
-"""The source of a user's model, for `python:tiny_model:build`."""
+MODULE = """
+from datasets import Dataset
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 def build(classes: int = 10) -> nn.Module:
@@ -27,110 +26,149 @@ def build(classes: int = 10) -> nn.Module:
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes),
     )
-'''
 
-CONFIG = """
-[model]
-name = "python:tiny_model:build"
+def digits():
+    found = load_digits()
+    images = [Image.fromarray((image * 15.9).astype("uint8")) for image in found.images[:300]]
+    return Dataset.from_dict({"image": images, "label": found.target[:300].tolist()})
 
-[data]
-name = "python:experiments.data:digits"
-train = 64
-validation = 32
-test = 100
-image_size = 12
-shifts = ["python:experiments.data:blur", "python:experiments.data:mnist5k"]
-shift_test = 50
+def dark(rows):
+    return {"input": [image.point(lambda value: value // 2) for image in rows["input"]]}
+
+def boom():
+    raise ValueError("of the user")
+
+def nothing():
+    return None
+"""
+
+IMAGES = """
+model.name = "python:tiny_module:build"
+data = { name = "python:tiny_module:digits", train = 64, validation = 32, test = 100, image_size = 12 }
+stages = { count = 3, warmup = 1 }
+spec = { targets = ["conv"], train = ["7.*"], rank = 2, noise = { strength = 0.1 } }
+compare = { seeds = [0, 1], lrs = [0.01], keep_weights = ["lorasc"] }
 
 [train]
-steps = 12
-stages = 3
-batch_size = 8
-warmup = 1
-lr = 0.01
-log_every = 2
-threads = 1
-
-[spec]
-targets = ["conv"]
-train = ["7.*"]
-rank = 2
-
-[spec.noise]
-strength = 0.1
-
-[compare]
-seeds = [0, 1]
-lrs = [0.01]
+max_steps = 12
+per_device_train_batch_size = 8
+learning_rate = 0.01
+logging_steps = 1
+use_cpu = true
+disable_tqdm = true
 """
+
+TEXTS = """
+model.name = "hf:bert"
+data = { name = "csv:said.csv", train = 40, validation = 8, test = 12 }
+stages = { count = 2, floor = 1.0 }
+spec = { targets = ["linear"], train = ["head.*"], pace = 1.0, rank = 4 }
+train = { max_steps = 60, per_device_train_batch_size = 8, learning_rate = 0.02, use_cpu = true, disable_tqdm = true }
+"""
+
+LANGUAGE = """
+model.name = "hf:llama"
+data = { name = "json:chat.jsonl", test = 6 }
+stages = { count = 2, warmup = 1 }
+spec = { targets = ["linear"], pace = 1.0, rank = 8 }
+
+[train]
+num_train_epochs = 12
+per_device_train_batch_size = 8
+learning_rate = 0.02
+logging_steps = 1
+use_cpu = true
+disable_tqdm = true
+"""
+
+TEMPLATE = (
+    "{% for message in messages %}<s> {{ message.role }} {{ message.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return an empty working folder with `tiny_model.py` and `tiny.toml` in it."""
-    (tmp_path / "tiny_model.py").write_text(MODEL)
-    (tmp_path / "tiny.toml").write_text(CONFIG)
+    """Return an empty working folder with `tiny_module.py` and `tiny.toml` in it."""
+    import datasets
+
+    (tmp_path / "tiny_module.py").write_text(MODULE)
+    (tmp_path / "tiny.toml").write_text(IMAGES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "160")  # wide tables, so that a cell is one line
-    sys.modules.pop("tiny_model", None)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sys.modules.pop("tiny_module", None)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(threads)
-    sys.modules.pop("tiny_model", None)
+    sys.modules.pop("tiny_module", None)
 
 
 @pytest.fixture
-def tiny_model(place: Path) -> Callable[[], nn.Module]:
-    """Return a function that builds the model in `tiny_model.py`, in eval mode."""
+def texts(place: Path) -> Path:
+    """Return a working folder with an encoder in `bert`, `said.csv`, and `texts.toml`."""
+    from transformers import BertTokenizer
 
-    def build() -> nn.Module:
-        model: nn.Module = importlib.import_module("tiny_model").build()  # noqa: TID251
-        return model.eval()
-
-    return build
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
-    """Return a context manager in which `train` gets a Ctrl-C after this many steps."""
-    plain = training.train_steps
-
-    @contextmanager
-    def stopping(stop: int) -> Iterator[None]:
-        def train_steps(*arguments: Any, **options: Any) -> Iterator[training.Step]:
-            for step in plain(*arguments, **options):
-                yield step
-                if step.done == stop and not step.ends_stage:
-                    os.kill(os.getpid(), signal.SIGINT)
-
-        with monkeypatch.context() as patched:
-            patched.setattr("lorasc_fx.cli.train.train_steps", train_steps)
-            yield
-
-    return stopping
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "dull", "a", "film"]
+    (place / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    tiny.bert("Model", vocab_size=len(words), initializer_range=0.3, **tiny.QUIET).save_pretrained("bert")
+    BertTokenizer("vocab.txt", model_max_length=32).save_pretrained("bert")
+    rows = "".join(f"a {word} film,{mood}\n" for word, mood in (("fine", "glad"), ("dull", "sad")) * 30)
+    (place / "said.csv").write_text("text,label\n" + rows)
+    (place / "texts.toml").write_text(TEXTS)
+    return place
 
 
 @pytest.fixture
-def command() -> list[str]:
-    """Return the command that runs the command line in a new process."""
-    return [sys.executable, "-m", "lorasc_fx"]
+def language(place: Path) -> Path:
+    """Return a working folder with a language model in `llama`, `language.toml`, and data of all three kinds."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "user", "assistant", "count", "from", *NUMBERS]
+    table = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=table, chat_template=TEMPLATE, **special)
+    tokenizer.save_pretrained("llama")
+    torch.manual_seed(0)
+    tiny.llama(vocab_size=len(words), hidden_size=32, intermediate_size=48).save_pretrained("llama")
+    rows: dict[str, list[object]] = {"chat": [], "pairs": [], "plain": []}
+    for number in range(60):
+        first = number % 6
+        prompt, completion = f"count from {NUMBERS[first]}", " ".join(NUMBERS[first + 1 : first + 5])
+        user, assistant = ({"role": role, "content": text} for role, text in
+                           (("user", prompt), ("assistant", completion)))  # fmt: skip
+        rows["chat"].append({"messages": [user, assistant]})
+        rows["pairs"].append({"prompt": prompt, "completion": f" {completion}"})
+        rows["plain"].append({"text": f"{prompt} {completion}"})
+    for name, lines in rows.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (place / "language.toml").write_text(LANGUAGE)
+    return place
 
 
 @pytest.fixture
-def environment() -> dict[str, str]:
-    """Return environment variables for a new process, so that this checkout is importable from any folder."""
-    root = str(Path(__file__).resolve().parents[2])
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Return a function that runs a command, and asserts that it prints one message and exits with code 2."""
 
-
-@pytest.fixture
-def run_alone(command: list[str], environment: dict[str, str]) -> object:
-    """Return a function that runs the command line in a new process."""
-
-    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=100
-        )
+    def run(arguments: list[str], message: str) -> None:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        said = capsys.readouterr()
+        assert message in " ".join((said.err + said.out).replace("│", " ").split())
+        assert "Traceback" not in said.err + said.out
 
     return run
+
+
+def run_alone(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a new process, with this checkout importable."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )

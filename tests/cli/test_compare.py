@@ -1,190 +1,125 @@
-"""`lorasc-fx compare`: the same steps for every method, rates selected on validation, and continuing after a stop."""
+"""`lorasc-fx compare`: what is trained, that it continues, its tables, and its statistics against closed formulas."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import time
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from scipy import stats  # type: ignore[import-untyped]  # no stubs of its own
-from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.cli import main
-from lorasc_fx.cli.compare import Result, Run, best_rates, bootstrap_interval, t_interval
-from lorasc_fx.cli.compare_methods import METHODS
-from tests.kit.errors import raises
+from lorasc_fx.cli.compare import Result, Run, best_rates, tables
+from lorasc_fx.cli.config import CompareConfig, Config
+from lorasc_fx.cli.methods import METHODS
+from lorasc_fx.cli.trainer import RunCallback
+from tests.cli.test_train import weights
+
+Capture = pytest.CaptureFixture[str]
 
 
-def cell(folder: Path, name: str) -> Result:
-    return Result(**json.loads((folder / "results" / f"{name}.json").read_text()))
+def test_a_comparison_and_its_continuation(
+    place: Path, capsys: Capture, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dark = "data.shifts=['python:tiny_module:dark']"
+    asked = ["compare", "tiny.toml", dark, "compare.methods=['probe', 'lora', 'lorasc', 'full']"]
+    plain = RunCallback.on_step_end
 
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        if Path("runs/tiny/results/probe-seed0-lr0.01.json").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(self, *args, **kwargs)
 
-def without_time(result: Result) -> Result:
-    return dataclasses.replace(result, seconds=0.0)
-
-
-def test_all_methods(place: Path, tiny_model: Callable[[], nn.Module], capsys: pytest.CaptureFixture[str]) -> None:
-    methods = ["probe", "lora", "lora-summed", "cascade", "lorasc", "full"]
-    assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.keep-weights", "lorasc"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(RunCallback, "on_step_end", interrupted)
+        assert main(asked) == 130
+    assert "Stopped after 1 runs." in capsys.readouterr().out
+    assert main(asked) == 0
+    files = {path: path.read_text() for path in Path("runs/tiny/results").iterdir()}
+    assert len(files) == 8
+    capsys.readouterr()
+    assert main(asked) == 0
     said = capsys.readouterr().out
-    run = place / "runs" / "tiny"
-    found = {method: cell(run, f"{method}-seed1-lr0.01") for method in methods}
-    assert {result.steps for result in found.values()} == {12}
-    assert found["probe"].parameters == 32 * 10 + 10
-    assert found["lora"].parameters == 330 + 2 * (6 + 27) + 2 * (8 + 6)
-    assert found["lora-summed"].parameters == 330 + 3 * (found["lora"].parameters - 330)
-    assert found["cascade"].parameters == found["lorasc"].parameters == found["lora"].parameters
-    assert found["full"].parameters == 6 * 27 + 6 + 12 + 48 + 8 + 330
-    assert [len(found["lorasc"].predicted[part]) for part in ("test", "blur", "mnist5k")] == [100, 50, 50]
-    for method in methods:
-        assert f"{method}: " in said
-    assert "Difference to lora in percentage points, with 95 % intervals" in said
+    assert "validation 0." not in said  # nothing is trained again
+    assert all(path.read_text() == text for path, text in files.items())
+    assert "| probe | 0.01 | 330 |" in said
+    assert "| lorasc | dark |" in said
+    assert said.startswith(Path("runs/tiny/tables.md").read_text().strip()[:40])
+    fails([*asked, "spec.rank=3"], "runs/tiny has a run with spec.rank = 2, but now it is 3")
+    model = __import__("tiny_module").build()
+    model.load_state_dict(weights("runs/tiny/weights/lorasc-seed0-lr0.01"), strict=True)
 
-    model = tiny_model()
-    model.load_state_dict(load_file(run / "results" / "lorasc-seed1-lr0.01.safetensors"), strict=True)
+
+def test_lorasc_is_what_train_trains(place: Path) -> None:
+    assert main(["train", "tiny.toml"]) == 0
+    assert main(["compare", "tiny.toml", "compare.methods=['lorasc']", "compare.seeds=[0]", "output=both"]) == 0
+    for name, value in weights("runs/tiny").items():
+        assert torch.equal(weights("both/weights/lorasc-seed0-lr0.01")[name], value)
+
+
+def test_a_diverged_run_and_an_average(place: Path, capsys: Capture) -> None:
+    asked = ["compare.methods=['lora', 'full']", "compare.lrs=[1e30]", "compare.seeds=[0]"]
+    assert main(["compare", "tiny.toml", *asked, "output=diverged"]) == 0
+    said = capsys.readouterr().out
+    assert "full-seed0-lr1e+30: diverged" in said
+    assert "| full | 1e+30 |" in said
+    averaged = ["compare.methods=['lorasc']", "compare.seeds=[0]", "spec.average=true", "output=averaged"]
+    assert main(["compare", "tiny.toml", *averaged]) == 0
+    result = json.loads(Path("averaged/results/lorasc-seed0-lr0.01.json").read_text())
+    assert 0 <= result["accuracy"] <= 1
+
+
+def result(correct: str, loss: float = 1.0, accuracy: float = 0.5) -> Result:
+    """Return a result whose prediction of each example is right where a letter is 1."""
+    found = [int(letter) for letter in correct]
+    labels = {"test": [1] * len(found)} if found else {}
+    return {"lr": 0.1, "parameters": 7, "seconds": 1.0, "loss": loss, "accuracy": accuracy,
+            "predicted": {"test": found} if found else {}, "labels": labels}  # fmt: skip
+
+
+def test_the_intervals() -> None:
+    """Student's t over two seeds by its closed formula; equal predictions give intervals of zero width."""
+    config = Config(compare=CompareConfig(methods=("lora", "lorasc", "mean")))
+    results = {
+        Run("lora", 0, 0.1): result("1000"), Run("lora", 1, 0.1): result("1100"),
+        Run("lorasc", 0, 0.1): result("1110"), Run("lorasc", 1, 0.1): result("1110"),
+        Run("mean", 0, 0.1): result("1000"), Run("mean", 1, 0.1): result("1100"),
+    }  # fmt: skip
+    accuracies, _, differences = tables(config, results)
+    assert "| lorasc | 0.1 | 7 | 1.0 | 50.0 ± 0.0 | 75.0 ± 0.0 |" in accuracies
+    half = 12.706 * 12.5 / 1  # t(0.975, 1) * stdev / sqrt(2), with stdev = 17.68
+    assert f"| lorasc | test | +37.5 | {37.5 - half:+.1f} to {37.5 + half:+.1f} |" in differences
+    assert "| mean | test | +0.0 |" in differences
+    assert differences.splitlines()[-1].endswith("| +0.0 to +0.0 |")
+
+
+def test_the_best_rate() -> None:
+    """The mean over seeds decides; of equal rates the smallest; a diverged run loses."""
+    results = {
+        Run("lora", 0, 0.1): result("1", 1.0, 0.9), Run("lora", 1, 0.1): result("1", 3.0, 0.5),
+        Run("lora", 0, 0.2): result("1", 2.0, 0.6), Run("lora", 1, 0.2): result("1", 2.0, 0.6),
+        Run("lora", 0, 0.3): result("1", 0.1, 0.9), Run("lora", 1, 0.3): result("", math.inf, 0.0),
+    }  # fmt: skip
+    assert best_rates(results, "loss")["lora"][0] is results[Run("lora", 0, 0.1)]
+    assert best_rates(results, "accuracy")["lora"][0] is results[Run("lora", 0, 0.1)]
+    del results[Run("lora", 0, 0.1)], results[Run("lora", 1, 0.1)]
+    assert best_rates(results, "accuracy")["lora"][0] is results[Run("lora", 0, 0.2)]
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.spec is not None])
-@pytest.mark.parametrize("configured", ["plain", "many"])
-def test_a_method_is_made_of_any_spec(configured: str, name: str) -> None:
-    """Options that a method does not have keep their defaults, and no method trains with the noise but LoRASC."""
-    many = {"noise": lx.Noise(0.1), "lora_alpha": 3.0, "use_rslora": True, "dropout": 0.1, "pace": 0.3}
-    spec = lx.CascadeSpec(rank=2, seed=7, **(many if configured == "many" else {}))
-    method = METHODS[name]
-    assert method.spec is not None
-    made = method.spec(spec, 3)
-    assert made.seed == 7
-    assert made.noise.is_on == (name == "lorasc" and configured == "many")
-    assert method.staged or made.pace == 1.0
-    adapter = name.removesuffix("-stages")
-    assert made.adapter == (adapter if adapter in ADAPTERS else "lora")
-
-
-def test_methods_of_docs_evidence_by_name(place: Path) -> None:
-    methods = ["lora-cycles", "mean", "hira", "shira-stages"]
-    assert main(["compare", "tiny.toml", "--compare.methods", *methods, "--compare.seeds", "0"]) == 0
-    found = {method: cell(place / "runs" / "tiny", f"{method}-seed0-lr0.01") for method in methods}
-    assert {result.steps for result in found.values()} == {12}
-    assert len({result.losses["validation"] for result in found.values()}) == len(methods)
-
-
-def test_the_methods_differ_only_in_their_spec(place: Path) -> None:
-    """With one stage, pace 1 and no noise, all predictions of LoRASC and LoRA are equal."""
-    plain = ["--spec.pace", "1", "--spec.noise.strength", "0", "--train.stages", "1", "--compare.seeds", "3"]
-    assert main(["compare", "tiny.toml", *plain, "--compare.methods", "lora", "cascade", "lorasc", "lora-summed"]) == 0
-    run = place / "runs" / "tiny"
-    same = [cell(run, f"{method}-seed3-lr0.01") for method in ("lora", "cascade", "lorasc", "lora-summed")]
-    assert all(each.predicted == same[0].predicted for each in same)
-    assert all(each.validation == same[0].validation for each in same)
-
-
-def test_a_stopped_comparison_continues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "whole"]) == 0
-    assert main(["compare", "tiny.toml", "--compare.methods", "lora", "--output", "parts"]) == 0
-    before = (place / "parts" / "results" / "lora-seed1-lr0.01.json").stat().st_mtime_ns
-    time.sleep(0.01)
-    capsys.readouterr()
-    assert main(["compare", "tiny.toml", "--compare.methods", "lora", "lorasc", "--output", "parts"]) == 0
-    said = capsys.readouterr().out
-    assert "lorasc-seed1-lr0.01: validation" in said
-    assert "lora-seed1-lr0.01: validation" not in said  # it was there
-    assert (place / "parts" / "results" / "lora-seed1-lr0.01.json").stat().st_mtime_ns == before
-    for name in ("lora-seed0-lr0.01", "lorasc-seed0-lr0.01", "lorasc-seed1-lr0.01"):
-        assert without_time(cell(place / "whole", name)) == without_time(cell(place / "parts", name))
-
-
-def test_a_diverged_run_is_shown_and_not_selected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = ["--compare.lrs", "0.01", "1e30", "--compare.methods", "lora", "full", "--compare.seeds", "0"]
-    assert main(["compare", "tiny.toml", *rates]) == 0
-    assert cell(place / "runs" / "tiny", "lora-seed0-lr1e+30").diverged
-    said = capsys.readouterr().out
-    assert "diverged (the loss is nan at step" in said
-    assert "selected by validation loss from 2 per method" in " ".join(said.split())
-    assert main(["compare", "tiny.toml", "--compare.lrs", "1e30", *rates[3:], "--output", "only"]) == 0
-    assert "│ diverged │" in capsys.readouterr().out
-
-
-def test_the_rate_is_selected_on_validation() -> None:
-    def result(lr: float, seed: int, validation: float, loss: float, test: int) -> Result:
-        losses = {"validation": loss}
-        return Result("lora", seed, lr, 1, 1.0, 1, validation, losses, {"test": [test]}, {"test": [1]})
-
-    results = [
-        result(0.1, 0, 0.9, 0.1, 1), result(0.1, 1, 0.5, 0.3, 1), result(0.01, 0, 0.8, 0.5, 0),
-        result(0.01, 1, 0.8, 0.4, 0), Result("lora", 0, 0.001, 0, 1.0, 1, 0.0, {}, {}, {}, diverged=True),
-    ]  # fmt: skip
-    assert [run.lr for run in best_rates(results, "accuracy")["lora"]] == [0.01, 0.01]
-    assert [run.lr for run in best_rates(results, "loss")["lora"]] == [0.1, 0.1]
-    assert [run.accuracy("test") for run in best_rates(results, "accuracy")["lora"]] == [0.0, 0.0]
-
-
-def test_each_method_has_its_own_grid(place: Path) -> None:
-    rates = ["--compare.methods", "probe", "lora", "--compare.seeds", "0", "--compare.rates", "probe", "0.1", "0.2"]
-    assert main(["compare", "tiny.toml", *rates]) == 0
-    made = sorted(path.stem for path in (place / "runs" / "tiny" / "results").glob("*.json"))
-    assert made == ["lora-seed0-lr0.01", "probe-seed0-lr0.1", "probe-seed0-lr0.2"]
-
-
-def test_lorasc_is_evaluated_with_the_average_that_its_spec_keeps(place: Path) -> None:
-    """The kept weights are those of `train` and `fold --view averaged`."""
-    asked = ["--spec.average", "--train.seed", "0"]
-    assert main(["train", "tiny.toml", *asked, "--output", "one"]) == 0
-    assert main(["fold", "one", "--view", "averaged", "--output", "mean.safetensors"]) == 0
-    methods = ["--compare.methods", "lorasc", "--compare.seeds", "0", "--compare.keep-weights", "lorasc"]
-    assert main(["compare", "tiny.toml", *asked, *methods]) == 0
-    mean, slow = load_file("mean.safetensors"), load_file("one/folded.safetensors")
-    found = load_file("runs/tiny/results/lorasc-seed0-lr0.01.safetensors")
-    assert all(torch.equal(found[name], mean[name]) for name in mean)
-    assert not torch.equal(mean["0.weight"], slow["0.weight"])
-
-
-def test_a_damaged_result_is_named(tmp_path: Path) -> None:
-    run = Run("lora", 0, 0.1)
-    path = tmp_path / f"{run.name}.json"
-    path.write_text('{"method": "lo', encoding="utf-8")
-    with raises(lx.CheckpointError, "invalid-checkpoint", path, "Unterminated string"):
-        Result.read(tmp_path, run)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 100])
-def test_t_interval_is_scipys(count: int) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).tolist()
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    found = t_interval(values)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
-
-
-def test_equal_differences_have_no_width() -> None:
-    found = t_interval([0.25, 0.25, 0.25])
-    assert (found.low, found.high, found.settled) == (0.25, 0.25, True)
-
-
-def test_one_seed_says_nothing() -> None:
-    found = t_interval([0.01])
-    assert (found.mean, found.low, found.high, found.settled) == (0.01, -math.inf, math.inf, False)
-
-
-def test_bootstrap_is_near_the_normal_interval() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ours = torch.rand(2, 4000, generator=generator) < 0.9
-    theirs = torch.rand(2, 4000, generator=generator) < 0.88
-    found = bootstrap_interval(ours, theirs)
-    each = (ours.double() - theirs.double()).mean(0)
-    half = 1.96 * each.std().item() / math.sqrt(4000)
-    assert found.mean == pytest.approx(each.mean().item())
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
-    assert found.settled
-
-
-def test_bootstrap_pairs_examples() -> None:
-    right = torch.rand(1, 500, generator=torch.Generator().manual_seed(1)) < 0.7
-    same = bootstrap_interval(right, right)
-    assert (same.mean, same.low, same.high, same.settled) == (0, 0, 0, False)
+def test_each_method_has_a_valid_spec(name: str) -> None:
+    spec = lx.CascadeSpec(rank=4, lora_alpha=8.0, noise=lx.Noise(0.1), pace=0.7, rules=(lx.Rule("a", rank=2),))
+    change = METHODS[name].spec
+    assert change is not None
+    changed = change(spec, 3)
+    assert (changed.noise == lx.Noise()) == (name != "lorasc")
+    if name == "lora-summed":
+        assert (changed.rank, changed.lora_alpha, changed.rules[0].rank) == (12, 24.0, 6)
+        assert change(replace(spec, ranks=(4, 2, 1)), 3).rank == 7

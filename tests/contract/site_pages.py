@@ -24,7 +24,7 @@ MODULES = {
     "schedules": PACKAGE / "schedules.py",
 }
 """Public modules, beside the package itself and the integrations."""
-TABLES = {"ModelConfig": "model", "DataConfig": "data", "TrainConfig": "train", "CompareConfig": "compare"}
+TABLES = {"ModelConfig": "model", "DataConfig": "data", "StagesConfig": "stages", "CompareConfig": "compare"}
 """Tables of a configuration whose keys are their own."""
 FIRST = ("adapt", "load", "Cascade", "CascadeSpec")
 """Names that the reference of the package begins with."""
@@ -127,6 +127,11 @@ def keys() -> str:
             row = (f"`{ast.unparse(field.target)}`", f"`{ast.unparse(field.annotation)}`", f"`{default}`", told)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
         lines.append("")
+    train = (
+        "The keys of transformers' [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer), "
+        "or for a language model of TRL's [SFTConfig](https://huggingface.co/docs/trl/sft_trainer), but `output_dir`."
+    )
+    lines += ["## [train]", "", train, ""]
     spec = "The fields of [CascadeSpec][lorasc_fx.CascadeSpec]; `[spec.noise]` those of [Noise][lorasc_fx.Noise]."
     lines += ["## [spec]", "", spec, ""]
     return "\n".join(lines)

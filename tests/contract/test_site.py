@@ -67,7 +67,7 @@ def test_every_key_of_the_configuration_is_told() -> None:
     kinds = {table: getattr(config, kind) for kind, table in site_pages.TABLES.items()}
     own = [(table, field.name) for table, kind in kinds.items() for field in dataclasses.fields(kind)]
     assert found == [("", "output"), *own]
-    assert {field.name for field in dataclasses.fields(config.Config)} == {"output", *kinds, "spec"}
+    assert {field.name for field in dataclasses.fields(config.Config)} == {"output", *kinds, "train", "spec"}
 
 
 def test_each_page_with_code_is_a_notebook() -> None:

@@ -14,7 +14,6 @@ from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
 from lorasc_fx.checkpoint import reader, saved
-from lorasc_fx.cli import progress
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
@@ -52,9 +51,6 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "sum over ranks": (ProcessGroup, "sum"),
     "rest a weight": (SlowWeights, "write_resting"),
     "whole weight": (WeightState, "exact"),
-    # integrations
-    "console": (progress, "console"),
-    "find a package": (progress.importlib.util, "find_spec"),  # type: ignore[attr-defined]
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {

@@ -1,0 +1,282 @@
+"""The trainers of the command line: transformers' Trainer for classifiers, and TRL's SFTTrainer for language models."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import lorasc_fx as lx
+from lorasc_fx.cli.config import Config, StagesConfig
+from lorasc_fx.cli.methods import METHODS
+from lorasc_fx.cli.models import reading
+from lorasc_fx.cli.task import Task
+from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest
+from lorasc_fx.graph import matches
+from lorasc_fx.integrations.transformers import CascadeCallback
+from lorasc_fx.util.decode import decode
+from lorasc_fx.util.extras import module_of
+
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+"""Keys of `[train]` that replace the learning rate of `[stages]` by the Trainer's own schedule."""
+
+
+class StagedTrainer(Trainer):  # type: ignore[misc]
+    """Trains the groups of a cascade with the learning rate of its stages, and evaluates all examples.
+
+    Args:
+        count: number of stages.
+        stages: the table `[stages]`, or None for the Trainer's own schedule.
+        more: arguments of the Trainer.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, *, count: int, stages: StagesConfig | None, **more: Any) -> None:
+        self._count, self._stages = count, stages
+        super().__init__(**more)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer of `optim` for the cascade's groups, or for the trained parameters of a plain model."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if isinstance(self.model, lx.Cascade):
+                groups = list(self.model.param_groups(lr=self.args.learning_rate))
+            else:
+                groups = [{"params": [value for value in self.model.parameters() if value.requires_grad]}]
+            self.optimizer = kind([{"weight_decay": self.args.weight_decay, **group} for group in groups], **options)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule of `[stages]`, now that the number of optimizer steps is known."""
+        stages = self._stages
+        if stages is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            ends = [round(stage * num_training_steps / self._count) for stage in range(self._count + 1)]
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = lx.StageSchedule(
+                getattr(optimizer, "optimizer", optimizer),  # accelerate has wrapped it
+                self.model if isinstance(self.model, lx.Cascade) else None,
+                [max(1, end - start) for start, end in pairwise(ends)],
+                warmup=stages.warmup, floor=stages.floor, decay=stages.decay,
+            )  # fmt: skip
+        return self.lr_scheduler
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **more: Any) -> Any:
+        """Keep the last batch of evaluations, which `dataloader_drop_last` would drop too."""
+        drops = self.args.dataloader_drop_last
+        try:
+            self.args.dataloader_drop_last = drops and is_training
+            return super()._get_dataloader(*args, is_training=is_training, **more)
+        finally:
+            self.args.dataloader_drop_last = drops
+
+
+class ClassifierTrainer(StagedTrainer):
+    """Computes the cross-entropy and the accuracy of any model that returns logits, or an object with `.logits`."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more, compute_metrics=_accuracy)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the accumulated steps
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, and the logits with `return_outputs`."""
+        labels = inputs["labels"]
+        logits = logits_of(model(**{name: value for name, value in inputs.items() if name != "labels"}))
+        if logits.dim() != 2 or logits.shape[1] <= int(labels.max()):
+            raise SpecError(
+                f"the model returns logits {list(logits.shape)}; it must return [batch, classes] with all classes",
+                code="wrong-function-result",
+            )
+        loss = F.cross_entropy(logits, labels)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits in a model's output, which is a tensor or an object with a tensor `logits`."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor):
+        raise SpecError(
+            f"the model returns a {type(output).__name__}; it must return logits as a tensor [batch, classes], or an "
+            "object with `.logits`",
+            code="wrong-function-result",
+        )
+    return logits
+
+
+def _accuracy(found: Any) -> dict[str, float]:
+    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]
+    """Evaluates and saves at the end of each stage, stops after Ctrl-C, and raises if the loss is not finite.
+
+    Args:
+        cascade: the trained cascade. None: no evaluations.
+        evaluates, saves: whether the end of a stage does so.
+    """
+
+    def __init__(self, cascade: lx.Cascade | None = None, *, evaluates: bool = False, saves: bool = False) -> None:
+        self._cascade, self._evaluates, self._saves = cascade, evaluates, saves
+        self._stage = 0
+        self.stopped = False
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """Save and stop at the first Ctrl-C inside the block. A second one raises KeyboardInterrupt."""
+
+        def stop(*_: Any) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the running stage."""
+        self._stage = self._cascade.stage if self._cascade is not None else 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the Trainer to evaluate, to save and to stop. CascadeCallback has ended the stage before."""
+        if self._cascade is not None and self._cascade.stage != self._stage:
+            self._stage = self._cascade.stage
+            control.should_evaluate |= self._evaluates
+            control.should_save |= self._saves
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Raise if the loss is inf or nan."""
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise StateError(
+                f"the loss is {logs['loss']} at step {state.global_step}; a lower learning rate or a longer warm-up "
+                "may help",
+                code="non-finite",
+            )
+
+
+def arguments_of(config: Config, task: Task, **more: Any) -> TrainingArguments:
+    """Return the Trainer's arguments: defaults for the kind of task, then `[train]`, then `more`.
+
+    Raises:
+        SpecError: a key or a value of `[train]` is invalid.
+    """
+    defaults: dict[str, Any] = {
+        "learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 16, "seed": 0,
+        "per_device_eval_batch_size": 64, "remove_unused_columns": False, "label_names": ["labels"],
+    }  # fmt: skip
+    arguments: Any = TrainingArguments
+    if task.kind == "language":
+        defaults = {
+            "learning_rate": 2e-4, "num_train_epochs": 3, "per_device_train_batch_size": 8, "seed": 0,
+            "max_length": task.max_length,
+            "activation_checkpointing": config.train.get("gradient_checkpointing", False),
+            "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        }  # fmt: skip
+        arguments = module_of("llm", "trl").SFTConfig
+    defaults |= {
+        "logging_steps": 10, "report_to": [], "eval_strategy": "no", "save_strategy": "no", "save_total_limit": 1,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_nan_inf_filter": False,  # with it, the Trainer would log a finite loss instead of nan
+    }  # fmt: skip
+    hints = typing.get_type_hints(arguments)
+    fields = {field.name for field in dataclasses.fields(arguments)} - {"output_dir"}
+    for name, value in config.train.items():
+        if name not in fields:
+            hint = "; give output" if name == "output_dir" else nearest(name, fields)
+            raise SpecError(f"train.{name} is not a key of {arguments.__name__}{hint}", code="unknown-name")
+        if hints[name] in (bool, int, float):
+            decode(hints[name], value, ("train", name))
+    with reading("[train]"):
+        return arguments(**defaults | config.train | {"output_dir": config.output} | more)
+
+
+def trainer_of(
+    task: Task, arguments: TrainingArguments, method: str = "lorasc", *, saves: bool = True
+) -> tuple[Any, nn.Module, RunCallback]:
+    """Return a Trainer for a method of METHODS, its model (a cascade, or a plain model), and its callback.
+
+    Args:
+        task: the model and the data.
+        arguments: the Trainer's arguments.
+        method: name of the method.
+        saves: whether the end of a stage evaluates and saves, unless `[train]` has a strategy for it.
+    """
+    config, data = task.config, task.data
+    set_seed(arguments.seed)
+    model = task.model().to(arguments.device).train()
+    row, own = METHODS[method], any(name in config.train for name in _SCHEDULE)
+    count = config.stages.count if row.staged else 1
+    options: dict[str, Any] = {"count": count, "stages": None if own else config.stages, "args": arguments}
+    options |= {"train_dataset": data["train"], "eval_dataset": data["validation"], "processing_class": task.processor}
+    if row.spec is None:
+        callback, trained, callbacks = RunCallback(), _train_only(model, row.train, config.spec), []
+    else:
+        rows = data["train"].select(range(min(arguments.per_device_train_batch_size, len(data["train"]))))
+        batch: dict[str, Any] = {
+            name: value.to(arguments.device) for name, value in task.collate(rows).items() if name != "labels"
+        }
+        batch |= {"use_cache": False} if task.kind == "language" else {}
+        trained = lx.adapt(model, kwargs=batch, spec=row.spec(config.spec, config.stages.count))
+        evaluates = saves and "eval_strategy" not in config.train
+        callback = RunCallback(trained, evaluates=evaluates, saves=saves and "save_strategy" not in config.train)
+        callbacks = [CascadeCallback(trained, stages=count)]
+    options |= {"model": trained, "callbacks": [*callbacks, callback]}
+    if task.kind == "language":
+        with reading(config.data.name):
+            trainer = _sft_trainer()(**options)
+        if not arguments.packing:
+            _check_dropped(len(data["train"]) - len(trainer.train_dataset), len(data["train"]), task.max_length)
+        return trainer, trained, callback
+    return ClassifierTrainer(**options, data_collator=task.collate), trained, callback
+
+
+def _check_dropped(dropped: int, total: int, max_length: int) -> None:
+    """Warn of training examples that TRL has dropped without a word. Raise SpecError if none is left."""
+    told = f"{dropped} of {total} training examples have no completion within {max_length} tokens (data.max_length)"
+    if dropped == total:
+        raise SpecError(f"{told}; give a larger maximum", code="invalid-data")
+    if dropped:
+        print(f"lorasc-fx: WARNING: {told}, and are not learned", file=sys.stderr)
+
+
+def _sft_trainer() -> Any:
+    """Return TRL's trainer with the parts that all trainers share."""
+
+    class LanguageTrainer(StagedTrainer, module_of("llm", "trl").SFTTrainer):  # type: ignore[misc]
+        """TRL's SFTTrainer: chat template, loss on the completion, no packing unless `[train]` asks for it."""
+
+    return LanguageTrainer
+
+
+def _train_only(model: nn.Module, train: tuple[str, ...] | None, spec: lx.CascadeSpec) -> nn.Module:
+    """Train only the parameters that match a pattern, or one in `spec.train`, and none in `spec.exclude`."""
+    patterns = spec.train if train is None else train
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not matches(pattern, names):
+            raise UnknownTarget(f"spec.train: {pattern!r} matches no parameter{nearest(pattern, names)}")
+    for name, parameter in model.named_parameters():
+        included, excluded = (any(matches(each, (name,)) for each in globs) for globs in (patterns, spec.exclude))
+        parameter.requires_grad_(included and not excluded)
+    return model
