@@ -17,6 +17,7 @@ from lorasc_fx.cli.config import Config, load_config, write_config
 from lorasc_fx.plan import SiteOptions
 from lorasc_fx.spec_checks import CONFLICTS
 from tests.kit.errors import raises
+from tests.options import page
 
 FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, ranks, "
@@ -309,3 +310,8 @@ def test_a_wrong_key_of_a_rule_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(text)
     with raises(lx.SpecError, "unknown-name", "config.toml", "spec.train_rules[0] has no field 'learning_rate'"):
         load_config(tmp_path / "config.toml")
+
+
+def test_the_page_has_the_conflicts() -> None:
+    """`python -m tests.options.page` writes it anew."""
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()

@@ -1,0 +1,46 @@
+"""`python -m tests.options.page` writes the table of conflicts in docs/method.md from those of the spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, RULE_CONFLICTS
+from lorasc_fx.util.decode import Conflict
+
+PAGE = Path(__file__).parents[2] / "docs" / "method.md"
+HEAD = "| options | why | what to do |\n|---|---|---|\n"
+
+
+def table() -> str:
+    """Return the table. Options that are refused for one reason with one method share a row."""
+    named = [(conflict, "") for conflict in CONFLICTS]
+    named += [(conflict, "noise.") for conflict in NOISE_CONFLICTS] + [
+        (conflict, "Rule.") for conflict in RULE_CONFLICTS
+    ]
+    rows: dict[str, list[tuple[Conflict, str]]] = {}
+    for conflict, prefix in named:
+        rows.setdefault(conflict.why, []).append((conflict, prefix))
+    return HEAD + "".join(f"| {_names(group)} | {why} | {_remedy(group)} |\n" for why, group in rows.items())
+
+
+def _names(group: list[tuple[Conflict, str]]) -> str:
+    shown = dict.fromkeys(f"`{prefix}{name}`" for conflict, prefix in group for name in conflict.fields)
+    return ", ".join(shown)
+
+
+def _remedy(group: list[tuple[Conflict, str]]) -> str:
+    (first, _), *others = group
+    return f"{first.remedy.replace(first.fields[-1], 'the option')}" if others else first.remedy
+
+
+def page() -> str:
+    """Return the page with the current table."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(HEAD)
+    lines = rest.splitlines(keepends=True)
+    end = next((place for place, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    return before + table() + "".join(lines[end:])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
