@@ -76,12 +76,11 @@ class Noise:
             2409.14396). Flat-LoRA takes the norms of the weight with its branch, and increases the strength from 0.
             Here the weight at the start of the stage defines the norms, and the strength is constant.
         keep: if True, the noise of each stage stays in the slow weights. If False (default), the fold removes it
-            exactly. Cannot be combined with redraw="step", distribution="filter", an average, or adapter="dora".
+            exactly.
         where: `sites` (default) for the adapted weights only, or `all` for every weight matrix except those trained
             in full.
         redraw: draw the noise once per `stage` (default), or again after each optimizer `step` (Flat-LoRA). Each draw
-            costs one fold, because the weights are computed again from W0. `step` cannot be combined with keep=True or
-            adapter="dora".
+            costs one fold, because the weights are computed again from W0.
     """
 
     strength: Annotated[
@@ -120,8 +119,8 @@ class Rule:
         rank: rank of these branches in every stage. None (default): `CascadeSpec.rank` and `ranks`.
         lora_alpha: numerator of the scale of these branches. None (default): `CascadeSpec.lora_alpha`.
         tokens: indices of rows to train directly, such as new tokens of an embedding, without a branch of
-            `CascadeSpec.adapter`. If the weight is tied, all its names get the same rows. Cannot be combined with rank
-            or lora_alpha. As peft's `trainable_token_indices`.
+            `CascadeSpec.adapter`. If the weight is tied, all its names get the same rows. As peft's
+            `trainable_token_indices`.
     """
 
     pattern: Pattern
@@ -202,7 +201,7 @@ class CascadeSpec:
     """Configuration of `lorasc_fx.adapt`: what is adapted, how branches train, and how stages are merged.
 
     Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, lr_ratio, restart_A,
-    restart_pairs and start. With another method they must keep their defaults.
+    restart_pairs and start. docs/method.md lists the options that cannot be combined, from `spec_checks.CONFLICTS`.
 
     Args:
         targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, experts), or globs on weight
@@ -215,25 +214,24 @@ class CascadeSpec:
         rules: other ranks or lora_alpha, or rows to train, by pattern (see Rule). The first match counts. Default:
             none.
         adapter: adapter method: `lora` (default), `dora` (2402.09353), another row of docs/method.md, or a name given
-            to `register_branch`. `dora` cannot be combined with restart="fast", average, noise.keep or
-            noise.redraw="step".
+            to `register_branch`.
         adapter_options: options of the adapter method by name (docs/method.md), as a mapping. Stored as sorted pairs.
             Default: none.
         rank: rank r of the branches. Default: 8.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. Default: 8.0.
         use_rslora: divide by `sqrt(rank)` instead of rank (rsLoRA, 2312.03732). Default: False.
         dropout: probability that an entry of a branch's input is set to zero in train mode, as peft's lora_dropout.
-            Cannot be combined with placement="merged" or "weight", because a branch has no input there. Default: 0.0.
-        ranks: rank in stage 1, 2, ...; the last entry repeats. Rules with a rank are not affected. Cannot be combined
-            with another `rank` than the first entry. Default: empty, every stage has `rank`.
+            Default: 0.0.
+        ranks: rank in stage 1, 2, ...; the last entry repeats. Rules with a rank are not affected. Default: empty,
+            every stage has `rank`.
         train_A: whether A is trained. If False, only the product A x is saved for the backward (LoRA-FA, 2308.03303).
             Default: True.
         lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, which suggests about 16).
-            Cannot be combined with train_A=False. Default: 1.0.
+            Default: 1.0.
         train_rules: learning rate and slow rule by pattern, for parameters under `train` (see TrainRule). The first
-            match counts. Requires train. Default: none.
+            match counts. Default: none.
         average: keep the mean of the slow weights at the ends of stages (SWA, 1803.05407), for
-            `Cascade.weights("averaged")`. Cannot be combined with noise.keep. Default: False.
+            `Cascade.weights("averaged")`. Default: False.
         placement: where branches compute: `beside` the op, `merged` into it, on the `weight`, or `auto` (default) to
             let a cost model choose. A site whose op does not allow the placement gets another one. The `auto` choice
             is made at the first capture. See docs/design.md, "Placements".
@@ -244,10 +242,9 @@ class CascadeSpec:
         restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
         noise: noise on the frozen weights (see Noise). Default: off.
         restart_A: A at the start of the next stage: `fresh` random values (default), or `kept` from the previous stage
-            if the rank is the same. `kept` requires start="lora".
+            if the rank is the same.
         restart_pairs: whether the factors restart at a transition. If False, A and B continue to train with their
-            optimizer state, and a stage only ends a cycle of the slow rule. Then start="lora", optimizer_state="reset"
-            and no ranks are required. Default: True.
+            optimizer state, and a stage only ends a cycle of the slow rule. Default: True.
         start: factors at the start of a stage. `lora` (default): A by restart_A, and B = 0. The others compute the
             factors from the weight W, and the weight holds the residual `W - s B A` while the stage trains: the largest
             singular triplets (`pissa`, 2404.02948), the smallest ones (`milora`, 2406.09044), or the first columns and
@@ -336,10 +333,6 @@ class CascadeSpec:
             return 1 / (ended + 1)
         shares = self.pace if isinstance(self.pace, tuple) else (self.pace,)
         return shares[min(stage, len(shares)) - 1]
-
-    def average_share(self, count: int) -> float | None:
-        """Return the share of the slow weights in the average after `count` earlier stages. None without an average."""
-        return 1 / (count + 1) if self.average else None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""

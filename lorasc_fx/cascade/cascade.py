@@ -397,7 +397,7 @@ class CascadeModule(nn.Module):
         Raises:
             StateError, SpecError, NonFiniteBranch: as for `release`.
         """
-        with self._run.exclusive("folded_state_dict"):
+        with self._run.exclusive("folded_state_dict", keeps=True):
             return folding.folded_state(self._run, "folded_state_dict", quantized, view)
 
     def folded_graph(
@@ -432,7 +432,7 @@ class CascadeModule(nn.Module):
         # Check before capturing, because a call that raises must not add a graph.
         check_view("folded_graph", view, self._run.plan.spec)
         variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
-        with self._run.exclusive("folded_graph"):
+        with self._run.exclusive("folded_graph", keeps=True):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)
         return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
@@ -455,7 +455,7 @@ class CascadeModule(nn.Module):
             SpecError: `quantized` is invalid.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
         """
-        with self._run.exclusive("release", ends_stage=True), commit() as undo:
+        with self._run.exclusive("release", ends_stage=True, keeps=True), commit() as undo:
             # Register all undo steps before the first change, because the steps below change these fields.
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))

@@ -1,6 +1,8 @@
 """Writes the next state of a cascade, all or nothing.
 
-Only this file and `views.placed` write to the user's model and to the branches.
+Stages begin, checkpoints are restored and folds end through `write_planned`. It computes weights while it writes them.
+`views` writes weights for the time of a block; `moving`, `folding` and `dropped` move or replace tensors of the model.
+All of them do so inside a transaction (`util.undo`).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ SPARE = 1 << 12
 
 @dataclass(frozen=True)
 class Planned:
-    """The next state of a cascade, computed in full before the first write.
+    """The next state of a cascade. The weights themselves are computed from it while they are written.
 
     Args:
         plan: the next plan.

@@ -26,11 +26,6 @@ from lorasc_fx.util.undo import Undo, commit
 
 log = logging.getLogger("lorasc_fx")
 
-_KEEPS_NOTHING = {
-    "load_state_dict", "resume", "rewind", "shard", "stages", "to", "transition", "weights",
-}  # fmt: skip
-"""Calls after which the training of the running stage is still only in the branches. All others save or fold it."""
-
 
 class Run(RunBase):
     """The training run of a cascade, with the methods that change it. If a method raises, nothing is changed."""
@@ -296,6 +291,7 @@ class Run(RunBase):
         sharded: bool = False,
         ends_stage: bool = False,
         on_meta: bool = False,
+        keeps: bool = False,
     ) -> None:
         """Raise StateError if the call is not allowed now: after `release`, inside `weights` or inside a backward.
 
@@ -304,6 +300,7 @@ class Run(RunBase):
             sharded: whether the call supports sharded weights.
             ends_stage: whether it ends the running stage. Then no gradient may be pending.
             on_meta: whether it supports a model on the meta device.
+            keeps: whether it saves or folds the training of the running stage, which is then not lost with the cascade.
         """
         self.check_alive(call, on_meta=on_meta)
         if self.is_sharded and not sharded:
@@ -336,7 +333,7 @@ class Run(RunBase):
                 "after the move. cascade.zero_grad() drops the gradients",
                 code="gradients-pending",
             )
-        if call not in _KEEPS_NOTHING:
+        if keeps:
             self.note_kept()
 
     def differs_from_model(self) -> bool:

@@ -17,7 +17,7 @@ from lorasc_fx.cascade.transition import install_slow
 from lorasc_fx.errors import SpecError, named, warn
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import dense
-from lorasc_fx.state import Expert, Part, SlowWeights, View, WeightState, summing
+from lorasc_fx.state import Expert, History, Part, SlowWeights, StageEnd, WeightState, summing
 from lorasc_fx.util.undo import Undo
 
 
@@ -69,16 +69,16 @@ def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[fl
                 "with noise.where='all' first",
                 code="sites-differ",
             )
-    return SlowWeights({name: _summed(state, terms, stage) for name, state in fresh.states.items()}, ended=(stage,))
+    history = History((StageEnd(stage, 1.0),))
+    return SlowWeights({name: _summed(state, terms, history) for name, state in fresh.states.items()}, history=history)
 
 
-def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int) -> WeightState:
+def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], history: History) -> WeightState:
     """Return the sum of one weight over (weight of the run, run) pairs."""
     if fresh.full:  # there are no experts, so the values themselves are summed
         after = fresh.bare().holding(fresh.base.double() + _dense(fresh.name, fresh.base, terms))
-        return replace(after, views={**after.views, f"stage/{stage}": after.slow})
+        return replace(after, history=history, ends={history.last: after.dense["slow"]})
     experts: list[Expert] = []
-    coefficients: list[float] = []
     noises = []
     collapsed = False
     for weight, part in terms:
@@ -86,20 +86,16 @@ def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], stage: int)
         if state is None or weight == 0:
             continue
         check_same_kind("merge", part.name, state, fresh)
-        for coefficient, expert in zip(state.slow.coefficients, state.experts, strict=True):
+        for coefficient, expert in zip(state.coefficients("slow"), state.experts, strict=True):
             if coefficient != 0:
-                experts.append(expert)
-                coefficients.append(weight * coefficient)
+                summand = weight * coefficient
+                experts.append(replace(expert, stage=0, origin=(summand, summand, summand)))
         noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
-        collapsed |= state.slow.dense is not None
-    delta = None
+        collapsed |= bool(state.dense)
+    after = replace(fresh.bare(), experts=tuple(experts), history=history, noises=tuple(noises))
     if collapsed:  # a run whose experts were collapsed makes the sum partly dense
         delta = _dense(fresh.name, fresh.base, terms, factors=False).view(fresh.matrix).to(summing(fresh.base.dtype))
-    slow = View(tuple(coefficients), delta)
-    views = {"slow": slow, "start": slow, f"stage/{stage}": slow}
-    after = WeightState(
-        fresh.name, fresh.base, fresh.stacked, fresh.transposed, tuple(experts), views, noises=tuple(noises)
-    )
+        after = replace(after, dense={"slow": delta})
     return after.compact()
 
 
@@ -116,8 +112,8 @@ def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], f
         if factors or state.full:
             slow = replace(state, base=base).exact("slow", torch.float64, device=total.device)
             total += weight * (slow - dense(base).cpu().double())
-        elif state.slow.dense is not None:
-            total += weight * state.slow.dense.cpu().double().view(base.shape)
+        elif state.dense:
+            total += weight * state.dense["slow"].cpu().double().view(base.shape)
     return total
 
 

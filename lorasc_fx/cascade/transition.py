@@ -1,11 +1,12 @@
 """Stage transitions: fold the branches, then start them again. Graph nodes and Parameter objects stay the same.
 
-All values are computed before the first write. If anything raises, Ctrl-C included, all writes are rolled back.
+The next slow state and the initial values of branches are computed before the first write. Weights are computed from
+them while they are written, because a second copy of all weights would double the memory. If anything raises, Ctrl-C
+included, all writes are rolled back.
 
-The slow weights at the end of an earlier stage are one more coefficient vector over the experts (docs/algorithm.md,
-"The slow state is small"). Parameters trained in full keep one copy per stage if they are small
-(`state.model.MAX_FULL_ENTRIES`). When the experts of a weight are summed into a dense delta, its earlier stages are no
-longer available.
+The slow weights at the end of an earlier stage follow from the history of the stages (`state.weight.History`).
+Parameters trained in full keep one copy per stage if they are small (`state.model.MAX_FULL_ENTRIES`). When the experts
+of a weight are summed into a dense delta, its earlier stages are no longer available.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         StateError: the stage has not ended in this cascade, or its weights are no longer available.
     """
     last_gone = max((state.gone for state in slow.states.values()), default=0)
-    ended = sorted({end for state in slow.states.values() for end in state.ends} | set(range(1, last_gone + 1)))
+    ended = sorted({*slow.history.numbers} | set(range(1, last_gone + 1)))
     if not is_integer(stage, 0) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade. Available: "
@@ -229,9 +230,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
             code="unknown-stage",
         )
     at_end = {name: state for name, state in states.items() if state is not None}
-    lineage = tuple(end for end in slow.ended if end <= stage)
-    # The average of that time is not kept, so it starts again with these slow weights as its first stage.
-    return SlowWeights(at_end, averaged=min(stage, slow.averaged, 1), ended=lineage, group=slow.group)
+    return SlowWeights(at_end, history=slow.history.until(stage), group=slow.group)
 
 
 def rewind(run: Run, stage: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -260,7 +259,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     if not slow.moved(learners):
         return slow
     after = slow.after_stage(run.plan, learners)
-    pace = run.plan.spec.pace_at(run.plan.stage, len(slow.ended))
+    pace = run.plan.spec.pace_at(run.plan.stage, len(slow.history.ends))
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

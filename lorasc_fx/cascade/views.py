@@ -86,7 +86,7 @@ class Weights:
             noisy: whether the weights of the model have noise now.
         """
         state = self.slow.started(name)
-        is_slow = self.plan is not None and self.view in FOLDED and state.view(self.view) is state.slow
+        is_slow = self.plan is not None and self.slow.is_slow(name, self.view)
         same_dtype = weight.dtype == state.base.dtype
         return is_slow and same_dtype and not state.full and not state.differs_from_slow(noisy)
 

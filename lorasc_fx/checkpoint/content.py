@@ -31,7 +31,7 @@ from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import UNSHARDED, ProcessGroup, local, local_like, shard_axis
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, KeptNoise, Learner, SlowWeights, View, WeightState
+from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, StageEnd, Summed, WeightState
 from lorasc_fx.util.decode import Check
 from lorasc_fx.util.undo import Undo, commit
 
@@ -43,12 +43,15 @@ class Stored:
     """The slow state of a weight without W0, which the model has. See `WeightState` for the other fields.
 
     Args:
+        stages: number of stages that have ended since the weight was adapted: the last ones of the run's history.
         base: W0 of a parameter trained in full.
         rule: index of its rule in the spec's train_rules.
     """
 
-    views: dict[str, View]
+    stages: Count
     experts: tuple[Expert, ...] = ()
+    dense: dict[Summed, torch.Tensor] = field(default_factory=dict)
+    ends: dict[Count, torch.Tensor] = field(default_factory=dict)
     gone: Count = 0
     row_scale: torch.Tensor | None = None
     noises: tuple[KeptNoise, ...] = ()
@@ -61,15 +64,16 @@ class Stored:
         """Return the stored fields of a state. Its tensors are not copied."""
         values = {name: getattr(state, name) for name in _STATE_FIELDS}
         base = state.base if state.full else None
-        return cls(**values, base=base, rule=None if state.rule is None else spec.train_rules.index(state.rule))
+        rule = None if state.rule is None else spec.train_rules.index(state.rule)
+        return cls(stages=len(state.history.ends), **values, base=base, rule=rule)
 
-    def on(self, bare: WeightState) -> WeightState:
-        """Return the state of a weight without changes (`bare`) with these changes."""
+    def on(self, bare: WeightState, history: History) -> WeightState:
+        """Return the state of a weight without changes (`bare`) with these changes. `history` is that of the weight."""
         values = {name: getattr(self, name) for name in _STATE_FIELDS}
-        return replace(bare, **values, base=bare.base if self.base is None else self.base)
+        return replace(bare, **values, history=history, base=bare.base if self.base is None else self.base)
 
 
-_STATE_FIELDS = [item.name for item in fields(Stored) if item.name not in ("base", "rule")]
+_STATE_FIELDS = [item.name for item in fields(Stored) if item.name not in ("stages", "base", "rule")]
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Content:
         value: current values of the parameters trained in full.
         buffer: buffers of the model (perhaps None), and parameters that forward writes.
         changed_buffers: names of these that differ from the base.
-        idle, averaged, ended: see `SlowWeights`.
+        idle, history: see `SlowWeights`.
         gradient: gradients of trained parameters.
         pending: names of the gradients that no optimizer step has consumed.
         rng: the random generators of each rank (`training.random_state`).
@@ -106,8 +110,7 @@ class Content:
     value: Tensors = field(default_factory=dict)
     buffer: dict[str, torch.Tensor | None] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
-    averaged: Count = 0
-    ended: tuple[Count, ...] = ()
+    history: tuple[StageEnd, ...] = ()
     gradient: Tensors = field(default_factory=dict)
     pending: tuple[str, ...] = ()
     inputs: Inputs | None = None
@@ -141,8 +144,7 @@ class Content:
             buffer=dict(state.buffers),
             changed_buffers=tuple(run.changed_buffers()),
             idle=slow.idle,
-            averaged=slow.averaged,
-            ended=slow.ended,
+            history=slow.history.ends,
             # So a run that is saved between backward and step, or while it accumulates gradients, loses none.
             gradient={name: value.grad.detach() for name, value in trainable.items() if value.grad is not None},
             pending=tuple(run.pending.waiting(trainable)),
@@ -259,25 +261,31 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
         raise ValueError("the parameters that were trained in full differ from the spec")
     finite = plan.spec.on_nonfinite == "raise"  # otherwise, inf and nan are valid: the fold skips such a branch
     check_branches(content, plan, finite)
-    states = {name: _decoded(name, stored, bare[name], content) for name, stored in content.slow.items()}
+    history = History(content.history)
+    if list(history.numbers) != sorted({*history.numbers} - {0}) or history.last >= plan.stage:
+        raise ValueError(f"its history has the stages {sanitized(str(history.numbers))}, and stage {plan.stage} runs")
+    states = {name: _decoded(name, stored, bare[name], content, history) for name, stored in content.slow.items()}
     for site in plan.sites:
         initial = states[site.weight].initial
         for name in site.options.method.starts_from(plan.spec, not content.idle):
             if name != "weight" and getattr(initial, name, None) is None:
                 raise ValueError(f"has no initial {name} of {sanitized(site.weight)}")
-    slow = SlowWeights(states, content.idle, averaged=content.averaged, ended=content.ended)
+    slow = SlowWeights(states, content.idle, history=history)
     values = dict(content.value)
     for name in trained:
-        start = slow.started(name).start.dense
+        start = slow.started(name).dense_in("fast")
         if start is not None and not slow.moved({name: values[name]}):
             values[name] = start  # the value only differs by rounding: the cascade was saved in another dtype
     state = RunState(plan, slow, content.branch, values, content.buffer)
     return state if taker is None else state.placed_like(taker)
 
 
-def _decoded(name: str, stored: Stored, bare: WeightState, content: Content) -> WeightState:
+def _decoded(name: str, stored: Stored, bare: WeightState, content: Content, history: History) -> WeightState:
     """Return the slow state of one weight, after all checks."""
-    state = stored.on(bare)
+    if stored.stages > len(history.ends):
+        raise ValueError(f"slow/{sanitized(name)} has {stored.stages} stages, of {len(history.ends)} in the history")
+    is_late = stored.stages < len(history.ends)
+    state = stored.on(bare, History(history.ends[len(history.ends) - stored.stages :]) if is_late else history)
     if state.full:
         fit(f"slow/{name}/base", state.base, state.matrix, bare.base.dtype)
         fit(f"value/{name}", content.value[name], state.matrix, state.base.dtype)
@@ -361,7 +369,8 @@ def install(run: Run, state: RunState, undo: Undo) -> None:
     untrained = {
         name: start
         for name in run.slow.trained
-        if (start := run.slow.started(name).start.dense) is not None and not run.slow.moved({name: parameters[name]})
+        if (start := run.slow.started(name).dense_in("fast")) is not None
+        and not run.slow.moved({name: parameters[name]})
     }
     written = run.present(state.slow.states)
     planned = Planned(state.plan, state.slow, written, write, factors=state.branches, current=untrained)

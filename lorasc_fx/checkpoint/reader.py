@@ -476,8 +476,7 @@ class RunSource:
         self.moved: Collection[str]
         self.run: Run | Checkpoint
         if isinstance(source, Run):
-            source.check_ready(call)
-            source.note_kept()
+            source.check_ready(call, keeps=True)
             self.run, self.name = source, f"{name}, a cascade"
             self.base, self.moved = source.fingerprints(), source.moved_parameters()
             self.changed_buffers = source.changed_buffers()

@@ -93,7 +93,7 @@ def write_version(
                 if not group.is_alone:
                     check_between_steps(run, "save")
                 if takes_part:
-                    stack.enter_context(run.exclusive("save", sharded=True))
+                    stack.enter_context(run.exclusive("save", sharded=True, keeps=True))
                     check_finite(run)
             rng = gathered_random_states(group, "save")
             # Copy the state into host memory. The first rank locks the folder and creates a temporary one.
@@ -354,7 +354,7 @@ class SavedCascade(CascadeModule):
         state: Any = OrderedDict() if destination is None else destination
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
-        with self._run.exclusive("state_dict"):
+        with self._run.exclusive("state_dict", keeps=True):
             state.update({prefix + name: tensor for name, tensor in to_state_dict(self._run).items()})
         for hook in self._state_dict_hooks.values():
             hook(self, state, prefix, {})

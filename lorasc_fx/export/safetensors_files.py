@@ -80,7 +80,7 @@ def safetensors(
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"
-    with cascade._run.exclusive(call):
+    with cascade._run.exclusive(call, keeps=True):
         if base is not None:
             if quantized is not None:
                 raise SpecError(

@@ -62,7 +62,7 @@ def state_dict(
     group = run.slow.group
     # Check everything before any rank copies or sends tensors.
     with group.agreed(call):
-        run.check_ready(call, sharded=True)
+        run.check_ready(call, sharded=True, keeps=True)
         if not group.is_alone:
             saved.check_between_steps(run, call)
         saved.check_finite(run)

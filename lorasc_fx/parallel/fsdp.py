@@ -169,7 +169,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
         raise StateError(
             "folded_state_dict: this cascade is not sharded. Call cascade.folded_state_dict()", code="not-available"
         )
-    run.check_ready("folded_state_dict", sharded=True)
+    run.check_ready("folded_state_dict", sharded=True, keeps=True)
     is_first, state_dict = run.slow.group.rank == 0, {}
     for name, value, new in folding.folded_each(run, "folded_state_dict"):
         folded = new()

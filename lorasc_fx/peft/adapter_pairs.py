@@ -158,9 +158,7 @@ def _change_of_run(source_run: RunSource, part: Part, tensors: Mapping[str, torc
     change = Change()
     for name, state in part.slow.states.items():
         if state.full:
-            value = state.slow.dense
-            assert value is not None
-            if fingerprint(value.to(state.base.dtype)) != source_run.base.get(name):
+            if fingerprint(state.dense["slow"].to(state.base.dtype)) != source_run.base.get(name):
                 change.refused[name] = _TRAINED_IN_FULL
         elif state.noises:
             change.refused[name] = KEEPS_NOISE

@@ -121,7 +121,7 @@ def peft(
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating-point dtype, such as torch.float32")
 
     # Compute the change of each weight.
-    with run.exclusive("export.peft"):
+    with run.exclusive("export.peft", keeps=True):
         check_view("export.peft", view, run.plan.spec, _VIEWS)
         change = change_of(run, view)
     if not change.pairs and not change.refused:

@@ -18,7 +18,7 @@ from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.mirror import rows_with
 from lorasc_fx.quantized import dense
 from lorasc_fx.state import (
-    ViewName,
+    Summed,
     WeightState,
     delta_of,
     has_trained,
@@ -151,7 +151,7 @@ def nothing(state: WeightState) -> Factors:
     return Factors(torch.zeros(*stack, rows, 1).double(), torch.zeros(*stack, 1, columns).double())
 
 
-def pair_of(state: WeightState, view: ViewName, running: Delta | None = None) -> Factors | None:
+def pair_of(state: WeightState, view: Summed, running: Delta | None = None) -> Factors | None:
     """Return the delta of a view of a weight as one pair, in fp64 on the CPU. None if the delta is zero.
 
     If experts were summed into a dense delta, it is factored at its numerical rank.
@@ -162,7 +162,7 @@ def pair_of(state: WeightState, view: ViewName, running: Delta | None = None) ->
     return sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
 
 
-def change_of(run: Run, view: ViewName) -> Change:
+def change_of(run: Run, view: Summed) -> Change:
     """Return the change of a cascade's weights relative to W0.
 
     For the slow and averaged weights, a running stage that has trained counts as ended. If experts were summed into a

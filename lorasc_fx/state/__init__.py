@@ -11,17 +11,19 @@ from lorasc_fx.state.engine import (
 )
 from lorasc_fx.state.factor_products import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
 from lorasc_fx.state.model import Memory, Part, SlowWeights, host
-from lorasc_fx.state.weight import Expert, KeptNoise, View, ViewName, WeightState
+from lorasc_fx.state.weight import Expert, History, KeptNoise, StageEnd, Summed, ViewName, WeightState
 
 __all__ = [
     "Expert",
+    "History",
     "KeptNoise",
     "Learner",
     "Memory",
     "Part",
     "Scratch",
     "SlowWeights",
-    "View",
+    "StageEnd",
+    "Summed",
     "ViewName",
     "WeightState",
     "arithmetic",

@@ -34,7 +34,7 @@ from lorasc_fx.plan import Site
 from lorasc_fx.shards import full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.factor_products import Scratch, arithmetic, cast, exact_products
-from lorasc_fx.state.weight import KeptNoise, SlowRule, WeightState
+from lorasc_fx.state.weight import History, KeptNoise, WeightState
 
 Learner = Branch | torch.Tensor
 """The trained part of a weight in a stage: its branch, or the parameter itself if it is trained in full."""
@@ -222,9 +222,10 @@ def end_stage(
     state: WeightState,
     learner: Learner | None,
     spec: CascadeSpec,
-    rule: SlowRule,
+    history: History,
     noisy: bool,
     checked: bool,
+    keeps: bool = False,
 ) -> tuple[WeightState, bool]:
     """End a stage: return the slow state after it, and whether the weight was left out of the fold.
 
@@ -235,28 +236,28 @@ def end_stage(
         state: state of the weight in the stage.
         learner: the branch, or the parameter trained in full. None for a weight that only has noise.
         spec: of the plan.
-        rule: the slow update of this stage.
+        history: the history of the weight with this stage.
         noisy: whether the stage ran, so that its weight had noise.
         checked: whether the factors of branches are known to be finite.
+        keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
 
     Raises:
         NonFiniteBranch: the weight would be left out, and spec.on_nonfinite is "raise".
     """
-    stage, on_all = rule.stage, state.shard.group.all
-    if not state.follows(spec):
-        rule = replace(rule, pace=1.0)
+    stage, on_all = history.ends[-1].number, state.shard.group.all
     after, fault = None, ""
-    if isinstance(learner, torch.Tensor):
+    if state.full:
+        assert isinstance(learner, torch.Tensor)
         value = local(learner).detach().to("cpu", copy=True)
-        if on_all(not state.broken(value)):
-            after = state.absorb(value, rule)
-        else:
-            fault = f"{state.name}, which is trained in full, holds inf or nan"
-    elif learner is not None and (checked or on_all(learner.finite())):
+        finite = on_all(not state.broken(value))
+        fault = "" if finite else f"{state.name}, which is trained in full, holds inf or nan"
+        pace = history.ends[-1].pace if state.follows(spec) else 1.0
+        after = state.absorb_value(value if finite else None, history, pace, keeps)
+    elif isinstance(learner, Branch) and (checked or on_all(learner.finite())):
         # All ranks must agree, because each rank has the same number of experts.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
-        after = state.absorb(delta, rule)
+        after = state.absorb(delta, history, spec.carry_rank)
         if not on_all(after.fits()):
             after, fault = None, f"the branch of {state.name} makes the weight overflow {state.base.dtype}"
     elif learner is not None:
@@ -269,7 +270,7 @@ def end_stage(
             "non-finite-left-out",
         )
     if after is None:
-        after = state.absorb(None, rule)
+        after = state.absorb(None, history, spec.carry_rank)
     if noisy and spec.noise.is_on and spec.noise.keep and not state.full:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
         after = replace(after, noises=(*after.noises, KeptNoise(spec.noise, spec.seed, stage, size)))
@@ -322,8 +323,9 @@ def has_trained(learner: Learner, state: WeightState) -> bool:
     """
     if isinstance(learner, Branch):
         return learner.moved(state.initial, state.cut)
-    assert state.start.dense is not None
-    return not torch.equal(local(learner).detach().cpu(), state.start.dense.to(learner.dtype))
+    start = state.dense_in("fast")
+    assert start is not None
+    return not torch.equal(local(learner).detach().cpu(), start.to(learner.dtype))
 
 
 def delta_of(

@@ -29,7 +29,7 @@ from lorasc_fx.state.engine import (
     write_start,
 )
 from lorasc_fx.state.factor_products import Scratch, arithmetic
-from lorasc_fx.state.weight import SlowRule, ViewName, WeightState
+from lorasc_fx.state.weight import History, StageEnd, ViewName, WeightState
 
 Memory = Literal["memory", "pinned", "device"]
 """Where W0 is kept: in host memory, in page-locked host memory, or in the memory of the weight's device."""
@@ -47,16 +47,14 @@ class SlowWeights:
         states: by weight name: sites, parameters trained in full, and every other matrix that gets noise.
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
         left_out: names of the weights that the last fold did not change, because the result was not finite.
-        averaged: number of stages in the average.
-        ended: numbers of the stages that the slow weights are made of, in their order. A rewind removes some.
+        history: the stages that the slow weights are made of. A weight that was adapted later has the last ones.
         group: the process group that holds the shards of the weights.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
     idle: bool = False
     left_out: frozenset[str] = frozenset()
-    averaged: int = 0
-    ended: tuple[int, ...] = ()
+    history: History = field(default_factory=History)
     group: ProcessGroup = ONE_PROCESS
 
     @cached_property
@@ -123,15 +121,19 @@ class SlowWeights:
         return replace(self, states={**self.states, **new})
 
     def started(self, name: str) -> WeightState:
-        """Return the state of a weight whose `start` view equals the weights in place.
+        """Return the state of a weight whose start equals the weights in place.
 
         If the cascade is idle, these are the slow weights, whatever the next stage starts from.
         """
-        state = self.states[name]
-        if not self.idle:
-            return state
-        start = state.slow.to(state.base.dtype) if state.full else state.slow
-        return replace(state, views={**state.views, "start": start})
+        return (self._resting if self.idle else self.states)[name]
+
+    @cached_property
+    def _resting(self) -> Mapping[str, WeightState]:
+        """The states with the slow weights as their start."""
+        rests: dict[int, History] = {}
+        for state in self.states.values():
+            rests.setdefault(len(state.history.ends), state.history.resting())
+        return {name: state.resting(rests[len(state.history.ends)]) for name, state in self.states.items()}
 
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write the value that the parameter holds in the running stage: W_t, or the slow weight if idle.
@@ -170,12 +172,16 @@ class SlowWeights:
         running: Delta | torch.Tensor | None = None
         if isinstance(learner, torch.Tensor):
             running = learner
-            if plan is not None and view != "base" and state.view(view) is state.slow and not state.follows(plan.spec):
+            if plan is not None and self.is_slow(name, view) and not state.follows(plan.spec):
                 view = "fast"
         elif learner is not None and view == "fast" and not state.shard.group.all(not has_trained(learner, state)):
             assert plan is not None, "the delta of a branch depends on the plan of its stage"
             running = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
         state.write(out, view, arithmetic(out.dtype), running)
+
+    def is_slow(self, name: str, view: ViewName) -> bool:
+        """Whether a view of a weight is the slow weights."""
+        return view == "slow" or (view == "averaged" and not self.states[name].differs("averaged"))
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
         """Whether a learner (by weight name) has changed since the start of its stage, on any rank."""
@@ -199,18 +205,24 @@ class SlowWeights:
         # Small parameters trained in full keep a copy per stage, so that `rewind` can restore them.
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
-        share, pace = spec.average_share(self.averaged), spec.pace_at(plan.stage, len(self.ended))
-        rule = SlowRule(plan.stage, pace, spec.restart, spec.carry_rank, share, keeps)
-        ended = {
-            name: end_stage(self.started(name), learners.get(name), spec, rule, noisy, finite) for name in self.states
-        }
+        before = self.history.resting() if self.idle else self.history
+        pace, share = spec.pace_at(plan.stage, len(before.ends)), None
+        if spec.average:
+            share = 1 / (before.averaged + 1)
+        history = before.after(StageEnd(plan.stage, pace, spec.restart, share))
+        ended, histories = {}, {len(history.ends): history}
+        for name in self.states:
+            state = self.started(name)
+            count = len(state.history.ends) + 1
+            # Weights that were adapted together share one history, and so its coefficients.
+            own = histories[count] = histories.get(count) or History(history.ends[-count:])
+            ended[name] = end_stage(state, learners.get(name), spec, own, noisy, finite, keeps)
         return replace(
             self,
             states={name: state for name, (state, _) in ended.items()},
             idle=False,
             left_out=frozenset(name for name, (_, left_out) in ended.items() if left_out),
-            averaged=self.averaged if share is None else self.averaged + 1,
-            ended=(*self.ended, plan.stage),
+            history=history,
         )
 
     def begin_stage(

@@ -1,7 +1,7 @@
-"""The state of one weight: W0, the experts that stages have added, and named views (coefficients over the experts).
+"""The state of one weight: W0, the experts that stages have added, and the history of the stages.
 
-Slow weights, the start of the running stage, averages and the ends of earlier stages are views over the same experts
-(docs/algorithm.md, "The slow state is small"). A state is immutable: `absorb` returns the next one, so a failed
+Slow weights, the start of the running stage and the mean over stages are sums over the same experts, with coefficients
+that follow from the history of the stages (`History`). A state is immutable: `absorb` returns the next one, so a failed
 transition changes nothing. Every weight is computed from W0 and rounded once.
 
 A parameter trained in full has no experts. The dense tensor of each of its views is the value itself, not the
@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
-from typing import Literal
+from functools import cached_property
+from typing import Annotated, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
-from lorasc_fx.spec import CascadeSpec, Noise, TrainRule
+from lorasc_fx.spec import CascadeSpec, Noise, Share, TrainRule
 from lorasc_fx.state.factor_products import (
     accumulate,
     arithmetic,
@@ -41,13 +41,110 @@ from lorasc_fx.state.factor_products import (
     sum_of,
     summing,
 )
+from lorasc_fx.util.decode import Check
 
 ViewName = Literal["slow", "fast", "base", "averaged"]
+"""Weights that `Cascade.weights` can put in place."""
+Summed = Literal["slow", "fast", "averaged"]
+"""Views that are sums over experts. `fast` is the start of the running stage, to which a caller adds its delta."""
 
 log = logging.getLogger("lorasc_fx")
 
 MAX_ENDS = 100
 """A parameter trained in full keeps its values at the ends of this many stages, the latest ones."""
+
+Number = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
+Coefficients = tuple[float, float, float]
+"""Coefficients of an expert in the slow weights, at the start of the running stage, and in the mean over stages."""
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """The slow update at the end of one stage (docs/algorithm.md, "slow update").
+
+    Args:
+        number: number of the stage.
+        pace: the share of the fast weights that was merged.
+        restart: whether the next stage starts from the slow or the fast weights.
+        share: weight of S_t in the mean over stages. None if no mean is kept.
+    """
+
+    number: Number
+    pace: Share
+    restart: Literal["slow", "fast"] = "slow"
+    share: Share | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """The ends of the stages that the weights of a run are made of, oldest first. A rewind drops the later ones."""
+
+    ends: tuple[StageEnd, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of the stages."""
+        return tuple(end.number for end in self.ends)
+
+    @property
+    def last(self) -> int:
+        """Number of the last stage; 0 before the first end."""
+        return self.ends[-1].number if self.ends else 0
+
+    @property
+    def averaged(self) -> int:
+        """Number of stages in the mean over stages. A share of 1 starts it again."""
+        count = 0
+        for end in reversed(self.ends):
+            if end.share is None:
+                break
+            count += 1
+            if end.share == 1:
+                break
+        return count
+
+    def after(self, end: StageEnd) -> History:
+        """Return the history with one more stage."""
+        return History((*self.ends, end))
+
+    def until(self, stage: int) -> History:
+        """Return the history for a rewind. The next stage starts from the slow weights, and so does the mean."""
+        kept = History(tuple(end for end in self.ends if end.number <= stage)).resting()
+        last = kept.ends[-1:]
+        return History((*kept.ends[:-1], *(replace(end, share=None if end.share is None else 1.0) for end in last)))
+
+    def resting(self) -> History:
+        """Return the history with the slow weights as the start of the next stage."""
+        return History((*self.ends[:-1], *(replace(end, restart="slow") for end in self.ends[-1:])))
+
+    def coefficients(self, stage: int, origin: Coefficients | None = None) -> Coefficients:
+        """Return the coefficients of an expert now.
+
+        Args:
+            stage: number of the stage that has trained the expert: its coefficient in the fast weights F_t is 1. An
+                expert of stage 0 is part of all weights from the beginning.
+            origin: its coefficients right after the stage, for the sum of earlier experts.
+        """
+        key = (stage, origin)
+        if key in self._known:
+            return self._known[key]
+        first = origin is not None or stage == 0
+        slow, start, average = (origin or (1.0, 1.0, 1.0)) if first else (0.0, 0.0, 0.0)
+        for end in self.ends:
+            if end.number < stage or (end.number == stage and first):
+                continue
+            fast = 1.0 if end.number == stage else start
+            slow = slow if slow == fast else slow + end.pace * (fast - slow)
+            start = fast if end.restart == "fast" else slow
+            share = 1.0 if end.share is None else end.share
+            average = slow if share == 1 or average == slow else average + share * (slow - average)
+        self._known[key] = slow, start, average
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, Coefficients | None], Coefficients]:
+        """Cache of `coefficients`. Weights share one history, so each vector is computed once per transition."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -56,53 +153,22 @@ class Expert(Factors):
 
     Args:
         stage: number of the stage that trained it; 0 for an expert from another run or tool.
+        origin: for a sum of earlier experts: its coefficients right after the stage. None for an expert that the stage
+            has trained.
         row_scale: [out] in fp64, under DoRA. The stage multiplied the rows of W0 and of all earlier experts by it. A
             stage that trained only magnitudes adds an expert of rank 0.
     """
 
     stage: int = 0
+    origin: Coefficients | None = None
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
 
-
-@dataclass(frozen=True)
-class View(Tree):
-    """One value of a weight: a coefficient for each expert, and perhaps a dense delta.
-
-    Args:
-        coefficients: one for each expert that existed when the view was made.
-        dense: the sum of the experts that were collapsed, [rows, columns]. For a parameter trained in full, the value
-            itself, in the shape of the parameter.
-    """
-
-    coefficients: tuple[float, ...] = ()
-    dense: torch.Tensor | None = field(default=None, metadata={Side: Side.WEIGHT})
-
-    def to(self, dtype: torch.dtype) -> View:
-        """Return the view with its dense tensor cast to a dtype. Returns this view itself if nothing changes."""
-        return self if self.dense is None or self.dense.dtype == dtype else replace(self, dense=self.dense.to(dtype))
-
-    def extended(self, more: Sequence[float]) -> View:
-        """Return the view with coefficients appended for more experts."""
-        return replace(self, coefficients=(*self.coefficients, *more))
-
-    def toward(self, target: View, share: float) -> View:
-        """Return `self + share * (target - self)`. An expert that only `target` has counts as 0 in this view."""
-        missing = len(target.coefficients) - len(self.coefficients)
-        pairs = zip(self.extended([0.0] * missing).coefficients, target.coefficients, strict=True)
-        delta = self.dense
-        if target.dense is not None and delta is not target.dense:
-            delta = torch.zeros_like(target.dense) if delta is None else delta
-            # With a share of 1 the tensor of the target is kept: slow and fast weights that are equal share memory.
-            delta = target.dense if share == 1 else torch.lerp(delta, target.dense, share)
-        return View(tuple(s if s == t else s + share * (t - s) for s, t in pairs), delta)
-
-    def plus(self, addend: View, factor: float) -> View:
-        """Return `self + factor * addend`. A missing coefficient or dense tensor counts as 0."""
-        pairs = zip_longest(self.coefficients, addend.coefficients, fillvalue=0.0)
-        delta = self.dense
-        if addend.dense is not None:
-            delta = factor * addend.dense if delta is None else delta + factor * addend.dense
-        return View(tuple(c + factor * added for c, added in pairs), delta)
+    def restarted(self, stage: int, averages: bool = False) -> Expert:
+        """Return the expert for a start from the slow weights after a stage. `averages`: also for the mean."""
+        if self.origin is None or self.stage != stage:
+            return self
+        slow, _, average = self.origin
+        return replace(self, origin=(slow, slow, slow if averages else average))
 
 
 @dataclass(frozen=True)
@@ -119,25 +185,6 @@ class KeptNoise:
 
 
 @dataclass(frozen=True)
-class SlowRule:
-    """The slow update at the end of a stage: `S_t = S_{t-1} + pace * (F_t - S_{t-1})` (docs/algorithm.md).
-
-    Args:
-        stage: number of the stage that ends.
-        pace, restart, carry_rank: values of the spec for this stage.
-        share: weight of S_t in the average over stages, in (0, 1]; None if no average is kept.
-        keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
-    """
-
-    stage: int
-    pace: float
-    restart: str = "slow"
-    carry_rank: int | None = None
-    share: float | None = None
-    keeps: bool = False
-
-
-@dataclass(frozen=True)
 class WeightState(Tree):
     """W0 and the changes that stages have made to it.
 
@@ -147,10 +194,11 @@ class WeightState(Tree):
         stacked: whether the first axis of the weight counts matrices (mixture-of-experts layers).
         transposed: whether the weight is stored as [in, out].
         experts: the deltas of the stages, oldest first.
-        views: by name. `slow`: the slow weights. `start`: the weights that the running stage started from. `average`:
-            the average over stages, unless it equals the slow weights. `stage/K`: the slow weights at the end of stage
-            K.
-        gone: number of the last stage whose `stage/K` was dropped, because its experts were summed into a dense delta.
+        history: the stages that have ended since the weight was adapted.
+        dense: dense tensors of views: the sum of the experts that were collapsed, [rows, columns], or the value of a
+            parameter trained in full. `fast` is the start of the running stage. A view without one has that of `slow`.
+        ends: for a parameter trained in full: its slow values at the ends of stages, by number.
+        gone: number of the last stage whose slow weights are no longer available, because its experts were summed.
         row_scale: [out] in fp64, under DoRA: the row scale of W0 by experts that were summed since.
         noises: the noise that stays in the weight.
         initial: factors and magnitudes that the running stage started from. None if its branch started at B = 0.
@@ -164,7 +212,9 @@ class WeightState(Tree):
     stacked: bool = False
     transposed: bool = False
     experts: tuple[Expert, ...] = ()
-    views: Mapping[str, View] = field(default_factory=lambda: dict.fromkeys(("slow", "start"), View()))
+    history: History = field(default_factory=History)
+    dense: Mapping[Summed, torch.Tensor] = field(default_factory=dict, metadata={Side: Side.WEIGHT})
+    ends: Mapping[int, torch.Tensor] = field(default_factory=dict, metadata={Side: Side.WEIGHT})
     gone: int = 0
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
     noises: tuple[KeptNoise, ...] = ()
@@ -181,9 +231,9 @@ class WeightState(Tree):
         Its values at the ends of earlier stages are dropped.
         """
         dtype = arithmetic(self.base.dtype)
-        slow = View((), value.to(dtype))
-        start = slow if self.base.dtype == dtype else View((), value.to(self.base.dtype))
-        return replace(self, views={"slow": slow, "start": start}, gone=max((self.gone, *self.ends)), full=True)
+        return replace(
+            self, dense=_values(value.to(dtype), self.base.dtype), ends={}, gone=max((self.gone, *self.ends)), full=True
+        )
 
     def follows(self, spec: CascadeSpec) -> bool:
         """Whether the slow update uses the pace of the spec. Otherwise the slow weights equal the fast weights.
@@ -198,45 +248,27 @@ class WeightState(Tree):
 
     # ---- views
 
-    @property
-    def slow(self) -> View:
-        """The slow weights."""
-        return self.views["slow"]
+    def coefficients(self, view: Summed) -> tuple[float, ...]:
+        """Return the coefficient of each expert in a view."""
+        place = ("slow", "fast", "averaged").index(view)
+        return tuple(self.history.coefficients(expert.stage, expert.origin)[place] for expert in self.experts)
 
-    @property
-    def start(self) -> View:
-        """The weights that the running stage started from, without noise."""
-        return self.views["start"]
+    def dense_in(self, view: Summed) -> torch.Tensor | None:
+        """Return the dense tensor of a view, or None."""
+        return self.dense.get(view, self.dense.get("slow"))
 
-    @property
-    def start_differs(self) -> bool:
-        """Whether the running stage started from other weights than the slow weights."""
-        start, slow = self.start, self.slow
-        return start.coefficients != slow.coefficients or start.dense is not slow.dense
+    def differs(self, view: Summed) -> bool:
+        """Whether a view differs from the slow weights."""
+        return view in self.dense or self.coefficients(view) != self.coefficients("slow")
 
     def differs_from_slow(self, noisy: bool) -> bool:
         """Whether the parameter differs from the slow weights during the stage. `noisy`: whether it has noise."""
-        return noisy or self.initial is not None or self.start_differs
+        return noisy or self.initial is not None or self.differs("fast")
 
     def starts_at_base(self, noisy: bool) -> bool:
         """Whether the parameter holds W0 during the stage. `noisy`: whether it has noise."""
-        changes = self.experts or self.noises or self.start.dense is not None or self.scale() is not None
+        changes = self.experts or self.noises or self.dense or self.scale() is not None
         return not (changes or self.differs_from_slow(noisy))
-
-    def view(self, name: ViewName) -> View:
-        """Return the stored view for slow, fast or averaged weights.
-
-        For fast weights this is `start`: the caller adds the delta of the running branch. Without an average, averaged
-        weights equal the slow weights.
-        """
-        if name == "averaged" and "average" in self.views:
-            return self.views["average"]
-        return self.views["start" if name == "fast" else "slow"]
-
-    @property
-    def ends(self) -> Mapping[int, View]:
-        """The slow weights at the ends of earlier stages, by stage number, oldest first."""
-        return {int(name.removeprefix("stage/")): view for name, view in self.views.items() if "/" in name}
 
     # ---- values
 
@@ -282,7 +314,7 @@ class WeightState(Tree):
             out.copy_(dense(self.base))
             return
         if self.full:
-            value = self.view(view).dense if view != "fast" or running is None else running
+            value = self.dense_in(view) if view != "fast" or running is None else running
             assert isinstance(value, torch.Tensor)
             out.copy_(value)
             return
@@ -299,15 +331,15 @@ class WeightState(Tree):
             add_noise(out, drawn, kept.amplitude)
 
     def terms(
-        self, view: ViewName, running: Delta | None
+        self, view: Summed, running: Delta | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[float, Factors]]]:
         """Return the terms of a weight: W0, the dense delta, and (coefficient, factors) pairs. Their sum is the weight.
 
         Under DoRA, the rows of each term are already scaled.
         """
         running = running if view == "fast" and running is not None else Delta()
-        stored, gain = self.view(view), running.gain
-        base, delta, pairs = dense(self.base), stored.dense, self._pairs(stored, gain)
+        gain = running.gain
+        base, delta, pairs = dense(self.base), self.dense_in(view), self._pairs(view, gain)
         if running.factors is not None:
             pairs.append((1.0, scaled(running.factors, gain, self.transposed)))
         # Every later expert scales the dense delta, which was collapsed before any of them.
@@ -321,11 +353,11 @@ class WeightState(Tree):
             base = scale_rows(rows, base.cpu().double(), self.transposed)
         return base, delta, pairs
 
-    def _pairs(self, view: View, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
+    def _pairs(self, view: Summed, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
         """Return (coefficient, factors) of each expert in a view, its rows scaled by all later experts and `gain`."""
         return [
             (c, scaled(expert, self._scale_since(index + 1, gain), self.transposed))
-            for index, (c, expert) in enumerate(zip(view.coefficients, self.experts, strict=True))
+            for index, (c, expert) in enumerate(zip(self.coefficients(view), self.experts, strict=True))
             if c != 0 and expert.rank
         ]
 
@@ -347,28 +379,28 @@ class WeightState(Tree):
         if is_quantized(self.base):  # dense values are never computed for it
             return all(math.isfinite(expert.bound) for expert in self.experts)
         limits = torch.finfo(self.base.dtype)
+        views: tuple[Summed, ...] = ("slow", "fast") if self.differs("fast") else ("slow",)
         # Try a cheap bound first: a change below half the gap of the two largest numbers of the dtype cannot overflow.
         if not self.full and self.scale() is None:
             noise = sum(8 * kept.amplitude for kept in self.noises)  # more than any sample
             bounds = []
-            for view in (self.slow, self.start):
-                experts = zip(view.coefficients, self.experts, strict=True)
+            for view in views:
+                experts = zip(self.coefficients(view), self.experts, strict=True)
                 bound = sum(abs(c) * expert.bound for c, expert in experts if c)
-                if view.dense is not None and view.dense.numel():
-                    bound += max(abs(extreme.item()) for extreme in torch.aminmax(view.dense))
+                if (total := self.dense_in(view)) is not None and total.numel():
+                    bound += max(abs(extreme.item()) for extreme in torch.aminmax(total))
                 bounds.append(bound + noise)
             if all(bound < limits.max * limits.eps / 8 for bound in bounds):
                 return True
-        names: tuple[ViewName, ...] = ("slow", "fast") if self.start_differs else ("slow",)
         exact = arithmetic(self.base.dtype)
-        return not any(self.broken(self.exact(name, exact).to(self.base.dtype)) for name in names)
+        return not any(self.broken(self.exact(view, exact).to(self.base.dtype)) for view in views)
 
-    def unmerged(self, view: Literal["slow", "start"]) -> Factors | None:
+    def unmerged(self, view: Summed) -> Factors | None:
         """Return the sum of the experts of a quantized weight as one pair of factors, which its branch computes.
 
         None for other weights, because their parameter holds the sum, and if there are no experts.
         """
-        pairs = self._pairs(self.views[view]) if is_quantized(self.base) else []
+        pairs = self._pairs(view) if is_quantized(self.base) else []
         return sum_of(pairs, pairs[0][1].b.dtype, pairs[0][1].b.device) if pairs else None
 
     @property
@@ -377,7 +409,7 @@ class WeightState(Tree):
 
         These are the experts of earlier stages minus the factors that the branch started from. None if nothing remains.
         """
-        pair, residual = self.unmerged("start"), self.residual
+        pair, residual = self.unmerged("fast"), self.residual
         if pair is None or residual is None or residual.factors is None:
             return pair
         # The initial factors often cancel a part of the experts exactly, which leaves a pair of lower rank.
@@ -399,65 +431,100 @@ class WeightState(Tree):
     @property
     def changed(self) -> bool:
         """Whether the slow weights differ from W0 by an expert, noise, a dense delta or a row scale."""
-        return bool(self.experts or self.noises) or self.slow.dense is not None or self.scale() is not None
+        return bool(self.experts or self.noises or self.dense) or self.scale() is not None
 
     # ---- the next state
 
-    def absorb(self, running: Delta | torch.Tensor | None, rule: SlowRule) -> WeightState:
-        """Return the state after the slow update of a stage. The start of the next stage is set as well.
+    def absorb(
+        self, running: Delta | torch.Tensor | None, history: History, carry_rank: int | None = None
+    ) -> WeightState:
+        """Return the state of a matrix after the slow update of a stage.
 
         Args:
-            running: the delta of the branch, or the value of a parameter trained in full. None if the weight has no
-                branch, or if its training is dropped.
-            rule: the slow update of the stage that ends.
+            running: the delta of the branch. None if the weight has no branch, or if its training is dropped.
+            history: the history with the stage that ends.
+            carry_rank: of the spec, see `compact`.
         """
-        experts, old, fast, stage, pace = self.experts, self.slow, self.start, rule.stage, rule.pace
+        assert not isinstance(running, torch.Tensor)
+        experts, end, fast = self.experts, history.ends[-1], self.dense.get("fast", self.dense.get("slow"))
         # Step 1: the fast weights F_t, the start of the stage plus its delta.
-        if isinstance(running, torch.Tensor):
-            assert old.dense is not None
-            fast = View((), running.to(old.dense.dtype))
-        elif self.full:
-            fast = old
-        elif running is not None and running.factors is not None:
+        if running is not None and running.factors is not None:
             pair, row_scale = running.factors, None
             if running.gain is not None:
-                exact, row_scale = scaled(pair, running.gain, self.transposed), 1 - pace + pace * running.gain
+                exact, row_scale = scaled(pair, running.gain, self.transposed), 1 - end.pace + end.pace * running.gain
                 pair = Factors(exact.b.to(pair.b.dtype), exact.a.to(pair.a.dtype))
             # Drop factors that are zero: a longer product is summed in another order, which would change bits.
-            if not self.shard.group.all(not pair.b.any()):
-                experts, fast = (*experts, Expert(pair.b, pair.a, stage, row_scale)), fast.extended((1.0,))
-            elif row_scale is not None:
-                b, a = pair.b[..., :0].clone(), pair.a[..., :0, :].clone()
-                experts = (*experts, Expert(b, a, stage, row_scale))
-                old, fast = old.extended((1.0,)), fast.extended((1.0,))
+            if self.shard.group.all(not pair.b.any()):
+                pair = Factors(pair.b[..., :0].clone(), pair.a[..., :0, :].clone())
+            if pair.rank or row_scale is not None:
+                experts = (*experts, Expert(pair.b, pair.a, end.number, row_scale=row_scale))
         elif running is not None and running.dense is not None:
             change = running.dense.reshape(self.matrix).to(summing(self.base.dtype))
-            fast = fast.plus(View(dense=change), 1.0)
-        # Step 2: the slow update.
-        slow = old.toward(fast, pace)
-        # Step 3: the start of the next stage.
-        start = fast if rule.restart == "fast" else slow
-        if self.full:  # the parameter rounds its start to its own dtype
-            start = start.to(running.dtype) if isinstance(running, torch.Tensor) else self.start
-        views, gone, ends = {"slow": slow, "start": start}, self.gone, dict(self.ends)
-        # Step 4: the ends of stages. They refer to the dense tensor of the slow weights. If it is replaced, drop them,
-        # except the values of a parameter trained in full, which do not depend on it.
-        if slow.dense is not self.slow.dense:
-            for end in list(ends)[: 1 - MAX_ENDS if rule.keeps and self.full else None]:
-                gone = max(gone, end)
-                del ends[end]
-        views |= {f"stage/{end}": view for end, view in ends.items()} | {f"stage/{stage}": slow}
-        if rule.share is not None and rule.share != 1:  # with a share of 1 the average is S_t, and needs no view
-            views["average"] = self.view("averaged").toward(slow, rule.share)
-        elif rule.share is None and "average" in self.views:
-            views["average"] = self.views["average"]
-        return replace(self, experts=experts, views=views, gone=gone, initial=None).compact(rule.carry_rank)
+            fast = change if fast is None else fast + change
+        # Step 2: the slow update of dense tensors. The coefficients of experts follow from the history.
+        dense, gone = self.dense, self.gone
+        if fast is not None:
+            slow = _toward(dense.get("slow"), fast, end.pace)
+            if slow is not dense.get("slow"):  # the earlier stages had the tensor that is replaced
+                gone = max(gone, self.history.last)
+            dense = self._views(slow, fast if end.restart == "fast" else slow, end)
+        return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact(carry_rank)
+
+    def absorb_value(
+        self, value: torch.Tensor | None, history: History, pace: float, keeps: bool = False
+    ) -> WeightState:
+        """Return the state of a parameter trained in full after the slow update of a stage.
+
+        Args:
+            value: the current value. None if its training is dropped.
+            history: the history with the stage that ends.
+            pace: 1 if the parameter does not follow the slow rule.
+            keeps: whether it keeps its values at the ends of earlier stages.
+        """
+        end, old = history.ends[-1], self.dense["slow"]
+        fast = old if value is None else value.to(old.dtype)
+        slow = _toward(old, fast, pace)
+        assert slow is not None
+        # The parameter rounds its start to its own dtype.
+        start = self.dense_in("fast") if value is None else (fast if end.restart == "fast" else slow).to(value.dtype)
+        ends, gone = dict(self.ends), self.gone
+        if slow is not old:
+            for number in list(ends)[: 1 - MAX_ENDS if keeps else None]:
+                gone = max(gone, number)
+                del ends[number]
+        ends[end.number] = slow
+        return replace(self, history=history, dense=self._views(slow, start, end), ends=ends, gone=gone)
+
+    def _views(
+        self, slow: torch.Tensor | None, start: torch.Tensor | None, end: StageEnd
+    ) -> dict[Summed, torch.Tensor]:
+        """Return the dense tensors of the views after a stage. Equal views share one tensor."""
+        average = slow if end.share in (None, 1) else _toward(self.dense_in("averaged"), slow, end.share)
+        views: dict[Summed, torch.Tensor | None] = {"slow": slow, "fast": start, "averaged": average}
+        return {
+            view: tensor
+            for view, tensor in views.items()
+            if tensor is not None and (view == "slow" or tensor is not slow)
+        }
 
     def added(self, expert: Expert) -> WeightState:
         """Return the state with an expert from another run or tool. No stage may have ended yet."""
         expert = expert.map(lambda value, _: value.to(self.base.device))
-        views = {name: view.extended((1.0,)) for name, view in self.views.items()}
-        return replace(self, experts=(*self.experts, expert), views=views).compact()
+        return replace(self, experts=(*self.experts, expert)).compact()
+
+    def resting(self, history: History) -> WeightState:
+        """Return the state with the slow weights as the start of the running stage. `history` rests too."""
+        experts = tuple(expert.restarted(self.history.last) for expert in self.experts)
+        dense = dict(self.dense)
+        dense.pop("fast", None)
+        if self.full:
+            dense |= _values(dense["slow"], self.base.dtype)
+        return replace(self, experts=experts, history=history, dense=dense)
+
+    @property
+    def available(self) -> tuple[int, ...]:
+        """The numbers of the stages whose slow weights at the end are available."""
+        return tuple(number for number in self.history.numbers if number > self.gone)
 
     def at(self, stage: int) -> WeightState | None:
         """Return the state at the end of a stage, as both slow and start. Stage 0 is W0.
@@ -466,16 +533,18 @@ class WeightState(Tree):
         """
         if 0 < stage <= self.gone:
             return None
-        ends = {end: view for end, view in self.ends.items() if end <= stage}
-        if not ends:
+        numbers = [number for number in self.available if number <= stage]
+        if not numbers:
             return self.bare() if stage == 0 or not self.gone else None
-        view = ends[max(ends)]
-        views = {"slow": view, "start": view} | {f"stage/{end}": past for end, past in ends.items()}
+        last, history = numbers[-1], self.history.until(stage)
+        experts = tuple(expert.restarted(last, True) for expert in self.experts if expert.stage <= last)
         noises = tuple(noise for noise in self.noises if noise.stage <= stage)
-        experts = self.experts[: len(view.coefficients)]
         if self.full:
-            views["start"] = view.to(self.base.dtype)
-        return replace(self, experts=experts, views=views, noises=noises, initial=None)
+            dense = _values(self.ends[last], self.base.dtype)
+        else:
+            dense = {view: tensor for view, tensor in self.dense.items() if view == "slow"}
+        ends = {number: value for number, value in self.ends.items() if number <= stage}
+        return replace(self, experts=experts, history=history, dense=dense, ends=ends, noises=noises, initial=None)
 
     def bare(self, base: torch.Tensor | None = None) -> WeightState:
         """Return the state before the first stage: W0 without changes. `base` replaces W0."""
@@ -512,7 +581,7 @@ class WeightState(Tree):
         if is_quantized(self.base):
             rank = min(*self.matrix[-2:], *(() if carry_rank is None else (carry_rank,)))
             return self._collapsed(rank) if ranks > rank else self
-        if self.slow.dense is not None:  # a dense delta is kept anyway, and adding to it needs no memory
+        if self.dense:  # a dense delta is kept anyway, and adding to it needs no memory
             return self._collapsed() if ranks else self
         # Compare sizes of the full weight, so that all ranks of the process group decide alike.
         rows, *others = self.shard.full_shape(self.base.shape)[1 if self.stacked else 0 :]
@@ -526,46 +595,41 @@ class WeightState(Tree):
             rank: for a quantized weight: the sum of each view becomes one expert of at most this rank. None for a dense
                 sum.
         """
-        current = {name: view for name, view in self.views.items() if "/" not in name}
-        if not self.start_differs:
-            del current["start"]
+        views: tuple[Summed, ...] = ("slow", "fast", "averaged")
+        current = [view for view in views if view == "slow" or self.differs(view)]
         experts: tuple[Expert, ...] = ()
-        if rank is not None:
-            stage = max(expert.stage for expert in self.experts)
-            experts = tuple(self._low_rank(view, rank, stage) for view in current.values())
-            # Each view has the coefficient 1 for its own expert, and 0 for the experts of the other views.
-            summed = {name: View(tuple(float(name == owner) for owner in current)) for name in current}
+        dense: dict[Summed, torch.Tensor] = {}
+        if rank is None:
+            dense = {view: self._sum(view) for view in current}
         else:
-            summed = {name: View((), self._sum(view)) for name, view in current.items()}
-        slow = summed["slow"]
-        # Keep the ends that equal the slow weights. An end before the last row scale had other rows of W0.
-        last = max((expert.stage for expert in self.experts if expert.row_scale is not None), default=0)
-        ends = self.ends
-        same_ends = [end for end, view in ends.items() if view.coefficients == self.slow.coefficients and end >= last]
-        gone = max((self.gone, *(end for end in ends if end not in same_ends)))
-        views = {"slow": slow, "start": slow, **summed} | {f"stage/{end}": slow for end in same_ends}
-        return replace(self, experts=experts, views=views, gone=gone, row_scale=self.scale())
+            # Each view has the coefficient 1 for its own expert, and 0 for the experts of the other views.
+            owners = [view if view in current else "slow" for view in views]
+            for view in current:
+                slow, start, average = (float(owner == view) for owner in owners)
+                experts = (*experts, self._low_rank(view, rank, (slow, start, average)))
+        gone = max((self.gone, *self.history.numbers[:-1]))
+        return replace(self, experts=experts, dense=dense, gone=gone, row_scale=self.scale())
 
-    def _low_rank(self, view: View, rank: int, stage: int) -> Expert:
+    def _low_rank(self, view: Summed, rank: int, origin: Coefficients) -> Expert:
         """Return the best approximation of the delta of a view by one expert of at most this rank."""
-        dtype, pairs = summing(self.base.dtype), self._pairs(view)
+        dtype, pairs, stage = summing(self.base.dtype), self._pairs(view), self.history.last
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
-            return Expert(b.to(dtype), a.to(dtype), stage)
+            return Expert(b.to(dtype), a.to(dtype), stage, origin)
         pair, share = nearest_pair(sum_of(pairs, torch.float64, torch.device("cpu")), rank)
         if share > 1e-6:
             text = "%s carries its delta at rank %d: %.3g %% of its norm is left out"
             log.info(text, self.name, pair.rank, 100 * share)
         device = pairs[0][1].b.device
-        return Expert(cast(pair.b, dtype, device), cast(pair.a, dtype, device), stage)
+        return Expert(cast(pair.b, dtype, device), cast(pair.a, dtype, device), stage, origin)
 
-    def _sum(self, view: View) -> torch.Tensor:
+    def _sum(self, view: Summed) -> torch.Tensor:
         """Return the dense delta of a view, [rows, columns] in the dtype of `summing`, as a new tensor."""
         dtype, pairs, rows = summing(self.base.dtype), self._pairs(view), self._scale_since(0)
-        if view.dense is None:
+        if (dense := self.dense_in(view)) is None:
             total = torch.zeros(self.matrix, dtype=dtype, device=self.experts[0].b.device)
         else:
-            total = view.dense.to(dtype, copy=True)
+            total = dense.to(dtype, copy=True)
             total = total if rows is None else scale_rows(rows, total, self.transposed)
         if not pairs:
             return total
@@ -614,14 +678,11 @@ class WeightState(Tree):
 
     def faults(self) -> list[str]:
         """Return the problems of a state from a checkpoint, each as a predicate to "the slow state of NAME"."""
-        sentences, count = [], len(self.experts)
-        for name, view in self.views.items():
-            found = len(view.coefficients)
-            if found > count or (found < count and "/" not in name):  # the end of a stage lacks later experts
-                sentences.append(f"has {count} experts, but {found} coefficients of the view {name}")
-            if self.full and view.dense is None:
-                sentences.append(f"has no value of the view {name}")
-        sentences += [f"has no view {name}" for name in ("slow", "start") if name not in self.views]
+        sentences = []
+        if odd_stages := {expert.stage for expert in self.experts} - {0, *self.history.numbers}:
+            sentences.append(f"has an expert of stage {min(odd_stages)}, which has not ended")
+        if self.full and ("slow" not in self.dense or self.ends.keys() != {*self.available}):
+            sentences.append("lacks a value at the end of a stage")
         initial = self.initial.factors if self.initial is not None else None
         pairs = [*self.experts, *(() if initial is None else (initial,))]
         for pair in pairs:
@@ -630,7 +691,7 @@ class WeightState(Tree):
             rank = a[-2] if len(a) > 1 else 0
             if b != (*stack, rows, rank) or a != (*stack, rank, columns):
                 sentences.append(f"has factors of {b} and {a}, which are no delta of {self.matrix}")
-        deltas = {id(view.dense): view.dense for view in self.views.values() if view.dense is not None}.values()
+        deltas = [*self.dense.values(), *self.ends.values()]
         for delta in deltas:
             if tuple(delta.shape) != self.matrix:
                 sentences.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
@@ -649,8 +710,22 @@ class WeightState(Tree):
         sentences += [f"has a tensor of {dtype}" for dtype in odd]
         if sentences:  # values of another shape cannot be compared with W0
             return sentences
-        numbers = [number for view in self.views.values() for number in view.coefficients]
+        numbers = [number for expert in self.experts for number in expert.origin or ()]
         finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors) and all(map(math.isfinite, numbers))
         if not finite or any(self.broken(delta) if self.full else not torch.isfinite(delta).all() for delta in deltas):
             sentences.append("holds inf or nan")
         return sentences
+
+
+def _toward(value: torch.Tensor | None, target: torch.Tensor | None, share: float) -> torch.Tensor | None:
+    """Return `value + share * (target - value)`. A missing tensor counts as 0. Equal tensors share memory."""
+    if target is None or value is target:
+        return value
+    if share == 1:
+        return target
+    return torch.lerp(torch.zeros_like(target) if value is None else value, target, share)
+
+
+def _values(slow: torch.Tensor, dtype: torch.dtype) -> dict[Summed, torch.Tensor]:
+    """Return the views of a parameter trained in full that starts from its slow value, rounded to its own dtype."""
+    return {"slow": slow} if slow.dtype == dtype else {"slow": slow, "fast": slow.to(dtype)}

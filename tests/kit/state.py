@@ -24,7 +24,6 @@ from lorasc_fx.checkpoint.tree import pack
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.state import Expert as StageExpert
-from lorasc_fx.state import View
 from lorasc_fx.state import WeightState as StateOfWeight
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 
@@ -109,11 +108,11 @@ def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]
         name: WeightState(
             state.base,
             tuple(Expert(expert.stage, expert.b, expert.a) for expert in state.experts),
-            state.slow.coefficients,
-            state.start.coefficients,
-            state.views["average"].coefficients if "average" in state.views else None,
-            state.slow.dense,
-            state.views["average"].dense if "average" in state.views else None,
+            state.coefficients("slow"),
+            state.coefficients("fast"),
+            state.coefficients("averaged") if state.history.averaged else None,
+            state.dense.get("slow"),
+            state.dense_in("averaged") if state.history.averaged else None,
         )
         for name, state in states.items()
         if not state.full
@@ -136,13 +135,9 @@ def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> Non
     state = record.slow.states[name]
     if "experts" in changes:
         changes["experts"] = tuple(StageExpert(expert.b, expert.a, expert.stage) for expert in changes["experts"])
-    views = dict(state.views)
-    for view in {"slow", "start", "average"} & changes.keys():
-        views[view] = dataclasses.replace(views.get(view, View()), coefficients=changes.pop(view))
-    for view in ("slow", "average"):
-        if f"dense_{view}" in changes:
-            views[view] = dataclasses.replace(views.get(view, View()), dense=changes.pop(f"dense_{view}"))
-    states = {**record.slow.states, name: dataclasses.replace(state, views=views, **changes)}
+    if "dense_slow" in changes:
+        changes["dense"] = {"slow": changes.pop("dense_slow")}
+    states = {**record.slow.states, name: dataclasses.replace(state, **changes)}
     set_record(graph_module, dataclasses.replace(record, slow=dataclasses.replace(record.slow, states=states)))
 
 
@@ -156,7 +151,7 @@ def drop_state(graph_module: fx.GraphModule, name: str) -> None:
 def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
     """The state of every parameter trained in full, by name."""
     return {
-        name: TrainedState(state.base, state.slow.dense, {end: view.dense for end, view in state.ends.items()})  # type: ignore[arg-type,misc]
+        name: TrainedState(state.base, state.dense["slow"], dict(state.ends))
         for name, state in cascade._run.slow.trained.items()
     }
 
@@ -167,7 +162,7 @@ def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
     return {
         **{f"slow {name}": _values(state) for name, state in slow.states.items()},
         "idle": slow.idle,
-        "averaged": slow.averaged,
+        "history": _values(slow.history),
     }
 
 
@@ -181,8 +176,9 @@ def _values(thing: Any) -> Any:
 
 def made_weight(base: Tensor, experts: Sequence[Expert] = (), slow: Sequence[float] = ()) -> StateOfWeight:
     """A slow state of the package's own, for functions that take one; slow and start are the same."""
-    kept, view = tuple(StageExpert(expert.b, expert.a, expert.stage) for expert in experts), View(tuple(slow))
-    return StateOfWeight("w", base, experts=kept, views={"slow": view, "start": view})
+    pairs = zip(experts, slow, strict=True)
+    kept = tuple(StageExpert(expert.b, expert.a, expert.stage, (share,) * 3) for expert, share in pairs)
+    return StateOfWeight("w", base, experts=kept)
 
 
 # ---- parameters

@@ -134,7 +134,7 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     tokens = example()
     found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
     cascade.eval()
-    average = ("averaged",) if cascade.plan.spec.average != "off" else ()
+    average = ("averaged",) if cascade.plan.spec.average else ()
     for view in ("slow", "fast", "base", *average):
         with cascade.weights(view), torch.no_grad():  # type: ignore[arg-type]
             found[f"{view}/output"] = cascade(tokens)

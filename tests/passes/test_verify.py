@@ -521,10 +521,8 @@ DAMAGE: dict[str, dict[str, Row]] = {
     "stage two": {
         "expert that is not finite": (expert(lambda only: only._replace(b=only.b / 0)),
             ("the slow state of 0.weight holds inf or nan",)),
-        "coefficient that is not finite": (state(slow=(float("nan"),)),
-            ("the slow state of 0.weight holds inf or nan",)),
-        "coefficient too many": (state(slow=(0.5, 0.5)),
-            ("the slow state of 0.weight has 1 experts, but 2 slow and 1 start coefficients",)),
+        "expert of a later stage": (expert(lambda only: only._replace(stage=7)),
+            ("the slow state of 0.weight has an expert of stage 7, which has not ended",)),
         "expert transposed": (expert(lambda only: only._replace(b=only.b.t(), a=only.a.t())),
             ("the slow state of 0.weight has an expert of stage 1 of (1, 6) and (24, 1), which is no delta of "
             "(6, 24)",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from typing import Any
 
 import pytest
@@ -16,9 +17,8 @@ from lorasc_fx.checkpoint.tree import pack, unpack
 from lorasc_fx.plan import Plan, Site, SiteOptions
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.state import Expert, KeptNoise, SlowWeights, View, WeightState, scaled
+from lorasc_fx.state import Expert, History, KeptNoise, SlowWeights, StageEnd, WeightState, scaled
 from lorasc_fx.state.engine import delta_of
-from lorasc_fx.state.weight import SlowRule
 from lorasc_fx.util.decode import decode
 from tests.kit.devices import DEVICE, fake_device
 
@@ -39,19 +39,23 @@ def full(shape: tuple[int, ...], stacked: bool = False, transposed: bool = False
     for place, rank in enumerate((1, 3, 2)):
         scale = numbers(bare.out, seed=9).abs() if place == 1 and not stacked else None
         factors = numbers(*stack, rows, rank, seed=place), numbers(*stack, rank, columns, seed=place + 5)
-        experts.append(Expert(*factors, place + 1, scale))
-    dense = numbers(*bare.matrix, seed=20)
-    views = {
-        "slow": View((0.5, 0.25, 1.0), dense),
-        "start": View((1.0, 0.5, 1.0), dense),
-        "average": View((0.25, 0.5, 0.75), numbers(*bare.matrix, seed=21)),
-        "stage/2": View((0.5, 0.25), dense),
-    }
+        experts.append(Expert(*factors, place + 1, row_scale=scale))
+    slow = numbers(*bare.matrix, seed=20)
+    dense = {"slow": slow, "averaged": numbers(*bare.matrix, seed=21)}
+    ends = tuple(StageEnd(stage, 0.5, "fast", 1 / stage) for stage in (1, 2, 3))
     scale = None if stacked else numbers(bare.out, seed=22).abs()
     kept = (KeptNoise(Noise(0.2, keep=True), 3, 1, 0.1),)
     initial = InitialFactors(Factors(numbers(*stack, rows, 2), numbers(*stack, 2, columns)), numbers(bare.out))
     return dataclasses.replace(
-        bare, experts=tuple(experts), views=views, row_scale=scale, noises=kept, initial=initial, gone=1
+        bare,
+        experts=tuple(experts),
+        history=History(ends),
+        dense=dense,
+        ends={2: slow},
+        row_scale=scale,
+        noises=kept,
+        initial=initial,
+        gone=1,
     )
 
 
@@ -82,7 +86,7 @@ def test_map_reaches_every_tensor_once() -> None:
     assert len(seen) == len({id(value) for value in tensors(state)}) == len({id(value) for value in seen})
     for old, new in zip(tensors(state), tensors(after), strict=True):
         assert torch.equal(new, 2 * old)
-    assert after.slow.dense is after.start.dense is after.ends[2].dense
+    assert after.dense["slow"] is after.ends[2]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
 
 def through_a_file(plan: Plan, slow: SlowWeights, branch: Any, value: Any) -> WeightState:
     stored = {name: Stored.of(state, plan.spec) for name, state in slow.states.items()}
-    content = Content({}, "", {}, {}, stored, branch, False, ({},), value)
+    content = Content({}, "", {}, {}, stored, branch, False, ({},), value, history=slow.history.ends)
     plain, tensors = pack(content)
     return decoded(decode(Content, unpack(json.loads(json.dumps(plain)), tensors)), plan).slow.states["w"]
 
@@ -146,14 +150,15 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
     state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
     for stage, factors in enumerate((zero, pair, zero, zero), start=1):
-        state = state.absorb(Delta(factors, gain=gains[stage - 1]), SlowRule(stage, 0.5))
+        history = state.history.after(StageEnd(stage, 0.5))
+        state = state.absorb(Delta(factors, gain=gains[stage - 1]), history)
     expected = state.base * torch.stack([0.5 + 0.5 * gain for gain in gains]).prod(0)[:, None]
     late = torch.stack([0.5 + 0.5 * gain for gain in gains[2:]]).prod(0) * 0.5 * gains[1]
     expected = expected + late[:, None] * (pair.b @ pair.a)
     torch.testing.assert_close(state.exact("slow", torch.float64), expected, rtol=1e-14, atol=1e-14)
     branch = {"lora_A": numbers(1, 4), "lora_B": numbers(6, 1), "lora_magnitude_vector": numbers(6)}
     initial = InitialFactors(magnitude=numbers(6))
-    slow_state = SlowWeights({"w": dataclasses.replace(state, initial=initial)})
+    slow_state = SlowWeights({"w": dataclasses.replace(state, initial=initial)}, history=state.history)
     loaded = through_a_file(plan, slow_state, {"w": branch}, {})
     again = dataclasses.replace(loaded, base=state.base)
     for stage in (1, 2, 3, 4):
@@ -177,26 +182,67 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     exact_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     fast = WeightState("w", base, full=True).bare()
     for stage, value in enumerate(values, start=1):
-        fast = fast.absorb(value, SlowRule(stage, 1.0, restart, keeps=True))
+        fast = fast.absorb_value(value, fast.history.after(StageEnd(stage, 1.0, restart)), 1.0, keeps=True)
         assert torch.equal(fast.exact("slow", exact_dtype), value.to(exact_dtype))
         assert torch.equal(fast.exact("fast", dtype), value)
     first, half = values[0].to(exact_dtype), fast.at(1)
     assert half is not None
-    half = half.absorb(values[1], SlowRule(2, 0.5, restart, keeps=True))
+    half = half.absorb_value(values[1], half.history.after(StageEnd(2, 0.5, restart)), 0.5, keeps=True)
     slow = torch.lerp(first, values[1].to(exact_dtype), 0.5)
     assert torch.equal(half.exact("slow", exact_dtype), slow)
     assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
-    left_out = half.absorb(None, SlowRule(3, 0.5, restart, keeps=True))
+    left_out = half.absorb_value(None, half.history.after(StageEnd(3, 0.5, restart)), 0.5, keeps=True)
     assert all(
         torch.equal(left_out.exact(view, exact_dtype), half.exact(view, exact_dtype)) for view in ("slow", "fast")
     )
-    assert fast.absorb(base, SlowRule(3, 1.0, restart)).at(2) is None  # without `keeps`, the last end alone
+    last = fast.absorb_value(base, fast.history.after(StageEnd(3, 1.0, restart)), 1.0)
+    assert last.at(2) is None  # without `keeps`, the last end alone
     assert not half.faults()
     plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
-    loaded = through_a_file(plan, SlowWeights({"w": half}), {}, {"w": values[1]})
+    loaded = through_a_file(plan, SlowWeights({"w": half}, history=half.history), {}, {"w": values[1]})
     for stage in (0, 1, 2):
         one, other = half.at(stage), loaded.at(stage)
         assert one is not None
         assert other is not None
         assert torch.equal(one.exact("slow", exact_dtype), other.exact("slow", exact_dtype))
     assert torch.equal(loaded.exact("fast", dtype), half.exact("fast", dtype))
+
+
+def views(ends: tuple[StageEnd, ...]) -> dict[str, dict[int, float]]:
+    """Return the coefficients of the experts of all stages in each view, by the slow rule on whole vectors."""
+
+    def toward(start: dict[int, float], end: dict[int, float], share: float) -> dict[int, float]:
+        pairs = {key: (start.get(key, 0.0), end.get(key, 0.0)) for key in {**start, **end}}
+        return {key: s if s == t else s + share * (t - s) for key, (s, t) in pairs.items()}
+
+    slow, start, average = dict[int, float](), dict[int, float](), dict[int, float]()
+    for end in ends:
+        fast = {**start, end.number: 1.0}
+        previous, slow = slow, toward(slow, fast, end.pace)
+        start = fast if end.restart == "fast" else slow
+        average = slow if end.share in (None, 1) else toward(average or previous, slow, end.share)
+    return {"slow": slow, "fast": start, "averaged": average}
+
+
+@pytest.mark.parametrize("restart", ["slow", "fast"])
+@pytest.mark.parametrize("averages", [False, True])
+def test_coefficients_are_functions_of_the_history(restart: Any, averages: bool) -> None:
+    """Bit for bit, after each stage and after a rewind. The stages have gaps, and not each one trains the weight."""
+    choose = random.Random(3)
+    for _ in range(50):
+        state, history = WeightState("w", numbers(40, 30)), History()
+        number = 0
+        for _ in range(choose.randint(1, 9)):
+            number += choose.randint(1, 3)
+            share = 1 / (history.averaged + 1) if averages else None
+            history = history.after(StageEnd(number, choose.choice([1.0, 0.5, 0.3, 1 / number]), restart, share))
+            pair = Factors(numbers(40, 1, seed=number), numbers(1, 30))
+            state = state.absorb(Delta(pair) if choose.random() < 0.8 else None, history)
+            expected, trained = views(history.ends), [expert.stage for expert in state.experts]
+            for view, by_stage in expected.items():
+                assert list(state.coefficients(view)) == [by_stage[stage] for stage in trained]  # type: ignore[arg-type]
+        stage = choose.choice(history.numbers)
+        past, ends = state.at(stage), tuple(end for end in history.ends if end.number <= stage)
+        assert past is not None
+        slow = tuple(views(ends)["slow"][expert.stage] for expert in past.experts)
+        assert past.coefficients("slow") == past.coefficients("fast") == past.coefficients("averaged") == slow
