@@ -121,7 +121,7 @@ SAMPLED = {
     "cascade/test_outside_writes.py::test_checksums_are_of_the_bits_in_order": 4,
     "cascade/test_transition_cost.py::test_accumulate_is_the_sum_rounded_once": 4,
     "passes/test_faults.py::test_a_pass_that_raises_leaves_its_input": 5,
-    "passes/test_fold_branches.py::test_pace_one_folds_to_the_trained_graph": 3,
+    "passes/test_fold_branches.py::test_a_fold_computes_what_the_graph_computed": 3,
     "passes/test_insert_branches.py::test_branches_are_those_of_the_plan": 3,
     "passes/test_insert_branches.py::test_metadata_and_names": 3,
     "passes/test_match_sites.py::test_match": 3,
