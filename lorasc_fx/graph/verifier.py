@@ -301,7 +301,7 @@ def _metadata_matches_op(subject: Subject) -> Iterator[str]:
 
 
 def _helper_nodes_are_read(subject: Subject) -> Iterator[str]:
-    """A node that a pass created for a branch, such as a shared product, has users."""
+    """A node that a pass created for a branch, such as the weight of a module call that it replaced, has users."""
     for node in subject.module.graph.nodes:
         if made_by(node) and node not in subject.branches and not node.users:
             yield f"node {node.name} was created by {made_by(node)} for a branch, but has no users"
