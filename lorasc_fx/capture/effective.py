@@ -101,7 +101,7 @@ class AdaptedWeight(torch.Tensor):
 
     def fits(self, form: FunctionForm) -> bool:
         """Whether the branch can compute beside an op of this form."""
-        return "beside" in self.branch.placements and self.branch.transposed == (form.layout == "in_out")
+        return Placement.BESIDE in self.branch.placements and self.branch.transposed == (form.layout == "in_out")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

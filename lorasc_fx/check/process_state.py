@@ -20,7 +20,6 @@ from torch._compile import _disable_dynamo
 from torch._higher_order_ops import utils as higher_order
 from torch.backends import mha
 from torch.utils import _python_dispatch
-from torch.utils._python_dispatch import _pop_mode
 
 from lorasc_fx.util.accelerator import generator_states, seed_generators, set_generator_states
 from lorasc_fx.util.undo import PROCESS, Block, isolated
@@ -135,60 +134,6 @@ def _muted(undo: Block, name: str) -> None:
     setattr(sys, name, muted)
 
 
-def _autocast_nesting() -> int:
-    """Return the number of autocast blocks around this call."""
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
-
-
-@isolated
-def _restored_torch_stacks(undo: Block) -> None:
-    """Context manager: restore the thread-local state of torch, because a tracer that raises does not clean it up.
-
-    Restored are dispatch keys, hooks on saved tensors, torch function and dispatch modes, autocast, and torch.func
-    levels.
-    """
-    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    undo.enter(torch._C._ForceDispatchKeyGuard(*keys))
-    # torch.func disables hooks on saved tensors, with an error message. Gradient checkpointing needs such hooks.
-    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-
-    def restore_saved_tensors_hooks() -> None:
-        if disabled is None:
-            torch._C._autograd._saved_tensors_hooks_enable()
-        else:
-            torch._C._autograd._saved_tensors_hooks_disable(disabled, False)
-
-    undo(restore_saved_tensors_hooks)
-    functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    # The exit of a mode resets these flags. Popping the mode from the stack does not.
-    flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
-
-    def pop_modes() -> None:
-        vars(_python_dispatch).update(flags)
-        while torch._C._len_torch_function_stack() > functions:
-            torch._C._pop_torch_function_stack()
-        while torch._C._len_torch_dispatch_stack() > dispatches:
-            _pop_mode()
-
-    accelerator = torch.accelerator.current_accelerator()
-    for device in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
-        undo(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
-        undo(partial(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device)))
-    nesting = _autocast_nesting()
-
-    def leave_autocast() -> None:
-        if (unclosed := _autocast_nesting() - nesting) > 0:
-            torch.clear_autocast_cache()  # as the exit of the outermost autocast block would do
-            for _ in range(unclosed):
-                torch.autocast_decrement_nesting()
-
-    undo(leave_autocast)
-    undo(pop_modes)
-    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-    undo(partial(torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth, depth))
-
-
 @isolated
 def quiet(undo: Block, grad: bool = True) -> None:
     """Context manager: restore random generators, suppress output and logs of tracers, and set the gradient mode.
@@ -221,8 +166,6 @@ def quiet(undo: Block, grad: bool = True) -> None:
     undo.enter(_muted("stdout"))  # an export that fails prints its graph; the error message contains the reason
     undo.enter(_muted("stderr"))
     undo.enter(torch.set_grad_enabled(grad))
-    # Entered last, so it is undone first: the other steps must not run under modes that a tracer has not removed.
-    undo.enter(_restored_torch_stacks())
 
 
 @isolated

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import lorasc_fx as lx
 from lorasc_fx.check.process_state import eager, quiet
@@ -246,6 +245,7 @@ def test_ctrl_c_inside_a_capture_does_not_abort_the_process(line: int) -> None:
         return trace
 
     def child() -> None:
+        signal.alarm(120)  # a trace function makes the capture slow
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.settrace(trace)
         with pytest.raises(KeyboardInterrupt):
@@ -256,25 +256,3 @@ def test_ctrl_c_inside_a_capture_does_not_abort_the_process(line: int) -> None:
             assert torch.equal(value, state[name][1])
 
     assert in_a_fork(child) == 0
-
-
-def test_modes_that_a_tracer_leaves_on_the_stacks_are_removed() -> None:
-    def stacks() -> tuple[Any, ...]:
-        modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-        torch.autocast_increment_nesting()
-        casts = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.autocast_decrement_nesting()
-        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        inside = is_in_torch_dispatch_mode(), is_in_torch_dispatch_mode(include_infra_modes=False)
-        depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-        return depth, modes, inside, casts, str(keys), torch.is_grad_enabled()
-
-    before, drawn = stacks(), torch.get_rng_state()
-    with quiet():
-        torch._C._functorch._vmap_increment_nesting(2, "error")
-        torch.autocast("cpu", torch.float16).__enter__()
-        torch.overrides.BaseTorchFunctionMode().__enter__()
-        torch.utils._python_dispatch.BaseTorchDispatchMode().__enter__()
-        torch._subclasses.fake_tensor.FakeTensorMode().__enter__()
-        torch.set_grad_enabled(False)
-    assert stacks() == before
-    assert torch.equal(torch.get_rng_state(), drawn)
