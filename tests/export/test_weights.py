@@ -445,7 +445,7 @@ from pathlib import Path
 from lorasc_fx.cli import main
 
 before = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-import torch, lorasc_fx, lorasc_fx.cli.commands, lorasc_fx.export
+import torch, lorasc_fx.cli.export
 loaded = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 code = main(["fold", sys.argv[2], "--base", sys.argv[1], "--output", sys.argv[3]])
 peak = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
