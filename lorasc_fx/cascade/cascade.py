@@ -431,9 +431,9 @@ class CascadeModule(nn.Module):
         self._run.check_ready("folded_graph")
         # Check before capturing, because a call that raises must not add a graph.
         check_view("folded_graph", view, self._run.plan.spec)
-        variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         with self._run.exclusive("folded_graph", keeps=True):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)
+        variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
         return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
 
     def release(self, quantized: Requantize = None, *, view: ViewName = "slow") -> nn.Module:

@@ -290,9 +290,8 @@ def _decoded(name: str, stored: Stored, bare: WeightState, content: Content, his
         fit(f"slow/{name}/base", state.base, state.matrix, bare.base.dtype)
         fit(f"value/{name}", content.value[name], state.matrix, state.base.dtype)
     if faults := state.faults():
-        raise CheckpointError(
-            f"slow/{sanitized(name)} {faults[0]}", code="non-finite" if "inf or nan" in faults[0] else None
-        )
+        is_finite = "inf or nan" not in faults[0]
+        raise CheckpointError(f"slow/{sanitized(name)} {faults[0]}", code=None if is_finite else "non-finite")
     return state
 
 

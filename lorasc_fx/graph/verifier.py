@@ -140,7 +140,8 @@ def _uses_fit_plan(subject: Subject) -> Iterator[str]:
         elif use.merged and site.placement != "merged":
             yield f"node {node.name} is marked as merged, but the plan has placement {site.placement} for {use.weight}"
         elif weight != use.weight:
-            yield f"node {node.name} is marked as a use of {use.weight}, but reads {weight or 'no weight of the model'}"
+            actual = weight or f"no weight of the model by the form {use.form}"
+            yield f"node {node.name} is marked as a use of {use.weight}, but reads {actual}"
         elif found is None and form_of(node, called_module(node)) is not None:
             yield (
                 f"node {node.name} is marked as a use of {use.weight}, but reads no weight of the model directly; run "
