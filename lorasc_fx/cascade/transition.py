@@ -259,7 +259,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     if not slow.moved(learners):
         return slow
     after = slow.after_stage(run.plan, learners)
-    pace = run.plan.spec.pace_at(run.plan.stage, len(slow.history.ends))
+    pace = run.plan.spec.pace_at(run.plan.stage, slow.history.count)
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

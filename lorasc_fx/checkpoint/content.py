@@ -92,6 +92,7 @@ class Content:
         buffer: buffers of the model (perhaps None), and parameters that forward writes.
         changed_buffers: names of these that differ from the base.
         idle, history: see `SlowWeights`.
+        dropped: number of stages before the history.
         gradient: gradients of trained parameters.
         pending: names of the gradients that no optimizer step has consumed.
         rng: the random generators of each rank (`training.random_state`).
@@ -111,6 +112,7 @@ class Content:
     buffer: dict[str, torch.Tensor | None] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
     history: tuple[StageEnd, ...] = ()
+    dropped: Count = 0
     gradient: Tensors = field(default_factory=dict)
     pending: tuple[str, ...] = ()
     inputs: Inputs | None = None
@@ -145,6 +147,7 @@ class Content:
             changed_buffers=tuple(run.changed_buffers()),
             idle=slow.idle,
             history=slow.history.ends,
+            dropped=slow.history.dropped,
             # So a run that is saved between backward and step, or while it accumulates gradients, loses none.
             gradient={name: value.grad.detach() for name, value in trainable.items() if value.grad is not None},
             pending=tuple(run.pending.waiting(trainable)),
@@ -261,7 +264,7 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
         raise ValueError("the parameters that were trained in full differ from the spec")
     finite = plan.spec.on_nonfinite == "raise"  # otherwise, inf and nan are valid: the fold skips such a branch
     check_branches(content, plan, finite)
-    history = History(content.history)
+    history = History(content.history, content.dropped)
     if list(history.numbers) != sorted({*history.numbers} - {0}) or history.last >= plan.stage:
         raise ValueError(f"its history has the stages {sanitized(str(history.numbers))}, and stage {plan.stage} runs")
     states = {name: _decoded(name, stored, bare[name], content, history) for name, stored in content.slow.items()}

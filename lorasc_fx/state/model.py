@@ -206,7 +206,7 @@ class SlowWeights:
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
         before = self.history.resting() if self.idle else self.history
-        pace, share = spec.pace_at(plan.stage, len(before.ends)), None
+        pace, share = spec.pace_at(plan.stage, before.count), None
         if spec.average:
             share = 1 / (before.averaged + 1)
         history = before.after(StageEnd(plan.stage, pace, spec.restart, share))
@@ -217,9 +217,16 @@ class SlowWeights:
             # Weights that were adapted together share one history, and so its coefficients.
             own = histories[count] = histories.get(count) or History(history.ends[-count:])
             ended[name] = end_stage(state, learners.get(name), spec, own, noisy, finite, keeps)
+        # Drop stages on which no expert depends, and whose weights are no longer available.
+        states = {name: state for name, (state, _) in ended.items()}
+        stages = [expert.stage for state in states.values() for expert in state.experts if expert.stage]
+        first = min([plan.stage, max(state.gone for state in states.values()) + 1, *stages]) if states else 0
+        since = {id(own): own.since(first) for own in histories.values()}
+        history = since[id(history)]
+        states = {name: replace(state, history=since[id(state.history)]) for name, state in states.items()}
         return replace(
             self,
-            states={name: state for name, (state, _) in ended.items()},
+            states=states,
             idle=False,
             left_out=frozenset(name for name, (_, left_out) in ended.items() if left_out),
             history=history,

@@ -77,9 +77,15 @@ class StageEnd:
 
 @dataclass(frozen=True)
 class History:
-    """The ends of the stages that the weights of a run are made of, oldest first. A rewind drops the later ones."""
+    """The ends of the stages that the weights of a run are made of. A rewind drops the later ones.
+
+    Args:
+        ends: oldest first.
+        dropped: number of still earlier stages, on which no expert depends.
+    """
 
     ends: tuple[StageEnd, ...] = ()
+    dropped: int = 0
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -92,30 +98,34 @@ class History:
         return self.ends[-1].number if self.ends else 0
 
     @property
+    def count(self) -> int:
+        """Number of stages."""
+        return self.dropped + len(self.ends)
+
+    @property
     def averaged(self) -> int:
-        """Number of stages in the mean over stages. A share of 1 starts it again."""
-        count = 0
-        for end in reversed(self.ends):
-            if end.share is None:
-                break
-            count += 1
-            if end.share == 1:
-                break
-        return count
+        """Number of stages in the mean over stages: the last of n has the share 1 / n."""
+        share = self.ends[-1].share if self.ends else None
+        return 0 if share is None else round(1 / share)
 
     def after(self, end: StageEnd) -> History:
         """Return the history with one more stage."""
-        return History((*self.ends, end))
+        return replace(self, ends=(*self.ends, end))
+
+    def since(self, stage: int) -> History:
+        """Return the history without the ends before a stage."""
+        kept = tuple(end for end in self.ends if end.number >= stage)
+        return self if len(kept) == len(self.ends) else History(kept, self.count - len(kept))
 
     def until(self, stage: int) -> History:
         """Return the history for a rewind. The next stage starts from the slow weights, and so does the mean."""
-        kept = History(tuple(end for end in self.ends if end.number <= stage)).resting()
-        last = kept.ends[-1:]
-        return History((*kept.ends[:-1], *(replace(end, share=None if end.share is None else 1.0) for end in last)))
+        kept = tuple(end for end in self.ends if end.number <= stage)
+        last = (replace(end, restart="slow", share=None if end.share is None else 1.0) for end in kept[-1:])
+        return History((*kept[:-1], *last), self.dropped if kept else 0)
 
     def resting(self) -> History:
         """Return the history with the slow weights as the start of the next stage."""
-        return History((*self.ends[:-1], *(replace(end, restart="slow") for end in self.ends[-1:])))
+        return replace(self, ends=(*self.ends[:-1], *(replace(end, restart="slow") for end in self.ends[-1:])))
 
     def coefficients(self, stage: int, origin: Coefficients | None = None) -> Coefficients:
         """Return the coefficients of an expert now.
@@ -681,7 +691,7 @@ class WeightState(Tree):
         sentences = []
         if odd_stages := {expert.stage for expert in self.experts} - {0, *self.history.numbers}:
             sentences.append(f"has an expert of stage {min(odd_stages)}, which has not ended")
-        if self.full and ("slow" not in self.dense or self.ends.keys() != {*self.available}):
+        if self.full and ("slow" not in self.dense or {*self.available} - self.ends.keys()):
             sentences.append("lacks a value at the end of a stage")
         initial = self.initial.factors if self.initial is not None else None
         pairs = [*self.experts, *(() if initial is None else (initial,))]

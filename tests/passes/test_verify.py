@@ -524,7 +524,7 @@ DAMAGE: dict[str, dict[str, Row]] = {
         "expert of a later stage": (expert(lambda only: only._replace(stage=7)),
             ("the slow state of 0.weight has an expert of stage 7, which has not ended",)),
         "expert transposed": (expert(lambda only: only._replace(b=only.b.t(), a=only.a.t())),
-            ("the slow state of 0.weight has an expert of stage 1 of (1, 6) and (24, 1), which is no delta of "
+            ("the slow state of 0.weight has factors of (1, 6) and (24, 1), which are no delta of "
             "(6, 24)",)),
         "dense delta transposed": (state(dense_slow=torch.zeros(24, 6)),
             ("the slow state of 0.weight has a dense delta of (24, 6), which is none of (6, 24)",)),
