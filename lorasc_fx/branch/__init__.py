@@ -3,10 +3,11 @@
 from lorasc_fx.branch.contract import Branch, Decided, Declared, Placement, StartWeight, fill
 from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.lora import LowRankBranch, ops_of
-from lorasc_fx.branch.methods import METHODS, check_registered, register_branch
+from lorasc_fx.branch.methods import BUILT_IN, METHODS, check_registered, register_branch
 from lorasc_fx.branch.noise import amplitude, draw, generator
 
 __all__ = [
+    "BUILT_IN",
     "METHODS",
     "Branch",
     "Decided",

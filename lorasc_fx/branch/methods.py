@@ -634,7 +634,7 @@ def register_branch(name: str, cls: type[Branch]) -> None:
 
 
 def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tensor]) -> None:
-    """Check a new branch of a registered class. A branch of this package is not checked.
+    """Check a new branch of a registered class, which is none of `BUILT_IN`.
 
     Args:
         branch: the branch with its initial values.
@@ -645,8 +645,6 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
         SpecError: the parameters are not those that the class declares, the delta has another shape than the weight,
             or it is not zero while the parameters in `Branch.zeros` are zero.
     """
-    if type(branch) in BUILT_IN:
-        return
     title = f"the branch of {site.weight} (adapter={site.options.adapter!r}, class {type(branch).__name__})"
     shapes = {name: tuple(value.shape) for name, value in branch.named_parameters()}
     declared = {name: tuple(shape) for name, shape in branch.shapes(site).items()}

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from lorasc_fx.branch import (
+    BUILT_IN,
     Branch,
     Delta,
     Factors,
@@ -181,7 +182,7 @@ def begin_stage(
         initial = replace(
             initial, magnitude=started.start(start_weight_of(state, spec, stage, noisy, parameter.device))
         )
-        if initial.factors is None:
+        if initial.factors is None and type(started) not in BUILT_IN:
             check_registered(started, site, lambda: state.exact("fast", arithmetic(state.base.dtype)))
     unchanged = initial.factors is None and initial.magnitude is None
     return replace(state, initial=None if unchanged else initial), started
