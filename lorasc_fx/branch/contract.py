@@ -296,7 +296,7 @@ class Branch(nn.Module, abc.ABC):
             at: the placement.
             tensors, scale: use these instead of the parameters and the scale of the branch (see `computed_with`).
         """
-        first: Any = args[0]
+        first: Any = args[0] if args else None
         if isinstance(first, fx.Proxy):  # symbolic_trace keeps a branch as one node
             given = {"tensors": tensors, "scale": scale} if tensors is not None else {}
             path, tracer = first.tracer.path_of_module(self), first.tracer  # type: ignore[attr-defined]

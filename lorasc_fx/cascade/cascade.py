@@ -429,12 +429,16 @@ class CascadeModule(nn.Module):
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
         self._run.check_ready("folded_graph")
-        # Check before capturing, because a call that raises must not add a graph.
         check_view("folded_graph", view, self._run.plan.spec)
         with self._run.exclusive("folded_graph", keeps=True):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)
-        variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
-        return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
+        forget_new = self._graphs.variants.restorer()
+        try:
+            variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
+            return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
+        except BaseException:  # a call that raises adds no graph
+            forget_new()
+            raise
 
     def release(self, quantized: Requantize = None, *, view: ViewName = "slow") -> nn.Module:
         """End the cascade and return the user's model with the slow weights, requires_grad flags and modes of before.

@@ -261,14 +261,14 @@ class EagerModel:
                 return set(weights)
             if not expected:
                 pairs = list(zip(outputs or (), adapted_outputs or (), strict=True))
-                gap = sum(_norm(output - adapted) for output, adapted in pairs)
-                return set(weights) if gap > allowed * sum(_norm(output) for output, _ in pairs) else set()
+                gap = sum(_gap(adapted, output) for output, adapted in pairs)
+                return set() if gap <= allowed * sum(_norm(output) for output, _ in pairs) else set(weights)
             floor = FLOOR * max(_norm(slope) for slopes in expected.values() for slope in slopes)
             return {
                 name
                 for name, slopes in expected.items()
                 for factor, slope in zip(branches[name].trainable().values(), slopes, strict=True)
-                if _norm(slope if factor.grad is None else factor.grad - slope) > allowed * (_norm(slope) + floor)
+                if not _gap(factor.grad, slope) <= allowed * (_norm(slope) + floor)
             }
 
     def _check_frozen(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor], fault: Exception) -> None:
@@ -293,7 +293,16 @@ class EagerModel:
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    return float(tensor.cpu().double().norm())
+    """Return the norm of the finite entries."""
+    return float(tensor.cpu().double().nan_to_num(0.0, 0.0, 0.0).norm())
+
+
+def _gap(found: torch.Tensor | None, expected: torch.Tensor) -> float:
+    """Return the norm of the difference, nan if only one of them has nan at a place. None counts as zeros."""
+    if found is None:
+        return _norm(expected)
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    return float((found - expected).masked_fill(same, 0.0).cpu().double().norm())
 
 
 def _probe(branch: Branch, weight: torch.Tensor, index: int) -> None:

@@ -181,6 +181,7 @@ def weights(spec: lx.CascadeSpec, _: Path) -> Call:
 
 def folded(spec: lx.CascadeSpec, _: Path) -> Call:
     cascade, optimizer = made(spec)
+    cascade.folded_graph()  # its graph of dynamic sizes; an op that fails inside torch.export aborts the process
     return lambda: (cascade.folded_state_dict(), cascade.folded_graph()), (cascade, optimizer)
 
 

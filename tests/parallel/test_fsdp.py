@@ -31,7 +31,7 @@ from tests.errors.inject import LineAt, in_turn, sigint
 from tests.errors.models import Late
 from tests.kit.errors import raises
 from tests.kit.models import Breaking
-from tests.kit.state import canonical, file_digest, text_digest, variant_for
+from tests.kit.state import canonical, file_digest, read, text_digest, variant_for
 from tests.parallel import elastic, sharding
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_ddp import close, group
@@ -375,11 +375,9 @@ def test_materialize_reads_the_shards(two: tuple[nn.Module, Path], tmp_path: Pat
     assert torch.equal(there(x), here(x))
     for cascade, folder in ((there, "there"), (here, "here")):
         lx.save(cascade, tmp_path / folder)
-    one, two = (
-        json.loads(next((tmp_path / folder).glob("*/manifest.json")).read_text()) for folder in ("there", "here")
-    )
-    assert one["base"] == two["base"]
-    assert one["plan"] == two["plan"]
+    one, two = (read(tmp_path / folder).content for folder in ("there", "here"))
+    assert one.base == two.base
+    assert one.plan == two.plan
     with raises(lx.StateError, "not-available"):
         lx.materialize(there, path)
 
