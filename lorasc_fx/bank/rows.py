@@ -22,6 +22,7 @@ from lorasc_fx.branch.given import FIRST_AXIS, Rows
 from lorasc_fx.check.isolation import isolated_model, isolation
 from lorasc_fx.errors import StateError
 from lorasc_fx.signature import is_opaque_leaf, leaves
+from lorasc_fx.util.accelerator import kept_generators
 from lorasc_fx.util.fingerprint import checksums
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -90,7 +91,7 @@ def layout_of(
     def run(adapter: int | Sequence[int], place_of: PlaceOf) -> list[_Projection]:
         """Run the graph, and return projections of the outputs that have the rows on axis 0."""
         values = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
-        with isolated_model(model), torch.random.fork_rng():
+        with isolated_model(model), kept_generators():
             torch.manual_seed(0)  # all runs need the same dropout
             output = _Trial(graph, place_of).run(*values, *tensors(adapter), enable_io_processing=False)
         return [_projected(leaf, max(1, leaf.dim() - 1)) for leaf in tensors_in(output) if _has_rows(leaf, count)]

@@ -21,6 +21,7 @@ from lorasc_fx.graph import named_weights
 from lorasc_fx.graph.copies import unshared
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec, Rule
+from lorasc_fx.util.accelerator import kept_generators
 from lorasc_fx.util.extras import module_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -75,7 +76,7 @@ class Mirror:
         try:
             # A rank in a file may be huge. Other methods compute when their layers are built.
             meta = torch.device("meta") if config.peft_type == "LORA" else nullcontext()
-            with warnings.catch_warnings(), torch.random.fork_rng(), meta:
+            with warnings.catch_warnings(), kept_generators(), meta:
                 warnings.simplefilter("ignore")
                 self.wrapped: Any = peft.get_peft_model(
                     skeleton, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False

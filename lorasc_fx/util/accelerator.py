@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
@@ -69,6 +70,16 @@ def set_generator_states(states: Mapping[str, torch.Tensor]) -> None:
             if (state := states.get(f"{device.type}/{index}")) is not None:
                 module.set_rng_state(state, index)
     torch.set_rng_state(states["torch"])
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Restore torch's default generators at the end of a block, on the host and on each device in use."""
+    states = generator_states()
+    try:
+        yield
+    finally:
+        set_generator_states(states)
 
 
 def seed_generators(value: int) -> None:
