@@ -299,7 +299,7 @@ def _expert(name: str, layer: Any, parameters: Mapping[str, torch.Tensor]) -> Ex
     if ADAPTER not in layer.lora_magnitude_vector:
         return Expert(factors.b, factors.a)
     norms = rows_with(weight, factors, is_transposed(layer)).norm(dim=1)
-    row_scale = layer.lora_magnitude_vector[ADAPTER].weight.detach().double().flatten() / norms
+    row_scale = layer.lora_magnitude_vector[ADAPTER].weight.detach().cpu().double().flatten() / norms
     if not torch.isfinite(row_scale).all():
         raise CheckpointError(f"DoRA's magnitudes of {name} belong to a row of zeros", code="non-finite")
     pair = scaled(factors, row_scale, is_transposed(layer))
@@ -312,7 +312,7 @@ def _rows(layer: Any, weight: torch.Tensor) -> Expert:
     width = torch.float64 if weight.dtype == torch.float64 else torch.float32
     b = torch.zeros(len(base), len(rows), dtype=width)
     b[rows, range(len(rows))] = 1
-    return Expert(b, layer.trainable_tokens_delta[ADAPTER].detach().to(width) - base[rows].to(width))
+    return Expert(b, layer.trainable_tokens_delta[ADAPTER].detach().cpu().to(width) - base[rows].to(width))
 
 
 def _full(mirror: Mirror, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -210,8 +210,8 @@ def put(layer: Any, pair: Factors, dtype: torch.dtype, magnitudes: torch.Tensor 
 
 
 def pair_in(layer: Any, shape: Sequence[int], dtype: torch.dtype) -> Factors:
-    """Return the factors of a LoRA layer for a weight of this shape, with the scale in `b`. The inverse of `put`."""
-    a, b = (holder[key].detach().to(dtype).flatten(1) for holder, key in _holders(layer))
+    """Return the factors of a LoRA layer for a weight of this shape, on the host, with the scale in `b`."""
+    a, b = (holder[key].detach().cpu().to(dtype).flatten(1) for holder, key in _holders(layer))
     if type(layer).__name__ == "ParamWrapper" and len(shape) == 3:
         a = a.reshape(shape[0], -1, a.shape[-1])
         b = b.reshape(b.shape[0], -1, shape[0]).permute(2, 0, 1)
