@@ -74,6 +74,7 @@ class Subject:
                 (*uses.sources, *(node for s in uses.sources for node in indexed_experts(s))), (weight, None)
             )
             found |= dict.fromkeys((node for node, _ in uses.contracted), (weight, None))
+        for weight, uses in self.uses.items():  # last, because the input of an op may be a weight too
             found |= {use.node: (weight, use) for use in uses.beside}
         return found
 
