@@ -248,6 +248,8 @@ CALLS: dict[str, Callable[[lx.CascadeSpec, Path], Call]] = {
 }  # fmt: skip
 LONG = {"load", "from_peft", "late_site", "adapt", "adapt_untied", "folded", "capture_export", "capture_eager"}
 """Calls that take long: fewer places are tried."""
+EXPORTS = {"adapt", "adapt_untied", "load", "from_peft", "late_site", "capture_export", "capture_eager"}
+"""Calls that run torch.export, which aborts the process if an op inside it fails."""
 PLACES: dict[str, Callable[[int], Any]] = {
     "memory": lambda at: FailAt(at, failing(MemoryError("no more"))),
     "after an operation": lambda at: FailAt(at, sigint, after=True),
@@ -257,12 +259,7 @@ PLACES: dict[str, Callable[[int], Any]] = {
 ROWS = [(name, "noise, train") for name in CALLS] + [("transition", spec) for spec in list(SPECS)[1:]]
 ROWS += [(name, "fast, noise kept everywhere") for name in ("stage_of_a_loop", "release", "load", "rewind")]
 ROWS += [("weights", "pissa, dora"), ("load_state_dict", "kept")]
-TRIALS = [
-    (*row, place)
-    for row in ROWS
-    for place in PLACES
-    if "line" in place or not row[0].startswith(("capture", "from_peft"))  # torch.export may abort where an op fails
-]
+TRIALS = [(*row, place) for row in ROWS for place in PLACES if "line" in place or row[0] not in EXPORTS]
 
 
 def strike(name: str, spec: str, place: str, folder: Path, most: int) -> None:
