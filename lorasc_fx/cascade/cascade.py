@@ -428,7 +428,6 @@ class CascadeModule(nn.Module):
         self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, view: str
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
-        self._run.check_ready("folded_graph")
         check_view("folded_graph", view, self._run.plan.spec)
         with self._run.exclusive("folded_graph", keeps=True):
             state = folding.folded_state(self._run, "folded_graph", quantized, view)

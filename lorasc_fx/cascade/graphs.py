@@ -149,7 +149,7 @@ class Graphs:
         # Step 1: capture. The first graph of a loaded cascade is compared with the plan of the checkpoint.
         try:
             result = self.compiler.make(
-                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes
+                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes, self.variants.all
             )
             disagreements = self.compiler.faults(result.variant) if not self.frontend else []
         except (PassError, SpecError) as fault:

@@ -14,7 +14,7 @@ from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.cascade.graphs import Graphs
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.quantized import QuantizedLinear, quantized_in
-from lorasc_fx.util.undo import AllOrNothing
+from lorasc_fx.util.undo import PROCESS, AllOrNothing
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """Moves or casts one tensor."""
@@ -33,7 +33,7 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
     Raises:
         StateError: after `release`, or if `fn` changes a tensor inside `weights` or inside a backward.
     """
-    with run.lock, AllOrNothing() as undo:
+    with PROCESS, run.lock, AllOrNothing() as undo:
         run.check_alive("to")
         # `to` with the current device and dtype changes nothing, and must not drop the graphs.
         parameters, trained = run.parameters_by_name(), run.present(run.slow.trained)

@@ -22,7 +22,7 @@ from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.fingerprint import checksums
-from lorasc_fx.util.undo import Undo, commit
+from lorasc_fx.util.undo import PROCESS, Undo, commit
 
 log = logging.getLogger("lorasc_fx")
 
@@ -181,7 +181,7 @@ class Run(RunBase):
         if self.placed is not None:  # the end of the block restores W_t, with the noise of this step
             self.plan = after
             return
-        with self.lock, commit() as undo:
+        with PROCESS, self.lock, commit() as undo:
             if self.base_file is not None:
                 self.base_file.check("noise.redraw")
             self.check_weights("noise.redraw")
@@ -274,10 +274,11 @@ class Run(RunBase):
     def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
         """Context manager around changes of weights: take the lock and call `check_ready` with these arguments.
 
+        It first waits for the end of a capture, which replaces parameters of the model by tensors without values.
         Restores the grad mode, which Ctrl-C at the end of a `torch.no_grad` block would leave off.
         """
         grad_mode = torch.is_grad_enabled()
-        with self.lock:
+        with PROCESS, self.lock:
             try:
                 self.check_ready(call, **allowed)
                 yield

@@ -17,7 +17,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.shards import local
 from lorasc_fx.state import Learner, Memory, SlowWeights, sums_are_finite
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
-from lorasc_fx.util.undo import Lock
+from lorasc_fx.util.undo import PROCESS, Lock
 from lorasc_fx.util.version import source_digest, version
 
 
@@ -248,13 +248,14 @@ class RunBase:
         Values are compared by checksums, because a write through `.data`, numpy or another Parameter does not increment
         the version counter. All-reduced if the weights are sharded: every rank must call this at the same point.
         """
-        parameters = self.weights_by_name()
-        changed = self.changed(self._checksums)
-        if changed is None and not self.is_sharded:  # parameters trained in full change, but must keep their shapes
-            trained = self.slow.trained
-            current = self.present(trained)
-            intact = {name for name in current if current[name].shape == trained[name].base.shape}
-            changed = next((name for name in trained if name not in intact), None)
+        with PROCESS:  # a capture in another thread would show other parameters
+            parameters = self.weights_by_name()
+            changed = self.changed(self._checksums)
+            if changed is None and not self.is_sharded:  # parameters trained in full change, but must keep their shapes
+                trained = self.slow.trained
+                current = self.present(trained)
+                intact = {name for name in current if current[name].shape == trained[name].base.shape}
+                changed = next((name for name in trained if name not in intact), None)
         if self.slow.group.any(changed is not None):
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside the cascade "

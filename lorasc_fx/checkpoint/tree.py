@@ -85,7 +85,7 @@ def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Return the value that was packed. Dataclasses are dicts: `util.decode.decode` converts and checks them.
 
     Raises:
-        ValueError: a tensor is missing, or no part of the value uses it.
+        ValueError: a tensor is missing, no part of the value uses it, or two keys of a dict are equal.
     """
     used: set[str] = set()
 
@@ -95,11 +95,17 @@ def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
         used.add(name)
         return tensors[name]
 
+    def table(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        found = {unpacked(key): unpacked(item) for key, item in pairs}
+        if len(found) < len(pairs):  # for example 1 and true
+            raise ValueError("has two equal keys in one table")
+        return found
+
     special: dict[str, Callable[[Any], Any]] = {
         "$tensor": tensor,
         "$float": float,
         "$tuple": lambda items: tuple(unpacked(items)),
-        "$dict": lambda pairs: {unpacked(key): unpacked(item) for key, item in pairs},
+        "$dict": table,
     }
 
     def unpacked(value: Any) -> Any:

@@ -76,6 +76,7 @@ class Compiler:
         args: Any,
         kwargs: Any,
         dynamic: Collection[Axis] = (),
+        existing: Sequence[Variant] = (),
     ) -> NewVariant:
         """Capture a call, insert the branches, and return the new variant.
 
@@ -84,13 +85,14 @@ class Compiler:
             decided: the plan to follow, the existing branches, and the refusals so far.
             args, kwargs: arguments of the call, in canonical form.
             dynamic: axes to make dynamic, see `capture`.
+            existing: the earlier variants of this model.
 
         Raises:
             CaptureError: no front end works, or torch or the model raises.
             PassError: the graph cannot follow the plan.
         """
         try:
-            return self._make(model, decided, args, kwargs, dynamic)
+            return self._make(model, decided, args, kwargs, dynamic, existing)
         except OUT_OF_MEMORY:
             raise
         except LorascError as fault:
@@ -102,7 +104,13 @@ class Compiler:
             raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
 
     def _make(
-        self, model: nn.Module, decided: Decided, args: Any, kwargs: Any, dynamic: Collection[Axis]
+        self,
+        model: nn.Module,
+        decided: Decided,
+        args: Any,
+        kwargs: Any,
+        dynamic: Collection[Axis],
+        existing: Sequence[Variant],
     ) -> NewVariant:
         decided = _with_refusals(decided, model, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, decided)
@@ -111,7 +119,8 @@ class Compiler:
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.module is None:
-            return make_eager(captured, model, decided, args, kwargs)
+            earlier = next((each.module for each in existing if isinstance(each.module, EagerModel)), None)
+            return make_eager(captured, model, decided, args, kwargs, earlier)
         return insert(captured, captured.module, decided)
 
     def fold(

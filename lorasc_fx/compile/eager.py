@@ -8,7 +8,6 @@ compared with those of the eager model with merged weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -59,7 +58,12 @@ def with_uses(decided: Decided, model: nn.Module, uses: Uses | None) -> Decided:
 
 
 def make_eager(
-    captured: Captured, model: nn.Module, decided: Decided, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    captured: Captured,
+    model: nn.Module,
+    decided: Decided,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    earlier: EagerModel | None = None,
 ) -> NewVariant:
     """Adapt a model without a graph.
 
@@ -68,6 +72,8 @@ def make_eager(
         model: the model. It is left unchanged until the variant is called.
         decided: the plan to follow, the existing branches, and the refusals so far.
         args, kwargs: example inputs.
+        earlier: the eager model of an earlier variant, which this variant shares: the modules of a model read weights
+            by one reader, which must know the nodes of all calls whose backward may still run.
 
     Raises:
         NoSites: no weight can be adapted.
@@ -88,7 +94,11 @@ def make_eager(
                 f"{site.weight} cannot replace its op there. Choose another adapter.",
                 code="method-not-supported",
             )
-    eager = EagerModel(model, decided, uses.beside, "".join(reason for _, reason in captured.refused))
+    if earlier is None:
+        eager = EagerModel(model, decided, uses.beside, "".join(reason for _, reason in captured.refused))
+    else:
+        eager = earlier
+        eager.update(decided, uses.beside)
     eager.prepare(args, kwargs)
 
     def attach(run: Growable) -> None:
@@ -123,7 +133,7 @@ class EagerModel:
         if decided.plan.spec.placement == "weight":
             self.weights.reads = Reads.MERGED
         self._modules, self._compared = list(model.modules()), set[Hashable]()
-        self._read_branches(beside)
+        self.update(decided, beside)
 
     @_disable_dynamo  # dynamo would trace the model without branches
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,8 +163,9 @@ class EagerModel:
         with no_fastpath, own_warnings:
             return self.weights(*args, **kwargs)
 
-    def _read_branches(self, beside: frozenset[str]) -> None:
-        """Let reads compute the current branches."""
+    def update(self, decided: Decided, beside: frozenset[str]) -> None:
+        """Let reads compute the branches of a plan. The arguments are those of the class."""
+        self.decided = decided
         branches = {branch.weight_name: branch for branch in self.decided.branches.values()}
         self.weights.read_with(branches)
         refused = {refusal.weight for refusal in self.decided.refusals}
@@ -165,14 +176,12 @@ class EagerModel:
 
     def _grow(self, uses: Uses) -> None:
         """Add the weights of a run to the plan, and to the run of the cascade."""
-        decided, run = self.decided, self.run()
-        if run is not None:  # ranks may differ between stages
-            decided = replace(decided, plan=replace(decided.plan.at_stage(run.plan.stage), step=run.plan.step))
+        run = self.run()
+        decided = self.decided if run is None else Decided(run.plan, run.by_key, run.refusals, ())
         grown = with_uses(decided, self.model, uses)
         if run is not None and set(grown.branches) != set(decided.branches):
             run.grow(grown)
-        self.decided = grown
-        self._read_branches(uses.beside)
+        self.update(grown, uses.beside)
 
     def _choose_reads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Choose the first way to read weights with which all branches get the right gradients.

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import fx
 
-from lorasc_fx.branch import Decided
+from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import Axis, Conditions, FrontEnd
 from lorasc_fx.errors import StateError, warn
 from lorasc_fx.graph.function import as_function, hooks_of, takes_leaves
-from lorasc_fx.plan import Plan
+from lorasc_fx.plan import Plan, Refusal
 from lorasc_fx.signature import Call
 
 MAX_VARIANTS = 32
@@ -31,9 +31,14 @@ _NOT_CAPTURED = (
 
 
 class Growable(Protocol):
-    """A run to which sites can be added, with the plan of its current stage."""
+    """A run to which sites can be added, with the plan of its current stage, its branches and its refusals."""
 
     plan: Plan
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def by_key(self) -> dict[str, Branch]:
+        """The branches by their key (`Site.key`)."""
 
     def grow(self, decided: Decided) -> None:
         """Replace plan, branches, refusals and unreached weights by these, which have more sites."""

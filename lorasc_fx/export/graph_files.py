@@ -224,8 +224,8 @@ def _program(
         The program, the smallest sizes that it accepts by input and axis, and a zero adapter by input (empty without a
         rank).
     """
-    cascade._run.check_ready(call, keeps=True)
-    cascade._run.check_buffers(call)
+    with cascade._run.exclusive(call, keeps=True):
+        cascade._run.check_buffers(call)
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     zeros: dict[str, torch.Tensor] = {}

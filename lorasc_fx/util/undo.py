@@ -165,7 +165,7 @@ class Lock(_thread.RLock):  # type: ignore[misc]  # not final at runtime
 _LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 PROCESS = Lock()
-"""Held while a capture changes state of the process: standard streams, random generators, dynamo stances.
+"""Held while a capture changes parameters of its model or state of the process, such as random generators.
 
 A thread that also needs the lock of a cascade must acquire this lock first.
 """

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
@@ -23,10 +24,12 @@ from tests.kit.models import (
     batches,
     branches,
     loss_of,
+    merged,
     optimizer_of,
     randomize,
 )
 from tests.kit.seams import SEAMS
+from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -470,3 +473,35 @@ def test_beside_fabric() -> None:
     assert cascade.frontend == "eager"
     assert "_compile_kwargs" not in vars(model)
     assert torch.equal(cascade(-torch.ones(2, 4)), model.linear(torch.ones(2, 4)))
+
+
+class Recomputing(Stack):
+    """Only gradient checkpointing prevents a graph of this model, so each kind of call has a variant of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.training else layer(x)
+        return self.head(x)
+
+
+def test_calls_of_several_kinds_share_their_reads() -> None:
+    """A backward runs after a call of another kind, and the first kind of call is repeated."""
+    torch.manual_seed(17)
+    model = Recomputing().double()
+    eager = copy.deepcopy(model).eval()  # without checkpointing, which would recompute with the original weights
+    calls = [inputs(), batches(1, 2, 3, 5)[0], inputs(seed=4)]
+    cascade = lx.adapt(model, (calls[0],), spec=SPEC)
+    assert cascade.frontend == "eager"
+    randomize(cascade)
+    for x in calls:
+        assert_merged(cascade, eager, x)
+    assert variant_count(cascade) == 2
+    parameters = list(cascade.branches.parameters())
+    losses = [sum(loss_of(cascade(x)) for x in order) for order in (calls, calls[::-1])]
+    first, second = (torch.autograd.grad(loss, parameters) for loss in losses)
+    merged_weights = merged(cascade, eager)
+    loss = sum(loss_of(torch.func.functional_call(eager, merged_weights, (x,))) for x in calls)
+    expected = torch.autograd.grad(loss, parameters)
+    for one, other, wanted in zip(first, second, expected, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(other, wanted, rtol=0, atol=1e-12)
