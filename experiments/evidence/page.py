@@ -15,7 +15,7 @@ from experiments.evidence.methods import METHODS
 __all__ = ["archive", "front", "interval", "write"]
 
 HERE = Path(__file__).parent
-PAGE, PLANE = HERE.parents[1] / "docs" / "evidence.md", HERE.parents[1] / "docs" / "evidence-plane.svg"
+PAGE = HERE.parents[1] / "docs" / "evidence.md"
 BASE_LOSS = 3.947002728780111
 """Loss of SmolLM2-135M-Instruct on the general text before any training, from the archive (`lm-base`)."""
 
@@ -132,8 +132,6 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
             "## Which should I use, and what does it cost in forgetting?",
             "",
             _table(means),
-            "",
-            _drawn(plane),
         ]
     if not sequences.empty:
         by = sequences.groupby(["part", "method"])[["average", "backward", "last", "forgetting"]].mean()
@@ -146,22 +144,6 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
                 verdict = _verdict(values, protocol["statistics"]["resamples"])
                 lines.append(f"| {claim['name']} | {method} | {verdict} |")
     return lines
-
-
-def _drawn(plane: pd.DataFrame) -> str:
-    """Draw accuracy over forgetting, the mean over tasks of each method and scale, and return the picture's line."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for method, group in plane.groupby("method"):
-        means = group.groupby("scale")[["forgetting", "accuracy"]].mean()
-        axes.plot(means["forgetting"], means["accuracy"], marker="o", label=method)
-    axes.set_xlabel("rise of the loss on general text")
-    axes.set_ylabel("test accuracy, %")
-    axes.legend()
-    figure.savefig(PLANE, metadata={"Date": None})
-    plt.close(figure)
-    return f"![accuracy and forgetting]({PLANE.name})"
 
 
 def archive(path: Path = HERE / "archive.jsonl") -> pd.DataFrame:

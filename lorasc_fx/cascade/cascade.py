@@ -6,10 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from os import PathLike
-from pathlib import Path
 from types import MethodType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self
 
 import torch
 from torch import fx, nn
@@ -27,7 +25,7 @@ from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.transition import Stage
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.cascade.views import VIEW_NAMES, check_view, placed
-from lorasc_fx.compile import Axis, Compiler, Picture
+from lorasc_fx.compile import Axis, Compiler
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.signature import bind
@@ -229,34 +227,25 @@ class CascadeModule(nn.Module):
         self._run.check_alive("graph_module", on_meta=True)
         return self._graphs.unbroken_graph()
 
-    @overload
-    def draw(self, file: str | PathLike[str], sites: Sequence[str] = (), radius: int = 2) -> Path: ...
-
-    @overload
-    def draw(self, file: None = None, sites: Sequence[str] = (), radius: int = 2) -> Picture: ...
-
-    def draw(
-        self, file: str | PathLike[str] | None = None, sites: Sequence[str] = (), radius: int = 2
-    ) -> Path | Picture:
+    def draw(self, sites: Sequence[str] = (), radius: int = 2) -> str:
         """Draw the adapted graph around some sites, with placements of branches, names, dtypes and shapes.
 
+        A dashed box has neighbours that are not shown.
+
         Args:
-            file: path of the .svg, .png or .pdf file to write. Without a file, the picture is returned, and a notebook
-                displays it.
             sites: kinds of weights, or globs on weight names, as in a spec. The default is the first three sites.
             radius: number of edges to follow from each branch, in both directions.
 
         Returns:
-            The path of the file, or the picture if no file is given.
+            A text for Graphviz: `dot -Tsvg` makes a picture of it, `graphviz.Source(...)` shows it in a notebook.
 
         Raises:
             UnknownTarget: a pattern matches no site.
-            SpecError: the file has another ending, its folder does not exist, or `radius` is not a count.
+            SpecError: `radius` is not a count.
             StateError: after `release`, or if the first graph has none of these branches.
-            MissingExtra: the extra `report` is not installed.
         """
         self._run.check_alive("draw", on_meta=True)
-        return self._graphs.compiler.draw(self._graphs.first("draw"), self.plan, file, sites, radius)
+        return self._graphs.compiler.draw(self._graphs.first("draw"), self.plan, sites, radius)
 
     def __str__(self) -> str:
         """Return a readable summary: sites, refusals, parameters and front end."""

@@ -3,7 +3,6 @@
 from lorasc_fx.capture import Axis
 from lorasc_fx.compile.compiler import Compiler
 from lorasc_fx.compile.variants import NewVariant, Variant, Variants
-from lorasc_fx.pictures import Picture
 from lorasc_fx.signature import Call
 
-__all__ = ["Axis", "Call", "Compiler", "NewVariant", "Picture", "Variant", "Variants"]
+__all__ = ["Axis", "Call", "Compiler", "NewVariant", "Variant", "Variants"]

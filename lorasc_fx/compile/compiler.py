@@ -5,8 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +33,7 @@ from lorasc_fx.passes import (
     Pipeline,
     adapter_inputs,
 )
-from lorasc_fx.pictures import Picture, draw_graphs
+from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Calls
 from lorasc_fx.spec import CascadeSpec
@@ -182,13 +180,11 @@ class Compiler:
         lifted = passes(folded).graph_module
         return standalone_copy(lifted, values), adapter_inputs(lifted), least
 
-    def draw(
-        self, variant: Variant, plan: Plan, file: str | PathLike[str] | None, sites: Sequence[str], radius: int
-    ) -> Path | Picture:
+    def draw(self, variant: Variant, plan: Plan, sites: Sequence[str], radius: int) -> str:
         """Draw the variant around some sites."""
         module = variant.module
         graphs = getattr(module, "rewritten", None) or [module]  # a graph split for FSDP has several graphs
-        return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, file, sites, radius)
+        return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, sites, radius)
 
 
 def _graph_of(variant: Variant, model: nn.Module) -> fx.GraphModule:

@@ -544,7 +544,7 @@ def test_what_needs_a_graph_says_so_until_the_first_call(tmp_path: Path) -> None
     cascade = lx.load(tmp_path, Net())
     calls: list[Any] = [
         lambda: cascade.example,
-        lambda: cascade.draw(tmp_path / "graph.svg"),
+        cascade.draw,
         cascade.folded_graph,
         lambda: lx.export.pt2(cascade, tmp_path / "graph.pt2"),
     ]

@@ -54,7 +54,7 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "stages": lambda cascade, optimizer, __: cascade.stages(2, optimizer),
     "transition": lambda cascade, optimizer, __: cascade.transition(optimizer),
     "rewind": lambda cascade, optimizer, __: cascade.rewind(0, optimizer),
-    "draw": lambda cascade, _, path: cascade.draw(path / "graph.svg"),
+    "draw": lambda cascade, _, __: cascade.draw(),
     "resume": lambda cascade, optimizer, __: cascade.resume(optimizer),
     "save": lambda cascade, optimizer, path: lx.save(cascade, path / "run", optimizer=optimizer),
     "to": lambda cascade, _, __: cascade.double(),
@@ -560,7 +560,6 @@ PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
     "export.peft": lambda cascade: lx.export.peft(cascade, NUL),
     "export.safetensors": lambda cascade: lx.export.safetensors(cascade, NUL),
     "export.pt2": lambda cascade: lx.export.pt2(cascade, f"{NUL}.pt2"),
-    "draw": lambda cascade: cascade.draw(f"{NUL}.svg"),
 }
 
 

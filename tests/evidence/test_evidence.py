@@ -223,7 +223,6 @@ def test_the_page_of_a_finished_study(tmp_path: Path, monkeypatch: pytest.Monkey
             ]
             cell = Cell("sequences", ("r8", "tweets"), method, (0.01, 0.01), seed)
             results.found[cell] = {"diverged": False, "after": [each | {"general": 4.5} for each in after]}
-    monkeypatch.setattr(page, "PLANE", tmp_path / "plane.svg")
     text = "\n".join(page.third_edition(PROTOCOL | {"statistics": {"resamples": 50}}, results))
     assert "| sequences | lora | 55.00 | -60.00 | 80.00 | 0.55 |" in text
     assert "equal forgetting | shira-stages | +10.00 [+10.00, +10.00]: supported |" in text

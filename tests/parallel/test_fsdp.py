@@ -617,8 +617,8 @@ def test_the_example_runs_by_torchrun() -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_a_sharded_cascade_is_drawn_and_not_copied(tmp_path: Path) -> None:
+def test_a_sharded_cascade_is_drawn_and_not_copied() -> None:
     cascade = fsdp.shard(small({}))
-    assert cascade.draw(tmp_path / "graph.svg").stat().st_size > 1000
+    assert "branch, rank" in cascade.draw()
     with raises(lx.StateError, "sharded", "deepcopy", "lorasc_fx.load"):
         copy.deepcopy(cascade)
