@@ -165,25 +165,6 @@ def test_a_model_without_ties() -> None:
         lx.adapt(model, (torch.ones(2, 5),), spec=lx.CascadeSpec(untie=("0.weight",)))
 
 
-@pytest.mark.parametrize(
-    ("args", "more", "error"),
-    [
-        ((torch.ones(2, 4),), {}, lx.CaptureError),  # the model refuses
-        ((IDS, IDS), {}, lx.CaptureError),  # no such signature
-        ((IDS,), {"exclude": ("*",)}, lx.passes.NoSites),
-    ],
-)
-def test_an_adapt_that_fails_leaves_the_tie(args: tuple[Any, ...], more: Any, error: type[Exception]) -> None:
-    model = build(Three)
-    shared, value, flags = model.table.weight, model.table.weight.detach().clone(), model.table.weight.requires_grad
-    with pytest.raises(error):
-        lx.adapt(model, args, spec=lx.CascadeSpec(untie=("table", "head"), **more))
-    assert model.table.weight is model.head.weight is model.other.weight is shared
-    assert torch.equal(shared, value)
-    assert shared.requires_grad == flags
-    assert len(lx.adapt(model, (IDS,)).sites) == 2
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @FRONTENDS
 def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None:
@@ -214,17 +195,6 @@ def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None
         torch.testing.assert_close(factors(again)[name], value, rtol=0, atol=1e-12)
 
 
-def test_a_load_that_fails_leaves_the_tie(tmp_path: Path) -> None:
-    cascade = lx.adapt(build(Tied), (IDS,), spec=UNTIED)
-    lx.save(cascade, tmp_path / "run")
-    model = build(Tied)
-    with torch.no_grad():
-        model.mix.weight.add_(1.0)  # another base
-    with pytest.raises(lx.CheckpointError):
-        lx.load(tmp_path / "run", model, (IDS,))
-    assert model.head.weight is model.table.weight
-
-
 class Recurrent(nn.Module):
     """A two-layer LSTM with one recurrent weight for both layers. Torch passes the weights to its kernel as a list."""
 
@@ -236,22 +206,3 @@ class Recurrent(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.rnn(x)[0]
         return out
-
-
-def test_a_recurrent_layer_computes_with_its_untied_weight() -> None:
-    torch.manual_seed(3)
-    model, x = Recurrent(), torch.randn(5, 2, 4)
-    before = model(x)
-    cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=2, pace=1.0, untie=("rnn.weight_hh_l1",)))
-    assert {"rnn.weight_hh_l0", "rnn.weight_hh_l1"} <= {site.weight for site in cascade.sites}
-    layer = model.rnn
-    assert layer.weight_hh_l1 is not layer.weight_hh_l0
-    assert all(
-        one is getattr(layer, name) for one, name in zip(layer._flat_weights, layer._flat_weights_names, strict=True)
-    )
-    assert torch.equal(cascade(x), before)
-    randomize(cascade)
-    expected = cascade(x)
-    assert cascade.release() is model
-    assert not torch.equal(layer.weight_hh_l1, layer.weight_hh_l0)
-    torch.testing.assert_close(model(x), expected)

@@ -114,14 +114,6 @@ def merged(model: nn.Module, cascade: lx.Cascade, share: float = 1.0) -> nn.Modu
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)
-def test_an_untrained_branch_changes_no_bit(name: str, kind: str) -> None:
-    model, cascade, x = adapted(name, kind)
-    assert cascade.sites
-    with torch.no_grad():
-        assert torch.equal(cascade(x), model(x))
-
-
-@pytest.mark.parametrize(("name", "kind"), ROWS)
 def test_a_trained_branch_computes_with_its_delta(name: str, kind: str) -> None:
     model, cascade, x = adapted(name, kind)
     train(cascade)
@@ -169,16 +161,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_front_end(name: str) -> None:
-    torch.manual_seed(SEED)
-    model, x = linear()
-    model, x = model.double(), x.double()
-    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=2))
-    train(cascade)
-    torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 def test_every_placement_computes_the_same(name: str, placement: Any) -> None:
     torch.manual_seed(SEED)
@@ -193,26 +175,6 @@ def test_every_placement_computes_the_same(name: str, placement: Any) -> None:
     assert set(cascade.placements.values()) == {placement}
     train(cascade)
     torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_export_of_a_trained_run(name: str, tmp_path: Path) -> None:
-    model, cascade, x = adapted(name, "linear", pace=1.0)
-    train(cascade)
-    expected = merged(model, cascade)(x)
-    lx.export.pt2(cascade, tmp_path / "model.pt2")
-    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), expected, rtol=1e-11, atol=1e-11)
-
-
-def test_lora_xs_by_its_formula() -> None:
-    """`s U_r diag(v_r) R V_r^T` of the weight's SVD; only R is trained."""
-    model, cascade, _ = adapted("lora-xs", "linear")
-    train(cascade)
-    for weight, branch in branches(cascade).items():
-        left, values, right = torch.linalg.svd(model.get_parameter(weight), full_matrices=False)
-        expected = 4.0 * left[:, :2] @ torch.diag(values[:2]) @ branch.get_parameter("xs_R") @ right[:2]
-        torch.testing.assert_close(branch.dense_delta(model.get_parameter(weight)), expected, rtol=1e-12, atol=1e-12)
-        assert list(branch.trainable()) == ["xs_R"]
 
 
 def test_vera_shares_its_frozen_pair() -> None:

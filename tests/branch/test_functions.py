@@ -168,12 +168,6 @@ def test_convolutions(name: str, last: bool) -> None:
         assert gradgradcheck(ours, (x, a, b))
 
 
-def test_uneven_same_padding_has_no_geometry() -> None:
-    image = numbers(2, 4, 5, 4)
-    assert ConvCall(padding="same").geometry(image, (2, 3)) is None
-    assert ConvCall(padding="same", dilation=(2, 1)).geometry(image, (2, 3)) == ConvGeometry((1, 1), (1, 1), (2, 1))
-
-
 # --- adapter dropout -------------------------------------------------------------------------------------------------
 
 

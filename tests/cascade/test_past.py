@@ -201,10 +201,3 @@ def test_which_or_a_stage_and_not_inside_another() -> None:
         pass
     with cascade.weights(stage=0), raises(lx.StateError, "inside-weights", "stage=0"):
         cascade.rewind(0, None)
-
-
-def test_rewind_wants_the_branches_optimizer() -> None:
-    cascade = cascade_of()
-    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    with unchanged(cascade), raises(lx.StateError, "optimizer-lacks-parameters"):
-        cascade.rewind(0, other)

@@ -294,21 +294,6 @@ def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> Non
     assert len(functions) <= 14, functions
 
 
-def test_a_transition_and_other_weights_run_few_functions() -> None:
-    cascade, optimizer, _ = warmed()
-
-    def look() -> None:
-        with cascade.weights("slow"):
-            pass
-
-    functions = functions_in(look)
-    assert len(functions) <= 67, functions
-    assert len({name.split()[0] for name in functions}) <= 17
-    functions = functions_in(lambda: cascade.transition(optimizer))
-    assert len(functions) <= 139, functions
-    assert len({name.split()[0] for name in functions}) <= 22
-
-
 def test_generate_walks_the_stack_once_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the model, and not for each module with an adapted weight, which took a fifth of a narrow model's time."""
     ids = torch.randint(1, 16, (2, 4))
@@ -371,24 +356,6 @@ def test_optimizer_state_of_the_branches_and_of_nothing_else(how: Any) -> None:
         for name, value in current.items():
             shaped = mine and isinstance(how, float) and value.shape == parameter.shape
             assert torch.equal(value, pruned(state, name, how) if shaped else state[name]), name
-
-
-def test_no_factor_leaps_on_a_pruned_state() -> None:
-    """No parameter makes a large step after pruning.
-
-    lora_A has no gradient in the first step of a stage. If only its second moment were pruned, Adam would step by
-    exp_avg / eps.
-    """
-    calls = batches(2 * CALLS, 4, 5)
-    cascade = lx.adapt(mlp(), (calls[0],), spec=lx.CascadeSpec(rank=4, optimizer_state=0.9))
-    optimizer = optimizer_of(cascade)
-    train(cascade, optimizer, calls[:CALLS])
-    cascade.transition(optimizer)
-    before = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
-    train(cascade, optimizer, calls[CALLS : CALLS + 1])
-    rate = max(group["lr"] for group in optimizer.param_groups)
-    for name, value in cascade.branches.named_parameters():
-        assert (value - before[name]).abs().max() <= 10 * rate, name
 
 
 def test_a_reset_is_a_new_optimizer() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
 from lorasc_fx.schedules import shuffled_batches
-from tests.checkpoint.runs import THREE_STAGES, Going, Run, X, adamw, interrupted, whole
+from tests.checkpoint.runs import Going, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
 from tests.kit.devices import pretend_accelerator
@@ -31,41 +30,6 @@ TRAIN = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace
 
 
 # ---- optimizers and schedulers
-
-
-class Bfgs(torch.optim.LBFGS):
-    """Steps parameters with gradients. Its state is lists of tensors, stored for the first parameter."""
-
-    def __init__(self, cascade: lx.Cascade) -> None:
-        every = [parameter for group in cascade.param_groups(lr=0.1) for parameter in group["params"]]
-        super().__init__(every, lr=0.1, max_iter=1, history_size=3)
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(lambda: torch.ones(()))
-
-
-def tensor_lr(cascade: lx.Cascade, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(cascade.param_groups(lr=torch.tensor(0.02)), lr=torch.tensor(0.02), **options)
-
-
-OPTIMIZERS: dict[str, Callable[[lx.Cascade], torch.optim.Optimizer]] = {
-    "lbfgs": Bfgs,
-    "adamw, fused": lambda cascade: torch.optim.AdamW(cascade.param_groups(lr=0.02), fused=True),
-    "adamw, foreach": lambda cascade: torch.optim.AdamW(cascade.param_groups(lr=0.02), foreach=True),
-    "sgd, fused": lambda cascade: torch.optim.SGD(cascade.param_groups(lr=0.05), momentum=0.9, fused=True),
-    "adamw, lr a tensor": tensor_lr,
-    "adamw, fused, lr a tensor": partial(tensor_lr, fused=True),
-    "an lr of inf that was never meant": lambda cascade: torch.optim.SGD(
-        [{**group, "ceiling": float("inf"), "note": None} for group in cascade.param_groups(lr=0.05)]
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's own, after any resume before a step
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(name: str, tmp_path: Path) -> None:
-    run = Run(TRAIN, optimizer=OPTIMIZERS[name], scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
-    assert_same(interrupted(run, THREE_STAGES, (2, 4, 9), tmp_path), whole(run, THREE_STAGES))
 
 
 def several(cascade: lx.Cascade) -> tuple[list[torch.optim.Optimizer], list[Any]]:
@@ -285,41 +249,27 @@ def test_generators_of_available_devices(monkeypatch: pytest.MonkeyPatch, tmp_pa
 # ---- extra
 
 
-def test_extra_with_tensors_and_numbers_outside_of_json(tmp_path: Path) -> None:
-    run = Run(PLAIN)
-    going = run.started()
-    generator = torch.Generator().manual_seed(4)
-    shared = torch.arange(6.0).view(2, 3).t()
-    extra = {
-        "best": float("inf"),
-        "worst": -float("inf"),
-        "loss": [1.5, float("nan"), None],
-        "order": generator.get_state(),
-        "average": {"a": shared, "b": [shared, nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), "text"]},
-        "empty": torch.zeros(0, 3),
-        "none": None,
-    }
-    lx.save(going.cascade, tmp_path, extra=extra)
+def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Numbers, types and keys that JSON lacks, and tensors of any layout that are shared."""
+    shared, narrow = torch.arange(6.0).view(2, 3).t(), nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    plain = {1: 2, "a": [{None: 1, (1, "b"): (2.5, -float("inf"))}], (): {"$dict": {}}, "none": None}
+    cascade = Run(PLAIN).started().cascade
+    lx.save(
+        cascade,
+        tmp_path,
+        extra={**plain, "x": shared, "y/z": [shared, narrow, torch.zeros(0, 3)], "nan": [float("nan")]},
+    )
     cascade = lx.load(tmp_path, Net(), args=(X,))
     found = cascade.resume()
-    assert found["best"] == float("inf")
-    assert found["worst"] == -float("inf")
-    assert found["loss"][0] == 1.5
-    assert found["loss"][1] != found["loss"][1]
-    assert found["loss"][2] is None
-    assert found["none"] is None
-    assert torch.rand(3, generator=torch.Generator().set_state(found["order"])).equal(
-        torch.rand(3, generator=generator)
-    )
-    assert raw(found["average"]["a"]) == raw(shared)
-    assert found["average"]["b"][0] is found["average"]["a"]
-    assert raw(found["average"]["b"][1]) == raw(extra["average"]["b"][1])
-    assert found["average"]["b"][2] == "text"
-    assert raw(found["empty"]) == raw(extra["empty"])
-    found["average"]["a"].zero_()
-    assert raw(cascade.resume()["average"]["a"]) == raw(shared)
-    manifest = json.loads(next(tmp_path.glob("version-*/manifest.json")).read_text(), parse_constant=pytest.fail)
-    assert manifest["content"]["extra"]["best"] == {"$float": "inf"}
+    tensors, nan = (found.pop("x"), *found.pop("y/z")), found.pop("nan")
+    assert found == plain
+    assert nan[0] != nan[0]
+    assert tensors[1] is tensors[0]
+    assert raw(tensors[1:]) == raw([shared, narrow, torch.zeros(0, 3)])
+    tensors[0].zero_()
+    assert raw(cascade.resume()["x"]) == raw(shared)
+    manifest = next(tmp_path.glob("version-*/manifest.json")).read_text()
+    json.loads(manifest, parse_constant=pytest.fail)
 
 
 # ---- versions

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import sys
 import warnings
@@ -23,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -37,11 +35,9 @@ from tests.errors.state import assert_same, of, unchanged
 from tests.kit.errors import raises
 from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS
-from tests.kit.state import MAX_MANIFEST_BYTES, read, stored_values, weight_states
+from tests.kit.state import MAX_MANIFEST_BYTES, stored_values, weight_states
 
 MANIFEST, TENSORS = "manifest.json", "state.safetensors"
-DEEP = "deep nesting"
-"""A placeholder in a manifest that is written as 100,000 nested lists."""
 X = inputs(3, 5)
 SPEC = lx.CascadeSpec(train=("head.*",), rank=1, restart="fast", noise=lx.Noise(0.2, keep=True))
 
@@ -94,7 +90,7 @@ def signed(manifest: Any, tensors: bytes) -> bytes:
         if "digest" in manifest:
             rest = {key: value for key, value in manifest.items() if key != "digest"}
             manifest["digest"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    return json.dumps(manifest).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).encode()
+    return json.dumps(manifest).encode()
 
 
 def forge(version: Path, change: Callable[[Any], Any]) -> Any:
@@ -287,30 +283,6 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         lx.load(folder, Small(), args=(X,))
 
 
-def test_a_flipped_bit_anywhere_in_the_manifest(version: Path) -> None:
-    path = version / MANIFEST
-    data = path.read_bytes()
-    original = json.loads(data)
-    for place in range(0, len(data), 211):
-        for bit in (0, 3, 7):
-            broken = bytearray(data)
-            broken[place] ^= 1 << bit
-            path.write_bytes(broken)
-            try:
-                same = json.loads(broken) == original  # white space for other white space
-            except ValueError:
-                same = False
-            if not same:
-                with pytest.raises(lx.CheckpointError) as caught:
-                    lx.load(version.parent, Small(), args=(X,))
-                assert str(caught.value).startswith(str(path))
-
-
-def test_the_tensors_of_another_version(version: Path, tmp_path: Path) -> None:
-    put(version, {TENSORS: written(tmp_path / "other", 1)[TENSORS]})
-    refuse(version, DIGEST)
-
-
 def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dict[str, bytes]]) -> None:
     """If there is an earlier version, the advice in the error works."""
     later = version.with_name("version-00000012")
@@ -319,18 +291,6 @@ def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dic
     refuse(later, (*DIGEST, "version-00000012", "version-00000001"))
     shutil.rmtree(later)
     assert lx.load(version.parent, Small(), args=(X,)).stage == 3
-
-
-def test_a_file_that_memory_does_not_hold(version: Path) -> None:
-    """A sparse file, smaller than the machine's memory and larger than this process may allocate."""
-    os.truncate(version / TENSORS, 1 << 31)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
-    try:
-        refuse(version, ("unreadable-file", TENSORS, 1 << 31))
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_a_file_that_is_written_to_while_it_is_read(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,11 +333,6 @@ def test_an_edited_manifest(name: str, version: Path) -> None:
     EDITED[name](manifest)
     (version / MANIFEST).write_text(json.dumps(manifest))
     refuse(version, ("invalid-checkpoint", MANIFEST, "digest"))
-
-
-def test_another_layout_of_the_manifest_is_not_damage(version: Path) -> None:
-    (version / MANIFEST).write_text(json.dumps(json.loads((version / MANIFEST).read_text()), indent=7))
-    assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
 
 # ---- edits of a version whose digests are correct again
@@ -436,7 +391,7 @@ def test_an_edit_is_refused_or_restored(
     version.mkdir(parents=True)
     put(version, files(kind))
     original, outcomes = stored_values(version.parent), collections.Counter[str]()
-    for _ in range(100 if part == "manifest" else 50):
+    for _ in range(50 if part == "manifest" else 30):
         put(version, files(kind))
         if part == "manifest":
             edit = forge(version, functools.partial(edit_of_manifest, rng))
@@ -446,7 +401,7 @@ def test_an_edit_is_refused_or_restored(
         outcomes[outcome] += 1
         if again is not None:
             assert again in (stored_values(version.parent), original), edit
-    assert min(outcomes["refused"], outcomes["resumed"]) > 5, outcomes
+    assert min(outcomes["refused"], outcomes["resumed"]) > 3, outcomes
 
 
 def load_and_resume(version: Path, folder: Path) -> tuple[str, Any]:
@@ -485,7 +440,6 @@ SIGNED: dict[str, tuple[Callable[[Path, Edit], Any], Edit, tuple[object, ...]]] 
     "a name outside of the folder": (
         forge, lambda each: each["files"].update({"../../x": "0" * 64}), ("invalid-checkpoint", "../../x")
     ),
-    "deep nesting": (forge, content(lambda each: each["extra"].update(x=DEEP)), ("unreadable-file",)),
     "NaN": (forge, content(lambda each: each["extra"].update(x=float("nan"))), ("unreadable-file", "NaN")),
     "a long name with control characters": (
         forge,
@@ -523,20 +477,6 @@ def test_a_signed_edit(name: str, version: Path) -> None:
     forging, edit, expected = SIGNED[name]
     forging(version, edit)
     refuse(version, expected)
-
-
-def test_a_buffer_of_another_shape(version: Path) -> None:
-    """Forward may have assigned a buffer of any shape."""
-    forge_tensors(version, lambda each: each.update({"buffer/norm.running_mean": torch.zeros(2, 9)}))
-    model = Small()
-    lx.load(version.parent, model, args=(X,))
-    assert torch.equal(model.norm.running_mean, torch.zeros(2, 9))
-
-
-def test_a_branch_that_the_next_fold_leaves_out_may_hold_nan(version: Path) -> None:
-    forge(version, content(lambda each: each["plan"]["spec"].update(on_nonfinite="skip")))
-    forge_tensors(version, filled("branch/body.weight/lora_B", float("nan")))
-    assert lx.load(version.parent, Small(), args=(X,)).stage == 3
 
 
 def site(**fields: Any) -> Edit:
@@ -600,19 +540,6 @@ def test_another_base(change: Edit, what: str, version: Path) -> None:
     with torch.no_grad():
         change(model)
     refuse(version, ("base-differs", what), model)
-
-
-def test_a_model_that_is_adapted(version: Path) -> None:
-    cascade = lx.load(version.parent, Small(), args=(X,))
-    for model in (cascade.model, cascade):
-        with unchanged(cascade), raises(lx.StateError, "already-adapted"):
-            lx.load(version.parent, model, args=(X,))
-
-
-def test_inputs_that_the_model_refuses(version: Path) -> None:
-    model = Small()
-    with unchanged(model), raises(lx.CaptureError, "model-refuses-inputs", "Small"):
-        lx.load(version.parent, model, args=(inputs(3, 4),))
 
 
 # ---- resume
@@ -712,35 +639,12 @@ def test_saved_without(what: str, tmp_path: Path) -> None:
     refuse_resume(version, ("not-available", what), cascade, optimizer, scheduler if what == "scheduler" else None)
 
 
-def test_another_bit_generator_of_numpy_is_not_saved(tmp_path: Path) -> None:
-    cascade = lx.adapt(Small(), args=(X,), spec=SPEC)
-    before = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.PCG64(0))
-    try:
-        version = lx.save(cascade, tmp_path)
-    finally:
-        np.random.set_bit_generator(before)
-    assert "numpy" not in json.loads((version / MANIFEST).read_text())["content"]["rng"][0]
-    lx.load(tmp_path, Small(), args=(X,))
-
-
 def test_a_random_state(version: Path) -> None:
     """numpy would read at the position without a check."""
     name, key, _, *rest = json.loads(bytes(random_state()["numpy"].tolist()))
     state = torch.tensor(list(json.dumps([name, key, 10**6, *rest]).encode()), dtype=torch.uint8)
     forge_tensors(version, lambda each: each.update({"rng/0/numpy": state}))
     refuse_resume(version, ("optimizer-differs", "rng.numpy[2]", 10**6), *resumed(version))
-
-
-def test_an_optimizer_that_does_not_take_its_state(version: Path) -> None:
-    """A hook of torch with which a library rejects a state."""
-    cascade, optimizer, scheduler = resumed(version)
-
-    def refusing(*_: object) -> None:
-        raise ValueError("of an older kind")
-
-    optimizer.register_load_state_dict_pre_hook(refusing)
-    refuse_resume(version, ("optimizer-differs", "of an older kind"), cascade, optimizer, scheduler)
 
 
 def test_an_interrupted_resume_changes_nothing(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -800,11 +704,6 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     sys.addaudithook(lambda event, _: seen.append(event) if on[0] and event.startswith(watched) else None)
     yield seen
     on[0] = False
-
-
-def test_reading_runs_nothing(version: Path, audited: list[str]) -> None:
-    read(version.parent)
-    assert not audited
 
 
 def test_loading_unpickles_nothing(version: Path, audited: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -225,13 +226,38 @@ def test_after_stages_have_ended(spec: str, events: tuple[str, ...], tmp_path: P
     assert_equal_to_whole(run, events, range(len(events)), tmp_path)
 
 
+class Bfgs(torch.optim.LBFGS):
+    """Steps parameters with gradients. Its state is lists of tensors, stored for the first parameter."""
+
+    def __init__(self, cascade: lx.Cascade) -> None:
+        every = [parameter for group in cascade.param_groups(lr=0.1) for parameter in group["params"]]
+        super().__init__(every, lr=0.1, max_iter=1, history_size=3)
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(lambda: torch.ones(()))
+
+
+def over(make: Any, **options: Any) -> Callable[[lx.Cascade], torch.optim.Optimizer]:
+    """An optimizer over the groups of a cascade."""
+    return lambda cascade: make(cascade.param_groups(**options), **options)
+
+
 OPTIMIZERS: dict[str, Any] = {
-    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
-    "plain sgd": partial(torch.optim.SGD, lr=0.05),
-    "adagrad": partial(torch.optim.Adagrad, lr=0.05, lr_decay=0.01, initial_accumulator_value=0.1),
-    "adam, amsgrad": partial(torch.optim.Adam, lr=0.02, amsgrad=True),
-    "adamw, one by one": partial(torch.optim.AdamW, lr=0.02, foreach=False),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
+    "lbfgs": Bfgs,
+    "adamw, fused": over(torch.optim.AdamW, lr=0.02, fused=True),
+    "adamw, foreach": over(torch.optim.AdamW, lr=0.02, foreach=True),
+    "adamw, lr a tensor": over(torch.optim.AdamW, lr=torch.tensor(0.02)),
+    "adamw, fused, lr a tensor": over(torch.optim.AdamW, lr=torch.tensor(0.02), fused=True),
+    "inf and None in a group": lambda cascade: torch.optim.SGD(
+        [{**group, "ceiling": float("inf"), "note": None} for group in cascade.param_groups(lr=0.05)]
+    ),
+    "sgd": over(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+    "plain sgd": over(torch.optim.SGD, lr=0.05),
+    "adagrad": over(torch.optim.Adagrad, lr=0.05, lr_decay=0.01, initial_accumulator_value=0.1),
+    "adam, amsgrad": over(torch.optim.Adam, lr=0.02, amsgrad=True),
+    "adamw, one by one": over(torch.optim.AdamW, lr=0.02, foreach=False),
+    "rmsprop": over(torch.optim.RMSprop, lr=0.01, momentum=0.5),
+    "sgd, fused": over(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True),
 }
 
 
@@ -239,8 +265,7 @@ OPTIMIZERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str, how: Any, tmp_path: Path) -> None:
     spec = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace=0.4, optimizer_state=how)
-    make = OPTIMIZERS[name]
-    run = Run(spec, optimizer=lambda cascade: make(cascade.param_groups(**make.keywords), **make.keywords))
+    run = Run(spec, optimizer=OPTIMIZERS[name])
     assert_equal_to_whole(run, THREE_STAGES, (2, 4, 9), tmp_path)
 
 

@@ -19,7 +19,7 @@ from tests.checkpoint.runs import Run, X
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_slow, unchanged
 from tests.kit.errors import raises
-from tests.kit.seams import SEAMS, lower
+from tests.kit.seams import SEAMS
 
 SPEC = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, noise=lx.Noise(0.2))
 
@@ -56,16 +56,6 @@ def test_a_wrong_number_of_versions(keep: Any, tmp_path: Path) -> None:
     with unchanged(going.cascade, going.optimizer), raises(lx.SpecError, "invalid-value", "keep", keep):
         lx.save(going.cascade, tmp_path / "run", keep=keep)
     assert not names(tmp_path)
-
-
-def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    (tmp_path / "version-notes").mkdir()
-    (tmp_path / "version-00000009").write_text("a file")
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    for _ in range(2):
-        going.save(tmp_path)
-    assert names(tmp_path) == ["metrics.jsonl", "version-00000009", *version(11), "version-notes"]
 
 
 @pytest.mark.parametrize("name", ["step-500", "step-00000500", "version-00000500", "version-5", "step-00000000"])
@@ -140,18 +130,6 @@ def test_extra_that_json_cannot_hold(extra: Any, sentence: str, tmp_path: Path) 
     with pytest.raises(lx.CheckpointError):
         lx.save(going.cascade, tmp_path / "new", extra=extra)
     assert not (tmp_path / "new").exists()
-
-
-def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
-    """Types and keys that JSON lacks, and tensors that are shared."""
-    shared = torch.arange(3)
-    extra = {1: 2, "a": [{None: 1, (1, "b"): (2.5, float("inf"))}], (): {"$dict": {}}, "x": shared, "y/z": [shared]}
-    going = Run(SPEC).started()
-    lx.save(going.cascade, tmp_path, extra=extra)
-    loaded = lx.load(tmp_path, Net(), args=(X,)).resume()
-    assert torch.equal(loaded["x"], shared)
-    assert loaded["y/z"][0] is loaded["x"]
-    assert {**loaded, "x": 0, "y/z": 0} == {**extra, "x": 0, "y/z": 0}
 
 
 def test_a_branch_with_inf_or_nan_is_not_saved(tmp_path: Path) -> None:
@@ -236,25 +214,6 @@ def test_a_branch_that_the_next_fold_skips_is_saved(tmp_path: Path) -> None:
     assert again.cascade.branches["body/weight"].lora_A.isfinite().all()
 
 
-def test_a_manifest_longer_than_a_load_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    going.step()
-    whole = going.save(tmp_path)
-    saved, size = contents(tmp_path), (whole / "manifest.json").stat().st_size
-    lower(monkeypatch, "manifest bytes", size)
-    going.losses = [0.5] * 100
-    with (
-        unchanged(going.cascade, going.optimizer),
-        raises(lx.CheckpointError, "write-failed", tmp_path, "manifest.json"),
-    ):
-        going.save(tmp_path)
-    assert contents(tmp_path) == saved
-    assert names(tmp_path) == version(1)
-    going.losses = []
-    going.save(tmp_path)  # as long as before, or shorter
-    assert lx.load(tmp_path, Net(), args=(X,)).stage == 1
-
-
 def fail(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int = 1, fault: BaseException | None = None
 ) -> None:
@@ -322,14 +281,6 @@ def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
         with unchanged(going.cascade, going.optimizer), raises(lx.CheckpointError, "write-failed", folder, reason):
             going.save(folder)
     assert names(tmp_path) == ["file"]
-
-
-def test_saving_changes_nothing(tmp_path: Path) -> None:
-    going = Run(SPEC, scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)).started()
-    for event in ("step", "fold", "step"):
-        getattr(going, event)()
-        with unchanged(going.cascade, going.optimizer):
-            going.save(tmp_path)
 
 
 def test_the_content_of_a_version(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `adapt` refuses: one sentence, and model, flags, modes, graph and random generators as they were."""
+"""`adapt` refuses before it changes anything: model, flags, modes, graph and random generators stay as they were."""
 
 from __future__ import annotations
 
@@ -22,28 +22,8 @@ from tests.kit.seams import SEAMS
 X = inputs(2, 5)
 
 
-def parametrized(model: nn.Module) -> str:
-    nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]
-    return "0.parametrizations.weight.original1"
-
-
-def pruned(model: nn.Module) -> str:
-    prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index, no-untyped-call]
-    return "0.weight_orig"
-
-
-def refuse(kind: Any, expected: tuple[str, ...], model: nn.Module, *args: Any, **options: Any) -> None:
-    """`adapt` raises this code with these names, and leaves the model as it was."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.endswith("bias"))  # flags that adapt would change
-    model.eval()
-    next(model.children(), model).train()
-    with unchanged(model), raises(kind, *expected):
-        lx.adapt(model, args=args or (X,), **options)
-
-
 class Odd(nn.Module):
-    """One weight that is only added, one that no graph reaches."""
+    """One weight that is only added, and one that no graph reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,123 +34,8 @@ class Odd(nn.Module):
         return x[:, :3] + self.table[:2]
 
 
-@pytest.mark.parametrize(
-    ("frontend", "node"),
-    [
-        ("export", "torch.ops.aten.add.Tensor"),
-        ("eager", ""),
-    ],
-)
-def test_no_sites_by_the_model(frontend: str, node: str) -> None:
-    names = ("table: no-form", f"node add (call_function {node})" if node else "the model uses it", "spare")
-    refuse(lx.passes.NoSites, ("no-sites", *names), Odd(), frontend=frontend)
-
-
-@pytest.mark.parametrize("frontend", ["export", "eager"])
-def test_weights_that_are_multiplied_entry_by_entry_or_complex(frontend: str) -> None:
-    """What is told of them is so: both multiply, and both have gradients."""
-
-    class Multiplies(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Parameter(torch.ones(2, 5))
-            self.mix = nn.Parameter(torch.ones(5, 3, dtype=torch.complex64))
-            self.last = nn.Linear(3, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(((x * self.gate).to(torch.complex64) @ self.mix).real)
-
-    cascade = lx.adapt(Multiplies(), (X,), spec=lx.CascadeSpec(rank=2), frontend=frontend)
-    told = {refusal.weight: refusal.sentence for refusal in cascade.refusals}
-    assert told.keys() == {"gate", "mix"}
-    assert told["gate"].endswith(" uses it neither in a matrix product or convolution nor as an embedding table")
-    assert told["mix"] == "its dtype is torch.complex64, but branches are real"
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "sentence"),
-    [
-        (X, None, ("invalid-value", "args", "Tensor")),
-        ({"input": X}, None, ("invalid-value", "args")),
-        ((), (X,), ("invalid-value", "kwargs")),
-    ],
-)
-def test_inputs_that_are_no_sequence(args: Any, kwargs: Any, sentence: tuple[str, ...]) -> None:
-    with unchanged(model := mlp()), raises(lx.CaptureError, *sentence):
-        lx.adapt(model, args, kwargs)
-
-
-def test_a_lazy_module() -> None:
-    model = nn.Sequential(nn.LazyLinear(7), nn.Linear(7, 3))
-    with raises(lx.CaptureError, "meta-model", "0.weight"):
-        lx.adapt(model, (X,))
-    model(X)
-    assert len(lx.adapt(model, (X,)).sites) == 2
-
-
-def halved(x: torch.Tensor) -> torch.Tensor:
-    return x / 2
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_torchscript() -> None:
-    model = mlp()
-    for given in (torch.jit.script(model), torch.jit.trace(model, (X,)), torch.jit.script(halved)):
-        told = "neither torch.export nor torch.fx can trace TorchScript. Pass the nn.Module from which it was scripted"
-        with raises(lx.CaptureError, "not-a-model", "model", told):
-            lx.adapt(given, (X,))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("frontend", ["auto", "export"])
-def test_inputs_of_a_wrong_number(frontend: str) -> None:
-    expected = ("invalid-value", "Sequential.forward", "too many positional arguments", "(input)")
-    refuse(lx.CaptureError, expected, mlp(), X, X, frontend=frontend)
-    with unchanged(model := mlp()), raises(lx.CaptureError, "invalid-value", "missing a required argument: 'input'"):
-        lx.adapt(model, frontend=frontend)
-
-
-@pytest.mark.parametrize("frontend", ["auto", "export"])
-def test_kwargs_that_the_forward_does_not_take(frontend: str) -> None:
-    expected = ("invalid-value", "Sequential.forward", "'mask'", "(input)")
-    refuse(lx.CaptureError, expected, mlp(), kwargs={"mask": X}, frontend=frontend)
-
-
-@pytest.mark.parametrize("frontend", ["auto", "export"])
-@pytest.mark.parametrize(
-    ("build", "value", "reason"),
-    [
-        (mlp, inputs(2, 6), "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x6 and 5x7)"),
-        (mlp, torch.ones(2, 5, dtype=torch.int64), "RuntimeError: mat1 and mat2 must have the same dtype"),
-        (mlp, torch.ones(2, 5, dtype=torch.float64), "RuntimeError: mat1 and mat2 must have the same dtype"),
-        (mlp, "text", "TypeError: linear(): argument 'input'"),
-        (
-            Net,
-            inputs(2, 4, 8, 8),
-            "RuntimeError: Given groups=1, weight of size [6, 3, 3, 3], expected input[2, 4, 8, 8]",
-        ),
-    ],
-    ids=["shape", "integers", "precision", "no tensor", "channels"],
-)
-def test_inputs_that_the_model_refuses(frontend: str, build: Any, value: Any, reason: str) -> None:
-    model = build()
-    expected = ("model-refuses-inputs", type(model).__name__, reason)
-    refuse(lx.CaptureError, expected, model, value, frontend=frontend)
-
-
-class Branchy(nn.Module):
-    """Control flow that depends on data: no single graph holds it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.norm = nn.Linear(5, 3), nn.Linear(5, 3), nn.BatchNorm1d(5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
-        return self.one(x) if x.sum() > 0 else self.two(x)
-
-
-class Frozen(nn.Module):
-    """Runs, but not where gradients are recorded: nothing can train it."""
+class NoGradients(nn.Module):
+    """Runs under `no_grad` only, so that nothing can train it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +47,7 @@ class Frozen(nn.Module):
         return self.one(x)
 
 
-class Once(Frozen):
+class Once(NoGradients):
     """Runs once."""
 
     calls: ClassVar[list[int]] = []
@@ -194,36 +59,86 @@ class Once(Frozen):
         return self.one(x)
 
 
-def test_a_model_that_runs_without_gradients_only() -> None:
-    refuse(lx.CaptureError, ("model-refuses-inputs", "Frozen", "ValueError: no gradients here"), Frozen())
+def with_a_count() -> nn.Module:
+    model = mlp()
+    model.register_parameter("count", nn.Parameter(torch.tensor([3]), requires_grad=False))
+    return model
 
 
-def test_a_model_that_no_front_end_takes() -> None:
+def scripted() -> Any:
+    return torch.jit.script(mlp())
+
+
+SHAPES = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x6 and 5x7)"
+DTYPES = "RuntimeError: mat1 and mat2 must have the same dtype"
+CHANNELS = "RuntimeError: Given groups=1, weight of size [6, 3, 3, 3], expected input[2, 4, 8, 8]"
+NO_SITES = lx.passes.NoSites
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[lx.LorascError], tuple[str, ...]]] = {
+    "no site, export": (Odd, {"frontend": "export"}, NO_SITES, ("no-sites", "table: no-form", "node add", "spare")),
+    "no site, eager": (Odd, {"frontend": "eager"}, NO_SITES, ("no-sites", "table: no-form", "spare")),
+    "a tensor as args": (mlp, {"args": X}, lx.CaptureError, ("invalid-value", "args", "Tensor")),
+    "a dictionary as args": (mlp, {"args": {"input": X}}, lx.CaptureError, ("invalid-value", "args")),
+    "a tuple as kwargs": (mlp, {"args": (), "kwargs": (X,)}, lx.CaptureError, ("invalid-value", "kwargs")),
+    "too many inputs": (
+        mlp,
+        {"args": (X, X)},
+        lx.CaptureError,
+        ("invalid-value", "Sequential.forward", "too many positional arguments", "(input)"),
+    ),
+    "no input": (mlp, {"args": ()}, lx.CaptureError, ("invalid-value", "missing a required argument: 'input'")),
+    "an unknown keyword": (
+        mlp,
+        {"kwargs": {"mask": X}},
+        lx.CaptureError,
+        ("invalid-value", "Sequential.forward", "'mask'", "(input)"),
+    ),
+    "a wrong shape": (mlp, {"args": (inputs(2, 6),)}, lx.CaptureError, ("model-refuses-inputs", "Sequential", SHAPES)),
+    "integers": (mlp, {"args": (X.long(),)}, lx.CaptureError, ("model-refuses-inputs", "Sequential", DTYPES)),
+    "another precision": (mlp, {"args": (X.double(),)}, lx.CaptureError, ("model-refuses-inputs", DTYPES)),
+    "text": (mlp, {"args": ("text",)}, lx.CaptureError, ("model-refuses-inputs", "TypeError: linear()")),
+    "channels": (Net, {"args": (inputs(2, 4, 8, 8),)}, lx.CaptureError, ("model-refuses-inputs", "Net", CHANNELS)),
+    "no gradients": (NoGradients, {}, lx.CaptureError, ("model-refuses-inputs", "ValueError: no gradients here")),
+    "no front end": (Once, {}, lx.CaptureError, ("not-captured", "Once", "export: ValueError", "eager: ValueError")),
+    "a front end": (mlp, {"frontend": "exprot"}, lx.CaptureError, ("unknown-name", "frontend", "exprot", "export")),
+    "a front end for a graph": (
+        lambda: fx.symbolic_trace(mlp()),
+        {"frontend": "exprot"},
+        lx.CaptureError,
+        ("unknown-name", "frontend", "exprot", "export"),
+    ),
+    "a dictionary as spec": (mlp, {"spec": {"rank": 8}}, lx.SpecError, ("invalid-value", "spec", "dict")),
+    "a class as spec": (mlp, {"spec": lx.CascadeSpec}, lx.SpecError, ("invalid-value", "spec", "type")),
+    "noise as spec": (mlp, {"spec": lx.Noise(0.1)}, lx.SpecError, ("invalid-value", "spec", "Noise")),
+    "integers in full": (
+        with_a_count,
+        {"spec": lx.CascadeSpec(train=("count",))},
+        lx.SpecError,
+        ("not-trainable", "count", "torch.int64"),
+    ),
+    "a lazy module": (lambda: nn.Sequential(nn.LazyLinear(7)), {}, lx.CaptureError, ("meta-model", "0.weight")),
+    "a function": (lambda: mlp, {}, lx.CaptureError, ("not-a-model", "function")),
+    "None": (lambda: None, {}, lx.CaptureError, ("not-a-model", "NoneType")),
+    "a graph": (lambda: fx.symbolic_trace(mlp()).graph, {}, lx.CaptureError, ("not-a-model", "Graph")),
+    "TorchScript": (scripted, {}, lx.CaptureError, ("not-a-model", "TorchScript", "nn.Module")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused(name: str) -> None:
+    make, options, kind, expected = REFUSED[name]
     Once.calls.clear()
-    reasons = "\n  export: ValueError: once is enough\n  eager: ValueError: once is enough"
-    refuse(lx.CaptureError, ("not-captured", "Once", reasons), Once())
-
-
-def test_a_model_that_no_graph_holds_runs_eagerly() -> None:
-    cascade = lx.adapt(Branchy(), args=(X,))
-    assert cascade.frontend == "eager"
-    refused = dict(cascade.refused_frontends)
-    assert list(refused) == ["export"]
-    assert refused["export"].startswith("GuardOnDataDependentSymNode: Could not guard on data-dependent")
-
-
-class Uncopied(Branchy):
-    """Holds a tensor with a history, which deepcopy refuses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = self.one.weight * 2
-
-
-def test_a_model_that_cannot_be_copied_still_gets_the_front_ends_reasons() -> None:
-    with raises(lx.CaptureError, "not-captured", "Uncopied", "Guard"):
-        lx.adapt(Uncopied(), args=(X,), frontend="export")
-    assert lx.adapt(Uncopied(), args=(X,)).frontend == "eager"
+    model = make()
+    if not isinstance(model, nn.Module) or name in ("a lazy module", "TorchScript"):
+        with raises(kind, *expected):
+            lx.adapt(model, **{"args": (X,), **options})
+        return
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and not parameter_name.endswith("bias"))
+    model.eval()
+    next(model.children(), model).train()
+    with unchanged(model), raises(kind, *expected):
+        lx.adapt(model, **{"args": (X,), **options})
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk", "two hooks"])
@@ -244,48 +159,32 @@ def test_a_model_whose_weights_accelerate_offloads(place: str, tmp_path: Path) -
     assert torch.equal(model(X), output)
 
 
-def test_an_unknown_front_end() -> None:
-    refuse(lx.CaptureError, ("unknown-name", "frontend", "exprot", "export"), mlp(), frontend="exprot")
-    graph_module = fx.symbolic_trace(mlp())
-    with unchanged(graph_module), raises(lx.CaptureError, "unknown-name", "frontend", "exprot", "export"):
-        lx.adapt(graph_module, args=(X,), frontend="exprot")
-
-
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        ({"rank": 8}, ("invalid-value", "spec", "dict")),
-        (lx.CascadeSpec, ("invalid-value", "spec", "type")),
-        (lx.Noise(0.1), ("invalid-value", "spec", "Noise")),
-    ],
-)
-def test_a_spec_that_is_none(spec: Any, sentence: tuple[str, ...]) -> None:
-    refuse(lx.SpecError, sentence, mlp(), spec=spec)
-
-
-def test_a_model_that_is_none() -> None:
-    for model, name in ((mlp, "function"), (None, "NoneType"), (fx.symbolic_trace(mlp()).graph, "Graph")):
-        with raises(lx.CaptureError, "not-a-model", name):
-            lx.adapt(model, args=(X,))
-
-
-def twice(model: nn.Module, name: str) -> None:
-    with unchanged(model), raises(lx.StateError, "already-adapted", name):
-        lx.adapt(model, args=(X,))
-
-
 def test_adapting_twice() -> None:
+    """A part of an adapted model, a model around it, and one that shares a parameter with it are refused too."""
     model = mlp()
     cascade, _ = adapted(model=model)
-    twice(model, "0.weight")
-    twice(model[3], "weight")  # a part
-    twice(nn.Sequential(nn.Identity(), model), "1.0.weight")  # a whole
     shared = nn.Linear(6, 2)
-    shared.bias = model[3].bias  # a parameter without a branch is the cascade's too
-    twice(shared, "bias")
-    for holder, held in ((cascade, "This model"), (nn.Sequential(cascade), "This model")):
-        with unchanged(cascade), raises(lx.StateError, "already-adapted", held):
-            lx.adapt(holder, args=(X,))
+    shared.bias = model[3].bias
+    for given, name in (
+        (model, "0.weight"),
+        (model[3], "weight"),
+        (nn.Sequential(nn.Identity(), model), "1.0.weight"),
+        (shared, "bias"),
+        (cascade, "This model"),
+        (nn.Sequential(cascade), "This model"),
+    ):
+        with unchanged(cascade), raises(lx.StateError, "already-adapted", name):
+            lx.adapt(given, args=(X,))
+
+
+def parametrized(model: nn.Module) -> str:
+    nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]
+    return "0.parametrizations.weight.original1"
+
+
+def pruned(model: nn.Module) -> str:
+    prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index, no-untyped-call]
+    return "0.weight_orig"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +197,7 @@ def test_adapting_twice() -> None:
     ],
 )
 def test_hooks_on_a_parameter(kind: str, wrap: Callable[[nn.Module], str]) -> None:
-    """What is adapted gets no gradient, so that its hooks are never called; what trains in full calls them."""
+    """An adapted weight gets no gradient, so that its hooks are never called. A weight trained in full calls them."""
     called: list[str] = []
     model = mlp()
     name = wrap(model)
@@ -322,12 +221,5 @@ def test_a_fault_after_the_capture_is_a_capture_error(fault: Exception, monkeypa
         raise fault
 
     monkeypatch.setattr(*SEAMS["insert"], fail)
-    refuse(lx.CaptureError, ("not-captured", "Sequential was captured", "too deep"), mlp())
-
-
-def test_integers_cannot_be_trained_in_full() -> None:
-    model = mlp()
-    model.register_parameter("count", nn.Parameter(torch.tensor([3]), requires_grad=False))
-    refuse_flags = lx.CascadeSpec(train=("count",))
-    with unchanged(model), raises(lx.SpecError, "not-trainable", "count", "torch.int64"):
-        lx.adapt(model, args=(X,), spec=refuse_flags)
+    with unchanged(model := mlp()), raises(lx.CaptureError, "not-captured", "Sequential was captured", "too deep"):
+        lx.adapt(model, (X,))

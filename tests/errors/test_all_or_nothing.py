@@ -441,12 +441,6 @@ def test_a_scheduler_that_raises_takes_the_transition_back() -> None:
     assert cascade.stage == 3
 
 
-def test_a_model_that_has_grown_since_is_released() -> None:
-    cascade, _ = made()
-    cascade.model.add_module("new", nn.Linear(2, 2))
-    assert cascade.release().new.weight.requires_grad
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that hits a weakref's callback

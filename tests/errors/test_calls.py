@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle  # noqa: TID251  # that a cascade is refused is what is tested
-import re
 import sys
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -140,15 +139,6 @@ def test_inside_a_backward(call: str, act: Any, tmp_path: Path) -> None:
     optimizer.step()
     optimizer.zero_grad()
     act(cascade, optimizer, tmp_path)  # and now it is right
-
-
-def test_a_refusal_inside_a_backward_reaches_the_caller_of_backward() -> None:
-    cascade, optimizer = adapted()
-    output = cascade(X)
-    output.register_hook(lambda _: cascade.transition(optimizer))
-    with raises(lx.StateError, "inside-backward"):
-        loss_of(output).backward()
-    cascade.transition(optimizer)
 
 
 # ---- gradients pending
@@ -444,15 +434,11 @@ def test_a_planned_weight_that_another_mode_writes_to() -> None:
     step(cascade, optimizer)
     expected = cascade(X)
     cascade.eval()
-    with unchanged(cascade, optimizer), pytest.raises(lx.PassError) as caught:
+    with (
+        unchanged(cascade, optimizer),
+        raises(lx.PassError, "method-not-supported", "node mul_", "exclude=('weight',)"),
+    ):
         cascade(X)
-    sentence = str(caught.value)
-    assert re.match(
-        r"^weight has a branch, but this graph uses it in a way that the branch cannot follow: node mul_ \(.*\) "
-        "writes into it",
-        sentence,
-    )
-    assert sentence.endswith(". Exclude it (exclude=('weight',)), or do not run the model in this mode")
     cascade.train()
     assert torch.equal(cascade(X), expected)
     step(cascade, optimizer)
@@ -483,46 +469,6 @@ def test_a_weight_in_another_layout() -> None:
     torch.testing.assert_close(cascade.eval()(X.double()), torch.tanh(X.double() @ weight.t()), rtol=0, atol=1e-12)
 
 
-class TwoForms(nn.Module):
-    """A linear in train mode, a matmul with the same weight in eval mode, and a slice of it in a call with half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.weight = nn.Parameter(torch.randn(3, 5))
-        self.other = nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor, half: bool = False) -> torch.Tensor:
-        if half:
-            return self.other(x[:, :2] @ self.weight[:, :2].t())
-        return self.other(F.linear(x, self.weight) if self.training else x @ self.weight.t())
-
-
-@pytest.mark.parametrize("frontend", ["export", "eager"])
-def test_a_planned_weight_in_another_form(frontend: str) -> None:
-    """Beside the use in one graph, on the weight in another: one branch, one folded model."""
-    cascade = lx.adapt(TwoForms(), args=(X,), spec=SPEC, frontend=frontend)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
-    step(cascade, optimizer)
-    for training, half in ((True, False), (False, False), (True, True)):
-        cascade.train(training)
-        found = cascade(X, half) if half else cascade(X)
-        with torch.no_grad():
-            values = {
-                site.weight: cascade.model.get_parameter(site.weight)
-                + site.scale * cascade.branches[site.key].lora_B @ cascade.branches[site.key].lora_A
-                for site in cascade.sites
-            }
-            expected = torch.func.functional_call(cascade.model, values, (X, half))
-        assert not torch.allclose(found, cascade.model(X, half), atol=1e-4)
-        assert torch.allclose(found, expected, atol=1e-6)
-    assert [site.weight for site in cascade.sites] == ["weight", "other.weight"]
-    step(cascade, optimizer)
-    cascade.transition(optimizer)
-    model = cascade.release()
-    assert torch.allclose(model.eval()(X), model.train()(X), atol=1e-6)
-
-
 class Picky(nn.Module):
     """A linear; in eval mode it refuses gradients."""
 
@@ -549,26 +495,11 @@ def test_a_new_signature_that_the_model_refuses(frontend: str) -> None:
 
 # ---- paths
 
-NUL = "run\0s/here"
-PATHS: dict[str, Callable[[lx.Cascade], Any]] = {
-    "save": lambda cascade: lx.save(cascade, NUL),
-    "load": lambda _: lx.load(NUL, mlp(), (X,)),
-    "merge": lambda _: lx.merge([NUL], mlp(), (X,)),
-    "base": lambda _: lx.adapt(mlp(), (X,), base=NUL),
-    "materialize": lambda _: lx.materialize(lx.adapt(mlp().to("meta"), (X.to("meta"),)), NUL),
-    "from_peft": lambda _: lx.from_peft(NUL, mlp(), (X,)),
-    "export.peft": lambda cascade: lx.export.peft(cascade, NUL),
-    "export.safetensors": lambda cascade: lx.export.safetensors(cascade, NUL),
-    "export.pt2": lambda cascade: lx.export.pt2(cascade, f"{NUL}.pt2"),
-}
 
-
-@pytest.mark.parametrize("call", PATHS)
-def test_a_path_with_a_nul_byte(call: str) -> None:
+def test_a_path_with_a_nul_byte() -> None:
     cascade, optimizer = adapted()
-    step(cascade, optimizer)
     with unchanged(cascade, optimizer), raises(lx.SpecError, "invalid-value"):
-        PATHS[call](cascade)
+        lx.save(cascade, "run\0s/here")
 
 
 def test_deepspeeds_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,9 +205,3 @@ def test_copies() -> None:
         del deep
     assert isinstance(twin, nn.Module)
     assert cascade(X).requires_grad
-
-
-def test_a_failed_construction_is_silent() -> None:
-    model = net()
-    with told(), pytest.raises(lx.UnknownTarget):
-        lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, targets=("nothing",), noise=lx.Noise(0.1)))

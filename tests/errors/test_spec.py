@@ -135,12 +135,6 @@ def test_every_conflict_is_tested() -> None:
     assert list(CONFLICTING) == [", ".join(conflict.fields) for conflict in CONFLICTS]
 
 
-@pytest.mark.parametrize("placement", ["weight", "merged"])
-def test_other_values_in_conflict(placement: Any) -> None:
-    with raises(lx.SpecError, "conflicting-options", "dropout", repr(placement)):
-        lx.CascadeSpec(dropout=0.1, placement=placement)
-
-
 @pytest.mark.parametrize(("field", "value", "told"), NOISE)
 def test_wrong_noise(field: str, value: Any, told: str) -> None:
     noise = {field: value}
@@ -265,10 +259,6 @@ def test_not_a_plan(changes: dict[str, Any], names: tuple[str, ...]) -> None:
     plan = {name: value for name, value in {**PLAN, **changes}.items() if value is not None}
     with raises(lx.CheckpointError, "invalid-checkpoint", *names):
         lx.Plan.from_json(json.dumps(plan))
-
-
-def test_a_plan_is_read_back() -> None:
-    assert lx.Plan.from_json(json.dumps(PLAN)).sites == (ONE,)
 
 
 def test_a_packed_site_is_read_back() -> None:

@@ -250,19 +250,6 @@ def test_a_cascade_without_a_graph_calls_its_model_itself() -> None:
             cascade(-X)
 
 
-def test_a_wrapped_or_a_generating_model_is_seen_too() -> None:
-    class Generates(nn.Sequential):
-        def generate(self, x: torch.Tensor) -> torch.Tensor:
-            return self(x)  # type: ignore[no-any-return]
-
-    model = Generates(nn.Linear(5, 5), nn.Tanh())
-    cascade, optimizer = adapted(model=model)
-    for _ in cascade.stages(1, optimizer):
-        step(cascade, optimizer)
-        with warns("model-called-inside-stage", "stage 1"):
-            model.generate(X)
-
-
 def test_a_method_that_calls_modules_of_the_model() -> None:
     """As `forward_features` of timm: the model itself is not called."""
 
@@ -376,13 +363,6 @@ def test_a_site_that_comes_after_the_optimizer() -> None:
         step(cascade, optimizer)
     with warns("late-sites", "second.weight"):
         cascade.train()(X)
-
-
-def test_a_site_that_comes_before_the_optimizer() -> None:
-    with silent():
-        cascade = lx.adapt(Late().eval(), (X,), spec=QUIET)
-        cascade.train()(X)
-        assert {site.weight for site in cascade.sites} == {"first.weight", "second.weight"}
 
 
 # ---- weights that the author had frozen

@@ -18,7 +18,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
-from lorasc_fx.state import SlowWeights, WeightState, factor_products, model
+from lorasc_fx.state import SlowWeights, factor_products, model
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
 
@@ -50,11 +50,9 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "redraw": (model, "write_start"),
     "sum over ranks": (ProcessGroup, "sum"),
     "rest a weight": (SlowWeights, "write_resting"),
-    "whole weight": (WeightState, "exact"),
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "manifest bytes": ((saved, "MAX_MANIFEST_BYTES"), (reader, "MAX_MANIFEST_BYTES")),
     "block of a sum": ((factor_products, "BLOCK"),),
     "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),

@@ -167,27 +167,6 @@ def test_no_average_by_default(tmp_path: Path) -> None:
         cascade.folded_state_dict(view="fast")  # type: ignore[arg-type]
 
 
-def test_a_pace_of_mean_is_the_mean_of_the_ends_of_stages() -> None:
-    """With restart=fast, also if experts become dense. Compared with torch's AveragedModel of the fast weights."""
-    spec = lx.CascadeSpec(
-        exclude=("3.weight",), train=("3.*",), rank=1, lora_alpha=1.5, pace="mean", restart="fast", slow_train=True
-    )
-    cascade = lx.adapt(wide(), (X,), spec=spec)
-    ends, mean = wide(), AveragedModel(wide())
-    for seed in range(5):
-        stage(cascade, seed)
-        with cascade.weights("fast"):
-            ends.load_state_dict(cascade.model.state_dict())
-        mean.update_parameters(ends)
-        cascade.transition(None)
-        with cascade.weights("slow"):
-            for name, value in mean.module.named_parameters():
-                torch.testing.assert_close(
-                    dict(cascade.model.named_parameters())[name].detach(), value.detach(), **EXACT
-                )
-    assert lx.CascadeSpec.from_dict(spec.to_dict()) == spec
-
-
 IMAGES = batches(5, 4, 3, 6, 5)
 
 
@@ -245,14 +224,3 @@ def test_update_bn_inside_weights_counts_until_its_end(view: Any) -> None:
             torch.testing.assert_close(cascade(IMAGES[0]), expected.eval()(IMAGES[0]), rtol=0, atol=1e-12)
         for name, value in statistics(cascade.model).items():
             assert torch.equal(value, before[name])
-
-
-def test_update_bn_of_the_released_model() -> None:
-    cascade = adapted("export")
-    model = cascade.release()
-    expected = net()
-    expected(IMAGES[0])
-    expected.load_state_dict(model.state_dict())
-    update_bn(IMAGES, expected)
-    update_bn(IMAGES, model)
-    assert_equal(model, expected)

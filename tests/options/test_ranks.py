@@ -11,7 +11,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
-from tests.kit.errors import raises, warns
+from tests.kit.errors import warns
 from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
@@ -164,11 +164,3 @@ def test_the_pass_in_a_graph_that_owns_its_weights(adapter: str, zero: str) -> N
         torch.testing.assert_close(graph(X), cascade(X), rtol=0, atol=1e-12)
         assert [branch.rank for branch in graph.branches.children()] == [RANKS[seed + 1]] * 3
     assert [id(parameter) for parameter in graph.branches.parameters()] == held
-
-
-def test_a_plan_whose_rank_is_not_that_of_its_stage() -> None:
-    cascade, _ = adapted()
-    assert lx.Plan.from_json(cascade.plan.to_json()) == cascade.plan
-    wrong = cascade.plan.to_json().replace('"stage": 1', '"stage": 2')
-    with raises(lx.CheckpointError, "invalid-checkpoint", "ValueError", "2"):
-        lx.Plan.from_json(wrong)

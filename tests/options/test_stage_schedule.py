@@ -148,17 +148,43 @@ def test_a_group_that_comes_later_and_a_rate_that_is_a_tensor() -> None:
     assert optimizer.param_groups[2]["lr"] == pytest.approx(0.3 * 2 / 4)
 
 
-def test_what_it_refuses() -> None:
+def schedule(**options: Any) -> None:
+    cascade, optimizer = adapted()
+    lx.StageSchedule(optimizer, cascade, **options)
+
+
+def over_another_optimizer(make: Any) -> None:
     cascade, optimizer = adapted()
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    for wrong in (-1, True, 1.5):
-        with raises(lx.SpecError, "invalid-value", "warmup", wrong):
-            lx.StageSchedule(optimizer, cascade, warmup=wrong)  # type: ignore[arg-type]
-    with raises(lx.SpecError, "optimizer-differs"):
-        lx.StageSchedule(optimizer, cascade, warmup=1, base=lr_scheduler.StepLR(other, 1))
-    with raises(lx.SpecError, "conflicting-options", "base"):
-        lx.StageSchedule(optimizer, cascade, warmup=1, base=lr_scheduler.ReduceLROnPlateau(optimizer))
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.8, 0.1])
+    try:
+        lx.StageSchedule(optimizer, cascade, warmup=1, base=make(other))
+    finally:
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.8, 0.1])
+
+
+REFUSED: list[tuple[Any, dict[str, Any], tuple[object, ...]]] = [
+    *((schedule, {"warmup": wrong}, ("invalid-value", "StageSchedule", "warmup", wrong)) for wrong in (-1, True, 1.5)),
+    (schedule, {"steps": 0}, ("invalid-value", "StageSchedule", "steps", "0")),
+    (schedule, {"steps": (5, 0)}, ("invalid-value", "StageSchedule", "steps", "0")),
+    (schedule, {"steps": ()}, ("invalid-value", "StageSchedule", "steps", "empty")),
+    (schedule, {"floor": 1.1}, ("invalid-value", "StageSchedule", "floor", "1.1")),
+    (schedule, {"floor": True}, ("invalid-value", "StageSchedule", "floor", "True")),
+    (schedule, {"decay": "step"}, ("invalid-value", "StageSchedule", "decay", "'step'")),
+    (over_another_optimizer, {"make": lambda other: lr_scheduler.StepLR(other, 1)}, ("optimizer-differs",)),
+    (over_another_optimizer, {"make": ReduceLROnPlateau}, ("conflicting-options", "base")),
+    (lx.schedules.Plateau, {"patience": -1}, ("invalid-value", "patience", "-1")),
+    (lx.schedules.Plateau, {"patience": True}, ("invalid-value", "patience", "True")),
+    (lx.schedules.Plateau, {"threshold": -0.1}, ("invalid-value", "threshold", "-0.1")),
+    (lx.schedules.Plateau, {"threshold": math.nan}, ("invalid-value", "threshold")),
+    (lx.schedules.Plateau, {"mode": "low"}, ("invalid-value", "mode", "low")),
+    (lx.schedules.Plateau, {"threshold_mode": "relative"}, ("invalid-value", "threshold_mode", "relative")),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "expected"), REFUSED)
+def test_what_is_refused(make: Any, options: dict[str, Any], expected: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *expected):
+        make(**options)
 
 
 def torch_rates(make: Any, steps: int) -> list[float]:
@@ -215,23 +241,6 @@ def test_without_a_cascade_the_same_cycles_come_by_their_steps() -> None:
     assert seen == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "names"),
-    [
-        ({"steps": 0}, ("steps", "0", "1 or more")),
-        ({"steps": (5, 0)}, ("steps", "0", "1 or more")),
-        ({"steps": ()}, ("steps", "empty")),
-        ({"floor": 1.1}, ("floor", "1.1", "[0, 1]")),
-        ({"floor": True}, ("floor", "True", "[0, 1]")),
-        ({"decay": "step"}, ("decay", "'step'", "'cosine' or 'linear'")),
-    ],
-)
-def test_a_decay_that_it_refuses(wrong: dict[str, Any], names: tuple[str, ...]) -> None:
-    cascade, optimizer = adapted()
-    with raises(lx.SpecError, "invalid-value", "StageSchedule", *names):
-        lx.StageSchedule(optimizer, cascade, **wrong)
-
-
 def theirs(metrics: list[float], patience: int, threshold: float, mode: str, threshold_mode: str) -> list[int]:
     """Return the ends of stages, by a new scheduler of torch for each stage."""
     ends: list[int] = []
@@ -285,22 +294,6 @@ def test_in_a_loop_over_stages_and_resumed() -> None:
         lengths.append(length)
     assert lengths == [4, 5, 3]
     assert cascade.stage == 4
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"patience": -1}, ("invalid-value", "patience", "-1")),
-        ({"patience": True}, ("invalid-value", "patience", "True")),
-        ({"threshold": -0.1}, ("invalid-value", "threshold", "-0.1")),
-        ({"threshold": math.nan}, ("invalid-value", "threshold")),
-        ({"mode": "low"}, ("invalid-value", "mode", "low")),
-        ({"threshold_mode": "relative"}, ("invalid-value", "threshold_mode", "relative")),
-    ],
-)
-def test_what_a_plateau_refuses(options: dict[str, object], sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        lx.schedules.Plateau(**options)  # type: ignore[arg-type]
 
 
 LR = 3e-3

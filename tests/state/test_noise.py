@@ -7,7 +7,6 @@ function of the package computes the expected values.
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import random
 from collections import OrderedDict
@@ -20,7 +19,6 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import lorasc_fx as lx
-from lorasc_fx.branch import noise
 from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
 from tests.errors.models import Late
@@ -344,24 +342,6 @@ def test_a_shard_draws_its_own_numbers(
             assert sum(drawn) == here.numel()
 
 
-@pytest.mark.parametrize("shape", [(700, 4000), (5, 3000), (4, 70, 1100), (90, 20, 3, 5), (7,)])
-def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code for accelerators, run on the CPU: a full weight, and pieces that start and end inside blocks."""
-    hashed = noise._UniformNumbers(noise.generator(3, 2, "noise", "w"), torch.Size(shape), torch.device("cpu"))
-    full = noise_drawn(lx.Noise(0.1), 3, 2, "w", shape)
-    for low, high in ((0, 1), (0.3, 0.7)):
-        inside = [(int(low * length), max(1, int(high * length))) for length in shape]
-        numbers, _ = hashed._hash_box(inside)
-        monkeypatch.setattr(hashed, "_hash_block", lambda _, numbers=numbers: (numbers, torch.empty_like(numbers)))
-        assert torch.equal(hashed.within(inside), full[tuple(slice(*pair) for pair in inside)])
-    monkeypatch.setattr(noise, "PIECE", 1000)
-    covered = torch.zeros(shape)
-    for places in noise._large_regions(torch.Size(shape)):
-        covered[places] += 1
-        assert covered[places].numel() <= max(1000, shape[-1])
-    assert torch.equal(covered, torch.ones(shape))
-
-
 def test_noise_has_the_spectrum_of_independent_entries() -> None:
     """Singular values of a matrix, and correlations of blocks with different keys, fit independent random entries."""
     rows, columns = 1024, 2048
@@ -535,34 +515,6 @@ def test_watching_ends() -> None:
     optimizer.step()
     assert all(torch.equal(value, plain[name]) for name, value in weights(cascade.model).items())
     assert len(torch_optimizer._global_optimizer_post_hooks) == hooks  # one hook serves all cascades
-
-
-def test_a_copy_redraws_before_its_first_call() -> None:
-    cascade = adapted_net(mlp(), batches(1, 4, 5)[0])
-    twin = copy.deepcopy(cascade)
-    for run in (cascade, twin):
-        torch.optim.SGD(run.param_groups(lr=0.0)).step()
-    noisy, twin_noisy = weights(cascade.model), weights(twin.model)
-    assert cascade.plan.step == twin.plan.step == 1
-    assert all(torch.equal(value, twin_noisy[name]) for name, value in noisy.items())
-
-
-def test_a_cascade_that_goes_during_a_step() -> None:
-    """torch iterates over its hooks at that time."""
-    cascades: list[lx.Cascade] = []
-
-    def drop(*_about: object) -> None:
-        cascades.pop()
-        gc.collect()
-
-    handle = torch_optimizer.register_optimizer_step_post_hook(drop)  # runs before the hook of the cascades
-    try:
-        cascades += [adapted_net(mlp(), batches(1, 4, 5)[0]), adapted_net(mlp(), batches(1, 4, 5)[0])]
-        optimizer = torch.optim.SGD(cascades[0].param_groups(lr=0.0))
-        optimizer.step()
-    finally:
-        handle.remove()
-    assert len(cascades) == 1
 
 
 def test_weights_that_somebody_changed_are_not_written_over() -> None:

@@ -11,16 +11,13 @@ import pytest
 import torch
 
 from lorasc_fx.branch import Delta, Factors, InitialFactors, Side, Tree
-from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.checkpoint.content import Content, Stored, decoded
 from lorasc_fx.checkpoint.tree import pack, unpack
-from lorasc_fx.plan import Plan, Site, SiteOptions
+from lorasc_fx.plan import Plan, Site
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.state import Expert, History, KeptNoise, SlowWeights, StageEnd, WeightState, scaled
-from lorasc_fx.state.engine import delta_of
+from lorasc_fx.state import Expert, History, KeptNoise, SlowWeights, StageEnd, WeightState
 from lorasc_fx.util.decode import decode
-from tests.kit.devices import DEVICE, fake_device
 
 
 def trees(kind: type = Tree) -> list[type]:
@@ -109,30 +106,6 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
         local = state.to_shard(shard).exact(view, torch.float64)
         assert local.shape == shard.take(weight).shape
         torch.testing.assert_close(local, shard.take(weight), rtol=1e-14, atol=1e-14)
-
-
-@pytest.mark.parametrize("view", ["base", "slow", "fast", "averaged"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_on_a_device_is_computed_from_experts_on_the_host(view: Any, dtype: torch.dtype) -> None:
-    with fake_device() as mode:
-        state = dataclasses.replace(full((6, 4)), noises=()).map(lambda value, _: mode.from_tensor(value))
-        out = torch.empty(6, 4, dtype=dtype, device=DEVICE)
-        factors = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
-        for gain in (None, torch.empty(6, dtype=torch.float64)):
-            state.write(out, view, torch.float32, Delta(factors, gain=gain))
-
-
-def test_fp64_on_the_host_of_what_lies_on_a_device() -> None:
-    with fake_device():
-        pair = Factors(torch.empty(6, 2, device=DEVICE), torch.empty(2, 4, device=DEVICE))
-        assert scaled(pair, torch.empty(6), False).b.dtype == torch.float64
-        branch = LoraBranch(Site("w", "linear", (6, 4), SiteOptions(2, 4.0)), 0, 1, torch.empty(6, 4, device=DEVICE))
-        first = branch.exact_factors()
-        assert (first.b.dtype, first.b.device.type, first.b.shape) == (torch.float64, "cpu", (6, 2))
-        state = WeightState("w", torch.empty(6, 4), initial=InitialFactors(first))
-        delta = delta_of(branch, state, CascadeSpec(), 1, False, torch.device(DEVICE))
-        assert delta.factors is not None
-        assert delta.factors.b.shape == (6, 4)
 
 
 def through_a_file(plan: Plan, slow: SlowWeights, branch: Any, value: Any) -> WeightState:
