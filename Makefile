@@ -21,7 +21,7 @@ OTHER := .venv-torch-$(VERSION)
 DEMO := .venv-demo
 PIP := $(BIN)/python -m pip install --quiet --no-compile # what is imported is compiled then; all of it takes a minute
 
-.PHONY: help venv demo compare compare-images test test-device test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
+.PHONY: help venv demo compare test test-device test-fast test-torch ci-slow lint format types bench coverage evidence evidence-check docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -48,9 +48,6 @@ $(DEMO)/.installed: pyproject.toml $(CONSTRAINTS) requirements/demo.txt
 
 compare: $(STAMP) ## LoRA and LoRASC side by side on film reviews, three seeds (experiments/compare.toml), in 3 minutes
 	$(BIN)/python -m experiments.compare
-
-compare-images: $(STAMP) ## four methods on digits (experiments/compare_images.toml)
-	$(BIN)/python -m experiments.compare experiments/compare_images.toml
 
 test: $(STAMP) ## everything that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(WORKERS)

@@ -1,8 +1,7 @@
 """`python -m experiments.compare [CONFIG.toml]`: compare methods, then check the folded weights in a new process.
 
 The comparison is `lorasc-fx compare experiments/compare.toml`. It saves the folded weights of LoRASC. A new process
-without the cascade loads them with timm, or as an encoder of transformers. It must predict the same class for every
-test example.
+without the cascade loads them as an encoder of transformers. It must predict the same class for every test example.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from transformers import AutoModel
 
 from lorasc_fx.cli.compare import compare, planned
 from lorasc_fx.cli.config import load_config
@@ -46,7 +44,8 @@ def main(arguments: list[str]) -> int:
     files = [file.resolve() for file in (path, weights, folder / "results" / f"{run.name}.json")]
     command = [sys.executable, "-m", "experiments.compare", "--prove", *map(str, files)]
     code = subprocess.run(command, check=False, cwd=HERE.parent).returncode
-    print(f"{time.monotonic() - start:.0f} s in total. docs/evidence.md has nine tasks, with ten seeds each.")
+    print(f"{time.monotonic() - start:.0f} s in total. docs/evidence.md has nine tasks of this kind with ten seeds.")
+    print("There, a mean of the weights at the ends of stages, as here, was less accurate than LoRA.")
     return code
 
 
@@ -54,45 +53,22 @@ def main(arguments: list[str]) -> int:
 def prove(config_file: str, weights: str, result: str) -> int:
     """Load folded weights into the original class and compare all predictions. Return 1 if any of them differs.
 
-    Only the data loading comes from lorasc_fx. The model is built by timm or transformers.
+    Only the data loading comes from lorasc_fx. The encoder is built by transformers.
     """
     task = Task(load_config(Path(config_file)))
-    model = original(task.config.model.name, Path(weights), len(task.classes))
     saved = json.loads(Path(result).read_text(encoding="utf-8"))
-    all_equal = True
-    for part, expected in saved["predicted"].items():
-        rows = task.data[part]
-        predicted = []
-        for first in range(0, len(rows), 64):
-            batch = task.collate(rows.select(range(first, min(first + 64, len(rows)))))
-            del batch["labels"]
-            predicted += model(**batch).argmax(-1).tolist()
-        equal = sum(found == wanted for found, wanted in zip(predicted, expected, strict=True))
-        all_equal = all_equal and equal == len(expected)
-        print(f"  {part}: {equal} of {len(expected)} predictions are the same")
-    return 0 if all_equal else 1
-
-
-def original(name: str, weights: Path, classes: int) -> Callable[..., Tensor]:
-    """Return the model of its own library, with these weights in eval mode."""
-    values = load_file(weights / "model.safetensors")
-    if name.startswith("timm:"):
-        import timm
-
-        model: torch.nn.Module = timm.create_model(name.removeprefix("timm:"), num_classes=classes)
-        model.load_state_dict(values, strict=True)
-        found: Callable[[Tensor], Tensor] = model.eval()
-        return lambda **batch: found(*batch.values())
-    from transformers import AutoModel
-
-    encoder = AutoModel.from_pretrained(weights).eval()
-
-    def logits(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        mask = attention_mask[..., None]
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return (hidden * mask).sum(1) / mask.sum(1) @ values["head.weight"].T + values["head.bias"]
-
-    return logits
+    encoder, rows = AutoModel.from_pretrained(weights).eval(), task.data["test"]
+    head = load_file(Path(weights) / "model.safetensors")
+    predicted: list[int] = []
+    for first in range(0, len(rows), 64):
+        batch = task.collate(rows.select(range(first, min(first + 64, len(rows)))))
+        del batch["labels"]
+        mask = batch["attention_mask"][..., None]
+        mean = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+        predicted += (mean @ head["head.weight"].T + head["head.bias"]).argmax(-1).tolist()
+    equal = sum(found == expected for found, expected in zip(predicted, saved["predicted"], strict=True))
+    print(f"  {equal} of {len(predicted)} predictions are the same")
+    return int(equal < len(predicted))
 
 
 if __name__ == "__main__":

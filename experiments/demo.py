@@ -124,7 +124,10 @@ def main() -> int:
     counts = {"base": base.correct, "LoRA": lora, "LoRASC": lorasc.correct}
     found = ", ".join(f"{name} {correct} of {TESTED}" for name, correct in counts.items())
     print(f"\nCorrect answers to new kinds of sentences after {STAGES * STEPS} steps each, one seed: {found}")
-    print("One seed proves little. docs/evidence.md has 15 tasks with ten seeds each.")
+    print(
+        "One seed proves little. With ten seeds on tasks of this model, LoRASC lost 1.8 points to LoRA (interval: 3.9"
+    )
+    print("to 0) in 40 steps, and it forgot less of other texts: docs/evidence.md.")
     status = fold(cascade, task, lorasc.tokens, nodes, gguf)
     python = os.path.relpath(sys.executable)
     print(

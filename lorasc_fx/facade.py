@@ -23,7 +23,6 @@ from lorasc_fx.cascade.views import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.extras import module_of
-from lorasc_fx.util.hub import uploading
 
 __all__ = ["Cascade"]
 
@@ -129,8 +128,6 @@ class Cascade(SavedCascade):
         value = super().__getattr__(name)
         if name in _NEEDS_WEIGHTS and self._run.placed is None and not self._run.released:
             raise AttributeError(f"{name} is not available outside `weights(...)`: {_NEEDS_WEIGHTS[name]}")
-        if name == "push_to_hub":
-            return uploading(value)
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "

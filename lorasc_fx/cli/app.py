@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": ("train:train", "CONFIG.toml [KEY=VALUE ...]", "train a model and write a run folder"),
     "sites": ("sites:sites", "MODEL", "list adapted weights, and why others are not"),
-    "predict": ("predict:predict", "RUN PATH", "classify images or texts, or generate texts"),
+    "predict": ("predict:predict", "RUN DATA [KEY=VALUE ...]", "classify images or texts, or generate texts"),
     "export": ("export:export", "RUN --to FORMAT --output PATH", "write pt2, onnx, safetensors or peft"),
     "fold": ("export:fold", "RUN --base BASE --output PATH", "write the slow weights into the files of the base"),
     "compare": ("compare:compare", "CONFIG.toml [KEY=VALUE ...]", "train several methods and compare them"),

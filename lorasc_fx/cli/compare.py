@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from tyro.conf import Positional
 
-import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, load_config, write_config
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.cli.run_folder import CONFIG, check_output, check_same
@@ -44,9 +42,10 @@ class Run(NamedTuple):
 
 
 class Result(TypedDict):
-    """What a run has written. A diverged run has no `predicted`.
+    """What a run has written. A diverged run has no predictions.
 
-    `loss` and `accuracy` are of the validation examples; `predicted` and `labels` are class indices by test set.
+    `loss` and `accuracy` are of the validation examples; `predicted` and `labels` are class indices of the test
+    examples.
     """
 
     lr: float
@@ -54,8 +53,8 @@ class Result(TypedDict):
     seconds: float
     loss: float
     accuracy: float
-    predicted: dict[str, list[int]]
-    labels: dict[str, list[int]]
+    predicted: list[int]
+    labels: list[int]
 
 
 Results = dict[Run, Result]
@@ -69,7 +68,6 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
         overrides: keys of the file with other values, such as compare.seeds=[0,1].
     """
     settings = load_config(config, overrides)
-    _check(settings)
     folder = Path(settings.output)
     check_output(folder, folder=True)
     if (folder / CONFIG).is_file():
@@ -95,18 +93,6 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     return 0
 
 
-def _check(config: Config) -> None:
-    """Raise SpecError if the method `probe` has nothing to train, or rates of its own."""
-    if "probe" not in config.compare.methods:
-        return
-    if not config.spec.train or any(rule.lr is not None for rule in config.spec.train_rules):
-        raise SpecError(
-            "compare.methods has 'probe', which trains the parameters in spec.train with a single learning rate: name "
-            "parameters in spec.train, without lr in spec.train_rules, or remove 'probe'",
-            code="conflicting-options",
-        )
-
-
 def planned(config: Config) -> list[Run]:
     """Return the runs of a comparison, in the order in which they are trained."""
     return [
@@ -127,11 +113,11 @@ def _make(run: Run, config: Config, folder: Path, task: Task) -> Result | None:
         train=config.train | {"seed": config.train.get("seed", 0) + run.seed, "learning_rate": run.lr},
     )
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
-    trainer, model, callback = trainer_of(task, arguments, run.method, saves=False)
-    trained = [value for value in model.parameters() if value.requires_grad]
+    trainer, cascade, callback = trainer_of(task, arguments, run.method, saves=False)
+    trained = [value for value in cascade.parameters() if value.requires_grad]
     result: Result = {
         "lr": run.lr, "parameters": sum(value.numel() for value in trained), "seconds": 0.0, "loss": math.inf,
-        "accuracy": 0.0, "predicted": {}, "labels": {},
+        "accuracy": 0.0, "predicted": [], "labels": [],
     }  # fmt: skip
     try:
         with callback.catching():
@@ -141,76 +127,67 @@ def _make(run: Run, config: Config, folder: Path, task: Task) -> Result | None:
         return result
     if callback.stopped:
         return None
-    averaged = isinstance(model, lx.Cascade) and model.plan.spec.average
-    with model.weights("averaged") if averaged else nullcontext():  # type: ignore[operator]  # a cascade
-        found = {name: trainer.predict(data) for name, data in task.data.items() if name != "train"}
-        if run.method in config.compare.keep_weights:
-            trainer.save_model()
-    metrics = found.pop("validation").metrics
-    result |= {"loss": metrics["test_loss"], "accuracy": metrics["test_accuracy"]}
-    result["predicted"] = {name: each.predictions.argmax(-1).tolist() for name, each in found.items()}
-    result["labels"] = {name: each.label_ids.tolist() for name, each in found.items()}
+    metrics, found = trainer.evaluate(), trainer.predict(task.data["test"])
+    if run.method in config.compare.keep_weights:
+        trainer.save_model()
+    result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+    result |= {"predicted": found.predictions.argmax(-1).tolist(), "labels": found.label_ids.tolist()}
     print(f"{run.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
     return result
 
 
-def best_rates(results: Results, select: str) -> dict[str, list[Result]]:
-    """Return the runs (one per seed) of each method at its best learning rate, by mean validation loss or accuracy.
+def best_rates(results: Results) -> dict[str, list[Result]]:
+    """Return the runs (one per seed) of each method at the learning rate with the lowest mean validation loss.
 
-    Of equally good rates, the smallest one is selected. A diverged run has accuracy 0 and an infinite loss.
+    Of equally good rates, the smallest one is selected. The loss of a diverged run is infinite.
     """
     best: dict[str, list[Result]] = {}
     for method in METHODS:
         rates = sorted({run.lr for run in results if run.method == method})
-        by_rate = [
-            [results[run] for run in sorted(results) if (run.method, run.lr) == (method, rate)] for rate in rates
-        ]
+        by_rate = [[results[run] for run in sorted(results) if (run.method, run.lr) == (method, lr)] for lr in rates]
         if by_rate:
-            score = (lambda run: run["accuracy"]) if select == "accuracy" else (lambda run: -run["loss"])
-            best[method] = max(by_rate, key=lambda runs: statistics.fmean(map(score, runs)))
+            best[method] = min(by_rate, key=lambda runs: _mean(runs, "loss"))
     return best
 
 
 def tables(config: Config, results: Results) -> Iterator[str]:
-    """Yield the table of accuracies, and the table of differences to the reference, in Markdown."""
-    best = best_rates(results, config.compare.select)
-    parts = list(next((result["labels"] for result in results.values() if result["labels"]), {}))
+    """Yield the table of accuracies, and the table of differences to the first method, in Markdown."""
+    best, first = best_rates(results), config.compare.methods[0]
     yield _markdown(
-        ["method", "lr", "trained", "train s", "validation", *parts],
+        ["method", "lr", "trained", "train s", "validation", "test"],
         [
-            [name, f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", f"{_mean(runs, 'seconds'):.1f}"]
-            + [_percent([run["accuracy"] for run in runs])]
-            + [_percent([_correct(run, part).mean().item() for run in runs if run["labels"]]) for part in parts]
+            [
+                *(name, f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", f"{_mean(runs, 'seconds'):.1f}"),
+                _percent([run["accuracy"] for run in runs]),
+                _percent([_correct(run).mean().item() for run in runs if run["labels"]]),
+            ]
             for name, runs in best.items()
         ],
     )
     yield "\n".join(f"- {name}: {METHODS[name].about}" for name in best)
-    reference = config.compare.reference
     rows = [
-        [name, part, *_difference(runs, best[reference], part)]
+        [name, *_difference(runs, best[first])]
         for name, runs in best.items()
-        if name != reference and reference in best
-        for part in parts
-        if all(run["labels"] for run in (*runs, *best[reference]))
+        if name != first and all(run["labels"] for run in (*runs, *best[first]))
     ]
     if rows:
-        head = [f"points over {reference}", "95 % over seeds (t)", "95 % over examples (bootstrap)"]
-        yield _markdown(["method", "on", *head], rows)
+        head = [f"points over {first}", "95 % over seeds (t)", "95 % over examples (bootstrap)"]
+        yield _markdown(["method", *head], rows)
 
 
 def _mean(runs: Sequence[Any], key: str) -> float:
     return statistics.fmean(run[key] for run in runs)
 
 
-def _correct(result: Result, part: str) -> torch.Tensor:
-    """Return whether each prediction on a test set is correct, [examples] of 0 and 1."""
-    return (torch.tensor(result["predicted"][part]) == torch.tensor(result["labels"][part])).double()
+def _correct(result: Result) -> torch.Tensor:
+    """Return whether each prediction is correct, [examples] of 0 and 1."""
+    return (torch.tensor(result["predicted"]) == torch.tensor(result["labels"])).double()
 
 
-def _difference(runs: Sequence[Result], reference: Sequence[Result], part: str) -> tuple[str, str, str]:
+def _difference(runs: Sequence[Result], reference: Sequence[Result]) -> tuple[str, str, str]:
     """Return the mean difference in points, and its intervals over seeds and over examples."""
     stats = module_of("cli", "scipy.stats")
-    ours, theirs = (100 * torch.stack([_correct(run, part) for run in each]) for each in (runs, reference))
+    ours, theirs = (100 * torch.stack([_correct(run) for run in each]) for each in (runs, reference))
     over_seeds = "one seed"
     if len(runs) > 1:
         over_seeds = _interval(stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval())

@@ -44,9 +44,10 @@ class ModelConfig:
     task: Literal["auto", "language", "classification"] = "auto"
     """What a model of transformers learns. `auto`: `language` if the folder has a causal language model, otherwise
     `classification`."""
-    weights: str = ""
-    """Weights to start from: a `.safetensors` file, or `python:package.module:function`, a function that gets the model
-    and returns tensors by name. If empty, the weights of the model are kept."""
+    weights: Annotated[
+        str, Check(lambda path: not path or path.endswith(".safetensors"), "give a .safetensors file")
+    ] = ""
+    """Weights of a model of timm: a `.safetensors` file. If empty, they are random."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Dtype of a model of transformers. `auto`: the one in its files."""
 
@@ -56,22 +57,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data set, how it is split, and further test sets."""
+    """The data set, and how it is split."""
 
     name: str = ""
-    """The data set: `json:FILE`, `csv:FILE`, `parquet:FILE`, `imagefolder:DIR`, or `python:package.module:function`, a
-    function that returns a `datasets.Dataset`."""
+    """The data set: `json:FILE`, `csv:FILE`, `parquet:FILE`, `text:FILE` (one text per line), `imagefolder:DIR`, or
+    `python:package.module:function`, a function that returns a `datasets.Dataset`."""
     train: Size = 0.7
     """Training examples: a number, or a share of the data set."""
     validation: Size = 0.1
     """Validation examples, which are evaluated at the end of each stage: a number or a share."""
     test: Size = 0.2
     """Test examples: a number or a share."""
-    shifts: Annotated[tuple[str, ...], EACH_ONCE] = ()
-    """Further test sets of a classifier: data sets with the same classes, or `python:` functions that change the test
-    examples, called by `Dataset.map` with a batch of them."""
-    shift_test: Count = 1500
-    """Maximum number of examples in each further test set."""
     seed: Seed = 0
     """Seed of the split."""
     max_length: CountOrZero = 0
@@ -110,18 +106,14 @@ class StagesConfig:
 class CompareConfig:
     """The methods, seeds and learning rates of `lorasc-fx compare`."""
 
-    methods: Annotated[tuple[Method, ...], ONE_OR_MORE, EACH_ONCE] = ("probe", "lora", "cascade", "lorasc")
-    """The methods to compare (all: docs/command-line.md)."""
+    methods: Annotated[tuple[Method, ...], ONE_OR_MORE, EACH_ONCE] = ("lora", "cascade", "lorasc")
+    """The methods to compare (all: docs/command-line.md). Each is compared with the first one."""
     seeds: Annotated[tuple[Seed, ...], ONE_OR_MORE, EACH_ONCE] = (0, 1, 2)
     """Seeds. Every method is trained with every learning rate once per seed."""
     lrs: Rates = (1e-3,)
     """Learning rates to try for each method."""
     rates: dict[Method, Rates] = field(default_factory=dict)
     """Learning rates for single methods, by name. They replace `lrs`."""
-    select: Literal["loss", "accuracy"] = "loss"
-    """Metric on the validation examples that selects the learning rate."""
-    reference: Method = "lora"
-    """The method with which all others are compared in the table of differences."""
     keep_weights: tuple[Method, ...] = ()
     """Methods whose folded weights are saved, in `weights/RUN`."""
 
@@ -202,18 +194,13 @@ def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
 
     def changed(name: str) -> str:
         kind, _, place = name.partition(":")
-        is_path = kind in ("csv", "json", "parquet", "imagefolder") or (
-            kind == "hf" and not place.startswith("package:")
-        )
+        is_path = kind not in ("timm", "python") and not place.startswith("package:")
         return f"{kind}:{change(place)}" if is_path and place and not os.path.isabs(place) else name
 
     model, data = config.model, config.data
-    weights = model.weights
-    if weights and not weights.startswith("python:") and not os.path.isabs(weights):
-        weights = change(weights)
+    weights = model.weights if not model.weights or os.path.isabs(model.weights) else change(model.weights)
     model = dataclasses.replace(model, name=changed(model.name), weights=weights)
-    data = dataclasses.replace(data, name=changed(data.name), shifts=tuple(map(changed, data.shifts)))
-    return dataclasses.replace(config, model=model, data=data)
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, name=changed(data.name)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.cli.models import reading, split_name, user_function
 from lorasc_fx.errors import SpecError, nearest
 
-DATA = ("json:FILE", "csv:FILE", "parquet:FILE", "imagefolder:DIR", "python:package.module:function")
-TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""Kind of a table by the ending of its file."""
+DATA = ("json:FILE", "csv:FILE", "parquet:FILE", "text:FILE", "imagefolder:DIR", "python:package.module:function")
 INPUT, LABEL = "input", "label"
 """Columns of a classifier's examples: a text or an image, and the index of a class."""
 
 
 def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
-    """Return the splits by name: `train`, `validation`, `test`, and the further test sets.
+    """Return the splits by name: `train`, `validation` and `test`.
 
     Args:
         config: the table `[data]`.
@@ -46,25 +43,7 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
             )
         parts[name] = order.select(range(start, start + count))
         start += count
-    if config.shifts and kind == "language":
-        raise SpecError("data.shifts is for classifiers; remove it", code="conflicting-options")
-    for name in config.shifts:
-        parts[name.rpartition(":")[2]] = _shift(config, kind, name, parts["test"])
     return parts
-
-
-def _shift(config: DataConfig, kind: str, name: str, test: datasets.Dataset) -> datasets.Dataset:
-    """Return a further test set: another data set, or the test examples changed by a user's function."""
-    if name.startswith("python:") and inspect.signature(user_function(name)).parameters:
-        with reading(name):
-            return test.select(range(min(config.shift_test, len(test)))).map(user_function(name), batched=True)
-    data = read_examples(config, kind, name)
-    if data.features[LABEL].names != test.features[LABEL].names:
-        raise SpecError(
-            f"data.shifts: {name} has other classes than {config.name}; give a data set with the same classes",
-            code="invalid-data",
-        )
-    return data.shuffle(seed=config.seed).select(range(min(config.shift_test, len(data))))
 
 
 def read_examples(config: DataConfig, kind: str, name: str, *, labelled: bool = True) -> datasets.Dataset:
@@ -99,15 +78,15 @@ def read_table(name: str) -> datasets.Dataset:
     options: dict[str, Any] = {"data_files": place}
     if kind == "imagefolder":
         options = {"data_dir": place}
-    if kind == "csv":
+    elif kind == "csv":
         options |= _csv_options(Path(place))
+    elif kind == "text":
+        options["encoding"] = "utf-8-sig"
     with reading(name):
         splits = datasets.load_dataset(kind, **options)
     if [*splits] != ["train"]:
         raise SpecError(
-            f"{name} has the splits {', '.join(splits)}; give the folder of one of them. Another one can be in "
-            "data.shifts",
-            code="invalid-data",
+            f"{name} has the splits {', '.join(splits)}; give the folder of one of them", code="invalid-data"
         )
     return splits["train"]
 
@@ -130,7 +109,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
 def _examples(config: DataConfig, kind: str, name: str, table: datasets.Dataset, labelled: bool) -> datasets.Dataset:
     """Return the examples of a classifier."""
-    column = config.text_column if kind == "text" else config.image_column
+    column = config.image_column if kind == "image" else "text" if name.startswith("text:") else config.text_column
     for wanted in (column, config.label_column) if labelled else (column,):
         if wanted not in table.column_names:
             raise SpecError(
@@ -150,7 +129,13 @@ def _examples(config: DataConfig, kind: str, name: str, table: datasets.Dataset,
     _check_filled(name, table, LABEL)
     if not isinstance(table.features[LABEL], datasets.ClassLabel):
         table = table.class_encode_column(LABEL)
-    _check_classes(name, table)
+    count = len(table.features[LABEL].names)
+    if count < 2 or (count > 2 and 2 * count >= len(table)):  # most labels are unique, such as measurements
+        raise SpecError(
+            f"{name}: {len(table)} examples of {count} classes; a classifier needs at least two classes, and several "
+            "examples of each. Set data.label_column to the column with the classes",
+            code="invalid-data",
+        )
     return table
 
 
@@ -162,17 +147,6 @@ def _check_filled(name: str, table: datasets.Dataset, column: str) -> None:
             raise SpecError(
                 f"{name}: the {column} of example {number} is empty; fill it, or remove the row", code="invalid-data"
             )
-
-
-def _check_classes(name: str, table: datasets.Dataset) -> None:
-    """Raise SpecError if there is one class, or if most labels are unique, such as measurements."""
-    count = len(table.features[LABEL].names)
-    if count < 2 or (count > 2 and 2 * count >= len(table)):
-        raise SpecError(
-            f"{name}: {len(table)} examples of {count} classes; a classifier needs at least two classes, and several "
-            "examples of each. Set data.label_column to the column with the classes",
-            code="invalid-data",
-        )
 
 
 def _dialogues(config: DataConfig, name: str, table: datasets.Dataset) -> datasets.Dataset:
@@ -189,8 +163,9 @@ def _dialogues(config: DataConfig, name: str, table: datasets.Dataset) -> datase
         return table.map(_split_messages, remove_columns="messages")
     if {"prompt", "completion"} <= columns:
         return table
-    if config.text_column in columns:
-        return table.select_columns(config.text_column).rename_columns({config.text_column: "text"})
+    column = "text" if name.startswith("text:") else config.text_column
+    if column in columns:
+        return table.select_columns(column).rename_columns({column: "text"})
     raise SpecError(
         f"{name}: the columns are {', '.join(table.column_names)}; a language model needs messages, or prompt and "
         f"completion, or {config.text_column} (data.text_column)",

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from lorasc_fx.branch import METHODS as ADAPTERS
 from lorasc_fx.spec import CascadeSpec, Noise
 from lorasc_fx.spec_checks import METHOD_OPTIONS
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One row of the comparison.
 
     Args:
         about: a description for the tables.
-        spec: from the configured spec and number of stages to the spec of this method. None: parameters of the plain
-            model are trained.
+        spec: from the configured spec and number of stages to the spec of this method.
         staged: whether the steps are divided into the configured stages. Otherwise there is one stage.
-        train: globs on the parameters that are trained in a plain model. None: those in `spec.train`.
     """
 
     about: str
-    spec: Callable[[CascadeSpec, int], CascadeSpec] | None = None
+    spec: Callable[[CascadeSpec, int], CascadeSpec]
     staged: bool = False
-    train: tuple[str, ...] | None = None
 
 
 _PLAIN: dict[str, Any] = {"pace": 1.0, "restart": "slow", "noise": Noise(), "average": False}
@@ -58,8 +54,8 @@ def _adapter(name: str, pace: float) -> Callable[[CascadeSpec, int], CascadeSpec
     return changed
 
 
+_OTHERS = [name for name in ADAPTERS if name != "lora"]
 METHODS: dict[str, Method] = {
-    "probe": Method("only the parameters in spec.train, without branches"),
     "lora": Method("one stage, pace 1, no noise", _plain()),
     "lora-summed": Method("LoRA with the sum of the ranks of all stages, same scale", _summed),
     "cascade": Method("similar to ReLoRA: all stages, pace 1, no noise", _plain(), staged=True),
@@ -70,14 +66,12 @@ METHODS: dict[str, Method] = {
         _plain(pace="mean", restart="fast"),
         staged=True,
     ),
-    **{name: Method(f"adapter={name!r} in one stage", _adapter(name, 1.0)) for name in ADAPTERS if name != "lora"},
+    **{name: Method(f"adapter={name!r} in one stage", _adapter(name, 1.0)) for name in _OTHERS},
     **{
         f"{name}-stages": Method(
             f"adapter={name!r} in all stages, pace 0.5, no noise", _adapter(name, 0.5), staged=True
         )
-        for name in ADAPTERS
-        if name != "lora"
+        for name in _OTHERS
     },
-    "full": Method("every parameter", train=("*",)),
 }
 """The methods by name, in the order of the tables of `compare`."""

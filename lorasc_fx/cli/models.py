@@ -75,7 +75,7 @@ class ModelSource:
         processor: tokenizer or image processor of transformers. None for other models, which take images.
 
     Raises:
-        SpecError: the name is unknown, or the folder cannot be read.
+        SpecError: the name is unknown, the folder cannot be read, or weights are given for a model that has its own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -83,6 +83,8 @@ class ModelSource:
         self.library, self.place = split_name(config.name, MODELS, "model")
         self.kind = "image"
         self.processor: Any = None
+        if config.weights and self.library != "timm":
+            raise SpecError("model.weights is for models of timm; give the weights in the folder or by the function")
         if self.library != "hf":
             return
         self.place = str(_folder_of(self.place))
@@ -94,11 +96,6 @@ class ModelSource:
         if self.kind != "image" and self.processor.pad_token is None:
             self.processor.pad_token = self.processor.eos_token
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the model starts from random weights."""
-        return self.library == "timm" and not self.config.weights
-
     def build(self, classes: Sequence[str] = ()) -> nn.Module:
         """Build the model, with a new head for these classes. Without classes it keeps the head that it has.
 
@@ -107,16 +104,22 @@ class ModelSource:
         """
         name, weights = self.config.name, self.config.weights
         with reading(name):
-            model = self._from_transformers(classes) if self.library == "hf" else self._other(len(classes))
+            if self.library == "hf":
+                model = self._from_transformers(classes)
+            elif self.library == "timm":
+                options: dict[str, Any] = {"num_classes": len(classes)} if classes else {}
+                if weights:
+                    options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+                model = module_of("vision", "timm").create_model(self.place, **options)
+            else:
+                function = user_function(name)
+                takes_classes = classes and inspect.signature(function).parameters
+                model = function(len(classes)) if takes_classes else function()
         if not isinstance(model, nn.Module):
             raise SpecError(
                 f"{name}: the function returned a {type(model).__name__}; it must return an nn.Module",
                 code="wrong-function-result",
             )
-        if weights:
-            with reading(weights):
-                values = user_function(weights)(model) if weights.startswith("python:") else load_file(weights)
-                model.load_state_dict(dict(values))
         _freeze_batch_norms(model)
         return model
 
@@ -140,16 +143,6 @@ class ModelSource:
             config: Any = model.config
             if config.pad_token_id is None:  # a causal model classifies the last token that is no padding
                 config.pad_token_id = self.processor.pad_token_id
-        return model
-
-    def _other(self, classes: int) -> nn.Module:
-        if self.library == "timm":
-            head = {"num_classes": classes} if classes else {}
-            model: nn.Module = module_of("vision", "timm").create_model(self.place, **head)
-            return model
-        function = user_function(self.config.name)
-        takes_classes = classes and inspect.signature(function).parameters
-        model = function(classes) if takes_classes else function()
         return model
 
 
@@ -184,13 +177,6 @@ def mean_pooled(settings: Any) -> Any:
             return logits
 
     return MeanPooled
-
-
-def load_file(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file."""
-    from safetensors.torch import load_file as load
-
-    return load(path)
 
 
 def _folder_of(place: str) -> Path:

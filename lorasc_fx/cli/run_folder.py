@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -40,36 +39,19 @@ def check_output(path: Path, *, folder: bool) -> None:
         ) from fault
 
 
-def check_folder(run: Path, config: Config, *, resume: bool, overwrite: bool) -> bool:
-    """Check that the run may write into the folder, and return whether it continues a run there."""
-    if resume and overwrite:
-        raise SpecError(
-            "--resume continues a run and --overwrite deletes it; give one of them", code="conflicting-options"
-        )
+def check_folder(run: Path, config: Config, *, resume: bool) -> None:
+    """Check that the run may start in the folder, or that it can be resumed there."""
     check_output(run, folder=True)
     saved = any(run.glob("checkpoint-*"))
-    if overwrite or not (saved or resume or (run / CASCADE).exists()):
-        return False
-    if not resume:
+    if resume and not saved:
+        raise StateError(f"{run} has no checkpoint to resume; remove --resume", code="no-checkpoint")
+    if not resume and (saved or (run / CASCADE).exists()):
         raise StateError(
-            f"{run} already has a run. Give --resume to continue it, --overwrite to delete it, or another "
-            "output=FOLDER",
+            f"{run} already has a run. Give --resume to continue it, delete the folder, or give another output=FOLDER",
             code="path-in-the-way",
         )
-    if not saved:
-        raise StateError(f"{run} has no checkpoint to resume; remove --resume", code="no-checkpoint")
-    check_same(run, config)
-    return True
-
-
-def delete_run(run: Path) -> None:
-    """Delete the files of a run. Other files in the folder stay."""
-    for pattern in (TASK, CASCADE, "checkpoint-*", "*_results.json", "*.safetensors"):
-        for path in run.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    if resume:
+        check_same(run, config)
 
 
 def check_same(run: Path, config: Config) -> None:
@@ -85,6 +67,6 @@ def check_same(run: Path, config: Config) -> None:
             if was != wanted:
                 raise StateError(
                     f"{run} has a run with {table}.{key} = {was!r}, but now it is {wanted!r}. Resume with the same "
-                    "value, give --overwrite to delete the run, or another output=FOLDER",
+                    "value, delete the folder, or give another output=FOLDER",
                     code="spec-differs",
                 )

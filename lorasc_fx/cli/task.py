@@ -84,7 +84,7 @@ class Task:
 
     def model(self) -> nn.Module:
         """Build the model, with a new head for the classes."""
-        if self.source.is_random:
+        if self.source.library == "timm" and not self.config.model.weights:
             print(
                 f"lorasc-fx: WARNING: {self.config.model.name} starts from RANDOM weights, because model.weights is "
                 "empty and nothing is downloaded; give model.weights=FILE.safetensors",

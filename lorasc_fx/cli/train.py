@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tyro.conf import Positional
 
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, load_config, write_config
-from lorasc_fx.cli.run_folder import CASCADE, CONFIG, TASK, check_folder, delete_run
+from lorasc_fx.cli.run_folder import CASCADE, CONFIG, TASK, check_folder
 from lorasc_fx.cli.task import Task
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import SpecError, StateError
@@ -23,7 +24,6 @@ def train(
     overrides: Positional[tuple[str, ...]] = (),
     /,
     resume: bool = False,
-    overwrite: bool = False,
 ) -> int:
     """Train a model and write a run folder.
 
@@ -31,22 +31,19 @@ def train(
         config: TOML file (docs/command-line.md).
         overrides: keys of the file with other values, such as spec.rank=16.
         resume: continue the run in the output folder.
-        overwrite: delete the run in the output folder and start a new one.
     """
     settings = load_config(config, overrides)
     run = Path(settings.output)
-    resumed = check_folder(run, settings, resume=resume, overwrite=overwrite)
+    check_folder(run, settings, resume=resume)
     task = Task(settings)
     arguments = arguments_of(settings, task)
     trainer, cascade, callback = trainer_of(task, arguments)
     if arguments.process_index == 0:
-        if overwrite:
-            delete_run(run)
         write_config(settings, run / CONFIG)
         task.write(run / TASK)
         print(cascade)
     with callback.catching() if arguments.world_size == 1 else nullcontext():
-        trainer.train(resume_from_checkpoint=resumed)
+        trainer.train(resume_from_checkpoint=resume)
     if arguments.process_index == 0:
         lx.save(cascade, run / CASCADE)
     if callback.stopped:
@@ -76,19 +73,19 @@ def open_run(run: Path, model: nn.Module | None = None, *, safe: bool = False) -
         SpecError: the model would be built by a user's function, and `safe` is set.
     """
     config, task = task_of(run)
-    named = [f"model.{key} is {value}" for key, value in vars(config.model).items() if value.startswith("python:")]
-    if model is None and safe and named:
+    if model is None and safe and config.model.name.startswith("python:"):
         raise SpecError(
-            f"{run}: {named[0]}. For safety, this function is not called here. Build the model yourself, after "
-            f"transformers.set_seed({config.train.get('seed', 0)}), and call lorasc_fx.cli.load(folder, model)",
+            f"{run}: model.name is {config.model.name}. For safety, this function is not called here. Build the model "
+            f"yourself, after transformers.set_seed({config.train.get('seed', 0)}), and call "
+            "lorasc_fx.cli.load(folder, model)",
             code="no-base",
         )
     set_seed(config.train.get("seed", 0))
     return lx.load(run / CASCADE, task.model() if model is None else model), task
 
 
-def task_of(run: Path) -> tuple[Config, Task]:
-    """Return the configuration and the task of a run, whose data are not read.
+def task_of(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, Task]:
+    """Return the configuration, with overrides, and the task of a run, whose data are not read.
 
     Raises:
         StateError: the folder has no run.
@@ -96,5 +93,5 @@ def task_of(run: Path) -> tuple[Config, Task]:
     for name in (CONFIG, TASK):
         if not (run / name).is_file():
             raise StateError(f"{run} is not a run of lorasc-fx train: there is no {name} in it", code="no-checkpoint")
-    config = load_config(run / CONFIG)
+    config = load_config(run / CONFIG, overrides)
     return config, Task.read(config, run / TASK)

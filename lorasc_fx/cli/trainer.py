@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import lorasc_fx as lx
@@ -22,8 +21,7 @@ from lorasc_fx.cli.config import Config, StagesConfig
 from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.cli.models import reading
 from lorasc_fx.cli.task import Task
-from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest
-from lorasc_fx.graph import matches
+from lorasc_fx.errors import SpecError, StateError, nearest
 from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.util.decode import decode
 from lorasc_fx.util.extras import module_of
@@ -49,13 +47,10 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**more)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `optim` for the cascade's groups, or for the trained parameters of a plain model."""
+        """Create the optimizer of `optim` for the cascade's groups."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if isinstance(self.model, lx.Cascade):
-                groups = list(self.model.param_groups(lr=self.args.learning_rate))
-            else:
-                groups = [{"params": [value for value in self.model.parameters() if value.requires_grad]}]
+            groups = self.model.param_groups(lr=self.args.learning_rate)
             self.optimizer = kind([{"weight_decay": self.args.weight_decay, **group} for group in groups], **options)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
@@ -70,7 +65,7 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
             optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = lx.StageSchedule(
                 getattr(optimizer, "optimizer", optimizer),  # accelerate has wrapped it
-                self.model if isinstance(self.model, lx.Cascade) else None,
+                self.model,
                 [max(1, end - start) for start, end in pairwise(ends)],
                 warmup=stages.warmup, floor=stages.floor, decay=stages.decay,
             )  # fmt: skip
@@ -99,22 +94,17 @@ class ClassifierTrainer(StagedTrainer):
         """Return the loss, and the logits with `return_outputs`."""
         labels = inputs["labels"]
         logits = logits_of(model(**{name: value for name, value in inputs.items() if name != "labels"}))
-        if logits.dim() != 2 or logits.shape[1] <= int(labels.max()):
-            raise SpecError(
-                f"the model returns logits {list(logits.shape)}; it must return [batch, classes] with all classes",
-                code="wrong-function-result",
-            )
         loss = F.cross_entropy(logits, labels)
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits in a model's output, which is a tensor or an object with a tensor `logits`."""
+    """Return the logits in a model's output, which is a tensor [batch, classes] or an object with a tensor `logits`."""
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor):
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         raise SpecError(
-            f"the model returns a {type(output).__name__}; it must return logits as a tensor [batch, classes], or an "
-            "object with `.logits`",
+            f"the model returns a {type(output).__name__}; it must return logits [batch, classes], or an object with "
+            "`.logits`",
             code="wrong-function-result",
         )
     return logits
@@ -128,13 +118,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     """Evaluates and saves at the end of each stage, stops after Ctrl-C, and raises if the loss is not finite.
 
     Args:
-        cascade: the trained cascade. None: no evaluations.
+        cascade: the trained cascade.
         evaluates, saves: whether the end of a stage does so.
     """
 
-    def __init__(self, cascade: lx.Cascade | None = None, *, evaluates: bool = False, saves: bool = False) -> None:
+    def __init__(self, cascade: lx.Cascade, *, evaluates: bool, saves: bool) -> None:
         self._cascade, self._evaluates, self._saves = cascade, evaluates, saves
-        self._stage = 0
+        self._stage = cascade.stage
         self.stopped = False
 
     @contextmanager
@@ -154,11 +144,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the running stage."""
-        self._stage = self._cascade.stage if self._cascade is not None else 0
+        self._stage = self._cascade.stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the Trainer to evaluate, to save and to stop. CascadeCallback has ended the stage before."""
-        if self._cascade is not None and self._cascade.stage != self._stage:
+        if self._cascade.stage != self._stage:
             self._stage = self._cascade.stage
             control.should_evaluate |= self._evaluates
             control.should_save |= self._saves
@@ -213,8 +203,8 @@ def arguments_of(config: Config, task: Task, **more: Any) -> TrainingArguments:
 
 def trainer_of(
     task: Task, arguments: TrainingArguments, method: str = "lorasc", *, saves: bool = True
-) -> tuple[Any, nn.Module, RunCallback]:
-    """Return a Trainer for a method of METHODS, its model (a cascade, or a plain model), and its callback.
+) -> tuple[Any, lx.Cascade, RunCallback]:
+    """Return a Trainer for a method of METHODS, its cascade, and its callback.
 
     Args:
         task: the model and the data.
@@ -222,33 +212,31 @@ def trainer_of(
         method: name of the method.
         saves: whether the end of a stage evaluates and saves, unless `[train]` has a strategy for it.
     """
-    config, data = task.config, task.data
+    config, data, row = task.config, task.data, METHODS[method]
     set_seed(arguments.seed)
     model = task.model().to(arguments.device).train()
-    row, own = METHODS[method], any(name in config.train for name in _SCHEDULE)
+    rows = data["train"].select(range(min(arguments.per_device_train_batch_size, len(data["train"]))))
+    batch: dict[str, Any] = {
+        name: value.to(arguments.device) for name, value in task.collate(rows).items() if name != "labels"
+    }
+    batch |= {"use_cache": False} if task.kind == "language" else {}
+    cascade = lx.adapt(model, kwargs=batch, spec=row.spec(config.spec, config.stages.count))
+    evaluates = saves and "eval_strategy" not in config.train
+    callback = RunCallback(cascade, evaluates=evaluates, saves=saves and "save_strategy" not in config.train)
     count = config.stages.count if row.staged else 1
-    options: dict[str, Any] = {"count": count, "stages": None if own else config.stages, "args": arguments}
-    options |= {"train_dataset": data["train"], "eval_dataset": data["validation"], "processing_class": task.processor}
-    if row.spec is None:
-        callback, trained, callbacks = RunCallback(), _train_only(model, row.train, config.spec), []
-    else:
-        rows = data["train"].select(range(min(arguments.per_device_train_batch_size, len(data["train"]))))
-        batch: dict[str, Any] = {
-            name: value.to(arguments.device) for name, value in task.collate(rows).items() if name != "labels"
-        }
-        batch |= {"use_cache": False} if task.kind == "language" else {}
-        trained = lx.adapt(model, kwargs=batch, spec=row.spec(config.spec, config.stages.count))
-        evaluates = saves and "eval_strategy" not in config.train
-        callback = RunCallback(trained, evaluates=evaluates, saves=saves and "save_strategy" not in config.train)
-        callbacks = [CascadeCallback(trained, stages=count)]
-    options |= {"model": trained, "callbacks": [*callbacks, callback]}
-    if task.kind == "language":
-        with reading(config.data.name):
-            trainer = _sft_trainer()(**options)
-        if not arguments.packing:
-            _check_dropped(len(data["train"]) - len(trainer.train_dataset), len(data["train"]), task.max_length)
-        return trainer, trained, callback
-    return ClassifierTrainer(**options, data_collator=task.collate), trained, callback
+    options: dict[str, Any] = {
+        "model": cascade, "args": arguments, "count": count, "processing_class": task.processor,
+        "stages": None if any(name in config.train for name in _SCHEDULE) else config.stages,
+        "train_dataset": data["train"], "eval_dataset": data["validation"],
+        "callbacks": [CascadeCallback(cascade, stages=count), callback],
+    }  # fmt: skip
+    if task.kind != "language":
+        return ClassifierTrainer(**options, data_collator=task.collate), cascade, callback
+    with reading(config.data.name):
+        trainer = _sft_trainer()(**options)
+    if not arguments.packing:
+        _check_dropped(len(data["train"]) - len(trainer.train_dataset), len(data["train"]), task.max_length)
+    return trainer, cascade, callback
 
 
 def _check_dropped(dropped: int, total: int, max_length: int) -> None:
@@ -267,16 +255,3 @@ def _sft_trainer() -> Any:
         """TRL's SFTTrainer: chat template, loss on the completion, no packing unless `[train]` asks for it."""
 
     return LanguageTrainer
-
-
-def _train_only(model: nn.Module, train: tuple[str, ...] | None, spec: lx.CascadeSpec) -> nn.Module:
-    """Train only the parameters that match a pattern, or one in `spec.train`, and none in `spec.exclude`."""
-    patterns = spec.train if train is None else train
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not matches(pattern, names):
-            raise UnknownTarget(f"spec.train: {pattern!r} matches no parameter{nearest(pattern, names)}")
-    for name, parameter in model.named_parameters():
-        included, excluded = (any(matches(each, (name,)) for each in globs) for globs in (patterns, spec.exclude))
-        parameter.requires_grad_(included and not excluded)
-    return model

@@ -24,7 +24,6 @@ from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.schedules import Plateau
 from lorasc_fx.util.extras import require
-from lorasc_fx.util.hub import uploading
 
 require("loops", "transformers", "accelerate")
 
@@ -136,7 +135,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         if hasattr(trainer, "compute_ref_log_probs"):
             wrappers["compute_ref_log_probs"] = self._compute_ref_log_probs
         self._save_state_dicts(trainer)
-        trainer.push_to_hub = uploading(trainer.push_to_hub)
         for name, wrapper in wrappers.items():
             setattr(trainer, name, functools.partial(wrapper, getattr(trainer, name)))
 

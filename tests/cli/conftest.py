@@ -32,9 +32,6 @@ def digits():
     images = [Image.fromarray((image * 15.9).astype("uint8")) for image in found.images[:300]]
     return Dataset.from_dict({"image": images, "label": found.target[:300].tolist()})
 
-def dark(rows):
-    return {"input": [image.point(lambda value: value // 2) for image in rows["input"]]}
-
 def boom():
     raise ValueError("of the user")
 

@@ -32,8 +32,8 @@ def test_a_model_learns_to_count(language: Path, capsys: Capture, kind: str) -> 
     assert main(["train", "language.toml", f"data.name=json:{kind}.jsonl", f"output={run}"]) == 0
     assert "loss: validation 0." in capsys.readouterr().out
     Path("asked.txt").write_text("count from one\ncount from four\n")
-    assert answers(run, "asked.txt", capsys) == ["two three four five", "five six seven eight"]
-    assert answers(run, f"{kind}.jsonl", capsys)[1].startswith("three four" if kind != "plain" else "")
+    assert answers(run, "text:asked.txt", capsys) == ["two three four five", "five six seven eight"]
+    assert answers(run, f"json:{kind}.jsonl", capsys)[1].startswith("three four" if kind != "plain" else "")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
     cascade = load(run).eval()
     batch = cascade.preprocessing(["count from two", "from three"])
@@ -102,7 +102,6 @@ def test_mistakes_with_language_models(language: Path, fails: Callable[..., None
     fails([*train, "data.name=json:asked.jsonl"], "example 1 does not end with a message of the role 'assistant'")
     Path("other.csv").write_text("question,answer\na,b\n")
     fails([*train, "data.name=csv:other.csv"], "the columns are question, answer; a language model needs messages")
-    fails([*train, "data.shifts=['json:plain.jsonl']"], "data.shifts is for classifiers")
     fails([*train, "train.lerning_rate=3"], "train.lerning_rate is not a key of SFTConfig; nearest: 'learning_rate'")
     fails(["compare", "language.toml", "compare.methods=['lora']"], "the model is a language model")
     fails([*train, "data.max_length=6"], "have no completion within 6 tokens (data.max_length); give")

@@ -136,21 +136,6 @@ def test_save_pretrained_of_the_model_writes_the_weights_in_place(tmp_path: Path
         assert torch.equal(held.get_parameter(name), value)
 
 
-@pytest.mark.parametrize("kind", [ConnectionError, type("ConnectError", (Exception,), {})])
-def test_an_unreachable_hub_is_one_error(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    cascade = made()
-
-    def offline(*_: object, **__: object) -> None:
-        raise kind("[Errno 111] Connection refused")
-
-    monkeypatch.setattr(type(cascade.model), "push_to_hub", offline)
-    with (
-        cascade.weights("slow"),
-        raises(lx.errors.ExportError, "write-failed", "push_to_hub", "Errno 111", "upload_folder"),
-    ):
-        cascade.push_to_hub("me/model")
-
-
 LAYERS = ("q_proj", "down_proj")
 
 
