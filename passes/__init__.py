@@ -14,6 +14,7 @@ from .adapter_inputs import AdapterInputs, BindAdapter, adapter_inputs, adapter_
 from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
+from .inline_branches import InlineBranches
 from .insert_branches import InsertBranches
 from .match_sites import MatchSites
 from .pipeline import Pipeline
@@ -26,6 +27,7 @@ __all__ = [
     "BindAdapter",
     "CascadePass",
     "FoldBranches",
+    "InlineBranches",
     "InsertBranches",
     "MatchSites",
     "NoSites",

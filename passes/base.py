@@ -20,6 +20,9 @@ from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, record_of, verify
 from lorasc_fx.graph.branch_calls import calls_branches
 from lorasc_fx.graph.matching import recover
+from lorasc_fx.graph.weights import BRANCHES
+
+from .inlined import outlined
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ class CascadePass(abc.ABC):
         recover(graph_module)
         if self.done(graph_module):
             return PassResult(graph_module, False)
-        self.check(graph_module)
-        verify(graph_module, f"before {self.name}")
-        editor = GraphEditor(graph_module, self.name)
+        prepared = self.prepared(graph_module)
+        self.check(prepared)
+        verify(prepared, f"before {self.name}")
+        editor = GraphEditor(prepared, self.name)
         self.apply(editor)
         if not editor.modified:
             return PassResult(graph_module, False)
@@ -73,6 +77,10 @@ class CascadePass(abc.ABC):
         facts = record_of(graph_module).facts
         missing = self.requires - facts
         return bool(missing) and missing <= self.removes and self.provides <= facts
+
+    def prepared(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        """Return the graph module with branch nodes: a copy if its branches are inlined, otherwise itself."""
+        return outlined(graph_module, f"before {self.name}")
 
     def check(self, graph_module: fx.GraphModule) -> None:
         """Raise PassError unless the graph has every required fact."""
@@ -93,7 +101,13 @@ class CascadePass(abc.ABC):
 
 def _advice(graph_module: fx.GraphModule) -> str:
     """Return the end of the message about a missing fact: the likely reason, and what to do."""
-    caller = calls_branches(graph_module)
+    caller, reads = calls_branches(graph_module), [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    inlined = any(str(node.target).startswith(f"{BRANCHES}.") for node in reads)
+    if inlined and not record_of(graph_module).facts:
+        return (
+            ", although its nodes read the parameters of inlined branches. The code that built this module dropped the "
+            "record of InlineBranches. Run it inside a Pipeline, or fold first"
+        )
     if caller is None or record_of(graph_module).facts:
         return "; run a pass that provides it first"
     return (

@@ -30,21 +30,12 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch, Decided, check_registered
 from lorasc_fx.errors import NoSites, PassError
-from lorasc_fx.graph import (
-    GraphEditor,
-    Record,
-    branch_nodes,
-    call_template,
-    named_weights,
-    record_of,
-    trained_by,
-    use_of,
-)
-from lorasc_fx.graph.matching import branch_call
+from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights, record_of, trained_by
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.state import start_weight
 
 from .base import CascadePass
+from .inlined import insert_calls
 
 
 @dataclass(frozen=True)
@@ -86,18 +77,10 @@ class InsertBranches(CascadePass):
         plan = graph.record.plan
         if not plan.sites:
             raise NoSites(no_sites_message(graph.record))
-        # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
-        done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
         existing = graph.branches
         branches = all_branches(plan, existing, named_weights(graph.owner).parameters)
         graph.set_branches(branches)
-        for base in graph.nodes:
-            use = use_of(base)
-            if use is None or base in done or not base.users:  # a node without users is dead code
-                continue
-            args, options = branch_call(use, base)
-            insert = graph.replace_op if use.merged else graph.insert_after
-            insert(base, plan.by_weight[use.weight].key, args, options)
+        insert_calls(graph)
         if not graph.record.owner:
             new_weights = [branch.weight_name for key, branch in branches.items() if key not in existing]
             _start_values(graph, plan, new_weights)

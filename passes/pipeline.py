@@ -74,6 +74,8 @@ class Pipeline:
                 if not isinstance(pass_, CascadePass):
                     editor = _run_foreign(pass_, editor)
                 elif not pass_.done(editor.module):
+                    prepared = pass_.prepared(editor.module)
+                    editor = editor if prepared is editor.module else editor.resume(prepared)
                     pass_.check(editor.module)
                     pass_.apply(editor)
                     if editor.modified and (number == len(self.passes) or not _is_own(pass_)):

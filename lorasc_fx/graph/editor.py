@@ -157,6 +157,28 @@ class GraphEditor:
         self._names.add(node.name)
         return node
 
+    def insert_formula(self, inputs: Sequence[fx.Node], formula: fx.Graph) -> fx.Node:
+        """Insert the nodes of a formula after its first input, whose users then read the result. Return the result."""
+        graph, base = self.module.graph, inputs[0]
+        users = list(base.users)
+        values = dict(zip((node for node in formula.nodes if node.op == "placeholder"), inputs, strict=True))
+        with graph.inserting_before(base.next):
+            result = graph.graph_copy(formula, values)
+        assert isinstance(result, fx.Node)
+        for node in set(values.values()) - set(inputs):
+            node.meta = {MADE_BY: self.name}
+            self._names.add(node.name)
+        result.meta |= {name: value for name, value in base.meta.items() if name not in (USE, MADE_BY)}
+        for user in users:
+            user.replace_input_with(base, result)
+        self.modified = True
+        return result
+
+    def remove_formula(self, result: fx.Node, base: fx.Node, nodes: Collection[fx.Node]) -> None:
+        """Make the users of the result of a formula read `base`, and erase those of its nodes without other users."""
+        result.replace_all_uses_with(base)
+        self.drop_unused(lambda node: node in nodes)
+
     def remove_branch(self, node: fx.Node) -> None:
         """Erase a branch node. Its users read the op or the weight again. A replaced op is restored."""
         op = replaced_call(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -77,6 +78,19 @@ class Lifted:
 
 
 @dataclass(frozen=True)
+class Inlined:
+    """The record of an `InlineBranches` pass, from which the branch nodes are restored.
+
+    Args:
+        branches: the branches before the pass, by key.
+        calls: key and options of each branch node. Nodes with the same ones share an entry.
+    """
+
+    branches: Mapping[str, Branch] = field(default_factory=dict, compare=False)
+    calls: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
 class Record:
     """The metadata of a graph module.
 
@@ -91,6 +105,7 @@ class Record:
         branched: names of the weights whose branches this graph called after the insertion.
         frozen: the original of each Parameter that the insertion replaced by a frozen one, by name.
         lifted: the adapter inputs. It is empty if the branches hold their tensors.
+        inlined: the branches that are plain nodes. It is empty if they are branch nodes.
     """
 
     facts: frozenset[str] = frozenset()
@@ -102,6 +117,7 @@ class Record:
     branched: frozenset[str] = frozenset()
     frozen: Mapping[str, nn.Parameter] = field(default_factory=dict, compare=False)
     lifted: Lifted = Lifted()
+    inlined: Inlined = Inlined()
 
     @property
     def prefix(self) -> str:

@@ -151,6 +151,7 @@ SURGEONS: dict[str, set[str]] = {
     "lorasc_fx/graph/editor.py": SURGERY | ON_A_GRAPH | FIELDS,
     "lorasc_fx/graph/copies.py": {"graph_copy", "target"},
     "lorasc_fx/capture/uses.py": {"placeholder", "get_attr", "create_node", "output"},  # a new graph, for matching
+    "passes/inlined.py": {"placeholder", "output"},  # a new graph, which the editor copies
     # of a copy, from which code is generated
     "lorasc_fx/graph/function.py": {"args", "call_function", "inserting_before", "kwargs", "target"},
 }

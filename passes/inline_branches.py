@@ -1,0 +1,96 @@
+"""Replace branch nodes by plain nodes.
+
+    %fc = linear(%x, %weight, %bias)
+    %fc_lora = branches.fc/weight(%fc, %x, at="beside")
+
+becomes
+
+    %fc = linear(%x, %weight, %bias)
+    %a = get_attr[branches.fc/weight.lora_A]
+    %b = get_attr[branches.fc/weight.lora_B]
+    %low = linear(%x, %a)
+    %up = linear(%low, %b)
+    %term = mul(%up, 1.5)
+    %fc_lora = add(%fc, %term)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+from lorasc_fx.branch import Branch
+from lorasc_fx.errors import PassError
+from lorasc_fx.graph import GraphEditor, branch_nodes, record_of, use_of
+from lorasc_fx.graph.record import Inlined
+from lorasc_fx.parameters import shallow
+
+from .base import CascadePass
+from .inlined import DROPOUT, formula, plain_call
+
+
+@dataclass(frozen=True)
+class InlineBranches(CascadePass):
+    """Replace each branch node by the nodes of its formula, for compilers and passes of others.
+
+    The nodes read the parameters of the branches, so training goes on. `module.train()` and `eval()` switch dropout. A
+    branch that replaced its op is added to the output of the op, or to its weight.
+
+    Every other pass of this package first restores the branch nodes, as long as the nodes of each branch are there. If
+    they were changed, it raises VerifyError and says how.
+
+    Raises:
+        PassError: the graph module reads a live model, or the method of a branch has no plain formula, such as DoRA and
+            branches of stacked experts.
+    """
+
+    name: ClassVar[str] = "inline-branches"
+    requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+    provides: ClassVar[frozenset[str]] = frozenset({"branches-inlined"})
+
+    def done(self, graph_module: fx.GraphModule) -> bool:
+        """Whether the branches are inlined already."""
+        return bool(record_of(graph_module).inlined.calls)
+
+    def prepared(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        """Return the graph module itself."""
+        return graph_module
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        """Restore replaced ops, and write the nodes of each branch."""
+        record, branches = graph.record, graph.branches
+        if record.owner:
+            raise PassError(
+                f"{self.name}: this graph reads a live model, whose cascade needs the branch nodes. Use a graph module "
+                "that owns its weights",
+                code="requirement-not-met",
+            )
+        for node in branch_nodes(graph.module):
+            graph.remove_branch(node)
+        calls: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        done = set[fx.Node]()
+        for node in graph.nodes:
+            use = use_of(node)
+            if use is None or not node.users:  # dead code
+                continue
+            key = record.plan.by_weight[use.weight].key
+            branch = branches[key]
+            inputs, options = plain_call(branch, use, node)
+            if inputs[0] not in done:  # several ops may read one node of the weight
+                done |= {inputs[0], graph.insert_formula(inputs, formula(branch, record, options))}
+                calls[f"{key} {options}"] = key, options
+        graph.set_branches({key: _with_dropout(branch) for key, branch in branches.items()})
+        graph.record = replace(record, inlined=Inlined(branches, tuple(calls.values())))
+
+
+def _with_dropout(branch: Branch) -> Branch:
+    """Return a copy of a branch with its dropout as a module, or the branch itself if it has none."""
+    if not branch.dropout:
+        return branch
+    new = shallow(branch)
+    assert isinstance(new, Branch)
+    new._modules[DROPOUT] = nn.Dropout(branch.dropout).train(branch.training)
+    return new

@@ -1,0 +1,261 @@
+"""Branches as plain nodes: their formulas, and the way back to branch nodes.
+
+`InlineBranches` writes the nodes of `formula` in the place of each branch node. `outlined` finds them again, by the
+parameters that they read and by what they compute, and restores the branch nodes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lorasc_fx.branch import Branch, Placement
+from lorasc_fx.branch.conv import ConvCall, low_rank_conv
+from lorasc_fx.branch.linear import MatrixOps
+from lorasc_fx.branch.lora import LowRankBranch
+from lorasc_fx.branch.methods import SharedTensor
+from lorasc_fx.errors import PassError, VerifyError
+from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, record_of, use_of, verify
+from lorasc_fx.graph.editor import drop_nodes
+from lorasc_fx.graph.matching import branch_call, match
+from lorasc_fx.graph.record import Inlined, Record, Use
+from lorasc_fx.graph.weights import BRANCHES, module_at
+from lorasc_fx.parameters import shallow
+
+aten = torch.ops.aten
+
+DROPOUT = "input_dropout"
+"""Name of the dropout module of an inlined branch, a child of the branch, so that it follows `train` and `eval`."""
+
+
+def insert_calls(graph: GraphEditor) -> None:
+    """Insert a branch node at each marked use that has none."""
+    plan = graph.record.plan
+    # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
+    done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
+    for base in graph.nodes:
+        use = use_of(base)
+        if use is None or base in done or not base.users:  # a node without users is dead code
+            continue
+        args, options = branch_call(use, base)
+        insert = graph.replace_op if use.merged else graph.insert_after
+        insert(base, plan.by_weight[use.weight].key, args, options)
+
+
+def plain_call(branch: Branch, use: Use, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments and options of the branch that is inlined at a use.
+
+    It never replaces the op: a low-rank branch is added to the output of the op, and another one to its weight.
+
+    Raises:
+        PassError: the branch can only replace the op, which is a call of a module.
+    """
+    args, options = branch_call(use, base)
+    if not use.merged:
+        return args, options
+    if isinstance(branch, LowRankBranch):
+        return branch_call(replace(use, merged=False), base)
+    if base.op == "call_module":
+        raise _refusal(branch, f"node {base.name} calls a module, so its weight is not in the graph")
+    return args[1:2], {"at": Placement.WEIGHT}
+
+
+def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Graph:
+    """Return a graph of what a branch node computes, in plain nodes.
+
+    Its inputs are the op and the input of the op, or the weight. The parameters are read as attributes.
+
+    Args:
+        branch: the branch.
+        record: the record of the graph module.
+        options: options of the branch node.
+
+    Raises:
+        PassError: the method has no plain formula for this placement.
+    """
+    graph, at = fx.Graph(), options["at"]
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    path = f"{BRANCHES}.{record.plan.by_weight[branch.weight_name].key}"
+    names = ("weight",) if at is Placement.WEIGHT else ("base", "x")
+    inputs = [fx.Proxy(graph.placeholder(name), tracer) for name in names]
+    # The methods of the branch compute with proxies instead of its tensors.
+    plain, tensors = shallow(branch), {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
+    assert isinstance(plain, Branch)
+    plain._parameters, plain._buffers = {}, {}
+    vars(plain).update({name: tracer.create_proxy("get_attr", f"{path}.{name}", (), {}) for name in tensors})
+    if any(isinstance(value, SharedTensor) for value in vars(branch).values()):
+        raise _refusal(branch, "it computes with a tensor that is neither a parameter nor a buffer")
+    same_dtype = record.slow.states[branch.weight_name].base.dtype == next(branch.parameters()).dtype
+    drop = _dropout(tracer, f"{path}.{DROPOUT}") if branch.dropout else lambda x: x
+    try:
+        graph.output(_compute(plain, inputs, drop, same_dtype, **options).node)
+    except PassError:
+        raise
+    except Exception as fault:
+        reason = str(fault).partition(". ")[0]
+        raise _refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
+    drop_nodes(graph, lambda node: node.op == "get_attr")
+    return graph
+
+
+def _compute(branch: Any, inputs: Sequence[Any], drop: Any, same_dtype: bool, at: Placement, **options: Any) -> Any:
+    """Compute a placement with plain operations. The tensors of the branch and the inputs may be proxies."""
+
+    def cast(value: Any) -> Any:
+        return value if same_dtype else aten.type_as.default(value, inputs[0])
+
+    if branch.scales_rows:
+        raise _refusal(branch, "it scales the rows of the weight")
+    if at is Placement.WEIGHT and not options:
+        return aten.add.Tensor(inputs[0], cast(branch.dense_delta(inputs[0])))
+    if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
+        raise _refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
+    base, x = inputs
+    if at is Placement.LOOKUP:
+        return MatrixOps.at_lookup(branch, base, x, **options)
+    if branch.kind == "conv":
+        call = ConvCall(**options)
+        term: Any = low_rank_conv(branch, drop(call.padded(x)), call)
+    else:
+        term = aten.linear.default(aten.linear.default(drop(x), cast(branch.down)), cast(branch.up))
+    return aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
+
+
+def _dropout(tracer: fx.proxy.TracerBase, path: str) -> Any:
+    """Return a function that records a call of the dropout module."""
+    return lambda x: tracer.create_proxy("call_module", path, (x,), {})
+
+
+def _refusal(branch: Branch, reason: str) -> PassError:
+    return PassError(
+        f"inline-branches: the branch of {branch.weight_name} ({type(branch).__name__}) cannot be written as plain "
+        f"nodes: {reason}. Exclude it (exclude=({branch.weight_name!r},)), or fold the branches before other passes",
+        code="method-not-supported",
+    )
+
+
+def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
+    """Return a copy of a graph module with branch nodes instead of inlined ones, or itself if none are inlined.
+
+    Args:
+        graph_module: the graph module. It is not changed.
+        when: beginning of a message, such as `before fold-branches`.
+
+    Raises:
+        VerifyError: the nodes of a branch were changed, or the graph does not agree with its plan.
+    """
+    record = record_of(graph_module)
+    if not record.inlined.calls:
+        return graph_module
+    editor = GraphEditor(graph_module, "insert-branches")
+    plan, found = record.plan, defaultdict[str, list[Any]](list)
+    patterns = [(key, formula(record.inlined.branches[key], record, options)) for key, options in record.inlined.calls]
+    replaced: dict[fx.Node, fx.Node] = {}  # the erased result of each formula, and the node that took its place
+    for key, pattern in patterns:
+        for result, nodes, inputs in _places(pattern, editor.module.graph)[0]:
+            found[key].append(inputs)
+            editor.remove_formula(result, inputs[0], nodes)
+            replaced[result] = inputs[0]
+    branches = {key: _with_parameters(branch, editor.module, key) for key, branch in record.inlined.branches.items()}
+    editor.module._modules.pop(BRANCHES, None)
+    editor.set_branches(branches)
+    editor.record = replace(record, inlined=Inlined(), facts=record.facts - {"branches-inlined"})
+    uses = match(editor.module, editor.record, partial=True)[1]
+    wanted = defaultdict[str, dict[Any, fx.Node]](dict)
+    for node, use in uses.items():
+        if node.users:
+            key = plan.by_weight[use.weight].key
+            wanted[key][plain_call(branches[key], use, node)[0]] = node
+    faults = []
+    for key, pattern in patterns:
+        places = {tuple(_latest(node, replaced) for node in inputs) for inputs in found[key]}
+        missing, other = wanted[key].keys() - places, places - wanted[key].keys()
+        if other:
+            faults.append(
+                f"{branches[key].weight_name}: its branch reads {sorted(other, key=str)[0]}, not the op's input"
+            )
+        elif missing:
+            difference = _places(pattern, editor.module.graph)[1]
+            faults += [
+                f"{branches[key].weight_name}, used at {wanted[key][inputs]}: {difference}" for inputs in missing
+            ]
+    if faults:
+        raise VerifyError(
+            f"{when}, the nodes of inlined branches were changed. Fold before the pass that changes them:\n  "
+            + "\n  ".join(faults)
+        )
+    editor.mark(uses)
+    insert_calls(editor)
+    module = editor.finish()
+    verify(module, when)
+    return module
+
+
+def _latest(node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Return the node that finally took the place of a node."""
+    while node in replaced:
+        node = replaced[node]
+    return node
+
+
+def _with_parameters(branch: Branch, module: fx.GraphModule, key: str) -> Branch:
+    """Return a copy of a branch with the parameters that the graph reads now. A copied graph module has others."""
+    new, holder = shallow(branch), module_at(module, f"{BRANCHES}.{key}") or nn.Module()
+    assert isinstance(new, Branch)
+    new._parameters |= {name: value for name, value in holder._parameters.items() if name in new._parameters}
+    return new
+
+
+Place = tuple[fx.Node, set[fx.Node], tuple[fx.Node, ...]]
+"""The last node, all nodes and the inputs of a place where a graph computes a formula."""
+
+
+def _places(pattern: fx.Graph, graph: fx.Graph) -> tuple[list[Place], str]:
+    """Return the places where a graph computes a formula. If there is none, return where the graph differs."""
+    (result,) = next(iter(reversed(pattern.nodes))).args
+    step = next(node for node in pattern.nodes if node.op == "get_attr")
+    nodes = list(graph.find_nodes(op="get_attr", target=step.target))
+    if not nodes:
+        return [], f"no node of the graph reads {step.target}"
+    while step is not result:
+        step, previous = next(iter(step.users)), nodes
+        nodes = list(dict.fromkeys(user for node in previous for user in node.users if _same_op(user, step)))
+        if not nodes:
+            readers = [f"{user} ({user.target})" for node in previous for user in node.users]
+            return [], f"node {previous[0]} is read by {', '.join(readers) or 'no node'} instead of {step.target}"
+    places = []
+    for node in nodes:
+        bound: dict[fx.Node, fx.Node] = {}
+        if _unify(result, node, bound):
+            inputs = [bound.pop(source) for source in pattern.nodes if source.op == "placeholder"]
+            places.append((node, set(bound.values()), tuple(inputs)))
+    return places, f"node {nodes[0]} or a node that it reads has other arguments than in the branch"
+
+
+def _same_op(node: fx.Node, other: fx.Node) -> bool:
+    return (node.op, node.target) == (other.op, other.target)
+
+
+def _unify(pattern: Any, value: Any, bound: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a value is what the formula says. Adds the node for each node of the formula to `bound`."""
+    if not isinstance(pattern, fx.Node) or not isinstance(value, fx.Node):
+        return bool(type(pattern) is type(value) and pattern == value)
+    if pattern in bound and pattern.op != "get_attr":
+        return bound[pattern] is value
+    bound[pattern] = value
+    if pattern.op == "placeholder":
+        return True
+    (expected, structure), (actual, other) = _flat(pattern), _flat(value)
+    fits = _same_op(pattern, value) and structure == other
+    return fits and all(_unify(one, two, bound) for one, two in zip(expected, actual, strict=True))
+
+
+def _flat(node: fx.Node) -> tuple[list[Any], Any]:
+    """Return the leaves of the arguments of a node, and their structure, in which None stands for each leaf."""
+    leaves: list[Any] = []
+    return leaves, fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
