@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lorasc_fx.errors import PassError
+from lorasc_fx.errors import NoSites, PassError, UnknownTarget, warn
 from lorasc_fx.graph import Record, record_of, set_record
 from lorasc_fx.graph.patterns import check_patterns
 from lorasc_fx.graph.weights import BRANCHES, named_weights
@@ -18,7 +18,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 
 from .fold_branches import FoldBranches
-from .insert_branches import InsertBranches
+from .insert_branches import InsertBranches, no_sites_message
 from .match_sites import MatchSites
 from .weights_as_attributes import add_parameter, with_attributes
 
@@ -36,7 +36,7 @@ class Backend(nn.Module):
     def __init__(self, spec: CascadeSpec, inner: str | Compiler) -> None:
         super().__init__()
         self.branches = nn.ModuleDict()
-        self._plan, self._inner = Plan(spec), inner
+        self._record, self._inner = Record(plan=Plan(spec)), inner
         self._weights: dict[str, nn.Parameter] = {}
         self._graphs: dict[str, fx.GraphModule] = {}
 
@@ -64,15 +64,40 @@ class Backend(nn.Module):
             add_parameter(graph, name, value)
         if self.branches:
             graph._modules[BRANCHES] = nn.ModuleDict(dict(self.branches.items()))
-        set_record(graph, Record(plan=self._plan))
-        matched = MatchSites(self._plan.spec, partial=True)(graph).graph_module
-        self._plan = record_of(matched).plan
-        if not self._plan.sites:
+        plan = self._record.plan
+        set_record(graph, Record(plan=plan))
+        matched = MatchSites(plan.spec, partial=True)(graph).graph_module
+        self._record = record_of(matched)
+        if not self._record.plan.sites:
             return graph_module
         adapted: fx.GraphModule = InsertBranches()(matched).graph_module
         self.branches.update(dict(adapted.get_submodule(BRANCHES).named_children()))
         self._graphs |= dict.fromkeys(record_of(adapted).branched, adapted)
         return adapted
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the parameters of the branches, by name. Warn if a pattern of the spec has matched nothing so far.
+
+        Raises:
+            NoSites: there are no branches, because nothing was compiled yet or no compiled graph has a site.
+        """
+        if not self._weights:
+            raise NoSites("there are no branches yet; call the compiled model before you read their parameters")
+        if not self.branches:
+            raise NoSites(no_sites_message(self._record))
+        weights = nn.Module()
+        for name, value in self._weights.items():
+            add_parameter(weights, name, value)
+        try:
+            self.check(weights)
+        except UnknownTarget as fault:
+            warn(f"in the graphs compiled so far, {fault}", "unknown-target")
+        return super().named_parameters(*args, **kwargs)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UnknownTarget if a pattern of the spec matches no weight of a model."""
+        weights = named_weights(model)
+        check_patterns(self._record.plan.spec, weights.matrices, weights.names)
 
     def fold(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model in which each branch is folded into its weight, in full. It is not compiled.
@@ -85,8 +110,7 @@ class Backend(nn.Module):
             NonFiniteBranch: a branch holds inf or nan.
         """
         folded = copy.deepcopy(getattr(model, "_orig_mod", model))
-        weights = named_weights(folded)
-        check_patterns(self._plan.spec, weights.matrices, weights.names)
+        self.check(folded)
         for graph in dict.fromkeys(self._graphs.values()):
             result = FoldBranches()(graph).graph_module
             with torch.no_grad():
@@ -95,7 +119,9 @@ class Backend(nn.Module):
         return folded
 
 
-def backend(spec: CascadeSpec | None = None, inner: str | Compiler = "inductor") -> Backend:
+def backend(
+    spec: CascadeSpec | None = None, inner: str | Compiler = "inductor", model: nn.Module | None = None
+) -> Backend:
     """Return a backend for `torch.compile(model, backend=...)` that inserts branches into each graph.
 
     There is a graph on each side of a graph break, and a new one after each recompilation. All share the branches,
@@ -105,6 +131,11 @@ def backend(spec: CascadeSpec | None = None, inner: str | Compiler = "inductor")
         spec: selects the weights and their options. Default: `CascadeSpec()`.
         inner: compiles the graphs with branches: a name of `torch.compiler.list_backends()`, `eager`, or a function of
             a graph module and its inputs.
+        model: the model that will be compiled, to check the patterns of the spec now. Without it, `parameters()` warns
+            of a pattern that has matched nothing, and `fold` raises.
+
+    Raises:
+        UnknownTarget: a pattern of the spec matches no weight of the model.
 
     Example:
         >>> lorasc = lx.backend(lx.CascadeSpec(rank=8))
@@ -113,7 +144,10 @@ def backend(spec: CascadeSpec | None = None, inner: str | Compiler = "inductor")
         >>> optimizer = torch.optim.AdamW([p for p in lorasc.parameters() if p.requires_grad])
         >>> folded = lorasc.fold(model)
     """
-    return Backend(CascadeSpec() if spec is None else spec, inner)
+    made = Backend(CascadeSpec() if spec is None else spec, inner)
+    if model is not None:
+        made.check(model)
+    return made
 
 
 def _names(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[nn.Parameter, str]:

@@ -172,15 +172,37 @@ def test_another_compilation_shares_the_branches(compiled: Any) -> None:
 def test_patterns_may_match_in_one_graph_only() -> None:
     torch._dynamo.reset()
     module = Broken().double()
-    for targets, found in ((("second",), ["second/weight"]), (("missing",), [])):
-        backend = lx.backend(lx.CascadeSpec(rank=2, targets=targets), inner=lambda graph, inputs: graph)
-        torch.compile(module, backend=backend)(X)
-        assert list(backend.branches) == found
-        if found:
-            backend.fold(module)
-        else:
-            with pytest.raises(lx.UnknownTarget, match="missing"):
-                backend.fold(module)
+    backend = lx.backend(lx.CascadeSpec(rank=2, targets=("second",)), inner="eager", model=module)
+    torch.compile(module, backend=backend)(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sorted(backend.branches) == ["second/weight"]
+        assert len(list(backend.parameters())) == 2
+    backend.fold(module)
+
+
+def test_a_pattern_that_matches_nothing_is_told_early() -> None:
+    torch._dynamo.reset()
+    module = Broken().double()
+    spec = lx.CascadeSpec(rank=2, targets=("first", "secnd"))
+    with pytest.raises(lx.UnknownTarget, match="'secnd' matches no weight; nearest: 'second'"):
+        lx.backend(spec, inner="eager", model=module)
+    backend = lx.backend(spec, inner="eager")
+    with raises(NoSites, "no-sites", "call the compiled model"):
+        list(backend.parameters())
+    torch.compile(module, backend=backend)(X)
+    with pytest.warns(UserWarning, match="in the graphs compiled so far, targets: 'secnd' matches no weight"):
+        assert len(list(backend.parameters())) == 2
+    with pytest.raises(lx.UnknownTarget, match="secnd"):
+        backend.fold(module)
+
+
+def test_no_site_at_all_is_an_error() -> None:
+    torch._dynamo.reset()
+    backend = lx.backend(lx.CascadeSpec(rank=2, targets=("missing",)), inner="eager")
+    torch.compile(Broken().double(), backend=backend)(X)
+    with raises(NoSites, "no-sites", "the spec leaves no site to adapt", "missing"):
+        torch.optim.SGD(backend.parameters(), 0.1)
 
 
 def test_two_parameters_of_one_name_are_an_error(compiled: Any) -> None:
