@@ -233,42 +233,6 @@ def test_kept_noise_is_summed_with_the_weight_of_its_run() -> None:
     assert (values["0.weight"] - exact["0.weight"]).std() > 0.01  # includes the noise
 
 
-def test_stacked_convs_and_embeddings() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(4)
-            self.table = nn.Embedding(30, 12)
-            self.conv = nn.Conv1d(12, 10, 3, groups=2, padding=1)
-            self.experts = nn.Parameter(torch.randn(3, 10, 14))
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            hidden = torch.tanh(self.conv(self.table(ids).transpose(1, 2)).transpose(1, 2))
-            return torch.einsum("bti,eio->beto", hidden, self.experts)
-
-    ids = (torch.arange(12).view(2, 6),)
-    settings = lx.CascadeSpec(rank=1, lora_alpha=1.0, pace=0.5)
-    runs = []
-    for seed in (1, 2):
-        result = Run(lx.adapt(Odd().double(), ids, spec=settings))
-        result.train(seed)
-        runs.append(result)
-    merged = lx.merge([part.cascade for part in runs], Odd().double(), ids, weights=[2.0, 1.0])
-    with merged.weights("slow"):
-        values = {name: value.detach().clone() for name, value in merged.model.named_parameters()}
-    start = {name: value.detach() for name, value in Odd().double().named_parameters()}
-    single = []
-    for part in runs:
-        part.cascade.release()
-        single.append({name: value.detach() for name, value in part.cascade.model.named_parameters()})
-    assert {site.kind for site in merged.sites} >= {"conv", "embedding"}
-    for site in merged.sites:
-        name = site.weight
-        sums = start[name] + 2 * (single[0][name] - start[name]) + single[1][name] - start[name]
-        torch.testing.assert_close(values[name], sums, **EXACT)
-        assert (values[name] - start[name]).abs().max() > 1e-3
-
-
 def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(3)

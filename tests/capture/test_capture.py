@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
-from lorasc_fx.signature import Calls, bind
 from tests.kit.errors import raises, warns
 from tests.kit.models import batches, branches, by_hand, loss_of, optimizer_of, randomize
 
@@ -318,38 +315,4 @@ def test_random_numbers_of_the_graph_stay_random() -> None:
     assert torch.equal(first, eager(x))
 
 
-def _takes(a: Any, b: Any = None, *rest: Any, c: Any = 1, d: Any = None, **more: Any) -> None: ...
-
-
 def _named(x: Any, mask: Any = None, scale: float = 1.0, shift: Any = None) -> None: ...
-
-
-@pytest.mark.parametrize("function", [_takes, _named])
-def test_calls_are_bound_once_for_each_way(function: Any) -> None:
-    """The order of arguments, found in the first call of a kind, agrees with inspect.signature."""
-    signature, x, y = inspect.signature(function), torch.ones(2), torch.ones(3, 1)
-    calls = Calls(signature)
-    ways: list[Any] = [((x,), {}), ((x, None), {}), ((x, y), {}), ((None, y), {}), ((x,), {"mask": y}), ((), {"x": x})]
-    ways += [((x, y, 1, 2), {"c": None}), ((x,), {"d": y, "z": x, "b": None}), ((x,), {"shift": y, "scale": 2.0})]
-    ways += [
-        ((x, None, 3.0, y), {"d": None}),
-        ((x, None, 3.0, None), {}),
-        (([x, {"k": y}],), {}),
-        ((x, (y, None)), {}),
-        ((), {"mask": None, "x": y}),
-    ]
-    for args, kwargs in ways:
-        for _ in range(2):
-            try:
-                expected = bind(signature, args, kwargs)
-            except TypeError:
-                with pytest.raises(TypeError):
-                    calls.bind(args, kwargs)
-                continue
-            assert inspect.signature(function).bind(*expected[0], **expected[1])
-            call = calls.bind(args, kwargs)
-            assert list(map(id, pytree.tree_leaves(expected))) == list(map(id, call.leaves))
-            assert pytree.tree_structure(expected) == pytree.tree_structure((call.args, call.kwargs))
-    keys = {calls.bind(args, {}).key for args in ((x,), (x.double(),), (y,), ([x],), (x, y), (x, [y]), (1,), (True,))}
-    assert len(keys) == 8
-    assert calls.bind((x,), {}).key == calls.bind((x + 1, None), {}).key

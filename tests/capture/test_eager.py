@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import random
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ from tests.kit.models import (
     optimizer_of,
     randomize,
 )
-from tests.kit.seams import SEAMS
 from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -357,55 +355,6 @@ def test_a_custom_function_gives_its_branch_the_right_gradient(example: int) -> 
         assert_merged(cascade, copy.deepcopy(model), sign * x)
 
 
-def test_gradients_of_gradients_reach_a_branch_through_a_custom_function() -> None:
-    torch.manual_seed(17)
-    model, x = LateFunction().double(), -inputs().abs()
-    cascade = lx.adapt(model, (-x,), spec=SPEC)
-    randomize(cascade)
-    branch = branches(cascade)["head.weight"]
-    factors = [branch.lora_A, branch.lora_B]
-
-    def penalty(call: Any) -> torch.Tensor:
-        first, _ = torch.autograd.grad(call(x).sin().sum(), factors, create_graph=True)
-        return first.square().sum()
-
-    def merged(x: torch.Tensor) -> torch.Tensor:
-        body = branches(cascade)["body.weight"]
-        weight = model.body.weight + body.scale * (body.lora_B @ body.lora_A).detach()
-        hidden = torch.tanh(F.linear(x, weight, model.body.bias))
-        return 2 * hidden @ (model.head.weight + branch.scale * branch.lora_B @ branch.lora_A).t()
-
-    computed = torch.autograd.grad(penalty(cascade), factors)
-    expected = torch.autograd.grad(penalty(merged), factors)
-    torch.testing.assert_close(computed, expected, rtol=1e-9, atol=1e-9)
-
-
-class Addresses(TwoLayers):
-    """For some inputs, reads a weight by its address and as a numpy array."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.body(x))
-        if x.sum() > 0:
-            return self.head(hidden)
-        weight = self.head.weight
-        entries = (ctypes.c_double * weight.numel()).from_address(weight.data_ptr())
-        copied = torch.tensor(list(entries), dtype=x.dtype).view(weight.shape)
-        assert np.array_equal(copied.numpy(), weight.detach().numpy())
-        return hidden @ copied.t()
-
-
-def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None:
-    torch.manual_seed(17)
-    model, x = Addresses().double(), inputs().abs()
-    cascade = lx.adapt(model, (x,), spec=SPEC)
-    randomize(cascade)
-    merged = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, branch in branches(cascade).items():
-            merged.get_parameter(name).add_(branch.scale * branch.lora_B @ branch.lora_A)
-    torch.testing.assert_close(cascade(-x), merged(-x), rtol=0, atol=1e-12)
-
-
 class Spellings(nn.Module):
     """Reads weights by methods, by attributes, and in a list that is passed to an op."""
 
@@ -455,13 +404,6 @@ def test_dropout_of_branches() -> None:
     assert torch.equal(run(cascade, x), run(cascade, x))
     assert not torch.equal(run(cascade, x), run(cascade, x, seed=4))
     assert_merged(cascade.eval(), copy.deepcopy(cascade.model), x)
-
-
-def test_a_weight_that_nothing_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model is known that hides a weight so well: the check is told that it saw one."""
-    monkeypatch.setattr(*SEAMS["outside use"], lambda *_: ("body.weight",))
-    with raises(lx.CaptureError, "not-captured", "Branchy", "body.weight"):
-        adapted(model_of("Branchy"))
 
 
 def test_beside_fabric() -> None:

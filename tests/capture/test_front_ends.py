@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -89,42 +87,6 @@ def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> Non
     assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
 
 
-class Meanwhile(Net):
-    """Another thread runs during forward."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        super().__init__()
-        self.work = work
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(self.work).result()
-        return self.head(self.body(x))
-
-
-def test_a_symbolic_trace_does_not_affect_other_threads() -> None:
-    def process_wide() -> list[Any]:
-        modes = (torch.no_grad, torch.enable_grad, torch.autocast, torch.inference_mode)
-        patchable: list[Any] = [mode.__enter__ for mode in modes]
-        return [*patchable, torch.set_grad_enabled.__init__, nn.Module.__call__, nn.Module.__getattr__, math.sqrt]
-
-    unpatched, other = process_wide(), nn.Linear(3, 3)
-
-    def work() -> None:
-        assert process_wide() == unpatched
-        assert not torch.fx._symbolic_trace.is_fx_tracing()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert other(torch.ones(1, 3)).dtype == torch.bfloat16
-        assert model.body(torch.ones(1, 5).double()).shape == (1, 7)
-
-    torch.manual_seed(3)
-    model = Meanwhile(work).double()
-    cascade = lx.adapt(model, batches(1, 4, 5))
-    assert {site.weight for site in cascade.sites} == {"body.weight", "head.weight"}
-    assert process_wide() == unpatched
-    assert all("_compiled_call_impl" not in vars(module) for module in model.children())
-
-
 def llama(**more: Any) -> nn.Module:
     pytest.importorskip("transformers")
     torch.manual_seed(6)
@@ -181,28 +143,6 @@ def _refuse_to_flatten(_: Any) -> Any:
 
 
 pytree.register_pytree_node(Memory, _refuse_to_flatten, lambda children, context: Memory(*children))
-
-
-class Remembering(Net):
-    """Returns a state that can be passed to the next call."""
-
-    def forward(self, x: torch.Tensor, memory: Memory | None = None) -> tuple[torch.Tensor, Memory]:
-        hidden = torch.tanh(self.body(x)) + (0.0 if memory is None else memory.state)
-        return self.head(hidden), Memory(hidden)
-
-
-def test_a_state_that_cannot_be_flattened_is_one_leaf() -> None:
-    model, x = build(Remembering), batches(1, 4, 5)[0]
-    with pytest.raises(RuntimeError, match="should be applied to another Memory"):
-        pytree.tree_leaves(model(x))
-    cascade = lx.adapt(model, (x,), spec=SPEC)
-    assert cascade.frontend == "eager"
-    randomize(cascade)
-    (_, memory), (_, theirs) = assert_merged(cascade, model, x)
-    assert type(memory) is Memory
-    torch.testing.assert_close(memory.state, theirs.state, rtol=0, atol=1e-12)
-    (computed, _), _ = assert_merged(cascade, model, x, memory)  # the state as an input
-    assert not torch.allclose(computed, cascade(x)[0], atol=1e-3)
 
 
 class Padded(nn.Module):

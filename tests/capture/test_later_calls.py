@@ -20,7 +20,7 @@ import lorasc_fx as lx
 from tests.kit.errors import raises, warns
 from tests.kit.models import loss_of
 from tests.kit.seams import lower
-from tests.kit.state import variant_count, variant_for
+from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -186,22 +186,6 @@ def test_changes_of_state_by_the_user_are_noticed(
         model.settings["tau"] = 1.0 / 2
         assert torch.allclose(cascade(x), model(x), atol=1e-12)
         assert variant_count(cascade) == count + 1
-
-
-def test_a_hook_with_state_and_hooks_of_all_modules() -> None:
-    model, x, steering = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), torch.randn(6, 5), {"by": 1.0}
-    model[1].register_forward_hook(lambda module, args, output: output * steering["by"])
-    cascade = lx.adapt(model, (x,), frontend="export")
-    steering["by"] = 3.0
-    assert torch.equal(cascade(x), model(x))
-    graph = variant_for(cascade, (x,), {})
-    handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: output + 1 if isinstance(module, nn.Tanh) else None
-    )
-    with handle:
-        assert torch.equal(cascade(x), model(x))
-        assert variant_for(cascade, (x,), {}) is not graph
-    assert variant_for(cascade, (x,), {}) is graph
 
 
 class Shows(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.compile import Compiler
 from tests.kit.errors import warns
-from tests.kit.state import variant_count, variant_for
+from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2)
 Forward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -163,21 +163,6 @@ def test_exports_refuse_sizes_at_which_they_would_be_wrong(
             torch.testing.assert_close(graph(other), cascade.model(other), equal_nan=True)
 
 
-def test_exports_of_symbolic_graphs_and_of_joint_sizes() -> None:
-    x = torch.randn(6, 5, 4)
-    checked = lx.export.program(lx.adapt(Model(asserting_by_torch), (x,), spec=SPEC)).module()
-    with pytest.raises(RuntimeError, match="axis 0 of x must be 2 or more"):
-        checked(x[:1])
-
-    def both(model: Any, x: torch.Tensor) -> torch.Tensor:
-        return model.layer(x) * (2 if x.shape[0] * x.shape[1] == 1 else 1)
-
-    graph = lx.adapt(Model(both), (x,), spec=SPEC).folded_graph()
-    assert graph(x[:1]).shape == (1, 5, 3)
-    with pytest.raises(RuntimeError, match="axis 1 of x must be 2 or more"):
-        graph(x[:1, :1])
-
-
 def test_an_onnx_file_records_its_smallest_sizes(tmp_path: Path) -> None:
     import onnx
 
@@ -185,16 +170,6 @@ def test_an_onnx_file_records_its_smallest_sizes(tmp_path: Path) -> None:
     with warns("smaller-sizes-not-refused", '{"x": {"0": 2}}'):
         path = lx.export.onnx(cascade, tmp_path / "model.onnx")
     assert {entry.key: entry.value for entry in onnx.load(path).metadata_props}["least_sizes"] == '{"x": {"0": 2}}'
-
-
-def test_a_compiled_cascade_at_one_row() -> None:
-    x = torch.randn(6, 5, 4)
-    cascade = lx.adapt(Model(one_row), (x,), spec=SPEC)
-    torch._dynamo.reset()
-    compiled = torch.compile(cascade, backend="eager")
-    for size in (6, 1, 6, 1, 3):
-        torch.testing.assert_close(compiled(x[:size]), cascade.model(x[:size]))
-    assert variant_count(cascade) == 3
 
 
 @pytest.mark.parametrize("frontend", ["export", "eager"])
@@ -207,10 +182,3 @@ def test_a_batch_norm_that_sees_one_value_raises_what_the_model_raises(frontend:
         pixels == 5 and batch == 1 for batch, pixels in calls
     ]
     assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
-
-
-def test_one_image_keeps_height_and_width_constant() -> None:
-    """Graphs with dynamic height and width are slow to capture, and one image of a known size needs none."""
-    cascade = lx.adapt(nn.Conv2d(2, 3, 5), (torch.randn(4, 2, 5, 5),), spec=SPEC)
-    images = [torch.randn(1, 2, 5, 5), torch.randn(1, 2, 7, 7)]
-    assert [variant_for(cascade, (x,)).conditions.sizes[0][2:] for x in images] == [(5, 5), (None, None)]

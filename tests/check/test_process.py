@@ -11,7 +11,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +19,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.check.process_state import eager, quiet
-from lorasc_fx.util.undo import PROCESS, Lock
 from tests.cascade.test_threads import moved_cascade, together
-from tests.kit.errors import raises
 
 
 def process_state() -> tuple[Any, ...]:
@@ -96,17 +93,6 @@ def test_two_threads_restore_the_state_of_the_process(what: str) -> None:
     assert process_state() == before
 
 
-def test_other_threads_print_during_a_capture(capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the output of the thread that captures is dropped."""
-    with quiet():
-        stream = sys.stdout
-        print("a tracer")
-        sys.stdout.writelines(["a tracer"])
-        assert not together(lambda: print("a thread"))
-    print("after", file=stream)  # like a log handler that was created inside
-    assert capsys.readouterr().out == "a thread\nafter\n"
-
-
 def test_branches_are_used_under_every_stance_of_torch_compile() -> None:
     """A capture in another thread forces eager code in the process. This model would then run without branches."""
     model, x = Broken(), torch.randn(2, 3)
@@ -133,48 +119,6 @@ def test_branches_are_used_under_every_stance_of_torch_compile() -> None:
 
     assert not together(capture, call)
     assert torch.equal(outputs[0], expected)
-
-
-def test_a_thread_acquires_the_process_lock_before_the_lock_of_a_cascade(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """In the opposite order, two threads could deadlock."""
-    acquired: list[Lock] = []
-    wrong: list[str] = []
-    enter, leave = Lock.__enter__, Lock.__exit__
-
-    def entered(lock: Lock) -> bool:
-        if lock is PROCESS and acquired and PROCESS not in acquired:
-            wrong.append("".join(traceback.format_stack(limit=12)))
-        acquired.append(lock)
-        return enter(lock)
-
-    def left(lock: Lock, *fault: Any) -> None:
-        acquired.remove(lock)
-        leave(lock, *fault)
-
-    monkeypatch.setattr(Lock, "__enter__", entered)
-    monkeypatch.setattr(Lock, "__exit__", left)
-    cascade, _, _ = moved_cascade(0)
-    x = torch.randn(3, 2, 9)
-    cascade(x).sum().backward()
-    cascade.zero_grad()
-    cascade.transition(None)
-    lx.save(cascade, tmp_path / "run")
-    lx.export.peft(cascade, tmp_path / "adapter")
-    lx.export.safetensors(cascade, tmp_path / "m.safetensors")
-    lx.export.program(cascade)
-    cascade.folded_graph((x,))
-    cascade.load_state_dict(cascade.state_dict())
-    with cascade.weights("slow"):
-        cascade(x)
-    broken = eagerly(Broken())
-    broken.eval()(torch.randn(4, 3))
-    with raises(lx.CaptureError, "no-graph"):
-        broken.folded_graph()
-    cascade.release()
-    assert not acquired
-    assert not wrong, wrong[0]
 
 
 # Python 3.12 warns about forks with several threads, which these tests are about.

@@ -13,7 +13,6 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import lorasc_fx as lx
-from tests.kit.errors import raises
 from tests.kit.models import train
 
 STAGES, STEPS = 3, 2
@@ -115,18 +114,6 @@ def test_a_compiled_cascade_sees_changed_state() -> None:
         assert torch.allclose(compiled(x), model(x))
 
 
-def test_a_symbolic_trace_sees_changed_state() -> None:
-    model, x = Tempered(), torch.randn(4, 5)
-    cascade = lx.adapt(model, (x,))
-    output = fx.symbolic_trace(cascade)(x)
-    assert torch.allclose(output, model(x))
-    model.settings["tau"] = 0.5
-    with raises(lx.StateError, "not-available"):
-        fx.symbolic_trace(cascade)
-    cascade(x)
-    assert torch.allclose(fx.symbolic_trace(cascade)(x), model(x))
-
-
 def symbolic(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return fx.symbolic_trace(model)
 
@@ -182,11 +169,3 @@ def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], opti
         computed = (outputs[1], *torch.autograd.grad(outputs[1].square().sum(), [theirs[name] for name in trainable]))
         for one, other in zip(computed, expected, strict=True):
             assert (one - other).norm() <= (0.05 if autocast else 1e-5) * other.norm()
-
-
-def test_a_symbolic_trace_refuses_other_sizes() -> None:
-    """A traced graph has the constant sizes of the captured graph, and cannot capture another one."""
-    model, x = Tempered(), torch.randn(4, 5)
-    traced = fx.symbolic_trace(lx.adapt(model, (x,)))
-    with pytest.raises(AssertionError, match="size 4 of axis 0"):
-        traced(torch.randn(7, 5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import subprocess
 import sys
@@ -15,9 +14,8 @@ from typing import Any
 import pytest
 
 import lorasc_fx as lx
-from tests.checkpoint.runs import Run, X
-from tests.errors.models import Net, inputs, mlp
-from tests.errors.state import assert_same, of_slow
+from tests.checkpoint.runs import Run
+from tests.errors.models import inputs, mlp
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS, seam
 
@@ -122,25 +120,6 @@ def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert names(tmp_path) == ["version-00000001"]
     assert going.save(tmp_path).name == "version-00000002"
     assert names(tmp_path) == ["version-00000002"]
-
-
-def unlocked(*_: Any) -> None:
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
-def test_two_writers_at_once_where_files_have_no_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The later one fails at the name, and nobody's half is taken for that of a dead one."""
-    monkeypatch.setattr(fcntl, "flock", unlocked)
-    going = Run(SPEC).started()
-    going.step()
-    slowly = Slowly(monkeypatch, tmp_path)
-    assert going.save(tmp_path).name == "version-00000001"
-    assert len(names(tmp_path)) == 2
-    fault = slowly.finish()
-    assert "Directory not empty" in str(fault)
-    assert names(tmp_path) == ["version-00000001"]
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
-    assert going.save(tmp_path).name == "version-00000002"
 
 
 def test_a_lock_file_without_an_owner_is_taken_over(tmp_path: Path) -> None:

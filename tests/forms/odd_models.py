@@ -29,25 +29,6 @@ class Generator(nn.Module):
         return torch.tanh(self.out(x))
 
 
-class GraphNetwork(nn.Module):
-    """Messages along edges, summed by index_add and averaged by scatter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.message, self.update = nn.Embedding(4, 5), nn.Linear(12, 6), nn.GRUCell(6, 5)
-        self.read = nn.Linear(5, 2)
-
-    def forward(self, kinds: Tensor, edges: Tensor, features: Tensor, batch: Tensor) -> Tensor:
-        x = self.embed(kinds)
-        source, target = edges
-        for _ in range(2):
-            sent = F.relu(self.message(torch.cat([x[source], x[target], features], -1)))
-            found = torch.zeros(x.shape[0], 6, dtype=x.dtype, device=x.device).index_add_(0, target, sent)
-            x = self.update(found, x)
-        pooled = x.new_zeros(2, 5).scatter_reduce(0, batch[:, None].expand(-1, 5), x, "mean", include_self=False)
-        return self.read(pooled)
-
-
 def graph() -> tuple[Tensor, ...]:
     edges = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 0, 4, 3, 2]])
     return (torch.tensor([0, 1, 2, 3, 1]), edges, torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1]))
@@ -130,34 +111,6 @@ class Loose(nn.Module):
         return {name: self.layers[name](value) * scale + base for name, value in named.items()}
 
 
-class AdaptiveSoftmax(nn.Module):
-    """A softmax in clusters, whose forward branches on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.loss = nn.Linear(5, 8), nn.AdaptiveLogSoftmaxWithLoss(8, 9, [3, 6], div_value=2.0)
-
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return self.loss(self.body(x), target)
-
-
-class Spectral(nn.Module):
-    """A Fourier operator: complex weights, as such and as pairs of reals."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lift, self.pair = nn.Linear(1, 4), nn.Parameter(torch.randn(4, 5, 3, 2) / 4)
-        self.local, self.lower = nn.Conv1d(4, 5, 1), nn.Linear(5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.lift(x.unsqueeze(-1)).mT
-        waves = torch.fft.rfft(x)
-        mixed = torch.einsum("bik,iok->bok", waves[..., :3], torch.view_as_complex(self.pair))
-        full = torch.zeros(x.shape[0], 5, waves.shape[-1], dtype=waves.dtype, device=x.device)
-        full[..., :3] = mixed
-        return self.lower(F.gelu(torch.fft.irfft(full, n=x.shape[-1]) + self.local(x)).mT).squeeze(-1)
-
-
 class Sparse(nn.Module):
     """A graph convolution by a sparse adjacency."""
 
@@ -236,18 +189,6 @@ class Raw(nn.Module):
         return self.head(hidden) + hidden @ self.head.weight.detach().T
 
 
-class Nested(nn.Module):
-    """Sequences of several lengths in one nested tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
-        return self.head(self.body(parts).sin().values())
-
-
 def convs(*names: str) -> dict[str, str]:
     return {f"{name}.weight": "conv" for name in names}
 
@@ -263,9 +204,6 @@ ORIGINAL = "parametrizations.weight.original"
 ODD: list[Case] = [
     Case("generator", Generator, rand((3, 5)), linear(f'start.{ORIGINAL}') | {f'up.{ORIGINAL}': "conv"} | convs("out"),
         {"strength": (Reason.NO_FORM, Reason.VECTOR)}),
-    Case("graph_network", GraphNetwork, graph, {"embed.weight": "embedding", "update.weight_ih": "recurrent",
-        "update.weight_hh": "recurrent"} | lin("message", "read")),
-    Case("quantized", Quantized, rand((4, 6)), lin("encode", "decode")),
     Case("decoder", Decoder, rand((3, 5)),
         {"table.weight": "embedding", "cell.weight_ih": "recurrent", "cell.weight_hh": "recurrent"} | lin("head"),
         has_graph=False),
@@ -273,14 +211,8 @@ ODD: list[Case] = [
         has_graph=False),
     Case("loose", Loose, lambda: (rand((4, 3), (4, 3))(), {"scale": 2.0, "image": X()[0], "text": X()[0]}),
         lin("layers.text", "layers.image"), unreached=("layers.sound.weight",)),
-    Case("adaptive_softmax", AdaptiveSoftmax, lambda: (*X(), torch.tensor([1, 7, 4, 8])),
-        lin("body", "loss.head", "loss.tail.0.0", "loss.tail.0.1", "loss.tail.1.0", "loss.tail.1.1"),
-        has_graph=False),
-    Case("spectral", Spectral, rand((2, 8)), lin("lift", "lower") | convs("local") | linear("pair")),
-    Case("sparse", Sparse, adjacency, linear("first") | lin("second")),
     Case("control_flow", ControlFlow, X, lin("either", "head"), modes=(True,)),
     Case("weight_data", Raw, X, lin("body", "head"), has_graph=False),
-    Case("nested", Nested, rand((2, 4, 5)), lin("body", "head"), has_graph=False),
     Case("droppers", Droppers, rand((3, 3, 4, 5)), convs("conv") | lin("head")),
     Case("norms", Norms, rand((4, 3, 6)), convs(*(f'convs.{index}' for index in range(4))),
         has_graph=False),

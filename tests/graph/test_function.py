@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from lorasc_fx.graph.function import as_function
-from tests.kit.models import batches, branches, mlp, randomize
+from tests.kit.models import batches, mlp, randomize
 
 
 class Odd(nn.Module):
@@ -79,15 +79,6 @@ def test_a_replaced_parameter_is_used_in_the_next_call() -> None:
     assert torch.equal(cascade(x), before)
 
 
-def test_a_replaced_forward_of_a_branch_is_called() -> None:
-    (x,), model = batches(1, 4, 5), mlp()
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
-    branch = next(iter(cascade.branches.values()))
-    branch.forward = lambda *args, **kwargs: type(branch).forward(branch, *args, **kwargs) + 1.0  # type: ignore[method-assign]
-    module = cascade.graph_module
-    assert torch.equal(as_function(module)(x), module(x))
-
-
 class Widened(nn.Module):
     """Two linears with the same input, and a product whose weight is stored as [in, out]."""
 
@@ -110,25 +101,6 @@ def test_dropout_of_a_large_linear_is_applied() -> None:
         torch.manual_seed(0)
         results.append(call(x))
     assert torch.equal(*results)
-
-
-def test_hooks_of_a_branch_and_of_all_modules_are_called() -> None:
-    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
-    randomize(cascade)
-    (x,) = batches(1, 4, 5, seed=8)
-    before = cascade(x)
-    branch = branches(cascade)["2.weight"]
-    called: list[nn.Module] = []
-    for register in (branch.register_forward_hook, nn.modules.module.register_module_forward_hook):
-        called.clear()
-        handle = register(lambda module, args, output: called.append(module))
-        torch.testing.assert_close(cascade(x), before, rtol=0, atol=1e-14)
-        assert branch in called
-        handle.remove()
-    called.clear()
-    branch.register_full_backward_hook(lambda module, gradients, slopes: called.append(module))
-    cascade(x).sum().backward()
-    assert called == [branch]
 
 
 @pytest.mark.parametrize(

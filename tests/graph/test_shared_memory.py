@@ -109,17 +109,6 @@ def test_equal_views_are_trained_in_full_as_one() -> None:
     torch.testing.assert_close(net.one.weight.grad, plain.one.weight.grad)
 
 
-def test_equal_views_can_be_untied() -> None:
-    net = on_one_storage()
-    spec = lx.CascadeSpec(rank=2, untie=("two.weight",), pace=1.0)
-    cascade = lx.adapt(net, (X,), spec=spec)
-    assert [site.weight for site in cascade.sites] == ["one.weight", "two.weight", "last.weight"]
-    randomize(cascade)
-    wanted = cascade(X)
-    torch.testing.assert_close(cascade.release()(X), wanted)
-    assert not torch.equal(net.one.weight, net.two.weight)
-
-
 def flat(net: Net, places: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]) -> Net:
     """Put weights into one buffer of memory, each at an offset with a shape and strides."""
     memory = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -233,12 +222,3 @@ def test_neighbours_in_one_memory_are_sites(case: str) -> None:
     randomize(cascade, 2)
     wanted = cascade(X)
     torch.testing.assert_close(cascade.release()(X), wanted)
-
-
-def test_a_plan_with_an_overlapping_site_is_refused(tmp_path: Path) -> None:
-    make, _ = OVERLAPS["shifted"]
-    apart = make()
-    apart.two.weight.data = apart.two.weight.data.clone()
-    lx.save(lx.adapt(apart, (X,), spec=SPEC), tmp_path)
-    with raises(lx.CheckpointError, "sites-differ", "one.weight", "two"):
-        lx.load(tmp_path, make(), (X,))

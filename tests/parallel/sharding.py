@@ -20,14 +20,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
 from lorasc_fx.parallel import dcp, fsdp
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
-from tests.kit.state import trained_states, weight_states
 from tests.parallel.training import ROWS, STAGES, STEPS, data, optimizer_of, run, step
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -385,34 +383,6 @@ def spoilt(rank: int, count: int) -> dict[str, Tensor]:
 
 def storages(tensors: Any) -> dict[int, int]:
     return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-
-
-class Peak(TorchDispatchMode):
-    """Measures the peak memory of gathered weights, before every operation."""
-
-    def __init__(self, cascade: lx.Cascade) -> None:
-        super().__init__()
-        self.cascade, self.most = cascade, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [each for each in self.cascade.parameters() if not hasattr(each, "to_local")]
-        self.most = max(self.most, sum(storages(plain).values()))
-        return func(*args, **(kwargs or {}))
-
-
-def measured(rank: int, count: int) -> dict[str, Tensor]:
-    """Return bytes: of the shards and of W0 on this rank, of the full model, and the peak of gathered weights in a
-    step.
-    """
-    cascade = adapted("fresh", depth=12, width=32, inner=96)
-    parameters = sum(storages(cascade.parameters()).values())
-    fsdp.shard(cascade)
-    with Peak(cascade) as peak:
-        cascade(example()).sum().backward()
-    held = sum(storages(each.to_local() for each in cascade.parameters()).values())  # type: ignore[operator]
-    states = [*weight_states(cascade).values(), *trained_states(cascade).values()]
-    base = sum(storages(state.base for state in states).values())
-    return {"bytes": torch.tensor([parameters, held, base, peak.most])}
 
 
 # ---- ranks that are not alike

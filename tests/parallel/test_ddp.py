@@ -59,15 +59,6 @@ def test_the_weights_of_one_process(count: int) -> None:
 
 
 @pytest.mark.slow
-def test_noise_and_fresh_factors_need_no_communication() -> None:
-    first, second = on_ranks(2, training.without_a_group, "fresh", group=False)
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
-    key = "model.up.weight"
-    assert not torch.equal(first[f"1/{key}"], first[f"2/{key}"])
-    assert not torch.equal(first[f"1/{key}"], training.net().up.weight)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("how", "name"), [("dies", "fast"), ("stands still", "fresh")])
 def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path, how: str, name: str) -> None:
     folder, at, until = str(tmp_path / "run"), 6 if name == "fresh" else 4, 10

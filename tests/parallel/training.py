@@ -151,13 +151,3 @@ def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int
     assert list(extra) == ["steps"]
     run(wrapper, optimizer, extra["steps"], until, (rank, count))
     return {**values(cascade), "drawn": torch.rand(3)}
-
-
-def without_a_group(rank: int, count: int, name: str) -> dict[str, Tensor]:
-    """Return the noise and lora_A of each process for several stages."""
-    torch.manual_seed(100 + rank)
-    cascade, found = adapted(name), {}
-    for stage in (1, 2, 3):
-        found |= {f"{stage}/{key}": value.detach().clone() for key, value in cascade.named_parameters()}
-        cascade.transition(None)
-    return found

@@ -320,13 +320,6 @@ def test_devices(tmp_path: Path) -> None:
         lx.materialize(cascade, path)
 
 
-def test_inputs_on_the_meta_device(tmp_path: Path) -> None:
-    cascade = lx.adapt(MLP.on_meta(), kwargs={"x": X.to("meta")}, spec=SPEC)
-    lx.materialize(cascade, MLP.files(tmp_path))
-    assert torch.equal(cascade.example[1]["x"], torch.ones(3, 6))
-    assert torch.equal(cascade(x=X), lx.adapt(MLP.loaded(), kwargs=MLP.kwargs, spec=SPEC)(x=X))
-
-
 class Looks(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.up.weight.sum().item() > 0 else x
@@ -339,20 +332,12 @@ class Keeps(Mlp):
 
 
 def test_models_that_need_their_numbers() -> None:
-    with pytest.raises(lx.CaptureError) as raised:
+    with raises(lx.CaptureError, "model-refuses-inputs", "Looks", "GuardOnDataDependentSymNode", "meta device"):
         lx.adapt(Case(Looks, {}).on_meta(), args=(X,))
-    assert str(raised.value).startswith("Looks itself raises on the example inputs: GuardOnDataDependentSymNode: ")
-    assert str(raised.value).endswith(
-        ", or load its weights before adapt, because a model on the meta device cannot read values"
-    )
     with raises(lx.CaptureError, "meta-model", "factor"):
         lx.adapt(Case(Keeps, {}).on_meta(), args=(X,))
-    with pytest.raises(lx.CaptureError) as raised:
+    with raises(lx.CaptureError, "not-captured", "eager: ", "meta device"):
         lx.adapt(MLP.on_meta(), args=(X,), frontend="eager")
-    assert str(raised.value).endswith(
-        "eager: the model must run, and has no values here (it is on the meta device, or sharded). Load its weights "
-        "before adapt"
-    )
 
 
 def test_a_fault_on_the_way_puts_all_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

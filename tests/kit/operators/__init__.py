@@ -13,7 +13,7 @@ from tests.kit.operators.layers import EMBEDDINGS, RECURRENT, SHARED
 from tests.kit.operators.products import EXPERTS, PRODUCTS
 from tests.kit.operators.weights import COMPUTED
 
-STATED = ("conv_residual", "conv_lazy", "conv_standardized_by_norm")
+STATED = ("conv_residual", "conv_lazy")
 PLAIN = [*GRAPHS, *PRODUCTS, *CONVS, *EMBEDDINGS, *EXPERTS, *(case for case in CODED if case.name not in STATED)]
 OPERATORS: list[Case] = [
     # Models without dropout, statistics or state are compared in one mode, alternately in train and eval mode.

@@ -35,22 +35,6 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-class StandardizedByNorm(nn.Conv2d):
-    """As timm does it: by a batch norm of the weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0)
-        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
-
-
-class Equalized(nn.Conv2d):
-    """The learning rate of a weight, by a gain in forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gain = 1 / math.sqrt(self.weight[0].numel())
-        return F.conv2d(x, self.weight * gain, self.bias, padding=1)
-
-
 class Modulated(nn.Module):
     """StyleGAN2's convolution: a weight per example, scaled by a style and normalized, run as groups."""
 
@@ -67,21 +51,6 @@ class Modulated(nn.Module):
         return found.view(batch, 6, height, width)
 
 
-class Conditional(nn.Module):
-    """CondConv: an example's kernel is a mixture of kernels, by a router."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.weight = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 6 * 4 * 3 * 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        weight = torch.matmul(torch.sigmoid(self.router(x.mean((2, 3)))), self.weight)
-        weight = weight.view(batch * 6, channels, 3, 3)
-        found = F.conv2d(x.reshape(1, batch * channels, height, width), weight, None, 1, 1, 1, batch)
-        return found.view(batch, 6, height, width)
-
-
 class Shuffled(nn.Module):
     """Sub-pixel upsampling, squeeze and excitation with 1x1 convolutions, and a residual."""
 
@@ -93,19 +62,6 @@ class Shuffled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(F.pixel_shuffle(self.conv(x), 2))
         return x * torch.sigmoid(self.excite(F.relu_(self.squeeze(F.adaptive_avg_pool2d(x, 1)))))
-
-
-class Deformable(nn.Module):
-    """torchvision's deformable convolution, offsets from a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from torchvision.ops import DeformConv2d
-
-        self.offset, self.conv = nn.Conv2d(4, 18, 3, padding=1), DeformConv2d(4, 6, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, 0.3 * self.offset(x))
 
 
 def _unfolded(x: Tensor, w: Tensor) -> Tensor:
@@ -131,26 +87,18 @@ CODED = [
     Case("F_conv_transpose2d", of(lambda x, w: F.conv_transpose2d(x, w, stride=2, groups=2), (4, 3, 3, 3)), IMAGE, ONE),
     Case("conv_tbc", of(lambda x, w, b: torch.conv_tbc(x, w, b, 1), (3, 4, 6), (6,)), rand((7, 2, 4)), ONE),
     Case("conv_of_a_matrix", of(lambda x, w: F.conv2d(x, w[:, :, None, None]), (6, 4)), IMAGE, ONE),
-    Case("linear_of_a_kernel", of(lambda x, w: F.linear(x.movedim(1, -1), w.squeeze()), (6, 4, 1, 1)), IMAGE,
-        linear("w0")),
     Case("unfolded", of(_unfolded, (6, 4, 3, 3)), IMAGE, linear("w0")),
     Case("conv_and_linear", of(_both, (6, 4, 3, 3)), IMAGE, ONE),
     Case("conv_flipped", of(lambda x, w: F.conv2d(x, w.flip(2, 3).transpose(0, 1)), (4, 6, 3, 3)), IMAGE, ONE),
     Case("conv_shared_over_channels",
         of(lambda x, w: F.conv2d(x, w.repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]), (1, 1, 3, 3)), IMAGE, ONE),
-    Case("conv_of_outer", of(lambda x, v, w: F.conv1d(x, torch.einsum("oc,ck->ock", v, w)), (6, 4), (4, 3)), SIGNAL,
-        {"w0": "conv", "w1": "conv"}),
     row("conv_same_as_tensorflow",
         seq(lambda: SameAsTensorFlow(4, 6, 3, stride=2, groups=2), lambda: nn.Conv2d(6, 5, 1)), IMAGE,
         {"0.weight": "conv", "1.weight": "conv"}, leaves=("SameAsTensorFlow",),
         module="1.weight=nn.Conv2d"),
     row("conv_standardized", seq(lambda: Standardized(4, 6, 3, stride=2, padding=1), lambda: nn.Conv2d(6, 5, 2)), IMAGE,
         aten="1.weight=conv2d_1 0.weight:conv=*"),
-    Case("conv_standardized_by_norm", lambda: StandardizedByNorm(4, 6, 3, padding=1), IMAGE, {"weight": "conv"}),
-    Case("conv_equalized", lambda: Equalized(4, 6, 3), IMAGE, {"weight": "conv"}),
     Case("conv_modulated", Modulated, rand((2, 4, 5, 6), (2, 5)), {"style.weight": "linear", "weight": "conv"}),
-    Case("conv_conditional", Conditional, IMAGE, linear("router.weight", "weight")),
-    Case("conv_deformable", Deformable, IMAGE, {"offset.weight": "conv", "conv.weight": "conv"}),
     Case("conv_residual", Shuffled, IMAGE, {f"{name}.weight": "conv" for name in ("conv", "squeeze", "excite")}),
     Case("conv_lazy", _lazy, IMAGE, {"0.weight": "conv", "2.weight": "conv"}),
     Case("conv_channels_last", lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), IMAGE,

@@ -49,13 +49,6 @@ class Product(nn.Module):
         return left * values, right
 
 
-class Straight(nn.Module):
-    """Rounded in forward, the identity for gradients."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + ((x * 8).round() / 8 - x).detach()
-
-
 def symmetric(layer: nn.Module) -> nn.Module:
     return parametrize.register_parametrization(layer, "weight", Symmetric())
 
@@ -115,47 +108,6 @@ class Hyper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made = self.maker(self.latent)[0]
         return F.linear(x, made[:35].view(7, 5), made[35:])
-
-
-class HyperByInput(nn.Module):
-    """A weight of its own for each example, by a linear layer of the example."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maker, self.body = nn.Linear(5, 15), nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(self.maker(x).view(-1, 3, 5), self.body(x).unsqueeze(-1)).squeeze(-1)
-
-
-class Householder(nn.Module):
-    """An orthogonal weight by the exponential of a skew matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.skew = nn.Parameter(torch.randn(5, 5) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        upper = self.skew.triu(1)
-        return x @ torch.matrix_exp(upper - upper.T)
-
-
-class Inverse(nn.Module):
-    """Glow's invertible layer, with the log determinant of its weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(4, 4))[0])
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.conv1d(x, self.weight.unsqueeze(-1)), torch.slogdet(self.weight)[1] * x.shape[-1]
-
-
-class Regularized(nn.Linear):
-    """Returns a penalty on its own weight beside its output."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x), self.weight.square().sum()
 
 
 class Dropped(nn.Linear):
@@ -222,18 +174,10 @@ COMPUTED = [
     whole("orthogonal_cayley", parametrized(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"),
         lambda: nn.Linear(5, 5)), X, original()),
     whole("symmetric", parametrized(symmetric, lambda: nn.Linear(5, 5)), X, original()),
-    whole("product", parametrized(product, lambda: nn.Linear(5, 5)), X, original("linear", "original0", "original1")),
-    whole("straight_through", parametrized(lambda layer: parametrize.register_parametrization(layer, "weight",
-        Straight()), lambda: nn.Linear(5, 5)), X, original()),
-    whole("cached", Cached, X, linear("layer.parametrizations.weight.original")),
     whole("pruned", pruned, X, linear("0.weight_orig", "2.weight")),
     Case("normalized", Normalized, X, linear("weight")),
     Case("masked", Masked, X, linear("weight")),
     Case("hyper", Hyper, X, linear("maker.weight"), {"latent": Reason.VECTOR}),
-    Case("hyper_by_input", HyperByInput, X, linear("maker.weight", "body.weight")),
-    Case("matrix_exponential", Householder, X, linear("skew")),
-    Case("inverse", Inverse, SIGNAL, {"weight": "conv"}),
-    Case("regularized", lambda: Regularized(5, 7), X, linear("weight")),
     Case("drop_connect", lambda: Dropped(5, 7), X, linear("weight")),
     Case("parts", Parts, rand((2, 4, 5), (2, 3, 5)), linear("packed")),
 ]
