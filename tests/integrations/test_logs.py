@@ -6,7 +6,6 @@ import logging
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from torch import nn
 import lorasc_fx as lx
 from tests.kit.errors import raises
 from tests.kit.models import Breaking
-from tests.kit.seams import SEAMS, seam
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,42 +38,6 @@ def test_only_warnings_are_printed_by_default(trains: bool) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     told = "<string>:6: LorascWarning: stage 1 ended, and no branch has moved"  # line 6 is that of the loop
     assert [line[: len(told)] for line in done.stderr.splitlines()] == ([] if trains else [told])
-
-
-def test_captures_variants_and_transitions_are_timed(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, logger="lorasc_fx")
-    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.1), nn.Linear(7, 3))
-    cascade = lx.adapt(model, args=(torch.ones(2, 5),), spec=lx.CascadeSpec(rank=2))
-    cascade.eval()(torch.ones(2, 5))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    cascade.train()(torch.ones(2, 5)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    began = time.monotonic()
-    original = seam("start of a weight")
-
-    def slowly(*args: object, **options: object) -> object:
-        time.sleep(0.06)
-        return original(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(*SEAMS["start of a weight"], slowly)
-    cascade.transition(optimizer)
-    took = time.monotonic() - began
-    found = [record.getMessage() for record in caplog.records if record.name == "lorasc_fx"]
-    patterns = [
-        r"Sequential captured by export, in \d+\.\d\d s",
-        r"adapted: variant 1 by export, 2 sites, in \d+\.\d\d s",
-        r"Sequential captured by export, in \d+\.\d\d s",
-        r"variant 2 by export, in \d+\.\d\d s",
-        r"stage 1 folded, 2 experts, in (\d+\.\d\d) s",
-    ]
-    assert len(found) == len(patterns)
-    for pattern, message in zip(patterns, found, strict=True):
-        assert re.fullmatch(pattern, message), message
-    seconds = float(re.fullmatch(patterns[-1], found[-1])[1])  # type: ignore[index]
-    assert 0.12 <= seconds <= took + 0.01  # two sites, 0.06 s each
 
 
 def test_a_failing_front_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:

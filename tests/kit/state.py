@@ -24,16 +24,15 @@ from lorasc_fx.checkpoint.tree import pack
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.state import Expert as StageExpert
-from lorasc_fx.state import WeightState as StateOfWeight
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 
 # fmt: off
 __all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
-    "TrainedState", "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
-    "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_idle", "is_released",
-    "lock_of", "made_weight", "maps_a_file", "noise_drawn", "oldest_variant", "placed_weights", "read",
+    "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
+    "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
+    "lock_of", "maps_a_file", "noise_drawn", "oldest_variant", "placed_weights", "read",
     "replace_plan", "resting_value", "slow_values", "stored_values", "text_digest", "trainable",
-    "trained_in_full", "trained_states", "variant_count", "variant_for", "weight_state", "weight_states"]
+    "trained_in_full", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
 
 
@@ -93,14 +92,6 @@ class WeightState(NamedTuple):
         return [expert.stage for expert in self.experts]
 
 
-class TrainedState(NamedTuple):
-    """A parameter trained in full: before adaptation, its slow value, and the slow values at the ends of stages."""
-
-    base: Tensor
-    slow: Tensor
-    past: dict[int, Tensor]
-
-
 def weight_states(holder: lx.Cascade | fx.GraphModule) -> dict[str, WeightState]:
     """The slow state of every weight that has one, by name; of a cascade, or of a graph that owns its weights."""
     states = (holder._run if isinstance(holder, lx.Cascade) else record_of(holder)).slow.states
@@ -148,14 +139,6 @@ def drop_state(graph_module: fx.GraphModule, name: str) -> None:
     set_record(graph_module, dataclasses.replace(record, slow=dataclasses.replace(record.slow, states=states)))
 
 
-def trained_states(cascade: lx.Cascade) -> dict[str, TrainedState]:
-    """The state of every parameter trained in full, by name."""
-    return {
-        name: TrainedState(state.base, state.dense["slow"], dict(state.ends))
-        for name, state in cascade._run.slow.trained.items()
-    }
-
-
 def slow_values(cascade: lx.Cascade) -> dict[str, Any]:
     """Everything in the slow state, as nested lists of tensors and plain values."""
     slow = cascade._run.slow
@@ -172,13 +155,6 @@ def _values(thing: Any) -> Any:
     if isinstance(thing, Mapping):
         return [(name, _values(thing[name])) for name in sorted(thing, key=str)]  # a load may order them otherwise
     return [_values(each) for each in thing] if isinstance(thing, (list, tuple)) else thing
-
-
-def made_weight(base: Tensor, experts: Sequence[Expert] = (), slow: Sequence[float] = ()) -> StateOfWeight:
-    """A slow state of the package's own, for functions that take one; slow and start are the same."""
-    pairs = zip(experts, slow, strict=True)
-    kept = tuple(StageExpert(expert.b, expert.a, expert.stage, (share,) * 3) for expert, share in pairs)
-    return StateOfWeight("w", base, experts=kept)
 
 
 # ---- parameters
@@ -208,11 +184,6 @@ def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
 
 
 # ---- what the cascade is doing
-
-
-def is_idle(cascade: lx.Cascade) -> bool:
-    """Whether no stage runs: the last one has ended."""
-    return cascade._run.slow.idle
 
 
 def is_released(cascade: lx.Cascade) -> bool:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
@@ -383,6 +384,19 @@ def spoilt(rank: int, count: int) -> dict[str, Tensor]:
 
 def storages(tensors: Any) -> dict[int, int]:
     return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+
+
+class Peak(TorchDispatchMode):
+    """Measures the peak memory of gathered weights, before every operation."""
+
+    def __init__(self, cascade: lx.Cascade) -> None:
+        super().__init__()
+        self.cascade, self.most = cascade, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [each for each in self.cascade.parameters() if not hasattr(each, "to_local")]
+        self.most = max(self.most, sum(storages(plain).values()))
+        return func(*args, **(kwargs or {}))
 
 
 # ---- ranks that are not alike

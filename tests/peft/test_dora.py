@@ -174,22 +174,6 @@ def test_only_magnitudes_over_a_dense_delta() -> None:
         torch.testing.assert_close(value, fast[name], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_an_untrained_stage_changes_nothing(dtype: torch.dtype, noise: float) -> None:
-    model, x = mlp().to(dtype), batches(1, 4, 5)[0].to(dtype)
-    base, before = weights(model), model(x).double()
-    cascade = adapted(model, x, noise=lx.Noise(noise), pace=0.3)
-    for branch in branches(cascade).values():
-        assert branch.lora_magnitude_vector.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    if not noise:
-        assert (cascade(x).double() - before).abs().max() < 8 * torch.finfo(dtype).eps
-    cascade.transition(None)
-    with cascade.weights("fast"):
-        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
-    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
-
-
 def test_with_a_start_from_the_weight() -> None:
     """PiSSA and DoRA: `diag(m / |W_r + s B A|) (W_r + s B A)` of the residual W_r that the parameter holds."""
     model, calls = mlp(), batches(5, 4, 5)
@@ -235,42 +219,6 @@ def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
         assert (expected - base(calls[0])).abs().max() > 1e-3
     with raises(lx.SpecError, "method-not-supported", "max_rank", "2"):
         lx.export.peft(cascade, tmp_path / "cut", max_rank=2)
-
-
-def test_passes_without_a_cascade() -> None:
-    from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
-
-    model, (x,) = mlp(), batches(1, 4, 5)
-    base, before = weights(model), model(x)
-    pipeline = Pipeline([MatchSites(lx.CascadeSpec(**{**PLAIN, "pace": 0.5})), InsertBranches()])
-    inserted = pipeline(torch.fx.symbolic_trace(model)).graph_module
-    torch.testing.assert_close(inserted(x), before, rtol=0, atol=1e-14)
-    assert torch.equal(FoldBranches()(inserted).graph_module.get_parameter("0.weight"), base["0.weight"])
-    branch = inserted.branches.get_submodule("0/weight")
-    with torch.no_grad():
-        branch.lora_B.fill_(0.3)
-        branch.lora_magnitude_vector.mul_(1.5)
-    moved = base["0.weight"] + SCALE * branch.lora_B.detach() @ branch.lora_A.detach()
-    fast = branch.lora_magnitude_vector.detach()[:, None] / norms(moved) * moved
-    slow = (base["0.weight"] + fast) / 2
-    folded = FoldBranches(view="slow")(inserted).graph_module
-    torch.testing.assert_close(folded.get_parameter("0.weight"), slow, rtol=0, atol=1e-14)
-    assert [node.name for node in folded.graph.nodes] == [
-        node.name for node in torch.fx.symbolic_trace(mlp()).graph.nodes
-    ]
-    after = StageTransition()(inserted).graph_module
-    torch.testing.assert_close(after(x), folded(x), rtol=0, atol=1e-14)
-    torch.testing.assert_close(branch.lora_magnitude_vector, norms(slow).flatten(), rtol=0, atol=1e-14)
-
-
-def test_parameter_groups() -> None:
-    cascade = adapted(mlp(), batches(1, 4, 5)[0])
-    groups = {group["name"]: group["params"] for group in cascade.param_groups(lr=0.1)}
-    assert list(groups) == ["lora_A", "lora_B", "lora_magnitude_vector"]
-    assert [tuple(each.shape) for each in groups["lora_magnitude_vector"]] == [(7,), (6,), (2,)]
-    assert sum(site.parameters for site in cascade.sites) == sum(
-        each.numel() for own in groups.values() for each in own
-    )
 
 
 def test_weights_without_a_place_for_magnitudes() -> None:
@@ -336,16 +284,3 @@ def test_a_row_scaled_to_zero_cannot_be_exported(tmp_path: Path) -> None:
         branches(cascade)["2.weight"].lora_magnitude_vector[1] = 0
     with raises(lx.export.ExportError, "not-exportable", "2.weight", "0"):
         lx.export.peft(cascade, tmp_path / "adapter")
-
-
-def test_casts_and_copies() -> None:
-    """A cast keeps an untrained running stage untrained. A copy trains independently."""
-    x = batches(1, 4, 5)[0]
-    cascade = adapted(mlp(), x)
-    base = {name: value.float() for name, value in weights(mlp()).items()}
-    cascade.float()
-    assert all(torch.equal(value, base[name]) for name, value in weights(copy.deepcopy(cascade).release()).items())
-    twin = copy.deepcopy(cascade)
-    train(twin, torch.optim.SGD(twin.param_groups(lr=0.1)), [x.float()])
-    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
-    assert not any(torch.equal(value, base[name]) for name, value in weights(twin.release()).items())
