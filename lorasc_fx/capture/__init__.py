@@ -40,6 +40,7 @@ from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 
 __all__ = [
     "EAGER",
+    "EXPORT",
     "FRONTENDS",
     "OWNER",
     "Axis",
@@ -150,7 +151,6 @@ class _Example:
                 seconds = time.monotonic() - start
                 log.info("%s not captured by %s, in %.2f s: %s", name, EXPORT.name, seconds, one_line(raised))
         if frontend != EXPORT.name and self.on_values:
-            log.info("%s runs eagerly", name)
             log.info("%s runs eagerly", name)
             return Captured(None, EAGER, refused=tuple(reasons.items()))
         if fault is not None:

@@ -146,11 +146,18 @@ class Graphs:
         run, start_time = self.run, time.monotonic()
         plan, axes = run.plan, self.variants.varying(call).union(dynamic)
         self.variants.count_changes(call)
+        decided = Decided(plan, run.by_key, run.refusals, ())
+        if not dynamic and (earlier := self.variants.reusable(call)) is not None:
+            reused = self.compiler.reuse(run.model, decided, call, earlier)
+            if reused is not None:
+                log.info("the graph of another mode serves this call, in %.2f s", time.monotonic() - start_time)
+                with run.lock:
+                    if run.plan is plan:
+                        self.variants.add(call, reused, run.branches.training)
+                    return reused if run.plan is plan else None
         # Step 1: capture. The first graph of a loaded cascade is compared with the plan of the checkpoint.
         try:
-            result = self.compiler.make(
-                run.model, Decided(plan, run.by_key, run.refusals, ()), call.args, call.kwargs, axes, self.variants.all
-            )
+            result = self.compiler.make(run.model, decided, call.args, call.kwargs, axes, self.variants.all)
             disagreements = self.compiler.faults(result.variant) if not self.frontend else []
         except (PassError, SpecError) as fault:
             if self.frontend:

@@ -11,6 +11,7 @@ is guarded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import enum
 import functools
 import itertools
@@ -401,8 +402,10 @@ class Guards:
         # For `hold_traced`: (store, key, value, whether to compare by `==`), and (hooks, position, hook).
         self._traced: list[tuple[Any, Any, Any, bool]] = []
         self._hooks: list[tuple[Any, int, Any]] = []
+        self._without, self._written = tuple(without), tuple(written)
         self._modules = list(model.modules())
         self._kinds = [type(module) for module in self._modules]
+        self._modes = [module.training for module in self._modules]
         unguarded: dict[str, set[Any]] = {}
         for name, key in without:
             unguarded.setdefault(name, set()).add(key)
@@ -522,6 +525,22 @@ class Guards:
             if type(module) is not kind:
                 changes.append(Change(kind.__qualname__, "__class__", f"{kind.__qualname__}.__class__", False))
         return changes
+
+    def renewed(self, model: nn.Module) -> Guards:
+        """Return guards of the current state, with the same exceptions."""
+        return Guards(model, self._without, self._written)
+
+    @contextlib.contextmanager
+    def modes_restored(self) -> Iterator[None]:
+        """Set the mode of each module, train or eval, to the recorded one inside the block."""
+        current = [module.training for module in self._modules]
+        try:
+            for module, training in zip(self._modules, self._modes, strict=True):
+                module.training = training
+            yield
+        finally:
+            for module, training in zip(self._modules, current, strict=True):
+                module.training = training
 
     def written(self) -> list[torch.Tensor]:
         """Return the guarded tensors that were written in place since the record was made."""

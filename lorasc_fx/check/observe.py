@@ -185,6 +185,7 @@ def observe(
     kwargs: Mapping[str, Any],
     reference: Observed | None = None,
     backward: bool = False,
+    gradients: bool = True,
     keep_values: bool = False,
 ) -> Observed:
     """Run once in the current gradient mode, and return the record of the run.
@@ -197,6 +198,7 @@ def observe(
         args, kwargs: arguments of the call. They are copied.
         reference: the record that the new one will be compared with.
         backward: run backward in any case.
+        gradients: whether gradients are recorded, if gradients are on.
         keep_values: keep the values of large outputs instead of digests.
     """
     inputs, named = copy_inputs(args, kwargs)
@@ -215,7 +217,7 @@ def observe(
             functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
         # Describe the autograd graph. Run backward only if the description is not enough.
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
-        differentiates = torch.is_grad_enabled() and not without_values
+        differentiates = gradients and torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(tensors_in((inputs, named)))}
         parameters = dict(model.named_parameters())
         # A description contains neither hooks nor the order of writes, so backward must run if the model uses them.
@@ -224,7 +226,7 @@ def observe(
         autograd = describe(roots, parameters, leaves) if readable else None
         same = autograd is not None and (reference is None or autograd == reference.autograd)
         run_backward = differentiates and not same
-        gradients, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
+        projections, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
     # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
     if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
@@ -241,7 +243,7 @@ def observe(
         use.reads_grad_state,
         tuple(sorted(observers)),
         autograd,
-        gradients,
+        projections,
         one_line(fault) if fault is not None else "",
     )
 

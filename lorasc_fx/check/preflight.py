@@ -108,7 +108,7 @@ class Preflight:
 
 
 @isolated
-def _trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
+def trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
     """Context manager: run the model eagerly, and restore it and the process. Returns a snapshot of its attributes."""
     undo.enter(quiet(grad))
     undo.enter(eager())
@@ -129,13 +129,13 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     """
     has_run = model in WRITTEN
     try:
-        with _trial(model, grad) as attributes:
+        with trial(model, grad) as attributes:
             guards = Guards(model)
             seen = observe(model, model, args, kwargs)
             if written_by(model):  # the first run found these parameters: observe their values in a second one
                 attributes.restore()
                 seen = observe(model, model, args, kwargs)
-            states = _generators()
+            states = generators()
             # Does forward set attributes in each call? The first call may only have filled caches, so run again.
             changing: list[str] = []
             assigned: set[tuple[str, Any]] = set()
@@ -149,11 +149,11 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             # Does forward draw from the generators of Python or numpy? If it seeds them itself, it leaves the same
             # state behind under another seed. Then each call draws the same numbers, and they may be constants.
             seed()
-            moved = [index for index, state in enumerate(_generators()) if state != states[index]]
+            moved = [index for index, state in enumerate(generators()) if state != states[index]]
             draws = False
             if moved:
                 _run(model, args, kwargs, seed_value=1)
-                again = _generators()
+                again = generators()
                 draws = any(states[index] != again[index] for index in moved)
             # Does the result depend on the gradient mode?
             attributes.restore()
@@ -194,7 +194,7 @@ def check_agrees(
     grad = preflight.grad is not False
 
     def run(call: Callable[..., Any], keep_values: bool, **options: Any) -> Observed:
-        with _trial(model, grad):
+        with trial(model, grad):
             return observe(call, model, args, kwargs, keep_values=keep_values, **options)
 
     try:
@@ -223,11 +223,11 @@ def check_agrees(
 
 def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a graph computes the same as its model on one call without gradients. True if the graph raises."""
-    with _trial(model, grad=False):
+    with trial(model, grad=False):
         computed, _ = attempt(observe, graph, model, args, kwargs, keep_values=True)
     if computed is None:
         return True
-    with _trial(model, grad=False):
+    with trial(model, grad=False):
         expected, _ = attempt(observe, model, model, args, kwargs, keep_values=True)
     return expected is not None and difference_of(computed, expected, gradients=False) is None
 
@@ -269,7 +269,7 @@ def _first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ..
     return next((path for path, parts in outputs if path and not all(map(results.has, parts))), "")
 
 
-def _generators() -> tuple[Any, Any]:
+def generators() -> tuple[Any, Any]:
     """Return the states of the random generators of Python and numpy, in a form that can be compared by `==`."""
     numpy = sys.modules.get("numpy")
     state = numpy.random.get_state() if numpy is not None else ()

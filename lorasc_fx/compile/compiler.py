@@ -11,9 +11,11 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.capture import Axis, Captured, capture, least_sizes
-from lorasc_fx.check.isolation import written_by
+from lorasc_fx.capture import EXPORT, Axis, Captured, capture, least_sizes
+from lorasc_fx.check.isolation import has_values, written_by
+from lorasc_fx.check.modes import is_data_dependent, same_in_current_mode
 from lorasc_fx.check.observe import one_line
+from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.compile.eager import EagerModel, make_eager, with_uses
 from lorasc_fx.compile.variants import NewVariant, Variant
 from lorasc_fx.errors import CaptureError, LorascError, VerifyError
@@ -35,7 +37,7 @@ from lorasc_fx.passes import (
 )
 from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
-from lorasc_fx.signature import Calls
+from lorasc_fx.signature import Call, Calls, requires_grad
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.accelerator import OUT_OF_MEMORY
 
@@ -120,6 +122,38 @@ class Compiler:
             earlier = next((each.module for each in existing if isinstance(each.module, EagerModel)), None)
             return make_eager(captured, model, decided, args, kwargs, earlier)
         return insert(captured, captured.module, decided)
+
+    def reuse(self, model: nn.Module, decided: Decided, call: Call, variant: Variant) -> Variant | None:
+        """Return a variant with the graph of an earlier one, if the model computes this call as in its mode, or None.
+
+        It serves only the sizes of this call: the model may compare them in this mode alone. This runs the model twice.
+
+        Args:
+            model: the model. It is left unchanged.
+            decided: the plan.
+            call: the call.
+            variant: the earlier variant. It accepts the inputs, but the model was in another mode.
+        """
+        conditions = variant.conditions
+        graph = variant.module.graph if isinstance(variant.module, fx.GraphModule) else None
+        if variant.frontend is not EXPORT or graph is None or conditions.state is None or not has_values(model):
+            return None
+        if is_data_dependent(graph):
+            return None
+        with requiring_grad(model, _trained(model, decided)):
+            same = same_in_current_mode(model, call.args, call.kwargs, conditions.state)
+        if same is None:
+            return None
+        state, seen = same
+        conditions = replace(
+            conditions,
+            sizes=tuple([tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in call.leaves]),
+            requested=frozenset(),
+            state=state,
+            grad=torch.is_grad_enabled(),
+            requires_grad=requires_grad(call.leaves) if seen.reads_grad_state else conditions.requires_grad,
+        )
+        return replace(variant, conditions=conditions)
 
     def fold(
         self,

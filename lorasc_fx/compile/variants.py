@@ -151,6 +151,20 @@ class Variants:
                     return entry.variant
         return next((variant for variant in self.all if variant.universal), None)
 
+    def reusable(self, call: Call) -> Variant | None:
+        """Return a graph for the inputs of this call that was captured in another mode of the model, or None.
+
+        Also None if there are graphs for the current mode: then they do not serve the sizes of this call.
+        """
+        alike = [entry.variant for entry in self.entries if entry.key == call.key]
+        if any(variant.conditions.hold() for variant in alike):
+            return None
+        for variant in reversed(alike):
+            conditions = variant.conditions
+            if conditions.grad in (None, torch.is_grad_enabled()) and conditions.accepts(call.leaves):
+                return variant
+        return None
+
     @property
     def all(self) -> list[Variant]:
         """The variants, oldest first."""

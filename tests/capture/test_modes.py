@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
@@ -100,7 +101,142 @@ HOWS: dict[str, Callable[[bool, Tensor], Tensor]] = {
     "noise": lambda training, y: y + torch.randn_like(y) if training else y,
     "a write": lambda training, y: y.mul_(2) if training else y,
     "no gradient": lambda training, y: y.detach() if training else y,
+    "a tensor that needs no gradient": lambda training, y: y + y.detach().requires_grad_(training),
+    "almost the same number": lambda training, y: y * (1.0 if training else 1.0 + 1e-6),
+    "another operand of the same value": lambda training, y: y + (y * 1 if training else y),
 }
+
+
+class TwoBiases(nn.Module):
+    """One bias for each mode. New ones are equal, so only the operands of the sum tell the modes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.biases = nn.ParameterList([torch.zeros(6), torch.zeros(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.biases[int(self.training)]
+
+
+class Plain(nn.Module):
+    """Attention, norm and dropout of rate 0, so train and eval mode compute the same."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor] = lambda self, y: y) -> None:
+        super().__init__()
+        self.layer, self.norm, self.drop, self.how = nn.Linear(6, 8), nn.LayerNorm(8), nn.Dropout(0.0), how
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.drop(self.norm(self.layer(x)))
+        y = F.scaled_dot_product_attention(y[None], y[None], y[None], dropout_p=0.0)[0]
+        return self.how(self, y if scale is None else y * scale)
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The mode of the model in each call of torch.export."""
+    modes: list[bool] = []
+    export = torch.export.export
+
+    def counted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        modes.append(model.training)
+        return export(model, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    return modes
+
+
+def adapted_in_both_modes(model: nn.Module, x: Tensor, training: bool) -> tuple[lx.Cascade, nn.Module]:
+    """Adapt a model in one mode, and compare it with the eager model in both, with and without gradients."""
+    model.train(training)
+    eager = copy.deepcopy(model)
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    for mode in (not training, training):
+        cascade.train(mode)
+        eager.train(mode)
+        with torch.no_grad():
+            assert_same(cascade, eager, x)
+        assert_same(cascade, eager, x)
+    return cascade, eager
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_for_both_modes(training: bool, exports: list[bool]) -> None:
+    cascade, eager = adapted_in_both_modes(Plain(), torch.randn(5, 6), training)
+    assert exports == [training]
+    cascade.train(not training)
+    eager.train(not training)
+    assert_same(cascade, eager, torch.randn(7, 6))  # a new size needs a graph of this mode
+    assert exports == [training, not training]
+
+
+def test_a_call_in_another_mode_runs_the_model_twice(exports: list[bool]) -> None:
+    norms: list[bool] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            norms.append(func is F.layer_norm)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(5, 6)
+    cascade = lx.adapt(Plain(), (x,), spec=SPEC).eval()
+    with Watch(), torch.no_grad():
+        cascade(x)
+    assert (len(exports), sum(norms)) == (1, 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trained_branch_and_a_graph_of_both_modes(training: bool, exports: list[bool]) -> None:
+    """The graph has branches, which compute in the other mode too, with their dropout only in train mode."""
+    model, x = Plain().train(training), torch.randn(5, 6)
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, dropout=0.5, pace=1.0))
+    with torch.no_grad():
+        for factor in cascade.parameters():
+            if factor.requires_grad:
+                factor.normal_()
+    plain = Plain()
+    plain.load_state_dict(cascade.folded_state_dict())
+    torch.testing.assert_close(cascade.eval()(x), plain.eval()(x))
+    assert not torch.allclose(cascade.train()(x), plain(x))
+    assert exports == [training]
+
+
+def test_two_parameters_of_equal_values() -> None:
+    cascade, eager = adapted_in_both_modes(TwoBiases(), torch.randn(5, 6), training=True)
+    for module in (cascade.model, eager):
+        with torch.no_grad():
+            module.biases[0].fill_(1.0)
+    assert_same(cascade.eval(), eager.eval(), torch.ones(5, 6))
+
+
+def clamped(self: nn.Module, y: Tensor) -> Tensor:
+    """Read a value in eval mode."""
+    return y.clamp(max=1.0) if not self.training and bool((y > 10).any()) else y
+
+
+def counted(self: nn.Module, y: Tensor) -> Tensor:
+    """Count the calls in eval mode."""
+    vars(self)["calls"] = vars(self).get("calls", 0) + (not self.training)
+    return y + self.calls
+
+
+def reads_number(self: nn.Module, y: Tensor) -> Tensor:
+    """Turn a value into a number, and branch on it in eval mode."""
+    number = y.argmax().item()
+    return y + 1 if not self.training and number > 3 else y
+
+
+@pytest.mark.parametrize("how", [clamped, counted, reads_number])
+def test_eval_mode_reads_what_a_graph_cannot(how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model = Plain(how).train()
+    eager = copy.deepcopy(model)
+    with torch.no_grad():
+        cascade = lx.adapt(model, (torch.zeros(5, 6),), spec=SPEC)
+        for x in (torch.zeros(5, 6), torch.randn(5, 6), torch.randn(5, 6)):
+            for scale in (1.0, 100.0):
+                scales = torch.full((1,), scale)
+                assert_same(cascade.eval(), eager.eval(), x, scales)
+                assert_same(cascade.train(), eager.train(), x, scales)
 
 
 @pytest.mark.parametrize("how", HOWS)
