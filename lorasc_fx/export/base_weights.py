@@ -8,27 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from io import BufferedReader
 from pathlib import Path
 
 import torch
 
-from lorasc_fx.checkpoint.base import keys_of
-from lorasc_fx.checkpoint.files import DTYPES
+from lorasc_fx.checkpoint.base import headers, keys_of, mapped_tensors
 from lorasc_fx.checkpoint.reader import Change, FoldedWeights
 from lorasc_fx.errors import CheckpointError, nearest
-from lorasc_fx.export.tensor_files import Entry, TensorFile
+from lorasc_fx.util.fingerprint import fingerprint
 
 _WIDER = {
-    "BF16": (torch.float32, torch.float64),
-    "F16": (torch.float32, torch.float64),
-    "F32": (torch.float64,),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
 }
 """Dtypes that represent every value of a narrower dtype. A model loaded in them has exactly the values of the file."""
 
 
+def mapped(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file by key, memory-mapped."""
+    keys = list(headers([path]))
+    return dict(zip(keys, mapped_tensors(path, keys), strict=True))
+
+
 def matched(
-    weights: FoldedWeights, base: Path, files: Sequence[TensorFile], done: Callable[[int], None]
+    weights: FoldedWeights, base: Path, files: Sequence[Path], done: Callable[[int], None]
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
     """Return the changes by key in the files, and the tensors to add by name. Every tensor of the files is read once.
 
@@ -43,30 +47,29 @@ def matched(
     Raises:
         CheckpointError: the files are from another base, or lack a changed weight.
     """
-    keys = [entry.name for file in files for entry in file.entries]
+    keys = list(headers(files))
     all_names = {*weights.base, *weights.aliases, *weights.buffers}
     names = {key: weights.aliases.get(name, (name,))[0] for name, key in keys_of(all_names, keys).items()}
     changes, matched_names = dict[str, Change](), set[str]()
-    for tensors in files:
-        with tensors.path.open("rb") as file:
-            for entry in tensors.entries:
-                name = names.get(entry.name, "")
-                if name in weights.buffers:
-                    if change := _buffer(weights.buffers[name], entry, file):
-                        changes[entry.name] = change
-                elif name in weights.base and not _is_new_head(weights, name, entry):
-                    dtype = _dtype_of(entry, file, weights.base[name])
-                    if dtype is None and (entry.name in weights.base or entry.name in weights.aliases):
-                        raise CheckpointError(
-                            f"base: the values of {entry.name} in {tensors.path} differ from the {name} that was "
-                            f"adapted ({weights.where}); give the files of the model that was adapted",
-                            code="base-differs",
-                        )
-                    if dtype is not None:  # otherwise the key is another tensor that only has the same suffix
-                        matched_names.add(name)
-                        if name in weights.changes:
-                            changes[entry.name] = partial(_rounded, weights.changes[name], dtype)
-                done(entry.size)
+    for path in files:
+        for key, value in mapped(path).items():
+            name = names.get(key, "")
+            if name in weights.buffers:
+                if change := _buffer(weights.buffers[name], value):
+                    changes[key] = change
+            elif name in weights.base and not _is_new_head(weights, name, key, value):
+                dtype = _dtype_of(value, weights.base[name])
+                if dtype is None and (key in weights.base or key in weights.aliases):
+                    raise CheckpointError(
+                        f"base: the values of {key} in {path} differ from the {name} that was adapted "
+                        f"({weights.where}); give the files of the model that was adapted",
+                        code="base-differs",
+                    )
+                if dtype is not None:  # otherwise the key is another tensor that only has the same suffix
+                    matched_names.add(name)
+                    if name in weights.changes:
+                        changes[key] = partial(_rounded, weights.changes[name], dtype)
+            done(value.nbytes)
     added = {name for name in weights.changes if name not in matched_names and name in weights.full}
     for name in weights.changes.keys() - matched_names - added:
         raise CheckpointError(
@@ -79,17 +82,15 @@ def matched(
     return changes, {name: weights.full[name] for name in added}
 
 
-def _is_new_head(weights: FoldedWeights, name: str, entry: Entry) -> bool:
+def _is_new_head(weights: FoldedWeights, name: str, key: str, value: torch.Tensor) -> bool:
     """Return whether a parameter trained in full replaces a tensor with the same name and another shape."""
-    return name in weights.full and entry.name == name and entry.shape != tuple(weights.full[name].shape)
+    return name in weights.full and key == name and value.shape != weights.full[name].shape
 
 
-def _dtype_of(entry: Entry, file: BufferedReader, fingerprint: str) -> torch.dtype | None:
+def _dtype_of(value: torch.Tensor, expected: str) -> torch.dtype | None:
     """Return the dtype in which a tensor of a file has this fingerprint: its own or a wider one. None if no dtype."""
-    for dtype in (DTYPES.get(entry.dtype), *_WIDER.get(entry.dtype, ())):
-        if dtype is not None and entry.fingerprint(file, dtype) == fingerprint:
-            return dtype
-    return None
+    dtypes = (value.dtype, *_WIDER.get(value.dtype, ()))
+    return next((dtype for dtype in dtypes if fingerprint(value.to(dtype)) == expected), None)
 
 
 def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Tensor:
@@ -97,9 +98,8 @@ def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Te
     return change(base.to(dtype)).to(base.dtype)
 
 
-def _buffer(buffer: torch.Tensor, entry: Entry, file: BufferedReader) -> Change | None:
+def _buffer(buffer: torch.Tensor, stored: torch.Tensor) -> Change | None:
     """Return a change that sets a buffer to its value in the model. None if the value has not changed."""
-    if DTYPES.get(entry.dtype) is None or entry.shape != tuple(buffer.shape):
+    if stored.shape != buffer.shape or torch.equal(stored.to(buffer.dtype), buffer.to("cpu")):
         return None
-    previous = entry.read(file).to(buffer.dtype)
-    return None if torch.equal(previous, buffer) else lambda base: buffer.to(base.dtype)
+    return lambda base: buffer.to(base.dtype)

@@ -1,34 +1,34 @@
 """Writes folded weights as safetensors, with the model's state dict names or in the layout of the base's files.
 
-Only one tensor is in memory at a time. In the layout of the base, the names, dtypes and metadata of the files are kept,
-and unchanged tensors are copied byte for byte. This does not need the model.
+Only the new tensors of one file are in memory at a time. In the layout of the base, the names, dtypes and metadata of
+the files are kept. This does not need the model.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from io import BufferedReader
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.cascade.folding import folded_each
 from lorasc_fx.checkpoint.base import INDEX, SINGLE, shards_of
-from lorasc_fx.checkpoint.files import refusing
+from lorasc_fx.checkpoint.files import DTYPES, refusing
 from lorasc_fx.checkpoint.reader import Change, FoldedWeights, folded_run
+from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
-from lorasc_fx.export.base_weights import matched
-from lorasc_fx.export.tensor_files import Entry, TensorFile, bytes_of, extended
+from lorasc_fx.export.base_weights import mapped, matched
 from lorasc_fx.facade import Cascade
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.util.checks import is_integer
 from lorasc_fx.util.files import parse_json, replacing
-from lorasc_fx.util.fingerprint import Buffer
 
 Progress = Callable[[int, int], object]
 """A callback that gets the number of bytes done so far, and the total."""
@@ -52,7 +52,7 @@ def safetensors(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the folded weights as safetensors. One tensor is computed and written at a time.
+    """Write the folded weights as safetensors. The tensors of one file are computed and written at a time.
 
     The cascade is not changed and can train on. A running stage that has trained counts as ended, as in `release`.
 
@@ -95,29 +95,38 @@ def safetensors(
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give an integer of 1 or more")
         _check_free(out)
         values: dict[str, Callable[[], torch.Tensor]] = {}
-        entries: list[Entry] = []
+        sizes: dict[str, int] = {}
         for name, value, folded in folded_each(cascade._run, call, quantized, view):
-            if not isinstance(value, torch.Tensor):
+            is_dense = quantized is not None and is_quantized(value)
+            if not (is_dense or _is_storable(value)):
                 raise StateError(
-                    f"{call}: {name} in the state dict is a {type(value).__name__}, which safetensors cannot store; "
-                    "store it as a tensor, or remove it from the state dict",
+                    f"{call}: {name} is {getattr(value, 'dtype', '')} in a {type(value).__name__}, which a safetensors "
+                    "file cannot store; give quantized='dequantize', or convert it to another dtype",
                     code="not-serializable",
                 )
-            if quantized is not None and is_quantized(value):
-                entries.append(Entry.of(name, torch.empty(value.shape, dtype=value.dtype, device="meta")))
-                values[name] = partial(_dense, folded)
-            else:
-                entries.append(Entry.of(name, value))
-                values[name] = folded
-        done = _counter(progress, sum(entry.size for entry in entries))
+            values[name] = partial(_dense, folded) if is_dense else folded
+            sizes[name] = value.numel() * value.dtype.itemsize
+        done = _counter(progress, sum(sizes.values()))
         with replacing(out) as new:
-            shards = [TensorFile.of(new, entries, {"format": "pt"})]
+            shards = {new: list(values)}
             if out.suffix != ".safetensors":
                 new.mkdir()
-                shards = _shards(new, entries, max_shard_bytes)
-            for shard in shards:
-                shard.write(shard.path, lambda entry: bytes_of(values[entry.name]()), done)
+                shards = _shards(new, sizes, max_shard_bytes)
+            for shard, names in shards.items():
+                write_tensors({name: _plain(values[name]()) for name in names}, shard, {"format": "pt"})
+                done(sum(sizes[name] for name in names))
         return out
+
+
+def _is_storable(value: object) -> bool:
+    """Return whether a safetensors file can store an entry of a state dict."""
+    wrapped = is_traceable_wrapper_subclass(value)
+    return isinstance(value, torch.Tensor) and not wrapped and value.dtype in DTYPES.values()
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as safetensors writes it: on the CPU and contiguous."""
+    return value.detach().to("cpu").contiguous()
 
 
 def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -125,7 +134,7 @@ def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Return a function that gets the size of each finished tensor, and reports the sum of the sizes."""
+    """Return a function that gets the size of each finished part, and reports the sum of the sizes."""
     bytes_done = 0
 
     def done(size: int) -> None:
@@ -137,25 +146,25 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     return done
 
 
-def _shards(folder: Path, entries: list[Entry], max_bytes: int) -> list[TensorFile]:
+def _shards(folder: Path, sizes: Mapping[str, int], max_bytes: int) -> dict[Path, list[str]]:
     """Divide tensors into files of at most `max_bytes`, and write the index if there are several files."""
-    groups: list[list[Entry]] = [[]]
-    for entry in entries:
-        if groups[-1] and sum(member.size for member in groups[-1]) + entry.size > max_bytes:
+    groups: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if groups[-1] and sum(sizes[member] for member in groups[-1]) + size > max_bytes:
             groups.append([])
-        groups[-1].append(entry)
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+        groups[-1].append(name)
+    files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        names = [SINGLE]
+        files = [SINGLE]
     else:
-        weight_map = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
-        _write_index(folder, {"metadata": {}, "weight_map": weight_map}, entries)
-    return [TensorFile.of(folder / name, group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
+        weight_map = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+        _write_index(folder, {"metadata": {}, "weight_map": weight_map}, sum(sizes.values()))
+    return {folder / file: group for file, group in zip(files, groups, strict=True)}
 
 
-def _write_index(folder: Path, index: dict[str, Any], entries: Iterable[Entry]) -> None:
+def _write_index(folder: Path, index: dict[str, Any], size: int) -> None:
     """Write the index of a folder's files, with the total size of the tensors."""
-    index["metadata"] = {**index.get("metadata", {}), "total_size": sum(entry.size for entry in entries)}
+    index["metadata"] = {**index.get("metadata", {}), "total_size": size}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -180,14 +189,15 @@ def fold_files(
         ExportError: `out` cannot be written.
         StateError: `out` is the base or a non-empty folder. Nothing was written.
     """
-    files = [TensorFile.read(path) for path in shards_of(base)]
+    files = shards_of(base)
     _check_free(out, base)
-    done = _counter(progress, 2 * sum(entry.size for file in files for entry in file.entries))
+    total = sum(value.nbytes for path in files for value in mapped(path).values())
+    done = _counter(progress, 2 * total)
     changes, added = matched(weights, base, files, done)
-    files = extended(files, added)
     with replacing(out) as new:
         if base.is_file() and base.suffix != ".json":
-            _write_like(files[0], changes, added, new, done)
+            _write_like(files[0], new, changes, added, added)
+            done(total)
             return out
         new.mkdir()
         for path in sorted((base if base.is_dir() else base.parent).iterdir()):
@@ -195,12 +205,14 @@ def fold_files(
                 shutil.copyfile(path, new / path.name)
         if classes is not None and (new / CONFIG).exists():
             _name_classes(new / CONFIG, classes)
+        size = 0
+        for file in files:
+            size += _write_like(file, new / file.name, changes, added, added if file is files[-1] else {})
+            done(sum(value.nbytes for value in mapped(file).values()))
         if added and (new / INDEX).exists():
             index = json.loads((new / INDEX).read_text(encoding="utf-8"))
-            index["weight_map"] |= dict.fromkeys(added, files[-1].path.name)
-            _write_index(new, index, [entry for file in files for entry in file.entries])
-        for file in files:
-            _write_like(file, changes, added, new / file.path.name, done)
+            index["weight_map"] |= dict.fromkeys(added, files[-1].name)
+            _write_index(new, index, size)
     return out
 
 
@@ -229,27 +241,24 @@ def _check_free(out: Path, base: Path | None = None) -> None:
 
 
 def _write_like(
-    file: TensorFile,
-    changes: Mapping[str, Change],
-    added: Mapping[str, torch.Tensor],
-    path: Path,
-    done: Callable[[int], None],
-) -> None:
-    """Write a copy of a base's file, in which the changed and added tensors have their new values."""
+    file: Path, new: Path, changes: Mapping[str, Change], replaced: Collection[str], added: Mapping[str, torch.Tensor]
+) -> int:
+    """Write a copy of a base's file with changed and added tensors, and without those that are replaced elsewhere.
 
-    def content(entry: Entry, source: BufferedReader) -> Iterable[Buffer]:
-        if entry.name in added:
-            return bytes_of(added[entry.name])
-        if entry.name not in changes:
-            return entry.blocks(source)
-        base = entry.read(source)
-        value = changes[entry.name](base)
+    Returns:
+        The size of its tensors in bytes.
+    """
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    tensors = {key: value for key, value in mapped(file).items() if key not in replaced}
+    for key in tensors.keys() & changes.keys():
+        base, value = tensors[key], changes[key](tensors[key])
         if value.shape != base.shape or value.dtype != base.dtype:
             raise CheckpointError(
-                f"{entry.name} is {list(base.shape)} {base.dtype} in the base, but {list(value.shape)} {value.dtype} "
-                "after the fold. The checkpoint was edited: use one that `save` wrote"
+                f"{key} is {list(base.shape)} {base.dtype} in the base, but {list(value.shape)} {value.dtype} after "
+                "the fold. The checkpoint was edited: use one that `save` wrote"
             )
-        return bytes_of(value)
-
-    with file.path.open("rb") as source:
-        file.write(path, lambda entry: content(entry, source), done)
+        tensors[key] = _plain(value)
+    tensors |= {name: _plain(value) for name, value in added.items()}
+    write_tensors(tensors, new, metadata)
+    return sum(value.nbytes for value in tensors.values())

@@ -386,7 +386,7 @@ def test_each_number_lies_at_a_multiple_of_its_size(tmp_path: Path) -> None:
             assert load["data_offsets"][0] % expected[name].element_size() == 0
 
 
-# ---- one tensor in memory at a time
+# ---- one file in memory at a time
 
 
 BIG = """
@@ -456,8 +456,8 @@ Path(sys.argv[4]).write_text(json.dumps({"code": code, "loaded": loaded * 1024, 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of a process")
-def test_one_tensor_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """0.8 GB in six files, tensors of 32 MiB: the peak is the interpreter's own, and a few of those."""
+def test_one_file_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """0.8 GB in six files: beside what the imports take, the peak is one mapped file and its new tensors."""
     base, checkpoint, out, told = (tmp_path / name for name in ("base", "checkpoint", "out", "told.json"))
     base.mkdir()
     subprocess.run([sys.executable, "-c", BIG, str(base), str(checkpoint)], check=True)
@@ -474,7 +474,7 @@ def test_one_tensor_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> N
     largest = 4096 * 4096 * 2
     print(f"base {size / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, imported {found['loaded'] / 1e6:.0f} MB, "
           f"peak {found['peak'] / 1e6:.0f} MB")  # fmt: skip
-    assert found["peak"] - found["loaded"] < 5 * largest
+    assert found["peak"] - found["loaded"] < 2 * size / 6 + 2 * largest
     saved = lx.checkpoint.reader.read(checkpoint)
     branches, scale = saved.content.branch, saved.plan.sites[0].scale
     for path in sorted(base.glob("*.safetensors")):

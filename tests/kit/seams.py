@@ -41,7 +41,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "unpack gradients": (reader, "gradients_of"),
     "load into a cascade": (lx.Cascade, "_take_over"),
     "write an adapter": (peft_writer, "write_tensors"),
-    "write a tensor": (safetensors_files, "bytes_of"),
+    "write a tensor": (safetensors_files, "write_tensors"),
     # stages
     "transition": (transition, "next_stage"),
     "start of a weight": (LoraBranch, "follow"),
