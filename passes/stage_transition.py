@@ -52,9 +52,8 @@ class StageTransition(EndsStage):
         branches, new = graph.branches, {}
         for site in after.sites:
             state, branch, left_out = states[site.weight], branches[site.key], site.weight in slow.left_out
-            states[site.weight], new[site.key] = begin_stage(
-                state, branch, site, after.spec, after.stage, left_out=left_out
-            )
+            states[site.weight], values = begin_stage(state, branch, site, after.spec, after.stage, left_out=left_out)
+            new[site.key] = branch.with_values(site, values)
         # Weights without a branch may have noise too, so that all slow states are written.
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))

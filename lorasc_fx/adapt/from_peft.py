@@ -81,7 +81,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Expert]) 
         site = run.plan.site(weight)
         if site is None:
             left_out.append(f"{weight} is not adapted: {reasons.get(weight, 'no call has used it yet')}")
-        elif expert.row_scale is not None and not site.options.method.scales_rows:
+        elif expert.row_scale is not None and not site.options.method.magnitude:
             left_out.append(f"{weight} has magnitudes of DoRA: set adapter='dora'")
         else:
             states[weight] = run.slow.states[weight].added(expert)

@@ -12,7 +12,7 @@ import enum
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,23 +34,24 @@ Reshard = Callable[[torch.Tensor, Side], torch.Tensor]
 """Returns this rank's slice of a tensor of a side, or gathers the full tensor from the slices."""
 
 
-@dataclass(frozen=True)
-class StartWeight:
-    """Functions that compute the weight of a branch at the start of a stage, for methods that need it.
+class StartWeight(Protocol):
+    """The weight of a branch at the start of a stage (`state.stage.StageWeight`), for methods that need it."""
 
-    Args:
-        exact: returns the full weight without noise, in fp32, or in fp64 for an fp64 weight.
-        noisy: returns this rank's slice of the weight with noise, in the dtype of the weight.
-        shard: which slice of the weight this rank holds.
-        cut: returns this rank's slice of a full tensor.
-        gather: gathers the full tensor from the slices on all ranks. Every rank must call it at the same point.
-    """
+    @property
+    def shard(self) -> ShardSpec:
+        """The slice of the weight that this rank holds."""
 
-    exact: Callable[[], torch.Tensor]
-    noisy: Callable[[], torch.Tensor]
-    shard: ShardSpec
-    cut: Reshard
-    gather: Reshard
+    def exact(self) -> torch.Tensor:
+        """Return the full weight without noise, in fp32, or in fp64 for an fp64 weight."""
+
+    def noisy(self) -> torch.Tensor:
+        """Return this rank's slice of the weight with noise, in the dtype of the weight."""
+
+    def cut(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        """Return this rank's slice of a full tensor."""
+
+    def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        """Gather the full tensor from the slices on all ranks. Every rank must call it at the same point."""
 
 
 class Placement(enum.StrEnum):
@@ -120,8 +121,11 @@ class Branch(nn.Module, abc.ABC):
     options: ClassVar[frozenset[str]] = frozenset()
     """Fields of CascadeSpec in `spec_checks.METHOD_OPTIONS` that the method supports."""
 
-    scales_rows: ClassVar[bool] = False
-    """Whether the method scales rows of the weight (`gain`), so that the slow weights are not only a sum of deltas."""
+    magnitude: ClassVar[str] = ""
+    """Name of the parameter with a trained norm for each row of the weight (`gain`), or "" if there is none.
+
+    With it, the slow weights are not only a sum of deltas.
+    """
 
     beside_quantized: ClassVar[bool] = False
     """Whether the method can adapt quantized weights, by computing beside the product."""
@@ -151,8 +155,7 @@ class Branch(nn.Module, abc.ABC):
         self.transposed = site.layout == "in_out"
         self.dropout = site.dropout
         self._trainable = frozenset(self.trainable_names(site))
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        values = self.initial_values(site, seed, stage)
+        values = self.values_like(like, site, seed, stage)
         table = self.table(site)
         at_zero = [name for name in values if (table[name].initial == 0 if name in table else not values[name].any())]
         self.zeros = tuple(name for name in at_zero if name in self._trainable)
@@ -162,8 +165,7 @@ class Branch(nn.Module, abc.ABC):
                     f"{type(self).__name__} declares a parameter {name!r}, but Branch has an attribute of this name. "
                     "Give another name"
                 )
-            placed = value.to(device=like.device, dtype=dtype)
-            setattr(self, name, nn.Parameter(placed, requires_grad=name in self._trainable))
+            setattr(self, name, nn.Parameter(value, requires_grad=name in self._trainable))
 
     # ---- Parameters
 
@@ -181,7 +183,7 @@ class Branch(nn.Module, abc.ABC):
     def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
         """Return the initial values of all parameters of a stage, in fp32 in host memory.
 
-        `start` is called afterwards if the method initializes parameters from the weight.
+        `start` replaces those that the method computes from the weight.
         """
         table, values = cls.table(site), {}
         for name, shape in cls.shapes(site).items():
@@ -191,6 +193,15 @@ class Branch(nn.Module, abc.ABC):
             else:
                 values[name] = torch.full(shape, float(initial))
         return values
+
+    @classmethod
+    def values_like(cls, like: torch.Tensor, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return the initial values on the device of a tensor, in fp64 if it is fp64 and otherwise in fp32."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return {
+            name: value.to(device=like.device, dtype=dtype)
+            for name, value in cls.initial_values(site, seed, stage).items()
+        }
 
     @classmethod
     def options_at(cls, site: Site) -> dict[str, float]:
@@ -234,22 +245,28 @@ class Branch(nn.Module, abc.ABC):
         """Whether the trained parameters get new initial values at a transition (`restart_pairs`)."""
         return True
 
-    def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
-        """Copy from the branch of the previous stage what the spec keeps (`restart_A`, `restart_pairs`).
+    def kept_values(
+        self, values: Mapping[str, torch.Tensor], spec: CascadeSpec, pairs: bool
+    ) -> Mapping[str, torch.Tensor]:
+        """Return the full values of the parameters that the spec keeps for the next stage (`restart_A`).
 
         Args:
-            previous: the branch at the end of the previous stage.
+            values: the initial values of the next stage.
             spec: the spec.
-            pairs: whether both factors may be kept.
-
-        Returns:
-            Whether the delta is now nonzero. The slow weights already include this delta, so the caller subtracts it.
+            pairs: whether both factors are kept (`restart_pairs`). The slow weights include their delta already, so the
+                caller subtracts it.
         """
-        return False
+        return {}
 
-    def start(self, weight: StartWeight) -> torch.Tensor | None:
-        """Initialize parameters from the weight. Return the row norms [out] in fp64 if the method trains magnitudes."""
-        return None
+    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+        """Return the full values of the parameters that the method computes from the weight of the next stage.
+
+        Args:
+            site: the site in the next stage.
+            values: the other values of the next stage.
+            weight: the weight.
+        """
+        return {}
 
     @abc.abstractmethod
     def delta(self, weight: torch.Tensor | None = None) -> Factors | torch.Tensor:
@@ -437,6 +454,14 @@ class Branch(nn.Module, abc.ABC):
         lead = 1 if self.kind == "experts" else 0
         flat = weight.reshape(*weight.shape[: lead + 1], -1)
         return flat.mT if self.transposed else flat
+
+    def with_values(self, site: Site, values: Mapping[str, torch.Tensor]) -> Branch:
+        """Return a copy with the full values of another stage, and the rank that the site has in it."""
+        started = copy.deepcopy(self.whole())
+        started.resize(site)
+        for name, value in values.items():
+            fill(started.get_parameter(name), value)
+        return started
 
     def resize(self, site: Site) -> None:
         """Set the rank and scale of a site.

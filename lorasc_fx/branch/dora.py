@@ -63,7 +63,7 @@ class DoraBranch(LoraBranch):
     kinds = frozenset({"linear", "conv"})
     placements = frozenset({"merged"})
     options = LoraBranch.options - {"dropout", "restart_pairs"}
-    scales_rows = True
+    magnitude = "lora_magnitude_vector"
     beside_quantized = False
 
     @classmethod
@@ -76,12 +76,11 @@ class DoraBranch(LoraBranch):
         """Return what LoRA needs, and `magnitude`. An idle stage needs it too, because m must fit its weight."""
         return (*super().starts_from(spec, running), "magnitude")
 
-    def start(self, weight: StartWeight) -> torch.Tensor | None:
-        """Set m to the row norms of the weight, and return the norms of this rank's rows."""
-        norms = self.norms(weight.noisy(), weight.shard)
-        with torch.no_grad():
-            self.lora_magnitude_vector.copy_(weight.gather(norms, Side.OUT))
-        return norms.cpu().double().clone()
+    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+        """Return m, the row norms of the weight."""
+        factors = self.oriented(values["lora_B"], values["lora_A"])
+        norms = self._norms(weight.noisy(), factors, site.scale, weight.shard)
+        return {self.magnitude: weight.whole(norms, Side.OUT)}
 
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
         """Return `g = m / |W + s B A|` [out], with the noise in W, as during training."""
@@ -105,12 +104,19 @@ class DoraBranch(LoraBranch):
             weight: this rank's slice of the weight.
             shard: which slice of the full weight this is.
         """
-        b, a = self.oriented()
+        b, a = self.oriented(self.up, self.down)
         if shard.axis is not None:
             b, a = full_tensor(b), full_tensor(a)
+        return self._norms(weight, (b, a), self.scale, shard)
+
+    def _norms(
+        self, weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], scale: float, shard: ShardSpec
+    ) -> torch.Tensor:
+        """Return the norms with other full factors, in the layout of the weight, and another scale."""
         axis = 0 if self.transposed else 1
+        b, a = factors
         b, a = (shard.take(b), a) if shard.axis == 0 else (b, shard.take(a))
-        return row_norms(weight, b, a, self.scale, axis, shard.group.sum_tensor if shard.axis == axis else None)
+        return row_norms(weight, b, a, scale, axis, shard.group.sum_tensor if shard.axis == axis else None)
 
     def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
         """Return the method for a placement. A DoRA branch can only replace its op (`merged`).

@@ -77,19 +77,19 @@ class LowRankBranch(Branch):
 
     def delta(self, weight: torch.Tensor | None = None) -> Factors:
         """Return the factors in the layout of the weight, with the scale in the left one."""
-        b, a = self.oriented()
+        b, a = self.oriented(self.up, self.down)
         return Factors(b * self.scale, a)
 
-    def oriented(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (b, a) such that `b @ a` is the delta in the layout of the weight, without the scale.
+    def oriented(self, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (b, a) such that `b @ a` is the delta `B A` in the layout of the weight, without the scale.
 
-        With slices, left is block-diagonal, with the rows of B of each slice as a block.
+        With slices, b is block-diagonal, with the rows of B of each slice as a block.
         """
         if self.transposed:
-            return self.down.transpose(-2, -1), self.up.transpose(-2, -1)
+            return down.transpose(-2, -1), up.transpose(-2, -1)
         if self.slices:
-            return torch.block_diag(*full_tensor(self.up).split(self.slices)), self.down
-        return self.up, self.down
+            return torch.block_diag(*full_tensor(up).split(self.slices)), down
+        return up, down
 
     def product(self) -> torch.Tensor:
         """Return the delta in the shape of the weight, without the scale."""
@@ -97,7 +97,7 @@ class LowRankBranch(Branch):
             up, down = self.up.split(self.slices), self.down.chunk(len(self.slices))
             indices = range(len(self.slices))  # a Proxy of torch.fx cannot be iterated
             return torch.cat([up[index] @ down[index] for index in indices]).view(self.weight_shape)
-        b, a = self.oriented()
+        b, a = self.oriented(self.up, self.down)
         return (b @ a).view(self.weight_shape)
 
     def dense_delta(self, weight: torch.Tensor) -> torch.Tensor:
@@ -245,33 +245,29 @@ class LoraBranch(LowRankBranch):
         """Whether the factors restart (`restart_pairs`)."""
         return spec.restart_pairs
 
-    def follow(self, previous: Branch, spec: CascadeSpec, pairs: bool) -> bool:
-        """Copy A from the previous stage if restart_A="kept", and both factors if restart_pairs is False.
+    def kept_values(
+        self, values: Mapping[str, torch.Tensor], spec: CascadeSpec, pairs: bool
+    ) -> Mapping[str, torch.Tensor]:
+        """Return both factors, or A if restart_A="kept".
 
-        A is random if it has another rank in this stage, or has become inf or nan.
+        A restarts if it has another rank in the next stage, or has become inf or nan.
         """
-        assert isinstance(previous, LoraBranch)
-        kept = pairs and not self.restarts(spec)
-        with torch.no_grad():
-            if kept:
-                self.lora_A.copy_(full_tensor(previous.lora_A))
-                self.lora_B.copy_(full_tensor(previous.lora_B))
-            elif spec.restart_A == "kept" and previous.lora_A.shape == self.lora_A.shape:
-                a = full_tensor(previous.lora_A)
-                self.lora_A.copy_(torch.where(torch.isfinite(a).all(), a, self.lora_A))
-        return kept
+        if pairs:
+            return {DOWN: full_tensor(self.lora_A.detach()), UP: full_tensor(self.lora_B.detach())}
+        if spec.restart_A != "kept" or self.lora_A.shape != values[DOWN].shape:
+            return {}
+        a = full_tensor(self.lora_A.detach())
+        return {DOWN: torch.where(torch.isfinite(a).all(), a, values[DOWN])}
 
-    def set_factors(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Write B and A that were computed from the weight (`CascadeSpec.start`)."""
-        with torch.no_grad():
-            self.lora_A.copy_(down)
-            self.lora_B.copy_(up)
+    def exact_factors(self, values: Mapping[str, torch.Tensor] | None = None, scale: float | None = None) -> Factors:
+        """Return the full factors in fp64 in host memory, with the scale in the left one.
 
-    def exact_factors(self) -> Factors:
-        """Return the full factors in fp64 in host memory, with the scale in the left one."""
+        `values` and `scale` are those of another stage. By default, those of this branch.
+        """
+        up, down = (self.lora_B, self.lora_A) if values is None else (values[UP], values[DOWN])
         with torch.no_grad():
-            b, a = map(full_tensor, self.oriented())
-            return Factors(b.cpu().double() * self.scale, a.cpu().double().clone())
+            b, a = map(full_tensor, self.oriented(up, down))
+            return Factors(b.cpu().double() * (self.scale if scale is None else scale), a.cpu().double().clone())
 
     def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether B is nonzero, or if the stage started from other factors, whether they have changed."""

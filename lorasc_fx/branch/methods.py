@@ -71,8 +71,8 @@ class LoraXsBranch(LowRankBranch):
         """`B R`."""
         return self.xs_B @ self.xs_R
 
-    def start(self, weight: StartWeight) -> None:
-        """Set A and B from the SVD of the weight. If the rank exceeds the sides of the matrix, the remainder is zero.
+    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+        """Return A and B of the SVD of the weight. If the rank exceeds the sides of the matrix, the rest is zero.
 
         Raises:
             SpecError: the weight contains inf or nan.
@@ -84,15 +84,13 @@ class LoraXsBranch(LowRankBranch):
                 f"Exclude the weight (exclude=({self.weight_name!r},)), or give another adapter",
                 code="non-finite",
             )
-        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        count = min(self.rank, values.shape[-1])
-        up, down = torch.zeros_like(self.xs_B), torch.zeros_like(self.xs_A)
-        up[..., :count] = u[..., :count] * values[..., None, :count]
+        u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
+        count = min(site.rank, singular.shape[-1])
+        up, down = torch.zeros_like(values["xs_B"]), torch.zeros_like(values["xs_A"])
+        up[..., :count] = u[..., :count] * singular[..., None, :count]
         down[..., :count, :] = vh[..., :count, :]
-        with torch.no_grad():
-            # Broadcast the factors, because a decomposition does not have the same bits on all machines.
-            self.xs_B.copy_(weight.shard.group.broadcast(up))
-            self.xs_A.copy_(weight.shard.group.broadcast(down))
+        # Broadcast the factors, because a decomposition does not have the same bits on all machines.
+        return {"xs_A": weight.shard.group.broadcast(down), "xs_B": weight.shard.group.broadcast(up)}
 
 
 class VeraBranch(LowRankBranch):
@@ -287,10 +285,9 @@ class DeloraBranch(LowRankBranch):
         factors: torch.Tensor = self.delora_B * (self.delora_lambda / self.rank / (rows * columns))
         return factors
 
-    def start(self, weight: StartWeight) -> None:
-        """Set w to the column norms of the weight."""
-        with torch.no_grad():
-            self.delora_w_norm.copy_(self.matrix(weight.exact()).norm(dim=0))
+    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+        """Return w, the column norms of the weight."""
+        return {"delora_w_norm": self.matrix(weight.exact()).norm(dim=0)}
 
 
 class TokensBranch(LowRankBranch):

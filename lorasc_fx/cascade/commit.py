@@ -7,7 +7,7 @@ All of them do so inside a transaction (`util.undo`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import dtensor_like, local
-from lorasc_fx.state import Scratch, SlowWeights, arithmetic
+from lorasc_fx.state import Learner, Scratch, SlowWeights, ViewName, arithmetic
 from lorasc_fx.util.undo import Undo
 
 SPARE = 1 << 12
@@ -31,15 +31,69 @@ SPARE = 1 << 12
 
 
 @dataclass(frozen=True)
+class WeightValues:
+    """Values of the model's weights. Each is computed when it is written, because all of them would need much memory.
+
+    Args:
+        slow: the slow state.
+        view: the view of the state. None for the weights that train in the running stage (W_t).
+        learners: branches, and current values of parameters trained in full, by weight name, if the view includes the
+            running stage.
+        plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
+            None for an earlier stage.
+        known: values that need not be computed, by name.
+    """
+
+    slow: SlowWeights
+    view: ViewName | None = "slow"
+    learners: Mapping[str, Learner] = field(default_factory=dict)
+    plan: Plan | None = None
+    known: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def write(self, name: str, out: torch.Tensor, scratch: Scratch | None = None) -> None:
+        """Write the weight of this name into a local tensor of its shape."""
+        if name in self.known:
+            out.copy_(self.known[name])
+        elif self.view is not None:
+            self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan)
+        else:
+            assert self.plan is not None, "the weights of a stage depend on its plan"
+            self.slow.write_resting(name, self.plan, out, scratch)
+
+    def matches(self, name: str, weight: torch.Tensor, noisy: bool) -> bool:
+        """Whether the weight in the model has this value already. Without noise, slow weights usually do.
+
+        Args:
+            name: name of the weight.
+            weight: the local tensor in the model.
+            noisy: whether the weights of the model have noise now.
+        """
+        state = self.slow.started(name)
+        is_slow = self.plan is not None and self.view is not None and self.slow.is_slow(name, self.view)
+        same_dtype = weight.dtype == state.base.dtype
+        return is_slow and same_dtype and not state.full and not state.differs_from_slow(noisy)
+
+    def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the values of quantized weights as dense tensors, by name."""
+        return {name: self.value(name, parameters[name]) for name in names}
+
+    def value(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Return the weight of this name in the dtype of `like`, on its device."""
+        value = torch.empty(self.slow.states[name].base.shape, dtype=like.dtype, device=like.device)
+        with torch.no_grad():
+            self.write(name, value)
+        return value
+
+
+@dataclass(frozen=True)
 class Planned:
-    """The next state of a cascade. The weights themselves are computed from it while they are written.
+    """The next state of a cascade: which tensors get which values.
 
     Args:
         plan: the next plan.
         slow: the next slow weights.
         parameters: parameters of the model to write, by name. Quantized parameters are skipped.
-        write: writes the value of a parameter into a tensor, given its name. The default writes the weight of the
-            running stage (`SlowWeights.write_resting`), or the value in `current`.
+        values: their values. By default the weights of the stage that the plan and the slow weights describe.
         dense: dense values that replace quantized weights, by name.
         factors: local values of the branches' parameters, by weight name and parameter name.
         tensors: pairs of a tensor to write and its value, for example buffers.
@@ -56,7 +110,7 @@ class Planned:
     plan: Plan
     slow: SlowWeights
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    write: Callable[[str, torch.Tensor], object] | None = None
+    values: WeightValues | None = None
     dense: Mapping[str, torch.Tensor] = field(default_factory=dict)
     factors: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     tensors: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
@@ -112,32 +166,25 @@ def _write_parameters(run: RunBase, planned: Planned, undo: Undo) -> None:
 
     A rollback computes each weight again. Copies of all weights would double the memory.
     """
-    scratch, plan = Scratch(), run.plan
-    spare = reserve(planned.parameters, planned.plan.spec.noise.is_on)
-
-    def write_resting(plan: Plan, slow: SlowWeights, name: str, out: torch.Tensor) -> None:
-        if name in planned.current:
-            out.copy_(planned.current[name])
-        elif name in slow.states:
-            slow.write_resting(name, plan, out, scratch)
-        else:  # a new weight: before this commit it had the value that is W0 now
-            planned.slow.write_value(name, "base", out)
-
-    def restore(slow: SlowWeights, name: str, out: torch.Tensor, version: int) -> None:
-        spare.clear()  # free the reserve for this computation
-        with torch.no_grad():
-            try:
-                write_resting(plan, slow, name, out)
-            except (MemoryError, RuntimeError):  # out of memory; harmless if this weight was not written yet
-                if out._version != version:
-                    raise
-
+    scratch, spare = Scratch(), reserve(planned.parameters, planned.plan.spec.noise.is_on)
+    values = planned.values or WeightValues(planned.slow, None, plan=planned.plan)
+    before = WeightValues(run.slow, None, plan=run.plan, known=planned.current)
+    new = WeightValues(planned.slow, "base")  # before this commit, a new weight had the value that is W0 now
     for name, out in weights_to_write(run, planned.parameters, planned.slow):
-        undo(partial(restore, run.slow, name, out, out._version))
-        if planned.write is not None:
-            planned.write(name, out)
-        else:
-            write_resting(planned.plan, planned.slow, name, out)
+        known = name in run.slow.states or name in planned.current
+        undo(partial(_restore, before if known else new, name, out, out._version, spare))
+        values.write(name, out, scratch)
+
+
+def _restore(values: WeightValues, name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]) -> None:
+    """Write the value of before a commit, with the memory of `spare`. Raise only if the weight was written since."""
+    spare.clear()
+    with torch.no_grad():
+        try:
+            values.write(name, out)
+        except (MemoryError, RuntimeError):  # out of memory
+            if out._version != version:
+                raise
 
 
 def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = False) -> list[torch.Tensor]:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.commit import Planned, WeightValues
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.views import Weights, folded_weights
+from lorasc_fx.cascade.views import folded_weights
 from lorasc_fx.errors import SpecError, StateError, named
 from lorasc_fx.parameters import Holder, holders_of, substituted
 from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
@@ -64,12 +64,12 @@ def folded_each(
         yield key, current, partial(_folded, weights, name, current)
 
 
-def _folded(weights: Weights, name: str, value: Any) -> Any:
+def _folded(weights: WeightValues, name: str, value: Any) -> Any:
     """Return a copy of an entry of the state dict, with the folded value if `name` is a weight of the slow state."""
     slow = weights.slow
     # A quantized weight that has not trained stays quantized.
     if name in slow.states and (not is_quantized(value) or slow.states[name].unmerged("slow") is not None):
-        return slow.value(name, weights.view, value)
+        return weights.value(name, value)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -80,7 +80,7 @@ def release(run: Run, quantized: Requantize, view: str, undo: Undo) -> None:
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders = holders_of(run.model, [parameters[name] for name in dense])
     written = run.present(weights.slow.states)
-    run.commit(Planned(run.plan, SlowWeights(), written, weights.write, dense, current=trained), undo)
+    run.commit(Planned(run.plan, SlowWeights(), written, weights, dense, current=trained), undo)
     _requantize(holders, quantized, undo)
 
 

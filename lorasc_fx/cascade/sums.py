@@ -23,7 +23,7 @@ from lorasc_fx.util.undo import Undo
 
 def check_summable(call: str, plans: Mapping[str, Plan], advice: str) -> None:
     """Raise SpecError if a run scales rows (DoRA), because row scales cannot be summed. `plans` is by run name."""
-    scaled = next((name for name, plan in plans.items() if plan.spec.method.scales_rows), None)
+    scaled = next((name for name, plan in plans.items() if plan.spec.method.magnitude), None)
     if scaled is not None:
         raise SpecError(
             f"{call}: {scaled}, has magnitudes (DoRA). Runs with magnitudes cannot be summed, because they scale rows "

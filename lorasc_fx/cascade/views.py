@@ -6,24 +6,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lorasc_fx.cascade.commit import reserve, weights_to_write
+from lorasc_fx.cascade.commit import WeightValues, reserve, weights_to_write
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import at_stage, ended
 from lorasc_fx.errors import StateError, nearest
 from lorasc_fx.parameters import holders_of
-from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Learner, Scratch, SlowWeights, ViewName
+from lorasc_fx.state import Scratch, ViewName
 from lorasc_fx.util.accelerator import free_memory
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import AllOrNothing, Block, isolated
@@ -55,57 +54,14 @@ def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = F
         )
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights to put in place or to fold: of the running stage, or of an earlier one.
-
-    Args:
-        slow: the slow state.
-        view: the view of the state.
-        learners: branches, and current values of parameters trained in full, by weight name, if the view includes the
-            running stage.
-        plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
-            None for an earlier stage.
-    """
-
-    slow: SlowWeights
-    view: ViewName = "slow"
-    learners: Mapping[str, Learner] = field(default_factory=dict)
-    plan: Plan | None = None
-
-    def write(self, name: str, out: torch.Tensor) -> None:
-        """Write the weight of this name into a local tensor of its shape."""
-        self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan)
-
-    def matches(self, name: str, weight: torch.Tensor, noisy: bool) -> bool:
-        """Whether the weight in the model has this value already. Without noise, slow weights usually do.
-
-        Args:
-            name: name of the weight.
-            weight: the local tensor in the model.
-            noisy: whether the weights of the model have noise now.
-        """
-        state = self.slow.started(name)
-        is_slow = self.plan is not None and self.slow.is_slow(name, self.view)
-        same_dtype = weight.dtype == state.base.dtype
-        return is_slow and same_dtype and not state.full and not state.differs_from_slow(noisy)
-
-    def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the values of quantized weights as dense tensors, by name."""
-        return {
-            name: self.slow.value(name, self.view, parameters[name], self.learners.get(name), self.plan)
-            for name in names
-        }
-
-
-def folded_weights(run: Run, view: str, call: str) -> Weights:
+def folded_weights(run: Run, view: str, call: str) -> WeightValues:
     """Return the weights that a fold writes. If the running stage has trained, its slow update is included.
 
     Raises:
         StateError, SpecError, NonFiniteBranch: as for `Cascade.weights` and `Cascade.release`.
     """
     check_view(call, view, run.plan.spec)
-    return Weights(ended(run, call), "averaged" if view == "averaged" else "slow")
+    return WeightValues(ended(run, call), "averaged" if view == "averaged" else "slow")
 
 
 @isolated
@@ -125,10 +81,12 @@ def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Va
     with torch.inference_mode(False), torch.no_grad(), run.exclusive("weights", sharded=True):
         before = Before(run)
         if stage is not None:
-            weights = Weights(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
+            weights = WeightValues(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
         else:
             checked: ViewName = next(name for name in VIEW_NAMES if name == view)
-            weights = Weights(run.slow, checked, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan)
+            weights = WeightValues(
+                run.slow, checked, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan
+            )
         # Compute everything that needs memory before the first write.
         quantized = run.slow.quantized if weights.view != "base" else ()
         dense = weights.dense(quantized, before.parameters) if quantized else {}
@@ -207,7 +165,7 @@ class Before:
         statistics = {id(buffer): buffer for norm in norms for buffer in norm.buffers(recurse=False)}
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in statistics.values()]
 
-    def keep_weights(self, weights: Weights) -> Weights:
+    def keep_weights(self, weights: WeightValues) -> WeightValues:
         """Find the weights that need not be written, and copy others on accelerators, to restore them from there.
 
         Returns:

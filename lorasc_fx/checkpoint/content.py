@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, InitialFactors, Side
-from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade.commit import Planned, WeightValues
 from lorasc_fx.cascade.inputs import is_description
 from lorasc_fx.cascade.optim import check_holds, stepping
 from lorasc_fx.cascade.run import Run
@@ -359,13 +359,6 @@ def install(run: Run, state: RunState, undo: Undo) -> None:
         ValueError, CheckpointError: the buffers do not fit the model. The cascade is unchanged.
     """
     tensors, buffers = _model_state(run, state.buffers)
-
-    def write(name: str, out: torch.Tensor) -> None:
-        if name in state.values:
-            out.copy_(state.values[name])
-        else:
-            state.slow.write_resting(name, state.plan, out)
-
     # A rollback can restore untrained parameters from their start, so they need no copy. In `load`, all are untrained.
     parameters = run.parameters_by_name()
     untrained = {
@@ -375,7 +368,8 @@ def install(run: Run, state: RunState, undo: Undo) -> None:
         and not run.slow.moved({name: parameters[name]})
     }
     written = run.present(state.slow.states)
-    planned = Planned(state.plan, state.slow, written, write, factors=state.branches, current=untrained)
+    values = WeightValues(state.slow, None, plan=state.plan, known=state.values)
+    planned = Planned(state.plan, state.slow, written, values, factors=state.branches, current=untrained)
     run.commit(replace(planned, tensors=tensors, buffers=buffers), undo)
 
 

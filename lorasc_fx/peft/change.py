@@ -183,7 +183,7 @@ def change_of(run: Run, view: Summed) -> Change:
         pair = pair_of(state, view, running)
         row_scale = state.scale(running.gain if running is not None else None)
         site = run.plan.site(name)
-        if row_scale is None and pair is not None and site is not None and site.options.method.scales_rows:
+        if row_scale is None and pair is not None and site is not None and site.options.method.magnitude:
             # Experts without a row scale, for example from a LoRA run, are exported as DoRA with the scale 1.
             row_scale = torch.ones(state.out, dtype=torch.float64)
         if state.noises:

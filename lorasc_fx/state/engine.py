@@ -11,8 +11,8 @@ small as the change, and exactly zero before the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,16 +23,15 @@ from lorasc_fx.branch import (
     Factors,
     InitialFactors,
     Side,
-    StartWeight,
     amplitude,
     check_registered,
     draw,
 )
-from lorasc_fx.branch.lora import LoraBranch
+from lorasc_fx.branch.lora import DOWN, UP, LoraBranch
 from lorasc_fx.branch.noise import add_noise, noise_size
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Site
-from lorasc_fx.shards import full_tensor, local, shard_of
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local, shard_of
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.factor_products import Scratch, arithmetic, cast, exact_products
 from lorasc_fx.state.weight import History, KeptNoise, WeightState
@@ -124,17 +123,44 @@ def write_start(
         )
 
 
-def start_weight_of(
-    state: WeightState, spec: CascadeSpec, stage: int, noisy: bool, device: torch.device
-) -> StartWeight:
-    """Return the start weight of a stage as the object that branches expect. It computes values lazily."""
-    return StartWeight(
-        exact=lambda: state.whole(state.exact("fast", arithmetic(state.base.dtype), device=device), Side.WEIGHT),
-        noisy=lambda: start_weight(state, spec, stage, noisy, device),
-        shard=state.shard,
-        cut=state.cut,
-        gather=state.whole,
-    )
+@dataclass(frozen=True)
+class StageWeight:
+    """The weight of a branch at the start of a stage, a `branch.StartWeight`. Its values are computed on each call.
+
+    Args:
+        state: state of the weight in the stage.
+        spec, stage: of the plan of the stage.
+        with_noise: whether the stage runs, so that its weight has noise.
+        device: device of the values.
+    """
+
+    state: WeightState
+    spec: CascadeSpec
+    stage: int
+    with_noise: bool
+    device: torch.device
+
+    @property
+    def shard(self) -> ShardSpec:
+        """The slice of the weight on this rank."""
+        return self.state.shard
+
+    def exact(self) -> torch.Tensor:
+        """Return the full weight without noise, in the dtype of the arithmetic."""
+        exact = self.state.exact("fast", arithmetic(self.state.base.dtype), device=self.device)
+        return self.state.whole(exact, Side.WEIGHT)
+
+    def noisy(self) -> torch.Tensor:
+        """Return the slice that the stage trains on."""
+        return start_weight(self.state, self.spec, self.stage, self.with_noise, self.device)
+
+    def cut(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        """Slice a full tensor."""
+        return self.state.cut(value, side)
+
+    def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        """Gather a full tensor."""
+        return self.state.whole(value, side)
 
 
 def begin_stage(
@@ -146,16 +172,16 @@ def begin_stage(
     keep: bool = True,
     noisy: bool = True,
     left_out: bool = False,
-) -> tuple[WeightState, Branch]:
-    """Start a stage: return its state, and a new branch with its initial values as plain tensors.
+) -> tuple[WeightState, dict[str, torch.Tensor]]:
+    """Start a stage: return its state, and the full initial values of the branch's parameters, by name.
 
     If the weight is sharded, every rank must call this at the same point, because a decomposition gathers the weight.
 
     Args:
         state: state of the weight after the stage before.
-        branch: branch of the stage before.
-        site, spec, stage: of the plan of the new stage. The new branch has the rank of this site.
-        keep: whether the new branch keeps the factors that the spec says (A, or both).
+        branch: branch of the stage before. It is not changed.
+        site, spec, stage: of the plan of the new stage. The values have the rank of this site.
+        keep: whether the branch keeps the factors that the spec says (A, or both).
         noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
         left_out: whether the fold before left the weight out. Then its branch does not keep both factors.
 
@@ -164,28 +190,31 @@ def begin_stage(
             registered class and does not keep the contract of `Branch`.
     """
     parameter = next(branch.parameters()).detach()
-    started = type(branch)(site, spec.seed, stage, parameter)
-    initial = InitialFactors()
+    decomposes = "factors" in branch.starts_from(spec, noisy)
+    pairs = keep and noisy and not left_out and not branch.restarts(spec)
+    factors = magnitude = None
     with torch.no_grad():
-        # The fold has added the kept factors to the weight, so they are subtracted from it like other initial factors.
-        if keep and started.follow(branch, spec, pairs=noisy and not left_out):
-            assert isinstance(started, LoraBranch)
-            initial = InitialFactors(started.exact_factors().map(state.cut))
-        if "factors" in started.starts_from(spec, noisy):
-            assert isinstance(started, LoraBranch)
-            exact = state.exact("fast", arithmetic(state.base.dtype), device=parameter.device)
-            a, b = decomposed(state.whole(exact, Side.WEIGHT), started, spec)
-            # Broadcast the factors, because a decomposition does not have the same bits on all machines.
-            started.set_factors(state.shard.group.broadcast(b), state.shard.group.broadcast(a))
-            initial = InitialFactors(started.exact_factors().map(state.cut))
-        state = replace(state, initial=initial)
-        initial = replace(
-            initial, magnitude=started.start(start_weight_of(state, spec, stage, noisy, parameter.device))
-        )
-        if initial.factors is None and type(started) not in BUILT_IN:
+        values = branch.values_like(parameter, site, spec.seed, stage)
+        if keep:
+            values |= branch.kept_values(values, spec, pairs)
+        if decomposes:
+            assert isinstance(branch, LoraBranch)
+            exact = StageWeight(state, spec, stage, noisy, parameter.device).exact()
+            values |= decomposed(exact, branch, site, values, spec, state.shard.group)
+        if pairs or decomposes:
+            # The fold has added kept factors to the weight. So they are subtracted, like all other initial factors.
+            assert isinstance(branch, LoraBranch)
+            factors = branch.exact_factors(values, site.scale).map(state.cut)
+        state = replace(state, initial=None if factors is None else InitialFactors(factors))
+        computed = branch.start(site, values, StageWeight(state, spec, stage, noisy, parameter.device))
+        values |= {name: value.to(values[name]) for name, value in computed.items()}
+        if branch.magnitude:
+            magnitude = state.cut(values[branch.magnitude], Side.OUT).cpu().double().clone()
+            state = replace(state, initial=InitialFactors(factors, magnitude))
+        if state.initial is None and type(branch) not in BUILT_IN:
+            started = branch.with_values(site, values)
             check_registered(started, site, lambda: state.exact("fast", arithmetic(state.base.dtype)))
-    unchanged = initial.factors is None and initial.magnitude is None
-    return replace(state, initial=None if unchanged else initial), started
+    return state, values
 
 
 def all_finite(branches: Iterable[Branch]) -> bool:
@@ -278,7 +307,14 @@ def end_stage(
     return after, bool(fault)
 
 
-def decomposed(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def decomposed(
+    weight: torch.Tensor,
+    branch: LoraBranch,
+    site: Site,
+    values: Mapping[str, torch.Tensor],
+    spec: CascadeSpec,
+    group: ProcessGroup,
+) -> dict[str, torch.Tensor]:
     """Decompose a weight into initial factors by `spec.start` (PiSSA, OLoRA and others).
 
     If the branch has a larger rank than the matrix, the remaining rows of A keep LoRA's values. The remaining columns
@@ -286,12 +322,15 @@ def decomposed(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> t
 
     Args:
         weight: the full weight in its stored layout. Slices of a fused weight, and experts, are decomposed separately.
-        branch: the new branch, with LoRA's initial A.
+        branch: the branch of the weight, which is not changed.
+        site: its site in the new stage.
+        values: LoRA's initial factors of the stage.
         spec: its `start` chooses the decomposition.
+        group: the processes that get the same factors. A decomposition does not have the same bits on all machines.
 
     Returns:
-        A [r, in] and B [out, r], in the dtype and on the device of the weight. Stacked experts have one more axis, and
-        slices have their factors one after another.
+        A [r, in] and B [out, r] by the names of their parameters. Stacked experts have one more axis, and slices have
+        their factors one after another.
 
     Raises:
         SpecError: the weight holds inf or nan.
@@ -302,18 +341,18 @@ def decomposed(weight: torch.Tensor, branch: LoraBranch, spec: CascadeSpec) -> t
             f"Give exclude=({branch.weight_name!r},) or start='lora'",
             code="non-finite",
         )
-    a, b = branch.down.to(weight, copy=True), branch.up.new_zeros(branch.up.shape).to(weight)
+    a, b = values[DOWN].to(weight, copy=True), torch.zeros_like(values[UP]).to(weight)
     out, columns, stack = b.shape[-2], a.shape[-1], tuple(b.shape[:-2])
     matrix = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
     matrices = matrix.split(branch.slices) if branch.slices else (matrix,)
     ups = b.split(branch.slices) if branch.slices else (b,)
-    downs = a.split(branch.rank) if branch.slices else (a,)
+    downs = a.split(site.rank) if branch.slices else (a,)
     with exact_products(matrix):
         for part, up, down in zip(matrices, ups, downs, strict=True):
-            initial_b, initial_a = spec.factor_start.initial_factors(part, branch.rank, branch.scale)
+            initial_b, initial_a = spec.factor_start.initial_factors(part, site.rank, site.scale)
             up[..., : initial_b.shape[-1]] = initial_b
             down[..., : initial_a.shape[-2], :] = initial_a
-    return a, b
+    return {name: group.broadcast(value).to(values[name]) for name, value in ((UP, b), (DOWN, a))}
 
 
 def has_trained(learner: Learner, state: WeightState) -> bool:
@@ -343,7 +382,7 @@ def delta_of(
     that started from factors of the weight contributes `[B - B_0, B_0]` and `[A; A - A_0]` (see the module docstring).
     """
     parameter = next(branch.parameters())
-    weight = start_weight_of(state, spec, stage, noisy, parameter.device)
+    weight = StageWeight(state, spec, stage, noisy, parameter.device)
     with torch.no_grad():
         gain = branch.gain(weight)
         if state.initial is not None and state.initial.factors is not None:

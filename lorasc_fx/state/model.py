@@ -255,10 +255,7 @@ class SlowWeights:
             states[name], started = begin_stage(
                 states[name], branch, site, plan.spec, plan.stage, keep, not self.idle, name in self.left_out
             )
-            parameters = dict(branch.named_parameters())
-            values[name] = {
-                key: local_like(value.detach(), parameters[key]) for key, value in started.named_parameters()
-            }
+            values[name] = {key: local_like(value, branch.get_parameter(key)) for key, value in started.items()}
         return replace(self, states=states), values
 
     def faults(self) -> list[str]:

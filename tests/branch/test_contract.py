@@ -253,9 +253,8 @@ class MovesWithA(Pair):
 class MovesFromItsWeight(Pair):
     """It is correct until `start`, in which a method may read the weight."""
 
-    def start(self, weight: StartWeight) -> None:
-        with torch.no_grad():
-            self.get_parameter("own_B").fill_(weight.exact().std())
+    def start(self, site: lx.Site, values: Mapping[str, Tensor], weight: StartWeight) -> dict[str, Tensor]:
+        return {"own_B": torch.full_like(values["own_B"], float(weight.exact().std()))}
 
 
 class Narrow(Pair):

@@ -80,8 +80,9 @@ def test_weights_with_the_right_values_are_not_written(case: str, monkeypatch: p
     spec, view, writes = WRITTEN[case]
     cascade = trained(lx.adapt(base(), (X,), spec=spec), 1)
     written: list[str] = []
-    write = views.Weights.write
-    monkeypatch.setattr(views.Weights, "write", lambda self, name, out: (written.append(name), write(self, name, out)))
+    write = views.WeightValues.write
+    record = lambda self, name, out, *scratch: (written.append(name), write(self, name, out, *scratch))  # noqa: E731
+    monkeypatch.setattr(views.WeightValues, "write", record)
     before = {name: value.clone() for name, value in cascade.model.state_dict().items()}
     with cascade.weights(view):
         same = [torch.equal(value, before[name]) for name, value in cascade.model.named_parameters()]
