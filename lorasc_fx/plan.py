@@ -106,14 +106,14 @@ class Site:
 
     def at_stage(self, stage: int) -> Site:
         """Return the site with the rank that it has in a stage."""
-        return replace(self, options=self.options.at_stage(stage))
+        return replace(self, options=self.options.at_stage(stage)) if self.options.ranks else self
 
     @property
     def rank(self) -> int:
         """Rank of the branch in the running stage."""
         return self.options.rank
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """Factor s of the delta, such as `lora_alpha / rank`."""
         return self.options.scale
@@ -126,7 +126,7 @@ class Site:
         """
         return self.weight.replace("/", "//").replace(".", "/")
 
-    @property
+    @cached_property
     def experts(self) -> int | None:
         """Number of stacked matrices of a weight of kind `experts`, each with its own pair of factors. Else None."""
         return self.shape[0] if self.kind == "experts" else None
@@ -197,7 +197,8 @@ class Plan:
 
     def at_stage(self, stage: int) -> Plan:
         """Return the plan at the start of another stage, with the ranks of that stage."""
-        return replace(self, stage=stage, step=0, sites=tuple(site.at_stage(stage) for site in self.sites))
+        sites = tuple(site.at_stage(stage) for site in self.sites)
+        return replace(self, stage=stage, step=0, sites=sites)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

@@ -229,11 +229,12 @@ def sums_are_finite(tensors: Sequence[torch.Tensor]) -> bool:
 
     If so, all entries are finite. The reverse does not hold, because a sum of finite entries may overflow.
     """
+    sums: dict[torch.device, list[torch.Tensor]] = {}
     with torch.no_grad():
-        sums = [local(tensor).sum() for tensor in tensors]
-        devices = {total.device for total in sums}
-        by_device = [torch.stack([total for total in sums if total.device == device]) for device in devices]
-        return all(math.isfinite(totals.sum().item()) for totals in by_device)
+        for tensor in tensors:
+            total = local(tensor).sum()
+            sums.setdefault(total.device, []).append(total)
+        return all(math.isfinite(torch.stack(totals).sum().item()) for totals in sums.values())
 
 
 def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
