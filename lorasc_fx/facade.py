@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.cascade.usage import callers
 from lorasc_fx.cascade.views import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
@@ -101,11 +102,11 @@ def _with_fast_weights(name: str) -> Any:
 
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            run = cascade._run
+            run = run_of(cascade)
             if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
                 kwargs["synced_gpus"] = True  # a rank that is done must keep calling until all ranks are done
             placed = run.released or run.placed is not None
-            with nullcontext() if placed else cascade.weights("fast"), cascade._graphs.gathered():
+            with nullcontext() if placed else cascade.weights("fast"), graphs_of(cascade).gathered():
                 return method(*args, **kwargs)
 
         return call
@@ -126,7 +127,7 @@ class Cascade(SavedCascade):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's model, except methods that need other weights or add layers of peft."""
         value = super().__getattr__(name)
-        if name in _NEEDS_WEIGHTS and self._run.placed is None and not self._run.released:
+        if name in _NEEDS_WEIGHTS and run_of(self).placed is None and not run_of(self).released:
             raise AttributeError(f"{name} is not available outside `weights(...)`: {_NEEDS_WEIGHTS[name]}")
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
@@ -152,8 +153,8 @@ class Cascade(SavedCascade):
                 break
         if caller and event in _REFUSED:
             raise StateError(_REFUSED[event].format(caller=caller), code="wrapper-not-supported")
-        if caller and event == "save" and not self._run.released:
-            self._run.warned.once(
+        if caller and event == "save" and not run_of(self).released:
+            run_of(self).warned.once(
                 "unfolded-save",
                 "a trainer saves an unfolded cascade as a model. Only cascade.load_state_dict can read this file; the "
                 "user's model cannot. With a Trainer of transformers or trl, use "
@@ -177,7 +178,7 @@ class Cascade(SavedCascade):
     ) -> Iterator[tuple[str, Any]]:
         """Return an iterator over the parameters. Trainers that send them to vLLM get `fast_parameters`."""
         if sys._getframe(1).f_globals.get("__name__") in SENDS_WEIGHTS:
-            return fast_parameters(self._run, "named_parameters")
+            return fast_parameters(run_of(self), "named_parameters")
         return super().named_parameters(prefix, recurse, remove_duplicate)
 
     @property
@@ -190,8 +191,8 @@ class Cascade(SavedCascade):
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trainable parameters of model and branches. `print(cascade)` shows more details."""
-        self._run.check_alive("print_trainable_parameters", on_meta=True)
-        trainable = self._run.trained_entries
+        run_of(self).check_alive("print_trainable_parameters", on_meta=True)
+        trainable = run_of(self).trained_entries
         total = sum(parameter.numel() for parameter in self.parameters())
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
@@ -222,7 +223,7 @@ class Cascade(SavedCascade):
             StateError: the cascade was released.
             MissingExtra: timm is not installed.
         """
-        self._run.check_alive("group_matcher", on_meta=True)
+        run_of(self).check_alive("group_matcher", on_meta=True)
         model: Any = self.model
         if hasattr(model, "group_matcher"):
             matcher = model.group_matcher(coarse)
@@ -243,7 +244,7 @@ class Cascade(SavedCascade):
         Raises:
             StateError: the cascade was released.
         """
-        self._run.check_alive("no_weight_decay", on_meta=True)
+        run_of(self).check_alive("no_weight_decay", on_meta=True)
         patterns: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
         names = {f"model.{name}": name for name, _ in self.model.named_parameters()} | self._weight_names()
         return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in patterns)}
@@ -252,7 +253,7 @@ class Cascade(SavedCascade):
         """Map the name of each branch parameter in the cascade to the name of the adapted weight in the model."""
         return {
             f"branches.{key}.{name}": branch.weight_name
-            for key, branch in self._run.by_key.items()
+            for key, branch in run_of(self).by_key.items()
             for name, _ in branch.named_parameters()
         }
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from lorasc_fx.adapt.start import Start, check_loaded, check_new
 from lorasc_fx.capture import FRONTENDS, open_model
+from lorasc_fx.cascade import flags_of
 from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
+from lorasc_fx.checkpoint.saved import take_over
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
@@ -153,7 +155,7 @@ def load(
                 f"{checkpoint.path}: its plan does not fit this model: {fault}", code="sites-differ"
             ) from fault
         if start.meta is None:
-            cascade._take_over(checkpoint, undo)
+            take_over(cascade, checkpoint, undo)
             check_loaded(cascade, checkpoint.path)
         return cascade
 
@@ -183,7 +185,7 @@ def _warn_about_frozen_sites(cascade: Cascade) -> None:
     No warning is given for a weight that a target names in full. Nor is one given if at least half of the adapted
     weights were frozen, by number or by entries: then the user has frozen a backbone to adapt it.
     """
-    trainable, sites = cascade._flags.requires_grad, cascade.sites
+    trainable, sites = flags_of(cascade).requires_grad, cascade.sites
     frozen = [site for site in sites if not trainable.get(site.weight, True)]
     few = 2 * len(frozen) < len(sites)
     few = few and 2 * sum(math.prod(site.shape) for site in frozen) < sum(math.prod(site.shape) for site in sites)

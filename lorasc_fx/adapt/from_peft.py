@@ -12,6 +12,7 @@ from torch import nn
 
 from lorasc_fx.adapt import adapt
 from lorasc_fx.capture import open_model
+from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.transition import install_slow
 from lorasc_fx.errors import CheckpointError, path_of
 from lorasc_fx.facade import Cascade
@@ -73,7 +74,7 @@ def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Expert]) 
     Raises:
         CheckpointError: the spec leaves out a part of the adapter.
     """
-    run, canonical = cascade._run, named_weights(cascade.model).canonical
+    run, canonical = run_of(cascade), named_weights(cascade.model).canonical
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}
     states, installed, left_out = dict(run.slow.states), [], []
     for name, expert in changes.items():

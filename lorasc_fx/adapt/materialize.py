@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.adapt.start import Start, check_loaded
+from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.check.isolation import device_of
 from lorasc_fx.checkpoint.base import DeferredValues, open_base, with_values
 from lorasc_fx.checkpoint.reader import check_base
+from lorasc_fx.checkpoint.saved import take_over
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
@@ -62,7 +62,7 @@ def materialize(
         CaptureError: the model raises on the example inputs, or its graph computes something else than the model.
         StateError: the model already has values; or another rank has failed, or reads different files.
     """
-    run = cascade._run
+    run = run_of(cascade)
     meta = run.meta
     if meta is None:
         raise StateError(
@@ -71,7 +71,7 @@ def materialize(
             code="not-available",
         )
     path, model = path_of(files), cascade.model
-    args, kwargs = cascade._graphs.example if cascade._graphs.example is not None else ((), None)
+    args, kwargs = graphs_of(cascade).example or ((), None)
     if run.is_sharded:
         target = torch.device(run.slow.group.device)
         if device is not None and _device(device).type != target.type:
@@ -84,24 +84,22 @@ def materialize(
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
     with torch.inference_mode(False), AllOrNothing() as undo:
-        undo(partial(_restore, cascade, dict(vars(cascade))))
         if run.is_sharded:
             _into_shards(cascade, path, target, buffers or {}, undo)
         else:
-            # Load the values, and start the same cascade object again, as `adapt` or `load` would have done.
+            # Load the values, and start a new run of the cascade, as `adapt` or `load` would have done.
             DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
-            checkpoint, flags = meta.checkpoint, cascade._flags
+            checkpoint = meta.checkpoint
             source = open_base(path if meta.base == "file" else meta.base, model)
             start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source, run.memory)
             if checkpoint is not None:
                 check_base(checkpoint, named_weights(model).parameters)
                 start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.moved)
             start.cascade(undo, into=cascade)
-            cascade._flags = flags
         if meta.checkpoint is not None:
-            cascade._take_over(meta.checkpoint, undo)
+            take_over(cascade, meta.checkpoint, undo)
             check_loaded(cascade, meta.checkpoint.path)
-        cascade._graphs.example = (args, kwargs) if kwargs is not None else None
+        graphs_of(cascade).example = (args, kwargs) if kwargs is not None else None
         return cascade
 
 
@@ -109,7 +107,7 @@ def _into_shards(
     cascade: Cascade, path: Path, device: torch.device, buffers: Mapping[str, torch.Tensor], undo: Undo
 ) -> None:
     """Load the local shards of this rank, and start the run on them."""
-    run, model, meta, group = cascade._run, cascade.model, cascade._run.meta, cascade._run.slow.group
+    run, model, meta, group = run_of(cascade), cascade.model, run_of(cascade).meta, run_of(cascade).slow.group
     assert meta is not None
     # Each rank fingerprints some of the full tensors, and all ranks exchange the results.
     with group.agreed("materialize"):
@@ -147,9 +145,3 @@ def _device(requested: torch.device | str) -> torch.device:
     if device.type == "meta":
         raise SpecError("materialize: the meta device holds no values. Use for example device='cpu' or 'cuda:0'.")
     return device
-
-
-def _restore(cascade: Cascade, attributes: dict[str, Any]) -> None:
-    """Set all attributes of the cascade to earlier values."""
-    vars(cascade).clear()
-    vars(cascade).update(attributes)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorasc_fx.adapt.start import Start, check_new
 from lorasc_fx.capture import open_model
+from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.sums import check_summable, install_sum, weighted_sum
 from lorasc_fx.checkpoint.reader import RunSource
 from lorasc_fx.errors import PassError, SpecError
@@ -63,7 +64,7 @@ def merge(
     if isinstance(runs, (str, PathLike, Cascade)) or not runs:
         raise SpecError("merge: pass a list of one or more checkpoint folders or cascades.")
     shares = _shares(weights, len(runs))
-    sources = [run._run if isinstance(run, Cascade) else run for run in runs]
+    sources = [run_of(run) if isinstance(run, Cascade) else run for run in runs]
     named_runs = [RunSource(run, f"run {number}", "merge") for number, run in enumerate(sources, start=1)]
     check_summable("merge", {run.name: run.plan for run in named_runs}, "Release the runs and sum their weights")
     opened = open_model(model)
@@ -84,7 +85,7 @@ def merge(
             raise SpecError(
                 f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"
             ) from fault
-        install_sum(cascade._run, weighted_sum(cascade._run.slow, parts, shares, plan.stage - 1), parts, undo)
+        install_sum(run_of(cascade), weighted_sum(run_of(cascade).slow, parts, shares, plan.stage - 1), parts, undo)
         return cascade
 
 

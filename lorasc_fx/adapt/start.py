@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorasc_fx.adapt.served import is_served
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade import Flags
+from lorasc_fx.cascade import Flags, Graphs, graphs_of, replace_run, run_of, watch_model
 from lorasc_fx.cascade.dropped import Joined
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import MetaModel
@@ -114,7 +114,7 @@ class Start:
 
         Args:
             undo: restores the model.
-            into: a cascade to initialize again, instead of a new one.
+            into: a cascade that gets a new run, instead of a new cascade.
         """
         model, plan, weights = self.model, self.plan, named_weights(self.model)
         no_inputs = self.loads and not self.args and self.kwargs is None
@@ -149,13 +149,12 @@ class Start:
             meta=self.meta,
             written=written,
         )
+        graphs = Graphs(run, compiler, decided, example)
         if into is None:
-            kind = cascade_class(model, compiler.calls.signature)
-            cascade = kind(run, compiler, decided, example, flags, self.joined)
+            cascade = cascade_class(model, compiler.calls.signature)(run, graphs, flags, self.joined)
         else:
-            Cascade.__init__(cascade := into, run, compiler, decided, example, flags, self.joined)
-        undo(cascade._usage.disarm)
-        cascade._usage.arm(run, cascade)
+            replace_run(cascade := into, run, graphs, undo)
+        watch_model(cascade, undo)
         run.start(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
         for parameter in weights.parameters.values():
             undo(partial(_ADAPTED.pop, parameter, None))
@@ -165,10 +164,10 @@ class Start:
 
 def check_loaded(cascade: Cascade, path: Path) -> None:
     """Raise CheckpointError if the loaded values or graphs do not agree with the plan, or contain inf or nan."""
-    disagreements = cascade._run.faults()
-    variant = cascade._graphs.variants.oldest
+    disagreements = run_of(cascade).faults()
+    variant = graphs_of(cascade).variants.oldest
     if variant is not None:
-        disagreements += cascade._graphs.compiler.faults(variant)
+        disagreements += graphs_of(cascade).compiler.faults(variant)
     if disagreements:
         raise CheckpointError(
             f"{path}: the checkpoint does not agree with its own plan:\n  " + "\n  ".join(dict.fromkeys(disagreements)),
@@ -180,7 +179,7 @@ def _is_adapted(parameter: nn.Parameter) -> bool:
     """Whether the parameter belongs to a cascade that still exists and was not released."""
     reference = _ADAPTED.get(parameter)
     cascade = reference() if reference is not None else None
-    return cascade is not None and not cascade._run.released
+    return cascade is not None and not run_of(cascade).released
 
 
 def _trained(plan: Plan, weights: Weights) -> dict[str, nn.Parameter]:

@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Decided
 from lorasc_fx.cascade import folding, transition
 from lorasc_fx.cascade.dropped import DropWarning, Flags, Joined, restore_structure
 from lorasc_fx.cascade.folding import Requantize
@@ -25,13 +24,13 @@ from lorasc_fx.cascade.summary import summary
 from lorasc_fx.cascade.transition import Stage
 from lorasc_fx.cascade.usage import UsageWatch
 from lorasc_fx.cascade.views import VIEW_NAMES, check_view, placed
-from lorasc_fx.compile import Axis, Compiler
+from lorasc_fx.compile import Axis
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.signature import bind
 from lorasc_fx.state import ViewName
 from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.undo import commit
+from lorasc_fx.util.undo import Undo, commit
 
 
 class CascadeModule(nn.Module):
@@ -44,21 +43,16 @@ class CascadeModule(nn.Module):
     site. One graph is captured for each call signature. Graphs contain no weights and read these modules.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        compiler: Compiler,
-        decided: Decided,
-        example: Example | None,
-        flags: Flags,
-        joined: Joined = (),
-    ) -> None:
+    def __init__(self, run: Run, graphs: Graphs, flags: Flags, joined: Joined = ()) -> None:
         super().__init__()
-        self.model, self.branches = run.model, run.branches
+        self.model, self._flags = run.model, flags
+        self._begin(run, graphs, joined)
+
+    def _begin(self, run: Run, graphs: Graphs, joined: Joined) -> None:
+        """Set the run, its branches and its graphs. `replace_run` does so again, with another run of the model."""
+        self._modules["branches"] = run.branches
         self.training = run.model.training
-        self._run, self._usage = run, UsageWatch()
-        self._graphs = Graphs(run, compiler, decided, example)
-        self._flags, self._joined = flags, joined
+        self._run, self._graphs, self._joined, self._usage = run, graphs, joined, UsageWatch()
         # Set last, so that it is finalized last: it checks whether anything but the cascade refers to the model.
         self._drop_warning = DropWarning(run)
 
@@ -500,3 +494,34 @@ class CascadeModule(nn.Module):
             "pickle the model after cascade.release()",
             code="not-serializable",
         )
+
+
+# ---- for the other packages. Public attributes of a cascade would hide attributes of the user's model.
+
+
+def run_of(cascade: CascadeModule) -> Run:
+    """Return the run of a cascade: its model and branches, plan, slow weights and lock."""
+    return cascade._run
+
+
+def graphs_of(cascade: CascadeModule) -> Graphs:
+    """Return the captured graphs of a cascade."""
+    return cascade._graphs
+
+
+def flags_of(cascade: CascadeModule) -> Flags:
+    """Return the flags that the user's model had before `adapt`."""
+    return cascade._flags
+
+
+def replace_run(cascade: CascadeModule, run: Run, graphs: Graphs, undo: Undo) -> None:
+    """Replace the run of a cascade by a new run of the same model, whose parameters have got their values."""
+    undo(partial(vars(cascade).update, dict(vars(cascade))))
+    undo(partial(cascade._modules.update, cascade._modules.copy()))
+    cascade._begin(run, graphs, ())
+
+
+def watch_model(cascade: CascadeModule, undo: Undo) -> None:
+    """Warn from now on if the user's model is called, saved or copied instead of the cascade."""
+    undo(cascade._usage.disarm)
+    cascade._usage.arm(cascade._run, cascade)

@@ -16,6 +16,7 @@ import stat
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lorasc_fx.cascade import CascadeModule
+from lorasc_fx.cascade import CascadeModule, graphs_of, run_of
 from lorasc_fx.cascade.optim import Optimizers, check_numbers, optimizers_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint import content, reader
@@ -311,12 +312,12 @@ class SavedCascade(CascadeModule):
                 parameters, the ranks have loaded different versions, or another rank has failed.
             CheckpointError: the checkpoint has no state of an optimizer or scheduler, or it is from another one.
         """
-        ranks = self._run.slow.group
+        ranks = run_of(self).slow.group
         if ranks.is_alone:  # not sharded: the ranks are replicas, as under DDP
             ranks = ProcessGroup.of(group)
         with ranks.agreed("resume"):
             optimizers = optimizers_of("resume", optimizer)
-            self._run.check_ready("resume", sharded=True)
+            run_of(self).check_ready("resume", sharded=True)
             if (loaded := self._loaded) is None:
                 raise StateError(
                     "resume: this cascade was not loaded from a checkpoint; create it with "
@@ -330,8 +331,8 @@ class SavedCascade(CascadeModule):
                 "Load from a folder that every rank can read, while no process saves into it",
                 code="ranks-differ",
             )
-        with ranks.agreed("resume"), self._run.exclusive("resume", sharded=True):
-            return content.resume(self._run, loaded.path, loaded.content, optimizers, several(scheduler), ranks)
+        with ranks.agreed("resume"), run_of(self).exclusive("resume", sharded=True):
+            return content.resume(run_of(self), loaded.path, loaded.content, optimizers, several(scheduler), ranks)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return copies of the cascade's state, from which `load_state_dict` resumes the training.
@@ -354,8 +355,8 @@ class SavedCascade(CascadeModule):
         state: Any = OrderedDict() if destination is None else destination
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
-        with self._run.exclusive("state_dict", keeps=True):
-            state.update({prefix + name: tensor for name, tensor in to_state_dict(self._run).items()})
+        with run_of(self).exclusive("state_dict", keeps=True):
+            state.update({prefix + name: tensor for name, tensor in to_state_dict(run_of(self)).items()})
         for hook in self._state_dict_hooks.values():
             hook(self, state, prefix, {})
         return state
@@ -398,25 +399,27 @@ class SavedCascade(CascadeModule):
         del keys.missing_keys[missing:]
         if checkpoint is None or errors:
             return
-        run = self._run
+        run = run_of(self)
         with run.exclusive("load_state_dict"), commit() as undo:
             placements = {site.weight: site.placement for site in run.plan.sites}
             reader.take_over(run, checkpoint, undo)
             # Placements can differ if they were chosen on another machine. The graphs must then be built again.
             if placements != {site.weight: site.placement for site in run.plan.sites}:
-                self._graphs.drop(undo)
+                graphs_of(self).drop(undo)
             self._note_loaded(checkpoint)
 
-    def _take_over(self, checkpoint: reader.Checkpoint, undo: Undo) -> None:
-        """Apply a checkpoint, as part of a transaction."""
-        reader.restore(self._run, checkpoint, undo)
-        self._note_loaded(checkpoint)
-
     def _note_loaded(self, checkpoint: reader.Checkpoint) -> None:
-        self._loaded, self._graphs.origin = checkpoint, str(checkpoint.path)
-        self._run.note_kept()
-        if self._run.inputs is None:  # no graph was captured here yet
-            self._run.inputs = checkpoint.content.inputs
+        self._loaded, graphs_of(self).origin = checkpoint, str(checkpoint.path)
+        run_of(self).note_kept()
+        if run_of(self).inputs is None:  # no graph was captured here yet
+            run_of(self).inputs = checkpoint.content.inputs
+
+
+def take_over(cascade: SavedCascade, checkpoint: reader.Checkpoint, undo: Undo) -> None:
+    """Apply a checkpoint to a new cascade, as part of a transaction."""
+    reader.restore(run_of(cascade), checkpoint, undo)
+    undo(partial(setattr, cascade, "_loaded", cascade._loaded))
+    cascade._note_loaded(checkpoint)
 
 
 def save(
@@ -468,7 +471,7 @@ def save(
             "DistributedDataParallel(cascade)",
             code="invalid-value",
         )
-    run = model._run
+    run = run_of(model)
     group = ProcessGroup.of(wrapper.process_group) if wrapper is not None else run.slow.group
     optimizers, schedulers = optimizers_of("save", optimizer), several(scheduler)
     return write_version(run, path_of(folder), optimizers, schedulers, extra or {}, keep, group)

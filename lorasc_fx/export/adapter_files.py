@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from lorasc_fx.cascade import run_of
 from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.facade import Cascade
@@ -84,8 +85,8 @@ def adapter(
     else:
         with base.weights("base"):
             change = low_rank_pairs(run, base.model, call="export.adapter")
-        change.check_base(base._run.fingerprints(), "export.adapter")
-        plan, dtypes = base.plan, branch_dtypes(base._run)
+        change.check_base(run_of(base).fingerprints(), "export.adapter")
+        plan, dtypes = base.plan, branch_dtypes(run_of(base))
     assert plan is not None, "low_rank_pairs requires a model for an adapter of peft"
     if foreign := change.pairs.keys() - plan.by_weight.keys():
         raise SpecError(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import least_sizes
+from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Axis, Call, Variant
 from lorasc_fx.errors import CaptureError, SpecError, named, path_of, warn
@@ -224,21 +225,21 @@ def _program(
         The program, the smallest sizes that it accepts by input and axis, and a zero adapter by input (empty without a
         rank).
     """
-    with cascade._run.exclusive(call, keeps=True):
-        cascade._run.check_buffers(call)
+    with run_of(cascade).exclusive(call, keeps=True):
+        run_of(cascade).check_buffers(call)
     inputs = cascade._inputs(args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     zeros: dict[str, torch.Tensor] = {}
     with _evaluating(cascade):
         # Choose the graph: with adapters as inputs, folded, or the running cascade.
-        variant, captured_call = cascade._graphs.variant_of(bound, named, dynamic=True)
+        variant, captured_call = graphs_of(cascade).variant_of(bound, named, dynamic=True)
         module: nn.Module = cascade
         if rank is not None:
             module, zeros, least = _lifted(cascade, variant, captured_call, rank, call)
         elif folded or variant.universal:  # for a model without a graph, this raises and says why
             module, least = cascade._folded(bound, named, None, view)
         else:
-            fold, model = cascade._graphs.compiler.fold, cascade.model
+            fold, model = graphs_of(cascade).compiler.fold, cascade.model
             _, least = fold(variant, model, cascade.stage, None, captured_call.args, captured_call.kwargs)
         # Export it with the dynamic sizes of the captured graph, and with the user's split into keyword arguments.
         shapes = _dynamic_shapes(module, variant, bound, named, zeros)
@@ -275,7 +276,7 @@ def _lifted(
         SpecError: the cascade has changed buffers, two weights have the same input names, or an argument of the model
             has the name of an input.
     """
-    run, plan = cascade._run, cascade.plan
+    run, plan = run_of(cascade), cascade.plan
     if changed := run.changed_buffers():
         raise SpecError(
             f"{call}: the training has changed {named(changed)}, so the graph would not be of the base. Train in eval "
@@ -292,7 +293,7 @@ def _lifted(
     with run.exclusive(call):
         parameters = run.parameters_by_name()
         values = {name: run.slow.value(name, "base", parameters[name]) for name in run.slow.states}
-    module, lifted, least = cascade._graphs.compiler.lift(
+    module, lifted, least = graphs_of(cascade).compiler.lift(
         variant, cascade.model, plan.stage, values, rank, captured_call.args, captured_call.kwargs
     )
     graph_inputs = {item.name: (item.shape, item.dtype) for item in lifted}

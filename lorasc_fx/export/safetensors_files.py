@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.folding import folded_each
 from lorasc_fx.checkpoint.base import INDEX, SINGLE, shards_of
 from lorasc_fx.checkpoint.files import DTYPES, refusing
@@ -80,7 +81,7 @@ def safetensors(
         NonFiniteBranch: the running branch of a site holds inf or nan.
     """
     out, call = path_of(path), "export.safetensors"
-    with cascade._run.exclusive(call, keeps=True):
+    with run_of(cascade).exclusive(call, keeps=True):
         if base is not None:
             if quantized is not None:
                 raise SpecError(
@@ -90,13 +91,13 @@ def safetensors(
                 )
             labels = getattr(getattr(cascade.model, "config", None), "id2label", None)
             classes = list(labels.values()) if isinstance(labels, dict) else None
-            return fold_files(folded_run(cascade._run, call, view), path_of(base), out, progress, classes)
+            return fold_files(folded_run(run_of(cascade), call, view), path_of(base), out, progress, classes)
         if not is_integer(max_shard_bytes, 1):
             raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give an integer of 1 or more")
         _check_free(out)
         values: dict[str, Callable[[], torch.Tensor]] = {}
         sizes: dict[str, int] = {}
-        for name, value, folded in folded_each(cascade._run, call, quantized, view):
+        for name, value, folded in folded_each(run_of(cascade), call, quantized, view):
             is_dense = quantized is not None and is_quantized(value)
             if not (is_dense or _is_storable(value)):
                 raise StateError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lorasc_fx.cascade import transition
+from lorasc_fx.cascade import run_of, transition
 from lorasc_fx.errors import MissingExtra, SpecError, StateError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
@@ -73,7 +73,7 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         if self.stages is not None:
             limit = trainer.max_steps / len(trainer.optimizers) if trainer.max_steps > 0 else math.inf
             self._divide(self.stages, min(trainer.estimated_stepping_batches, limit))
-        run = self.cascade._run
+        run = run_of(self.cascade)
         run.begin_loop(trainer.optimizers, "CascadeCallback")
         transition.end_idle(run)
         self._steps_done = self._steps(trainer)
@@ -90,13 +90,13 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Fold the stage that is still running."""
-        run = self.cascade._run
+        run = run_of(self.cascade)
         if transition.has_begun(run):
             transition.next_stage(run, trainer.optimizers, idle=True)
 
     def _place_evaluated(self, *args: Any) -> None:
         """Place the weights for an evaluation in the model, unless the user has placed some."""
-        if self._evaluated[0] != "trained" and self.cascade._run.placed is None:
+        if self._evaluated[0] != "trained" and run_of(self.cascade).placed is None:
             self._place(self._evaluated[0])
 
     def _restore_trained(self, *args: Any) -> None:

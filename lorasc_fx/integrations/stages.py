@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
+from lorasc_fx.cascade import run_of
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.schedules import Plateau
@@ -57,7 +58,7 @@ class StageEnds:
                 f"CascadeCallback: evaluate is {evaluate!r}. Give one of {', '.join(get_args(Evaluated))}, or a tuple "
                 "of different ones"
             )
-        cascade._run.check_alive("CascadeCallback")
+        run_of(cascade).check_alive("CascadeCallback")
         self.cascade, self.evaluate, self._evaluated = cascade, evaluate, views
         self.epochs, self.steps, self.stages = epochs if chosen else 1, steps, stages
         self._last_steps: set[int] = set()
@@ -65,7 +66,7 @@ class StageEnds:
         self._view: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in views:
-            cascade._run.warned.accept("evaluated-with-noise")  # "trained" includes noise, so do not warn about it
+            run_of(cascade).warned.accept("evaluated-with-noise")  # "trained" includes noise, so do not warn about it
 
     def _divide(self, stages: int, total: float) -> None:
         """Divide `total` optimizer steps into stages, as evenly as possible."""
@@ -83,7 +84,7 @@ class StageEnds:
     @contextlib.contextmanager
     def _placing(self, view: str) -> Iterator[None]:
         """Place weights in the model inside the block, and restore the previous ones afterwards."""
-        previous, by_user = self._view, self._view is None and self.cascade._run.placed is not None
+        previous, by_user = self._view, self._view is None and run_of(self.cascade).placed is not None
         if view == "trained" or (by_user and view in get_args(Evaluated)):  # keep the user's own `weights(...)`
             yield
             return

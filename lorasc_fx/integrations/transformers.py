@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-from lorasc_fx.cascade import transition
+from lorasc_fx.cascade import run_of, transition
 from lorasc_fx.cascade.views import fast_parameters
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
@@ -92,7 +92,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._reference: _Reference | None = None
         self._user_reference = False  # whether the user has given another reference model
         vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by this name whether to shift labels
-        cascade._run.warned.accept("unfolded-save")  # save_model writes the folded model, so do not warn
+        run_of(cascade).warned.accept("unfolded-save")  # save_model writes the folded model, so do not warn
         vars(cascade)["_hf_peft_config_loaded"] = True  # without it, a Trainer refuses to train a quantized model
 
     @property
@@ -161,7 +161,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             )
         if self.stages is not None:
             self._divide(self.stages, state.max_steps)
-        run = self.cascade._run
+        run = run_of(self.cascade)
         run.begin_loop([kwargs["optimizer"]], "CascadeCallback")
         transition.end_idle(run)
         if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
@@ -207,7 +207,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         If the best model was loaded by its slow weights, the running stage is restarted instead: its branches were not
         evaluated.
         """
-        run, optimizers = self.cascade._run, [kwargs["optimizer"]]
+        run, optimizers = run_of(self.cascade), [kwargs["optimizer"]]
         if not transition.has_begun(run):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -364,7 +364,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "transitions could not write them. Remove it. With torchrun, the Trainer uses DistributedDataParallel",
                 code="trainer-not-supported",
             )
-        if args.fsdp or self.cascade._run.is_sharded:
+        if args.fsdp or run_of(self.cascade).is_sharded:
             raise _sharded(f"fsdp is {args.fsdp!r}" if args.fsdp else "the weights are sharded")
         for name in _MODEL_CHANGES:
             if getattr(args, name, None):
@@ -385,7 +385,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "sample from them. Set use_vllm=False, or use TRL's GRPOTrainer",
                 code="trainer-not-supported",
             )
-        fast_parameters(self.cascade._run, "CascadeCallback")
+        fast_parameters(run_of(self.cascade), "CascadeCallback")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load as load_checkpoint
+from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.optim import Optimizers, optimizers_of
 from lorasc_fx.checkpoint import saved
 from lorasc_fx.checkpoint.content import Content
@@ -58,7 +59,7 @@ def state_dict(
     Raises:
         CheckpointError, StateError, NonFiniteBranch: as in `lorasc_fx.save`.
     """
-    run, call = cascade._run, "state_dict"
+    run, call = run_of(cascade), "state_dict"
     group = run.slow.group
     # Check everything before any rank copies or sends tensors.
     with group.agreed(call):

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lorasc_fx.cascade import folding
+from lorasc_fx.cascade import folding, graphs_of, run_of
 from lorasc_fx.cascade.commit import Planned
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError, named
@@ -68,7 +68,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             changed on any rank. After any other exception, including KeyboardInterrupt, this process is unchanged,
             but other processes may have continued.
     """
-    run = cascade._run
+    run = run_of(cascade)
     with run.exclusive("shard", sharded=True, on_meta=True), AllOrNothing() as undo:
         ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
         with ranks.agreed("shard"):
@@ -123,7 +123,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             refit()
             undo.enter(gathered(shards, cascade.model))
 
-        cascade._graphs.split_by(split, gather_model, undo)
+        graphs_of(cascade).split_by(split, gather_model, undo)
         return cascade  # inside the block, so that an interrupt before this line rolls back
 
 
@@ -164,7 +164,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
     Raises:
         StateError: the cascade is not sharded, or the call is not between two optimizer steps.
     """
-    run = cascade._run
+    run = run_of(cascade)
     if not run.is_sharded:
         raise StateError(
             "folded_state_dict: this cascade is not sharded. Call cascade.folded_state_dict()", code="not-available"
@@ -185,21 +185,21 @@ def _units(cascade: Cascade) -> dict[int, str]:
     """Return the unit of every parameter of model and branches, by the id of the parameter."""
     model = dict(cascade.model.named_parameters())
     units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
-    for branch in cascade._run.by_key.values():
+    for branch in run_of(cascade).by_key.values():
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
-    for variant in cascade._graphs.variants.all:
+    for variant in graphs_of(cascade).variants.all:
         if isinstance(graph := variant.module, fx.GraphModule):
             # Weights that one node reads together must be gathered together: move them to the root unit.
             while sets := inseparable(graph, units):
                 units |= dict.fromkeys((parameter for ids in sets for parameter in ids), ROOT)
-    for branch in cascade._run.by_key.values():  # a branch stays in the unit of its weight
+    for branch in run_of(cascade).by_key.values():  # a branch stays in the unit of its weight
         units |= {id(factor): units[id(model[branch.weight_name])] for factor in branch.parameters()}
     return units
 
 
 def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
     """Return the split graph of each variant by its id. Raise StateError if the cascade cannot be sharded."""
-    run = cascade._run
+    run = run_of(cascade)
     if not dist.is_initialized():
         raise StateError(
             "shard: there is no process group. Start the processes with torchrun, and call "
@@ -218,7 +218,7 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             "or with two axes (replicas, shards) over all ranks in order",
             code="invalid-value",
         )
-    variants = cascade._graphs.variants.all
+    variants = graphs_of(cascade).variants.all
     if not variants:
         raise StateError(
             "shard: the cascade has no graph yet, or none since it was moved to a device. Call the cascade once before",
@@ -341,8 +341,8 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     (`Branch.shard_axes`).
     """
     axes: dict[int, int] = {}
-    model, resized = cascade._run.parameters_by_name(), bool(cascade.plan.spec.ranks)
-    for branch in cascade._run.by_key.values():
+    model, resized = run_of(cascade).parameters_by_name(), bool(cascade.plan.spec.ranks)
+    for branch in run_of(cascade).by_key.values():
         weight = model[branch.weight_name]
         tensors = {"weight": weight, **dict(branch.named_parameters())}
         axes |= {id(tensors[name]): axis for name, axis in branch.shard_axes(weight, parts, resized).items()}

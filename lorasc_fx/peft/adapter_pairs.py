@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Factors
+from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.checkpoint.reader import Checkpoint, RunSource, check_digests
 from lorasc_fx.errors import SpecError, named, path_of
@@ -120,7 +121,7 @@ def low_rank_pairs(
         change = _change_of_peft(path_of(source), model)
         adapter = LowRankAdapter(f"{name}, {source}", change.pairs, {})
     else:
-        source_run = RunSource(source._run if isinstance(source, Cascade) else source, name, call)
+        source_run = RunSource(run_of(source) if isinstance(source, Cascade) else source, name, call)
         part = source_run.part(tensors)
         change = _change_of_run(source_run, part, tensors)
         dtypes = branch_dtypes(source_run.run)

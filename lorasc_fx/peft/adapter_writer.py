@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.cascade.inputs import stand_ins
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.views import check_view
@@ -114,7 +115,7 @@ def peft(
         SpecError: an argument is invalid.
         MissingExtra: peft is not installed.
     """
-    run, model = cascade._run, cascade.model
+    run, model = run_of(cascade), cascade.model
     if max_rank is not None and not is_integer(max_rank, 1):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; give an integer of 1 or more")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -216,8 +217,8 @@ def peft(
 
 def _targets(cascade: Cascade, sites: Sequence[Site]) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
     """Return the result of `targets_of` on the example inputs, or on stand-ins after a load without inputs."""
-    description = cascade._run.inputs
-    if cascade._graphs.example is not None or description is None:
+    description = run_of(cascade).inputs
+    if graphs_of(cascade).example is not None or description is None:
         return targets_of(cascade.model, sites, *cascade.example)
     device = next(cascade.model.parameters()).device
     try:

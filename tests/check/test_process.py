@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.cascade import run_of
 from lorasc_fx.check.process_state import eager, quiet
 from tests.cascade.test_threads import moved_cascade, together
 
@@ -148,7 +149,7 @@ def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
     before, inside, go_on, ended = process_state(), threading.Event(), threading.Event(), list[int]()
 
     def hold() -> None:
-        with quiet(), cascade._run.exclusive("save"):
+        with quiet(), run_of(cascade).exclusive("save"):
             inside.set()
             go_on.wait(60)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
@@ -39,12 +38,12 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "read tensors": (reader, "load"),
     "unpack": (reader, "install"),
     "unpack gradients": (reader, "gradients_of"),
-    "load into a cascade": (lx.Cascade, "_take_over"),
+    "load into a cascade": (_MODULES["lorasc_fx.adapt"], "take_over"),
     "write an adapter": (peft_writer, "write_tensors"),
     "write a tensor": (safetensors_files, "write_tensors"),
     # stages
     "transition": (transition, "next_stage"),
-    "start of a weight": (LoraBranch, "follow"),
+    "start of a weight": (LoraBranch, "kept_values"),
     "commit": (Run, "commit"),
     "digest of the source": (run_base, "source_digest"),
     "redraw": (model, "write_start"),
