@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorasc_fx.errors import SpecError
-from lorasc_fx.util.extras import missing, module_of
+from lorasc_fx.util.environment import missing, module_of
 
 __all__ = ["corpus", "digits", "garments", "imdb", "mnist5k", "rotten_tomatoes"]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasc_fx.errors import SpecError
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 __all__ = ["LastBlocks", "efficientnet", "feature_maps", "smollm2"]
 

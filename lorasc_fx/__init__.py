@@ -35,7 +35,7 @@ from lorasc_fx.passes.backend import backend
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
-from lorasc_fx.util.version import version as _version
+from lorasc_fx.util.environment import version as _version
 
 __version__ = _version()
 

@@ -23,7 +23,7 @@ from lorasc_fx.cascade.usage import callers
 from lorasc_fx.cascade.views import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
 from lorasc_fx.errors import StateError
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 __all__ = ["Cascade"]
 

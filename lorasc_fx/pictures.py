@@ -16,7 +16,7 @@ from lorasc_fx.graph.placement import placement_of
 from lorasc_fx.graph.printer import type_text
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 
 STYLES = {
     "beside": ("#0969b3", "#dcecf9"),

@@ -15,8 +15,7 @@ from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.decode import check_names
+from lorasc_fx.util.decode import check_names, is_integer
 
 __all__ = ["Recipe", "lora", "lora_cycles", "small_data"]
 

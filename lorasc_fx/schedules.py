@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from lorasc_fx.branch import generator
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
-from lorasc_fx.util.checks import is_integer, is_number
-from lorasc_fx.util.decode import Check, check
+from lorasc_fx.util.decode import Check, check, is_integer, is_number
 
 __all__ = ["Plateau", "StageSchedule", "shuffled_batches"]
 

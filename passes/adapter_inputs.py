@@ -29,7 +29,7 @@ from lorasc_fx.graph import GraphEditor, branch_nodes, matches, record_of
 from lorasc_fx.graph.branch_calls import INPUT_OPTIONS
 from lorasc_fx.graph.record import AdapterInput, Lifted
 from lorasc_fx.plan import Site
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 
 from .base import CascadePass
 

@@ -20,7 +20,7 @@ from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.state import Part
-from lorasc_fx.util.checks import is_number
+from lorasc_fx.util.decode import is_number
 from lorasc_fx.util.fingerprint import fingerprints
 from lorasc_fx.util.undo import AllOrNothing
 

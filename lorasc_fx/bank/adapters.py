@@ -19,7 +19,7 @@ from lorasc_fx.errors import SpecError, StateError, named, nearest
 from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter
 from lorasc_fx.plan import Site
-from lorasc_fx.util.checks import is_integer, is_number
+from lorasc_fx.util.decode import is_integer, is_number
 
 _LOSSLESS = 1e-10
 """Relative error up to which an adapter is reduced to a smaller rank. The factors of a run with many stages often have

@@ -41,7 +41,7 @@ from lorasc_fx.passes import AdapterInputs
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
 from lorasc_fx.plan import Site
 from lorasc_fx.signature import Calls, bind_inputs, leaves, signature_of
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.fingerprint import checksums, fingerprints
 from lorasc_fx.util.undo import PROCESS
 

@@ -22,7 +22,7 @@ from lorasc_fx.branch.given import FIRST_AXIS, Rows
 from lorasc_fx.check.isolation import isolated_model, isolation
 from lorasc_fx.errors import StateError
 from lorasc_fx.signature import is_opaque_leaf, leaves
-from lorasc_fx.util.accelerator import kept_generators
+from lorasc_fx.util.environment import kept_generators
 from lorasc_fx.util.fingerprint import checksums
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

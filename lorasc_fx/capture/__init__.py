@@ -36,7 +36,7 @@ from lorasc_fx.check.preflight import RECOMPUTES, Disagreement, Preflight, check
 from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.errors import CaptureError, nearest
 from lorasc_fx.signature import copy_inputs, leaves, register_cache_pytrees, requires_grad
-from lorasc_fx.util.accelerator import OUT_OF_MEMORY
+from lorasc_fx.util.environment import OUT_OF_MEMORY
 
 __all__ = [
     "EAGER",

@@ -18,7 +18,7 @@ from lorasc_fx.check.guards import Guards
 from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
 from lorasc_fx.graph.editor import products_with_weights, retarget
 from lorasc_fx.quantized import QuantizedLinear
-from lorasc_fx.util.accelerator import generator_states
+from lorasc_fx.util.environment import generator_states
 
 OWNER = "model"
 """Name under which a graph module holds the user's model as a child."""

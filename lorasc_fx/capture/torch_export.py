@@ -24,7 +24,7 @@ from lorasc_fx.graph.editor import call_directly, drop_nodes
 from lorasc_fx.parameters import substituted
 from lorasc_fx.quantized import as_opaque_products, quantized_in
 from lorasc_fx.signature import leaves, signature_of
-from lorasc_fx.util.accelerator import generator_states
+from lorasc_fx.util.environment import generator_states
 from lorasc_fx.util.undo import Block, isolated
 
 _GUARDS = "_guards_fn"

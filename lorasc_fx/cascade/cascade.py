@@ -29,7 +29,7 @@ from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.signature import bind
 from lorasc_fx.state import ViewName
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.undo import Undo, commit
 
 

@@ -16,9 +16,9 @@ from lorasc_fx.cascade.watches import PendingWatch, Replicas, StepWatch, Warned
 from lorasc_fx.errors import StateError
 from lorasc_fx.shards import local
 from lorasc_fx.state import Learner, Memory, SlowWeights, sums_are_finite
+from lorasc_fx.util.environment import source_digest, version
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import PROCESS, Lock
-from lorasc_fx.util.version import source_digest, version
 
 
 class BaseValues(Protocol):

@@ -26,7 +26,7 @@ from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.state import SlowWeights
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.undo import Undo, commit
 
 log = logging.getLogger("lorasc_fx")

@@ -23,7 +23,7 @@ from lorasc_fx.quantized import writable
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Scratch, ViewName
-from lorasc_fx.util.accelerator import free_memory
+from lorasc_fx.util.environment import free_memory
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.undo import AllOrNothing, Block, isolated
 

@@ -25,7 +25,7 @@ from lorasc_fx.check.process_state import ObserverMode, seed
 from lorasc_fx.check.projections import PROJECTIONS, backward_nodes, projected_gradients
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
-from lorasc_fx.util.accelerator import OUT_OF_MEMORY
+from lorasc_fx.util.environment import OUT_OF_MEMORY
 from lorasc_fx.util.fingerprint import checksum
 from lorasc_fx.util.undo import Block, isolated
 

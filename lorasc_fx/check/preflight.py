@@ -36,7 +36,7 @@ from lorasc_fx.check.process_state import eager, quiet, seed
 from lorasc_fx.check.projections import projected
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.signature import copy_inputs
-from lorasc_fx.util.accelerator import OUT_OF_MEMORY
+from lorasc_fx.util.environment import OUT_OF_MEMORY
 from lorasc_fx.util.undo import Block, isolated
 
 MAX_MODULE_ERROR = 1e-3

@@ -21,7 +21,7 @@ from torch._higher_order_ops import utils as higher_order
 from torch.backends import mha
 from torch.utils import _python_dispatch
 
-from lorasc_fx.util.accelerator import generator_states, seed_generators, set_generator_states
+from lorasc_fx.util.environment import generator_states, seed_generators, set_generator_states
 from lorasc_fx.util.undo import PROCESS, Block, isolated
 
 T = TypeVar("T")

@@ -31,9 +31,9 @@ from safetensors import SafetensorError
 
 from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
 from lorasc_fx.util.decode import Check, decode
+from lorasc_fx.util.environment import version
 from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import fingerprint, text_digest
-from lorasc_fx.util.version import version
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -54,7 +54,7 @@ from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateE
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import ProcessGroup, local
 from lorasc_fx.state.engine import all_finite
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.files import make_folder, one_writer, sync
 from lorasc_fx.util.fingerprint import file_digest, text_digest
 from lorasc_fx.util.undo import Undo, commit

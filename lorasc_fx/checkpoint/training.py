@@ -19,8 +19,8 @@ from lorasc_fx.checkpoint.files import sanitized
 from lorasc_fx.checkpoint.tree import Tensors
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.shards import ProcessGroup, dtensor_like
-from lorasc_fx.util.accelerator import generator_states, set_generator_states
 from lorasc_fx.util.decode import Check, decode
+from lorasc_fx.util.environment import generator_states, set_generator_states
 from lorasc_fx.util.files import parse_json
 
 T = TypeVar("T")

@@ -16,8 +16,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from lorasc_fx.errors import LorascError, SpecError, nearest, path_of
-from lorasc_fx.util.extras import missing
-from lorasc_fx.util.version import version
+from lorasc_fx.util.environment import missing, version
 
 if TYPE_CHECKING:
     from torch import nn

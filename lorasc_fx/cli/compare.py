@@ -25,7 +25,7 @@ from lorasc_fx.cli.run_folder import CONFIG, check_output, check_same
 from lorasc_fx.cli.task import Task
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import NonFiniteBranch, SpecError, StateError
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 
 class Run(NamedTuple):

@@ -14,7 +14,7 @@ from lorasc_fx.cli.methods import METHODS
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check, check, choice, decode
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 from lorasc_fx.util.files import replacing
 
 Count = Annotated[int, Check(lambda count: count >= 1, "give a whole number of 1 or more")]

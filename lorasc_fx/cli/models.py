@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.errors import LorascError, SpecError, nearest
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 MODELS = ("hf:FOLDER", "hf:package:NAME", "timm:NAME", "python:package.module:function")
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

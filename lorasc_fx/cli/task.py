@@ -18,7 +18,7 @@ from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import INPUT, LABEL, load_splits
 from lorasc_fx.cli.models import ModelSource, reading
 from lorasc_fx.errors import SpecError
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 Batch = dict[str, Tensor]
 MAX_LENGTH = 1024

@@ -24,7 +24,7 @@ from lorasc_fx.cli.task import Task
 from lorasc_fx.errors import SpecError, StateError, nearest
 from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.util.decode import decode
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
 """Keys of `[train]` that replace the learning rate of `[stages]` by the Trainer's own schedule."""

@@ -39,7 +39,7 @@ from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Call, Calls, requires_grad
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.util.accelerator import OUT_OF_MEMORY
+from lorasc_fx.util.environment import OUT_OF_MEMORY
 
 _FAULT = (
     "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "

@@ -23,8 +23,8 @@ from lorasc_fx.facade import Cascade
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes, low_rank_pairs
 from lorasc_fx.peft.change import CutOff
 from lorasc_fx.plan import Plan
-from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.decode import is_integer
+from lorasc_fx.util.environment import module_of
 from lorasc_fx.util.files import replacing
 
 log = logging.getLogger("lorasc_fx")

@@ -26,7 +26,7 @@ from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes
 from lorasc_fx.signature import bind, is_opaque_leaf, leaves, signature_of
-from lorasc_fx.util.extras import module_of, require
+from lorasc_fx.util.environment import module_of, require
 from lorasc_fx.util.files import replacing
 from lorasc_fx.util.undo import Block, isolated
 

@@ -28,7 +28,7 @@ from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
 from lorasc_fx.export.base_weights import mapped, matched
 from lorasc_fx.facade import Cascade
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.files import parse_json, replacing
 
 Progress = Callable[[int, int], object]

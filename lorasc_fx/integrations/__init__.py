@@ -3,7 +3,7 @@
 The two modules are imported lazily, because each one imports its library.
 """
 
-from lorasc_fx.util.extras import lazy_modules
+from lorasc_fx.util.environment import lazy_modules
 
 __all__ = ["transformers"]
 

@@ -9,7 +9,7 @@ from lorasc_fx.cascade import run_of, transition
 from lorasc_fx.errors import MissingExtra, SpecError, StateError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 try:
     pytorch = module_of("loops", "lightning.pytorch")

@@ -11,7 +11,7 @@ from lorasc_fx.cascade import run_of
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.schedules import Plateau
-from lorasc_fx.util.checks import is_integer
+from lorasc_fx.util.decode import is_integer
 
 __all__ = ["Evaluated", "StageEnds"]
 

@@ -23,7 +23,7 @@ from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.schedules import Plateau
-from lorasc_fx.util.extras import require
+from lorasc_fx.util.environment import require
 
 require("loops", "transformers", "accelerate")
 

@@ -1,6 +1,6 @@
 """Cascades on several processes: `fsdp` shards a cascade (FSDP2), `dcp` is for torch.distributed.checkpoint."""
 
-from lorasc_fx.util.extras import lazy_modules
+from lorasc_fx.util.environment import lazy_modules
 
 __all__ = ["dcp", "fsdp"]
 

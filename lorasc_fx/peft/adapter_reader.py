@@ -35,7 +35,7 @@ from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Tokens
 from lorasc_fx.state import Expert, scaled
 from lorasc_fx.util.decode import Check, decode
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 MAX_CONFIG_BYTES = 1 << 24
 """Largest accepted configuration. Configurations of large models have a few hundred thousand bytes."""

@@ -35,8 +35,8 @@ from lorasc_fx.peft.targets import Target, targets_of
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.state import arithmetic
-from lorasc_fx.util.checks import is_integer
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.decode import is_integer
+from lorasc_fx.util.environment import module_of
 from lorasc_fx.util.files import replacing
 
 _VIEWS = ("slow", "fast", "averaged")

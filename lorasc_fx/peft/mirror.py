@@ -21,8 +21,7 @@ from lorasc_fx.graph import named_weights
 from lorasc_fx.graph.copies import unshared
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec, Rule
-from lorasc_fx.util.accelerator import kept_generators
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import kept_generators, module_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """Names of the files in an adapter's folder."""

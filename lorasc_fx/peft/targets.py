@@ -25,7 +25,7 @@ from lorasc_fx.peft.mirror import ADAPTER
 from lorasc_fx.plan import Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.signature import copy_inputs
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """The arguments of one call of a module."""

@@ -17,7 +17,7 @@ import torch
 
 from lorasc_fx.branch.factors import Factors
 from lorasc_fx.options import split_evenly
-from lorasc_fx.util.accelerator import has_fp64
+from lorasc_fx.util.environment import has_fp64
 from lorasc_fx.util.undo import Block, isolated
 
 BLOCK = 1 << 21

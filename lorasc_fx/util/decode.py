@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import UnionType
 from typing import (
@@ -24,6 +25,7 @@ from typing import (
     Literal,
     NamedTuple,
     NotRequired,
+    TypeGuard,
     TypeVar,
     Union,
     get_args,
@@ -33,7 +35,6 @@ from typing import (
 )
 
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.util.checks import is_number
 
 T = TypeVar("T")
 FieldPath = tuple[Any, ...]
@@ -275,3 +276,18 @@ def _shortened(value: Any) -> str:
     """Return the repr of a value. A long one is cut, so that the message stays readable."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def is_integer(value: object, minimum: int) -> TypeGuard[int]:
+    """Whether a value is an integer of at least `minimum`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a finite number that can be converted to a float without rounding."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value) and float(value) == value
+    except OverflowError:
+        return False

@@ -14,7 +14,7 @@ import pytest
 
 import lorasc_fx as lx
 from lorasc_fx.cli import config
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 from tests.contract import site_pages
 from tests.contract.test_docs import BLOCK
 

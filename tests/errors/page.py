@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from lorasc_fx import errors
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
-from lorasc_fx.util.extras import module_of
+from lorasc_fx.util.environment import module_of
 from tests.errors.models import inputs, mlp
 
 Example = Callable[[nn.Module, Tensor], Any]

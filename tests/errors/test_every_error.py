@@ -86,7 +86,7 @@ def test_the_page_is_what_the_calls_raise() -> None:
 
 
 def test_an_extra_that_is_missing() -> None:
-    from lorasc_fx.util.extras import module_of
+    from lorasc_fx.util.environment import module_of
 
     with raises(lx.errors.MissingExtra, "missing-extra", "absent_package", "lorasc-fx[vision]") as caught:
         module_of("vision", "absent_package.part")

@@ -1,13 +1,83 @@
-"""State that torch keeps for accelerators: names, random generators, and autocast."""
+"""The packages, the versions and the devices that the process runs with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+
+from lorasc_fx.errors import MissingExtra, nearest
+
+
+@cache
+def version() -> str:
+    """Return the version of this package."""
+    try:
+        return importlib.metadata.version("lorasc-fx")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+@cache
+def source_digest() -> str:
+    """Return the SHA-256 of the source code of this package, which differs between checkouts of the same version."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def module_of(extra: str, name: str) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        extra: name of the extra in pyproject.toml that installs the package.
+        name: name of the module.
+
+    Raises:
+        MissingExtra: the package is not installed.
+    """
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)  # noqa: TID251 - names of packages in our own sources
+    except ModuleNotFoundError as fault:
+        if fault.name is None or fault.name.partition(".")[0] != package:
+            raise  # the package is installed, but one of its own dependencies is missing
+        raise missing(extra, package) from fault
+
+
+def missing(extra: str, package: str) -> MissingExtra:
+    """Return the error with the pip command."""
+    return MissingExtra(f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[{extra}]'")
+
+
+def require(extra: str, *names: str) -> None:
+    """Check that the modules of an extra can be imported. Raises like `module_of`."""
+    for name in names:
+        module_of(extra, name)
+
+
+def lazy_modules(package: str, modules: tuple[str, ...]) -> tuple[Callable[[str], ModuleType], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` for a package that imports its submodules on first use."""
+
+    def import_on_use(name: str) -> ModuleType:
+        if name in modules:
+            return importlib.import_module(f"{package}.{name}")  # noqa: TID251 - one of our own modules
+        raise AttributeError(f"module {package!r} has no attribute {name!r}{nearest(name, modules)}")
+
+    return import_on_use, lambda: sorted({*vars(sys.modules[package]), *modules})
+
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Exceptions for too little memory on the host and on a device. Callers that try something else must raise them."""
