@@ -68,7 +68,7 @@ def _no_onednn() -> Any:
 @contextmanager
 def _no_grouped() -> Iterator[None]:
     from lorasc_fx.branch import products
-    from lorasc_fx.branch.linear import MatrixOps
+    from lorasc_fx.branch.placements import MatrixOps
 
     def grouped(*args: Any, weight: Any = None, **options: Any) -> torch.Tensor:
         return with_frozen_weight(*args, **options)

@@ -30,8 +30,8 @@ from lorasc_fx.bank.rows import (
 )
 from lorasc_fx.bank.slots import Key
 from lorasc_fx.branch import Decided, Factors
-from lorasc_fx.branch.given import FIRST_AXIS, Pair
 from lorasc_fx.branch.lora import DOWN, UP
+from lorasc_fx.branch.placements import FIRST_AXIS, Pair
 from lorasc_fx.capture import open_model
 from lorasc_fx.check.observe import ARGUMENT
 from lorasc_fx.compile import Call, Compiler, Variant, Variants

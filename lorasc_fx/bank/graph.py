@@ -11,8 +11,8 @@ from torch import fx, nn
 from lorasc_fx.bank.adapters import Adapters, Trained
 from lorasc_fx.bank.rows import Layout, layout_of, row_count
 from lorasc_fx.bank.slots import Key
-from lorasc_fx.branch.given import FIRST_AXIS
 from lorasc_fx.branch.lora import UP
+from lorasc_fx.branch.placements import FIRST_AXIS
 from lorasc_fx.compile import Call
 from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.function import as_function, takes_leaves

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lorasc_fx.branch.conv import ConvCall
-from lorasc_fx.branch.given import FIRST_AXIS, Pair, at_lookup, beside, beside_conv
+from lorasc_fx.branch.placements import FIRST_AXIS, ConvCall, Pair, at_lookup, beside, beside_conv
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.copies import unshared
 from lorasc_fx.graph.forms import StoredCall, form_of

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, Placement
-from lorasc_fx.branch.given import FIRST_AXIS, Rows
+from lorasc_fx.branch.placements import FIRST_AXIS, Rows
 from lorasc_fx.check.isolation import isolated_model, isolation
 from lorasc_fx.errors import StateError
 from lorasc_fx.signature import is_opaque_leaf, leaves

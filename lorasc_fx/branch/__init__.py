@@ -1,10 +1,21 @@
 """Branches: trainable modules that adapt one weight each, with their deltas and the noise. Independent of graphs."""
 
-from lorasc_fx.branch.contract import Branch, Decided, Declared, Placement, StartWeight, fill
-from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
+from lorasc_fx.branch.contract import (
+    Branch,
+    Decided,
+    Declared,
+    Delta,
+    Factors,
+    InitialFactors,
+    Side,
+    StartWeight,
+    Tree,
+    fill,
+)
 from lorasc_fx.branch.lora import LowRankBranch, ops_of
 from lorasc_fx.branch.methods import BUILT_IN, METHODS, check_registered, register_branch
 from lorasc_fx.branch.noise import amplitude, draw, generator
+from lorasc_fx.branch.placements import Placement
 
 __all__ = [
     "BUILT_IN",

@@ -1,6 +1,6 @@
 """Autograd functions of the branches: beside an op, and merged into an op.
 
-They compute the formulas of docs/algorithm.md (rows "training" and "Conv") in faster memory layouts (see `low_rank`).
+They compute the formulas of docs/algorithm.md (rows "training" and "Conv") in faster memory layouts (see `products`).
 One fused product adds the term of the branch to the output of the op. They save only A x, and x if lora_A needs a
 gradient. Dropout saves no mask: the backward draws it again from a seed.
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.low_rank import (
+from lorasc_fx.branch.products import (
     ConvGeometry,
     chunked,
     conv_down,
@@ -29,11 +29,11 @@ from lorasc_fx.branch.low_rank import (
     factor_gradient,
     low_rank_product,
     merged_matrix,
+    product,
     up,
     with_strides,
     without_autocast,
 )
-from lorasc_fx.branch.products import product
 from lorasc_fx.errors import StateError
 
 

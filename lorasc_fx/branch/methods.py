@@ -15,13 +15,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from lorasc_fx.branch.contract import Branch, Declared, StartWeight
-from lorasc_fx.branch.dora import DoraBranch
-from lorasc_fx.branch.factors import Factors
-from lorasc_fx.branch.lora import LoraBranch, LowRankBranch, random_factor
-from lorasc_fx.branch.low_rank import is_eager
+from lorasc_fx.branch.contract import Branch, Declared, Factors, StartWeight
+from lorasc_fx.branch.lora import DoraBranch, LoraBranch, LowRankBranch, random_factor
 from lorasc_fx.branch.noise import generator
-from lorasc_fx.branch.products import PRODUCTS
+from lorasc_fx.branch.products import PRODUCTS, is_eager
 from lorasc_fx.errors import SpecError
 from lorasc_fx.options import ADAPTERS
 from lorasc_fx.plan import Site

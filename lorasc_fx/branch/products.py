@@ -1,21 +1,299 @@
-"""Large fp32 products on the CPU with oneDNN instead of torch's BLAS, in forward and backward.
+"""Matrix products in the memory layouts and libraries in which they are fast, in forward and backward.
 
-torch computes them with MKL, which uses AVX-512 only on processors of Intel. oneDNN, which torch uses for convolutions
-and other dtypes, uses AVX-512 on all processors. The results are equal up to rounding. So cascades use it only if
-gradients are enabled: without gradients, they compute the same bits as the ops of the model. Banks always use it.
+Products with low-rank factors are memory bound. Two layouts make them faster than plain matmuls:
+
+1. Rows [tokens, features] are viewed as chunks [chunks, tokens/chunks, features]. A batched product of a few chunks
+   uses all cores, and a single product with a small rank does not.
+2. The factor [rank, features] is the left operand, so that the large operand is read in the order of its memory.
+
+A 1x1 convolution is a product too: of each image if its memory is channels-first, and of all pixels if it is
+channels-last. Other kernels use torch's convolution with `rank` channels. These choices come from CPU timings on the
+shapes of a ResNet-50.
+
+Large fp32 products on the CPU use oneDNN instead of torch's BLAS. torch computes them with MKL, which uses AVX-512 only
+on processors of Intel. oneDNN uses AVX-512 on all processors. The results are equal up to rounding. So cascades use it
+only if gradients are enabled: without gradients, they compute the same bits as the ops of the model. Banks always use
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.low_rank import allows_custom_backward, apply, detached, without_autocast
+_MIN_CHUNK = 64
+"""Minimum number of tokens in a chunk. Smaller chunks cost more than they gain."""
+
+
+def allows_custom_backward(*tensors: torch.Tensor) -> bool:
+    """Whether an autograd.Function may compute with these tensors: eager mode, gradients enabled, no transforms.
+
+    Otherwise use plain operations. Compilers plan the backward themselves, and function transforms, forward-mode
+    autograd, tracers and tensor subclasses only have rules for plain operations.
+    """
+    if not torch.is_grad_enabled() or not is_eager(*tensors):
+        return False
+    return not any(tensor.is_nested for tensor in tensors) and torch.autograd.forward_ad._current_level < 0
+
+
+def is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether these are plain tensors outside compilers, tracers and function transforms."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    """Call an autograd.Function that returns one tensor."""
+    output: torch.Tensor = function.apply(*args)
+    return output
+
+
+def detached(output: torch.Tensor) -> torch.Tensor:
+    """Return the output of an autograd.Function so that it is not a view of an input. The next op may write to it."""
+    return output.detach()
+
+
+def plus(base: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `base + scale * term`.
+
+    Under a compiler, this does not use `alpha`. Inductor (torch 2.13) fuses a product and `torch.add` to addmm, and
+    drops the alpha.
+    """
+    if torch.compiler.is_compiling():
+        return base + term * scale
+    return torch.add(base, term, alpha=scale)
+
+
+def merged_matrix(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `weight + scale * b @ a` [rows, columns], with the memory order of the weight.
+
+    A product chooses its algorithm by the order.
+    """
+    if weight.is_contiguous() or not weight.t().is_contiguous():
+        return torch.addmm(weight, b, a, alpha=scale)
+    return torch.addmm(weight.t(), a.t(), b.t(), alpha=scale).t()
+
+
+def with_strides(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return an adapted weight with the strides of the weight, if both are contiguous and it runs eagerly.
+
+    The strides of a 1x1 kernel are those of channels-first or channels-last memory, which differ only along axes of
+    length 1. A convolution chooses its algorithm by them.
+    """
+    if total.stride() == weight.stride() or not (total.is_contiguous() and weight.is_contiguous()):
+        return total
+    return total.as_strided(weight.shape, weight.stride()) if is_eager(total, weight) else total
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which a product of x is computed: the dtype of autocast if it is enabled, or of x."""
+    kind = x.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast and x.dtype != torch.float64 else x.dtype
+
+
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate forward or backward of an autograd.Function: disable autocast inside, so that dtypes stay as given."""
+
+    @wraps(method)
+    def run(ctx: Any, tensor: torch.Tensor, *args: Any) -> Any:
+        kind = tensor.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return method(ctx, tensor, *args)
+        with torch.autocast(kind, enabled=False):
+            return method(ctx, tensor, *args)
+
+    return run
+
+
+def chunked(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows [tokens, features] as [chunks, tokens/chunks, features].
+
+    On the CPU, the number of chunks is the largest power of two that divides the tokens and is at most the number of
+    threads. On other devices there is one chunk.
+    """
+    tokens, chunks = rows.shape[0], 1
+    if rows.device.type == "cpu":
+        limit = min(torch.get_num_threads(), tokens // _MIN_CHUNK)
+        while 2 * chunks <= limit and tokens % (2 * chunks) == 0:
+            chunks *= 2
+    return rows.reshape(chunks, tokens // chunks, rows.shape[-1])
+
+
+def down(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return `factor @ rows^T` [chunks, rank, tokens/chunks] for factor [rank, features] and chunked rows."""
+    return torch.bmm(factor.expand(rows.shape[0], -1, -1), rows.transpose(1, 2))
+
+
+def up(rows: torch.Tensor | None, low: torch.Tensor, factor: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `rows + scale * low^T @ factor` [chunks, tokens/chunks, features].
+
+    Args:
+        rows: chunked rows, or None for zeros.
+        low: the result of `down`, [chunks, rank, tokens/chunks].
+        factor: [rank, features].
+        scale: factor of the product.
+    """
+    factor = factor.expand(low.shape[0], -1, -1)
+    if rows is None:
+        return torch.bmm(low.transpose(1, 2), factor).mul_(scale)
+    return torch.baddbmm(rows, low.transpose(1, 2), factor, alpha=scale)
+
+
+def factor_gradient(low: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Return `scale * low @ rows` summed over all tokens, [rank, features]."""
+    product = torch.bmm(low, rows)
+    total = product[0] if product.shape[0] == 1 else product.sum(0)
+    return total.mul_(scale) if scale != 1.0 else total
+
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Stride, padding and dilation of a convolution, with one number per spatial axis, and its groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def is_product(self, kernel: Sequence[int]) -> bool:
+        """Whether the convolution is one matrix product per pixel: kernel 1x1, stride 1, no padding, no groups."""
+        return all(size == 1 for size in (*kernel, *self.stride)) and not any(self.padding) and self.groups == 1
+
+    def dense(self, x: torch.Tensor, kernel: Sequence[int]) -> tuple[torch.Tensor, ConvGeometry]:
+        """Return an input and a geometry with the same result. If a 1x1 kernel skips pixels, omit them from the input.
+
+        The gradient of the smaller input and `spread` together cost half of torch's gradient of x.
+        """
+        unit = ConvGeometry((1,) * len(self.stride), self.padding, self.dilation, self.groups)
+        if self.stride == unit.stride or not unit.is_product(kernel):
+            return x, self
+        return x[self._read_pixels()].clone(), unit
+
+    def spread(self, pixels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x, given the gradient of the input that `dense` returned for x."""
+        if pixels.shape == x.shape:
+            return pixels
+        image = torch.zeros_like(x)
+        image[self._read_pixels()] = pixels
+        return image
+
+    def _read_pixels(self) -> tuple[Any, ...]:
+        """Return the index of the pixels [batch, channels, *space] that a 1x1 kernel reads."""
+        return (..., *(slice(None, None, step) for step in self.stride))
+
+    def conv(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the convolution of x with a weight."""
+        convolve = CONV[len(self.stride)]
+        output: torch.Tensor = convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return output
+
+    def gradients(
+        self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of x, weight and bias, given the gradient of the output. None where `mask` is False."""
+        gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+        gradients = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            weight,
+            [weight.shape[0]],
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            self.groups,
+            mask,
+        )
+        return gradients
+
+
+def _in_rows(x: torch.Tensor) -> bool:
+    """Whether x [batch, channels, h, w] is in channels-last memory."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """Return x [batch, channels, h, w] as rows [batch * h * w, channels]. A view if x is channels-last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return rows [batch * h * w, channels] as [batch, channels, h, w], a channels-last view. Inverse of `_pixels`."""
+    batch, _, height, width = like.shape
+    return rows.reshape(batch, height, width, rows.shape[-1]).permute(0, 3, 1, 2)
+
+
+def conv_down(a: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    """Return the convolution A x [batch, rank, *space] of x [batch, in, *space] with A [rank, in, *kernel]."""
+    if not geometry.is_product(a.shape[2:]):
+        return geometry.conv(x, a)
+    return low_rank_product(a.flatten(1), x)
+
+
+def low_rank_product(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the product [batch, rank, *space] of a factor [rank, channels] and x [batch, channels, *space]."""
+    if _in_rows(x):
+        return _images(down(factor, chunked(_pixels(x))).transpose(1, 2), x)
+    return torch.bmm(factor.expand(len(x), -1, -1), x.flatten(2)).view(len(x), len(factor), *x.shape[2:])
+
+
+def conv_up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `base + scale * B low` for base [batch, out, *space], low [batch, rank, *space] and b [out, rank]."""
+    if _in_rows(base):
+        return _images(torch.addmm(_pixels(base), _pixels(low), b.t(), alpha=scale), base)
+    return torch.baddbmm(base.flatten(2), b.expand(len(base), -1, -1), low.flatten(2), alpha=scale).view(base.shape)
+
+
+def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `scale * low values^T` [rank, channels], summed over batch and space.
+
+    Args:
+        low: [batch, rank, *space].
+        values: [batch, channels, *space].
+        scale: factor of the result.
+    """
+    if _in_rows(values):
+        return factor_gradient(chunked(_pixels(low)).transpose(1, 2), chunked(_pixels(values)), scale)
+    return torch.bmm(low.flatten(2), values.flatten(2).transpose(1, 2)).sum(0).mul_(scale)
+
+
+def conv_kernel_gradient(
+    back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, geometry: ConvGeometry, scale: float
+) -> torch.Tensor:
+    """Return the gradient of lora_A [rank, in, *kernel], given the gradient `back` [batch, rank, *space] of A x."""
+    if geometry.is_product(a.shape[2:]):
+        return conv_factor_gradient(back, x, scale).view(a.shape)
+    gradient = geometry.gradients(back, x, a, (False, True, False))[1]
+    assert gradient is not None
+    return gradient.mul_(scale)
+
+
+def conv_input_gradient(
+    back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, geometry: ConvGeometry, scale: float
+) -> torch.Tensor:
+    """Return the gradient of x from the branch, given the gradient `back` [batch, rank, *space] of A x."""
+    if not geometry.is_product(a.shape[2:]):
+        gradient = geometry.gradients(back, x, a, (True, False, False))[0]
+        assert gradient is not None
+        return gradient.mul_(scale)
+    factor = a.flatten(1)
+    if _in_rows(x):
+        return _images((_pixels(back) @ factor).mul_(scale), x)
+    return torch.bmm(factor.t().expand(len(x), -1, -1), back.flatten(2)).mul_(scale).view(x.shape)
+
 
 MIN_WORK = 1 << 24
 """Minimum number of multiply-adds. For smaller products, the overhead of the call exceeds the gain."""

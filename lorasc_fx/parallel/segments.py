@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.branch.low_rank import apply
+from lorasc_fx.branch.products import apply
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.shards import local

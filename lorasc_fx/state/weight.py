@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from lorasc_fx.branch.factors import Delta, Factors, InitialFactors, Side, Tree
+from lorasc_fx.branch.contract import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec

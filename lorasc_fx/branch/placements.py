@@ -1,0 +1,466 @@
+"""What the node of a branch computes: beside or merged into a product or a convolution, or on the weight.
+
+Without groups, A of a convolution has the kernel size of the weight and `rank` output channels, and B is a 1x1
+convolution, as in peft. With groups, the delta `B A` [out, in/groups * kernel] is used as the kernel of a grouped
+convolution. This is exact, and for depthwise convolutions cheaper than `rank` channels per group.
+
+Factors that are inputs of the graph are one pair for the whole batch, or one pair per row of it. Their functions use
+plain operations, so that torch.export, ONNX and torch.compile work. The scale is a tensor that multiplies A x, the
+smallest operand. With zero factors or a scale of 0, the output equals `base`, bit for bit.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from lorasc_fx.branch.functions import Beside, BesideConv, DenseGradient, MergedConv, MergedProduct
+from lorasc_fx.branch.products import (
+    CONV,
+    PRODUCTS,
+    ConvGeometry,
+    FrozenGrouped,
+    allows_custom_backward,
+    apply,
+    compute_dtype,
+    plus,
+    with_strides,
+)
+
+if TYPE_CHECKING:
+    from lorasc_fx.branch.lora import LowRankBranch
+
+
+class Placement(enum.StrEnum):
+    """What a branch node computes: the value of its option `at`. docs/design.md, "Placements"."""
+
+    BESIDE = "beside"
+    """Adds the term of the branch to the output of an op."""
+    LOOKUP = "lookup"
+    """The same beside the lookup of an embedding."""
+    GROUPED = "grouped"
+    """The same beside a product of experts with sorted rows."""
+    MERGED = "merged"
+    """Replaces the op by the op with the adapted weight."""
+    WEIGHT = "weight"
+    """Returns the adapted weight."""
+    ADAPTED = "adapted"
+    """The same with a scale that is an input of the graph. Only `Branch.computed_with` uses it."""
+    FACTORS = "factors"
+    """Returns A and B. Only `LowRankBranch.computed_with` uses it."""
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+_ALIGNED = 8
+"""torch's grouped matmul needs strides that are multiples of 16 bytes: 8 entries of 2 bytes."""
+
+SMALL = 1 << 15
+"""Maximum number of entries of input and output for which plain operations are faster than an autograd.Function."""
+
+
+class MatrixOps:
+    """The placements of a low-rank branch (docs/design.md, "Placements"), as functions of the branch.
+
+    All compute `W_t x + s B A x` (docs/algorithm.md, row "training").
+    """
+
+    @staticmethod
+    def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return `base + s B A x` for base [..., out] and x [..., in].
+
+        For a quantized weight, this includes the deltas of earlier stages.
+        """
+        if branch.unmerged_A is not None and branch.unmerged_B is not None:
+            base = base + F.linear(F.linear(x, branch.unmerged_A.to(x.dtype)), branch.unmerged_B.to(x.dtype)).to(
+                base.dtype
+            )
+        return MatrixOps._beside(branch, base, x)
+
+    @staticmethod
+    def beside_small(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return what `beside` returns for small tensors, for which plain operations take less time. No dropout."""
+        if branch.unmerged_A is not None:
+            return MatrixOps.beside(branch, base, x)
+        a, b = branch.down, branch.up
+        low = F.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))
+        return torch.add(base, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
+
+    @staticmethod
+    def on_weight(
+        branch: LowRankBranch, weight: torch.Tensor, expert: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return `W + s B A` in the layout of the weight.
+
+        Args:
+            branch: the branch.
+            weight: the weight, or the matrix of one expert.
+            expert: index of this expert in the stack, an int or a scalar tensor. None for the full weight.
+        """
+        delta = branch.product() if expert is None else MatrixOps.expert_product(branch, expert)
+        total = plus(weight, delta.to(weight.dtype), branch.scale)
+        return apply(DenseGradient, total) if allows_custom_backward(weight) and total.dim() == 2 else total
+
+    @staticmethod
+    def expert_product(branch: LowRankBranch, expert: int | torch.Tensor) -> torch.Tensor:
+        """Return B A of one expert in the layout of its matrix, without the scale."""
+        delta = branch.up[expert] @ branch.down[expert]
+        return delta.transpose(-2, -1) if branch.transposed else delta
+
+    @staticmethod
+    def merged(
+        branch: LowRankBranch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str
+    ) -> torch.Tensor:
+        """Return `op(x, W + s B A, bias)`, the product with the merged weight. `op` is a key of PRODUCTS.
+
+        If custom backwards are not allowed, compute `op(x, W, bias) + s B A x`, which is equal up to rounding.
+        """
+        if not allows_custom_backward(x, weight):
+            return MatrixOps._beside(branch, PRODUCTS[op](x, weight, bias), x)
+        dtype = compute_dtype(x)
+        bias = bias.to(dtype) if bias is not None else None
+        return apply(MergedProduct, x.to(dtype), weight, bias, branch.down, branch.up, branch.scale, op)
+
+    @staticmethod
+    def at_lookup(
+        branch: LowRankBranch, base: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1
+    ) -> torch.Tensor:
+        """Return `base + s B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
+
+        As in `F.embedding`, entries at padding_idx contribute no gradient. A negative padding_idx means none.
+        """
+        low = F.embedding(indices, branch.up.to(base.dtype), padding_idx if padding_idx >= 0 else None)
+        delta = (low @ branch.down.to(low.dtype)).to(base.dtype)  # autocast does not change the dtype of a lookup
+        total = plus(base, delta, branch.scale)
+        return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
+
+    @staticmethod
+    def grouped(
+        branch: LowRankBranch,
+        base: torch.Tensor,
+        x: torch.Tensor,
+        offs: torch.Tensor,
+        by: str,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `base + s B_e (A_e x)` for the rows x of each expert e, beside a grouped product.
+
+        Rows after the last end in `offs` belong to no expert. They are not read, in forward and backward, and their
+        output is undefined, as for the base op.
+
+        Args:
+            branch: the branch.
+            base: output of the grouped product, [rows, out].
+            x: [rows, in], sorted by expert.
+            offs: [experts], the end of the rows of each expert.
+            by: qualified name of the op in `torch.ops` that computes grouped products, such as `aten::_grouped_mm`.
+            weight: frozen weight [experts, in, out] of an op whose own backward would compute its gradient.
+        """
+        space, _, name = by.partition("::")
+        product: Any = getattr(getattr(torch.ops, space), name)
+        if (
+            weight is not None
+            and not weight.requires_grad
+            and x.requires_grad
+            and allows_custom_backward(base, x, weight)
+        ):
+            base = apply(FrozenGrouped, base.detach(), x, weight, offs, product)
+        # Pad the rank with zeros, because torch's op needs aligned strides.
+        a, b, padding = branch.down.to(x.dtype), branch.up.to(x.dtype), -branch.rank % _ALIGNED
+        if padding and space == "aten":
+            a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
+        term: torch.Tensor = product(product(x, a.transpose(-2, -1), offs), b.transpose(-2, -1), offs)
+        return plus(base, term.to(base.dtype), branch.scale)
+
+    @staticmethod
+    def _beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        # Tracers must not compare sizes, which would specialize the graph on them.
+        if allows_custom_backward(base, x) and max(base.numel(), x.numel()) > SMALL:
+            a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
+            return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)
+        x = F.dropout(x, branch.dropout) if branch.drops else x
+        return MatrixOps._added(branch, base, F.linear(x, branch.down.to(x.dtype)))
+
+    @staticmethod
+    def _added(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Return `base + s B low` with plain operations."""
+        if isinstance(base, torch.Tensor) and base.is_nested:  # addmm does not support nested tensors
+            return base + F.linear(low, branch.up.to(low.dtype)) * branch.scale
+        rows, up = base.reshape(-1, base.shape[-1]), branch.up.t().to(low.dtype)
+        return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=branch.scale).view(base.shape)
+
+
+class ConvCall(NamedTuple):
+    """The arguments of a convolution except its tensors.
+
+    If the padding_mode of the module is not "zeros", the module pads its input before the convolution. Then `pad` and
+    `pad_mode` are the arguments of `F.pad`, and `padding` is 0.
+    """
+
+    stride: int | Sequence[int] = 1
+    padding: int | str | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    pad: Sequence[int] | None = None
+    pad_mode: str = "constant"
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input as the module pads it before the convolution."""
+        return x if self.pad is None else F.pad(x, list(self.pad), mode=self.pad_mode)
+
+    def conv(self, axes: int, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the convolution of a padded input with a kernel [out, in/groups, *kernel].
+
+        The number of spatial axes is an argument, because the Proxy of torch.fx.symbolic_trace has no shape.
+        """
+        convolve: Callable[..., torch.Tensor] = CONV[axes]
+        return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def geometry(self, x: torch.Tensor, kernel: Sequence[int]) -> ConvGeometry | None:
+        """Return the geometry for the autograd functions.
+
+        None for an input without a batch axis, or if `padding="same"` pads the two sides of an axis differently.
+        """
+        axes, padding = len(kernel), self.padding
+        if x.dim() != 2 + axes:
+            return None
+        dilations = _per_axis(self.dilation, axes)
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+            if any(size % 2 for size in total):
+                return None
+            padding = [size // 2 for size in total]
+        return ConvGeometry(_per_axis(self.stride, axes), _per_axis(padding, axes), dilations, self.groups)
+
+
+def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes if len(value) == 1 else 1)
+
+
+class ConvOps:
+    """The placements of a low-rank branch of a convolution (docs/design.md, "Placements"), as functions of the branch.
+
+    The formula is in docs/algorithm.md, "Conv". `A * x` is the convolution of x with A. The options of `beside` and
+    `merged` are the fields of a `ConvCall`.
+    """
+
+    @staticmethod
+    def on_weight(branch: LowRankBranch, weight: torch.Tensor) -> torch.Tensor:
+        """Return `W + s B A` for a kernel W [out, in/groups, *kernel]."""
+        return with_strides(plus(weight, branch.product().to(weight.dtype), branch.scale), weight)
+
+    @staticmethod
+    def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Return `base + s B (A * x)` for base [batch, out, *out_space] and x [batch, in, *space]."""
+        call = ConvCall(**options)
+        image = call.padded(x)
+        geometry = call.geometry(image, branch.weight_shape[2:]) if allows_custom_backward(base, x) else None
+        return ConvOps._beside(branch, base, image, call, geometry)
+
+    @staticmethod
+    def merged(
+        branch: LowRankBranch,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        op: str,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Return `(W + s B A) * x + bias`, the convolution with the merged kernel.
+
+        If custom backwards are not allowed, compute `W * x + bias + s B (A * x)`, which is equal up to rounding.
+        """
+        call = ConvCall(**options)
+        image = call.padded(x)
+        geometry = call.geometry(image, branch.weight_shape[2:]) if allows_custom_backward(x, weight) else None
+        if geometry is None:
+            base = call.conv(len(branch.weight_shape) - 2, image, weight, bias)
+            return ConvOps._beside(branch, base, image, call, geometry)
+        a, dtype = branch.down.view(-1, *branch.weight_shape[1:]), compute_dtype(image)
+        bias = bias.to(dtype) if bias is not None else None
+        return apply(MergedConv, image.to(dtype), weight, bias, a, branch.up, geometry, branch.scale)
+
+    @staticmethod
+    def _beside(
+        branch: LowRankBranch, base: torch.Tensor, image: torch.Tensor, call: ConvCall, geometry: ConvGeometry | None
+    ) -> torch.Tensor:
+        if geometry is not None and call.groups == 1:
+            image, seed = image.to(base.dtype), branch.dropout_seed()
+            a, b = branch.down.to(base.dtype).view(-1, *branch.weight_shape[1:]), branch.up.to(base.dtype)
+            return apply(BesideConv, base, image, a, b, geometry, branch.scale, branch.dropout, seed)
+        image = F.dropout(image, branch.dropout) if branch.drops else image
+        return plus(base, low_rank_conv(branch, image, call), branch.scale)
+
+
+def low_rank_conv(branch: LowRankBranch, image: torch.Tensor, call: ConvCall) -> torch.Tensor:
+    """Return `B (A * x)` for a padded input, with plain operations. With groups, convolve with the kernel `B A`."""
+    kernel = branch.weight_shape[2:]
+    if call.groups != 1:
+        return call.conv(len(kernel), image, branch.product().to(image.dtype))
+    a, b = branch.down.to(image.dtype), branch.up.to(image.dtype)
+    low = call.conv(len(kernel), image, a.view(-1, *branch.weight_shape[1:]))
+    return ConvCall().conv(len(kernel), low, b[(..., *(None for _ in kernel))])
+
+
+class Pair(NamedTuple):
+    """The factors of a site.
+
+    Args:
+        down: A [rank, in], or [experts, rank, in]. With a pair for each row of the batch, [rows, rank, in].
+        up: B [out, rank], or [experts, out, rank]. With a pair for each row of the batch, [rows, out, rank].
+        scale: scale of the delta, [], or [rows] with a pair for each row.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: torch.Tensor
+
+
+class Rows(NamedTuple):
+    """Position of the rows of the batch in the input of a site, where other axes may be flattened into their axis.
+
+    Args:
+        axis: axis that contains the rows. Its length is a multiple of their number.
+        inner: whether the rows are the inner part of a flattened axis, so that an index is `i * rows + row`. Otherwise
+            it is `row * size + i`.
+    """
+
+    axis: int
+    inner: bool = False
+
+    def first(self, value: torch.Tensor, count: int) -> torch.Tensor:
+        """Return a view [count, ...] with the rows as the first axis. Axes flattened with them keep their place."""
+        split = value.unflatten(self.axis, (-1, count) if self.inner else (count, -1))
+        moved: torch.Tensor = split.movedim(self.axis + self.inner, 0)
+        return moved
+
+    def back(self, value: torch.Tensor) -> torch.Tensor:
+        """Restore the order of axes, the inverse of `first`."""
+        return value.movedim(0, self.axis + self.inner).flatten(self.axis, self.axis + 1)
+
+
+FIRST_AXIS = Rows(0)
+
+
+def beside(base: torch.Tensor, x: torch.Tensor, pair: Pair, rows: Rows) -> torch.Tensor:
+    """Return `base + scale B A x` for base [..., out] and x [..., in]."""
+    down = pair.down.to(x.dtype)
+    if down.dim() == 2:
+        low = F.linear(x, down) * pair.scale
+        up = pair.up.to(low.dtype)
+        if not base.is_contiguous():  # keep the strides of base, because later ops may sum in another order otherwise
+            return base + F.linear(low, up)
+        flat, low = base.view(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
+        add = flat.addmm_ if _is_scratch(base, low) else partial(torch.addmm, flat)
+        return add(low, up.t()).view(base.shape)
+    x = rows.first(x, len(down)).flatten(1, -2)
+    return _plus_rows(base, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale, rows)
+
+
+def at_lookup(base: torch.Tensor, indices: torch.Tensor, pair: Pair, rows: Rows, padding_idx: int = -1) -> torch.Tensor:
+    """Return `base + scale B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
+
+    Entries at padding_idx contribute no gradient. A negative padding_idx means none.
+    """
+    up, down = pair.up.to(base.dtype), pair.down.to(base.dtype)
+    if up.dim() == 2:
+        total = base + (F.embedding(indices, up) * pair.scale) @ down
+    else:
+        row_indices = rows.first(indices, len(up)).flatten(1).unsqueeze(-1)
+        low = up.gather(1, row_indices.expand(-1, -1, up.shape[-1]))
+        total = _plus_rows(base, low, down.transpose(1, 2), pair.scale, rows)
+    return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
+
+
+def grouped(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    pair: Pair,
+    rows: Rows,
+    offs: torch.Tensor,
+    by: str,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `base + scale B_e (A_e x)` for the rows x of each expert e. See `MatrixOps.grouped` for the arguments."""
+    space, _, name = by.partition("::")
+    product: Any = getattr(getattr(torch.ops, space), name)
+    a, b = pair.down.to(x.dtype), pair.up.to(x.dtype)
+    padding = -a.shape[-2] % 8 if space == "aten" else 0  # torch's op needs strides of multiples of 16 bytes
+    a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
+    low = product(x, a.transpose(-2, -1), offs) * pair.scale.to(x.dtype)
+    term: torch.Tensor = product(low, b.transpose(-2, -1), offs)
+    return base + term.to(base.dtype)
+
+
+BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
+    Placement.BESIDE: beside,
+    Placement.MERGED: beside,
+    Placement.LOOKUP: at_lookup,
+    Placement.GROUPED: grouped,
+}
+"""Functions for the placements of matrices. Their arguments are (base, x, pair, rows) and the options of the node."""
+
+
+def beside_conv(
+    base: torch.Tensor, x: torch.Tensor, pair: Pair, call: ConvCall, shape: Sequence[int], rows: Rows
+) -> torch.Tensor:
+    """Return `base + scale B (A * x)` for base [batch, out, *out_space] and x [batch, in, *space].
+
+    With a pair for each row of the batch, all rows are computed by one convolution with a group per row. If the op
+    itself has groups, the delta B A is used as the kernel.
+
+    Args:
+        base, x, pair, rows: as for `beside`.
+        call: arguments of the convolution.
+        shape: shape of the weight, [out, in/groups, *kernel].
+    """
+    x, kernel = call.padded(x), tuple(shape[1:])
+    down, up, scale = pair.down.to(x.dtype), pair.up.to(x.dtype), pair.scale.to(x.dtype)
+    axes = len(kernel) - 1
+    if down.dim() == 2:
+        if call.groups != 1:
+            return base + call.conv(axes, x, (up * scale @ down).view(-1, *kernel)).to(base.dtype)
+        low = call.conv(axes, x, down.view(-1, *kernel)) * scale
+        return base + ConvCall().conv(axes, low, up[(..., *(None for _ in range(axes)))]).to(base.dtype)
+    count, scale = len(down), scale.reshape(-1, 1, 1)
+    x = rows.first(x, count).transpose(0, 1).flatten(1, 2)  # [images, rows * in, *space]
+    call = call._replace(groups=count * call.groups)
+    if call.groups != count:
+        term = call.conv(axes, x, (up * scale @ down).view(-1, *kernel))
+    else:
+        low = call.conv(axes, x, (down * scale).view(-1, *kernel))
+        stacked = up.reshape(-1, up.shape[-1])[(..., *(None for _ in range(axes)))]
+        term = ConvCall(groups=count).conv(axes, low, stacked)
+    return base + rows.back(term.unflatten(1, (count, -1)).transpose(0, 1)).to(base.dtype)
+
+
+def _plus_rows(
+    base: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: torch.Tensor, rows: Rows
+) -> torch.Tensor:
+    """Return `base + scale B low` for low [rows, entries, rank] and B `up` [rows, out, rank]."""
+    low = low * scale.to(low.dtype).reshape(-1, 1, 1)
+    up = up.to(low.dtype).transpose(1, 2)
+    by_row = rows.first(base, len(up))
+    if rows != FIRST_AXIS or not base.is_contiguous():  # the sum keeps the strides of base
+        return base + rows.back(torch.bmm(low, up).view(by_row.shape))
+    flat = by_row.flatten(1, -2)
+    add = flat.baddbmm_ if _is_scratch(base, low) else partial(torch.baddbmm, flat)
+    return add(low, up).view(base.shape)
+
+
+def _is_scratch(base: torch.Tensor, low: torch.Tensor) -> bool:
+    """Whether `base` can be overwritten to save a copy: in eager mode without gradients.
+
+    `base` is the output of an op, and nothing except the branch of the op reads it.
+    """
+    plain = type(base) is type(low) is torch.Tensor and base.dtype == low.dtype
+    return plain and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
