@@ -15,10 +15,9 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, Placement
-from lorasc_fx.branch.conv import ConvCall, low_rank_conv
-from lorasc_fx.branch.linear import MatrixOps
 from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.methods import SharedTensor
+from lorasc_fx.branch.placements import ConvCall, MatrixOps, low_rank_conv
 from lorasc_fx.errors import PassError, VerifyError
 from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, record_of, use_of, verify
 from lorasc_fx.graph.editor import drop_nodes

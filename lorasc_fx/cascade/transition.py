@@ -5,7 +5,7 @@ them while they are written, because a second copy of all weights would double t
 included, all writes are rolled back.
 
 The slow weights at the end of an earlier stage follow from the history of the stages (`state.weight.History`).
-Parameters trained in full keep one copy per stage if they are small (`state.model.MAX_FULL_ENTRIES`). When the experts
+Parameters trained in full keep one copy per stage if they are small (`state.stage.MAX_FULL_ENTRIES`). When the experts
 of a weight are summed into a dense delta, its earlier stages are no longer available.
 """
 

@@ -53,7 +53,7 @@ from lorasc_fx.checkpoint.tree import Tensors, pack
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, path_of, reason_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import ProcessGroup, local
-from lorasc_fx.state.engine import all_finite
+from lorasc_fx.state.stage import all_finite
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.files import make_folder, one_writer, sync
 from lorasc_fx.util.fingerprint import file_digest, text_digest

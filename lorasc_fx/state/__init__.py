@@ -1,16 +1,19 @@
 """The slow state of weights as immutable values, and the functions that start and end a stage. Knows no graphs."""
 
-from lorasc_fx.state.engine import (
+from lorasc_fx.state.fold import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
+from lorasc_fx.state.stage import (
     Learner,
+    Memory,
+    Part,
+    SlowWeights,
     begin_stage,
     check_finite,
     delta_of,
     has_trained,
+    host,
     start_weight,
     sums_are_finite,
 )
-from lorasc_fx.state.factor_products import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
-from lorasc_fx.state.model import Memory, Part, SlowWeights, host
 from lorasc_fx.state.weight import Expert, History, KeptNoise, StageEnd, Summed, ViewName, WeightState
 
 __all__ = [

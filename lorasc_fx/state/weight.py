@@ -30,7 +30,7 @@ from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise, Share, TrainRule
-from lorasc_fx.state.factor_products import (
+from lorasc_fx.state.fold import (
     accumulate,
     arithmetic,
     cast,

@@ -25,7 +25,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.noise import BLOCK
 from lorasc_fx.cascade import usage
-from lorasc_fx.state.factor_products import accumulate
+from lorasc_fx.state.fold import accumulate
 from tests.kit import tiny
 from tests.kit.models import batches, branches, loss_of, mlp, optimizer_of, randomize, train
 from tests.kit.seams import SEAMS, lower, seam

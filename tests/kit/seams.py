@@ -17,7 +17,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
-from lorasc_fx.state import SlowWeights, factor_products, model
+from lorasc_fx.state import SlowWeights, fold, stage
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
 
@@ -46,14 +46,14 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "start of a weight": (LoraBranch, "kept_values"),
     "commit": (Run, "commit"),
     "digest of the source": (run_base, "source_digest"),
-    "redraw": (model, "write_start"),
+    "redraw": (stage, "write_start"),
     "sum over ranks": (ProcessGroup, "sum"),
     "rest a weight": (SlowWeights, "write_resting"),
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "block of a sum": ((factor_products, "BLOCK"),),
-    "entries kept of each stage": ((model, "MAX_FULL_ENTRIES"),),
+    "block of a sum": ((fold, "BLOCK"),),
+    "entries kept of each stage": ((stage, "MAX_FULL_ENTRIES"),),
     "changes of a setting": ((variants, "MAX_CHANGES"),),
 }
 
