@@ -19,8 +19,8 @@ from typing import Any, Self
 from torch import nn
 
 from lorasc_fx.cascade import graphs_of, run_of
-from lorasc_fx.cascade.usage import callers
-from lorasc_fx.cascade.views import fast_parameters
+from lorasc_fx.cascade.guards import callers
+from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
 from lorasc_fx.errors import StateError
 from lorasc_fx.util.environment import module_of

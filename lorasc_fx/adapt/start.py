@@ -20,7 +20,7 @@ from lorasc_fx.adapt.served import is_served
 from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade import Flags, Graphs, graphs_of, replace_run, run_of, watch_model
-from lorasc_fx.cascade.dropped import Joined
+from lorasc_fx.cascade.guards import Joined
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import MetaModel
 from lorasc_fx.check.isolation import is_on_meta, written_by

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorasc_fx.cascade.dropped import Joined
+from lorasc_fx.cascade.guards import Joined
 from lorasc_fx.errors import SpecError
 from lorasc_fx.graph import matches
 from lorasc_fx.graph.weights import Memory

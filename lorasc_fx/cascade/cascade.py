@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -13,17 +14,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.cascade import folding, transition
-from lorasc_fx.cascade.dropped import DropWarning, Flags, Joined, restore_structure
-from lorasc_fx.cascade.folding import Requantize
+from lorasc_fx.cascade import transition
 from lorasc_fx.cascade.graphs import Example, Graphs
-from lorasc_fx.cascade.moving import move
-from lorasc_fx.cascade.optim import Optimizers, optimizers_of
+from lorasc_fx.cascade.guards import DropWarning, Flags, Joined, UsageWatch, restore_structure
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.summary import summary
+from lorasc_fx.cascade.training import Optimizers, optimizers_of
 from lorasc_fx.cascade.transition import Stage
-from lorasc_fx.cascade.usage import UsageWatch
-from lorasc_fx.cascade.views import VIEW_NAMES, check_view, placed
+from lorasc_fx.cascade.weights import VIEW_NAMES, Requantize, check_view, folded_state, move, placed, write_fold
 from lorasc_fx.compile import Axis
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.plan import Plan, Refusal, Site
@@ -381,7 +378,7 @@ class CascadeModule(nn.Module):
             StateError, SpecError, NonFiniteBranch: as for `release`.
         """
         with self._run.exclusive("folded_state_dict", keeps=True):
-            return folding.folded_state(self._run, "folded_state_dict", quantized, view)
+            return folded_state(self._run, "folded_state_dict", quantized, view)
 
     def folded_graph(
         self,
@@ -413,7 +410,7 @@ class CascadeModule(nn.Module):
         """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
         check_view("folded_graph", view, self._run.plan.spec)
         with self._run.exclusive("folded_graph", keeps=True):
-            state = folding.folded_state(self._run, "folded_graph", quantized, view)
+            state = folded_state(self._run, "folded_graph", quantized, view)
         forget_new = self._graphs.variants.restorer()
         try:
             variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
@@ -446,7 +443,7 @@ class CascadeModule(nn.Module):
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run, self))
-            folding.release(self._run, quantized, view, undo)
+            write_fold(self._run, quantized, view, undo)
             self._flags.restore(self.model)
             restore_structure(self.model, self._joined, undo)
             self._graphs.drop(undo)
@@ -525,3 +522,41 @@ def watch_model(cascade: CascadeModule, undo: Undo) -> None:
     """Warn from now on if the user's model is called, saved or copied instead of the cascade."""
     undo(cascade._usage.disarm)
     cascade._usage.arm(cascade._run, cascade)
+
+
+_SHOWN = 8
+"""Maximum number of refusals, and of unreached weights, that the summary names."""
+
+
+def summary(
+    run: Run, frontend: str, refused_frontends: tuple[tuple[str, str], ...], placements: Mapping[str, str]
+) -> str:
+    """Return the summary of a cascade as lines of text."""
+    plan, spec = run.plan, run.plan.spec
+    total = sum(parameter.numel() for parameter in run.model.parameters())
+    trainable = run.trained_entries
+    pace = f"{spec.pace_at(plan.stage, run.slow.history.count):g}"
+    kinds, counted = Counter(site.kind for site in plan.sites), Counter(placements.values())
+    lines = [
+        f"Cascade of {type(run.model).__name__}, "
+        + (f"captured by {frontend}" if frontend else "captured at its first call"),
+        f"  stage {plan.stage}, pace {pace}, noise {spec.noise.strength:g}, restart {spec.restart}",
+        f"  {len(plan.sites)} sites: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        f"  {trainable:,} trainable of {total:,} parameters ({100 * trainable / max(total, 1):.2f} %)",
+    ]
+    if counted:
+        lines.append("  placements: " + ", ".join(f"{count} {where}" for where, count in counted.most_common()))
+    lines += [f"  before: {name} refused: {reason}" for name, reason in refused_frontends]
+    requested = Counter(refusal.reason.value for refusal in run.refusals if refusal.reason.requested)
+    if requested:
+        lines.append("  left as asked: " + ", ".join(f"{count} {reason}" for reason, count in requested.items()))
+    refusals = [refusal for refusal in run.refusals if not refusal.reason.requested]
+    if refusals:
+        lines.append(f"  {len(refusals)} refusals:")
+        lines += [f"    {refusal}" for refusal in refusals[:_SHOWN]]
+        if len(refusals) > _SHOWN:
+            lines.append(f"    and {len(refusals) - _SHOWN} more, see cascade.refusals")
+    if run.unreached:
+        shown = ", ".join(run.unreached[:_SHOWN])
+        lines.append(f"  {len(run.unreached)} unreached (in no graph yet): {shown}")
+    return "\n".join(lines)

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade.commit import Planned, write_planned
-from lorasc_fx.cascade.optim import check_holds, check_rates, groups
-from lorasc_fx.cascade.run_base import BaseValues, RunBase
+from lorasc_fx.cascade.run_base import BaseValues, Planned, RunBase, write_planned
+from lorasc_fx.cascade.training import check_holds, check_rates, groups
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.plan import Reason
 from lorasc_fx.quantized import quantized_in

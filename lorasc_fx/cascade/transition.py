@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.cascade.commit import Planned, write_planned
-from lorasc_fx.cascade.optim import check_holds, state_of, treated_state
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.run_base import Planned, write_planned
+from lorasc_fx.cascade.training import check_holds, state_of, treated_state
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan

@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, InitialFactors, Side
-from lorasc_fx.cascade.commit import Planned, WeightValues
-from lorasc_fx.cascade.inputs import is_description
-from lorasc_fx.cascade.optim import check_holds, stepping
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.run_base import Planned, WeightValues, is_description
+from lorasc_fx.cascade.training import check_holds, stepping
 from lorasc_fx.checkpoint import training
 from lorasc_fx.checkpoint.files import Count, Digest, refusing, sanitized, versions
 from lorasc_fx.checkpoint.training import Owner, Stateful
@@ -35,7 +34,7 @@ from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, St
 from lorasc_fx.util.decode import Check
 from lorasc_fx.util.undo import Undo, commit
 
-Inputs = Annotated[dict[str, Any], Check(is_description, "give the shapes of the arguments, see cascade/inputs.py")]
+Inputs = Annotated[dict[str, Any], Check(is_description, "give the shapes of the arguments, see cascade/run_base.py")]
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.cascade.commit import Planned
-from lorasc_fx.cascade.folding import check_quantized
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.run_base import Planned
 from lorasc_fx.cascade.transition import ended
-from lorasc_fx.cascade.views import check_view
+from lorasc_fx.cascade.weights import check_quantized, check_view
 from lorasc_fx.checkpoint.content import Content, RunState, check_branches, decoded, gradients_of, install
 from lorasc_fx.checkpoint.files import (
     KEY,

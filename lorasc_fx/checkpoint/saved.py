@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade import CascadeModule, graphs_of, run_of
-from lorasc_fx.cascade.optim import Optimizers, check_numbers, optimizers_of
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.training import Optimizers, check_numbers, optimizers_of
 from lorasc_fx.checkpoint import content, reader
 from lorasc_fx.checkpoint.content import Content
 from lorasc_fx.checkpoint.files import (

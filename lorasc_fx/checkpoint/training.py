@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import generator
-from lorasc_fx.cascade.optim import check_numbers, stepping
+from lorasc_fx.cascade.training import check_numbers, stepping
 from lorasc_fx.checkpoint.files import sanitized
 from lorasc_fx.checkpoint.tree import Tensors
 from lorasc_fx.errors import CheckpointError

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.cascade import run_of
-from lorasc_fx.cascade.folding import folded_each
+from lorasc_fx.cascade.weights import folded_each
 from lorasc_fx.checkpoint.base import INDEX, SINGLE, shards_of
 from lorasc_fx.checkpoint.files import DTYPES, refusing
 from lorasc_fx.checkpoint.reader import Change, FoldedWeights, folded_run

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 
 from lorasc_fx.cascade import run_of, transition
-from lorasc_fx.cascade.views import fast_parameters
+from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lorasc_fx.adapt import load as load_checkpoint
 from lorasc_fx.cascade import run_of
-from lorasc_fx.cascade.optim import Optimizers, optimizers_of
+from lorasc_fx.cascade.training import Optimizers, optimizers_of
 from lorasc_fx.checkpoint import saved
 from lorasc_fx.checkpoint.content import Content
 from lorasc_fx.checkpoint.files import KEY, digest_of, packed

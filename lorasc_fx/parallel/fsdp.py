@@ -22,8 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lorasc_fx.cascade import folding, graphs_of, run_of
-from lorasc_fx.cascade.commit import Planned
+from lorasc_fx.cascade import graphs_of, run_of
+from lorasc_fx.cascade.run_base import Planned
+from lorasc_fx.cascade.weights import folded_each
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.facade import Cascade
@@ -171,7 +172,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
         )
     run.check_ready("folded_state_dict", sharded=True, keeps=True)
     is_first, state_dict = run.slow.group.rank == 0, {}
-    for name, value, new in folding.folded_each(run, "folded_state_dict"):
+    for name, value, new in folded_each(run, "folded_state_dict"):
         folded = new()
         if hasattr(value, "to_local") and not hasattr(folded, "to_local"):
             folded = ShardSpec.of(value).dtensor(folded, value)

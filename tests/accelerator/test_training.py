@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lorasc_fx as lx
-from lorasc_fx.cascade import views
+from lorasc_fx.cascade import weights as weights_in_place
 from lorasc_fx.check.preflight import Disagreement, check_agrees, run_preflight
 from tests.accelerator.kit import (
     DEVICE,
@@ -279,7 +279,7 @@ def test_in_the_first_stage_without_noise_nothing_travels(action: str) -> None:
 
 @simulated_only
 def test_without_room_for_copies_weights_travel_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "free_memory", lambda device: 0)
+    monkeypatch.setattr(weights_in_place, "free_memory", lambda device: 0)
     found, weights, factors, sites = traffic({}, "memory", "fast weights", torch.float32)
     assert 2 * weights <= found["to_device_bytes"] <= 2 * (weights + 4 * factors + SMALL * sites), found
 
@@ -290,7 +290,7 @@ def test_without_room_for_copies_weights_travel_twice(monkeypatch: pytest.Monkey
 def test_with_the_base_on_the_device_nothing_travels(
     action: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views, "free_memory", lambda device: pytest.fail("weights need no copies"))
+    monkeypatch.setattr(weights_in_place, "free_memory", lambda device: pytest.fail("weights need no copies"))
     found, _, factors, sites = traffic(options, "device", action, torch.bfloat16)
     new = factors if action == "transition" else 0  # the host draws the next ones, and compares the old ones
     assert found.get("to_device_bytes", 0) <= new + SMALL * sites, found

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorasc_fx as lx
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.noise import BLOCK
-from lorasc_fx.cascade import usage
+from lorasc_fx.cascade import guards
 from lorasc_fx.state.fold import accumulate
 from tests.kit import tiny
 from tests.kit.models import batches, branches, loss_of, mlp, optimizer_of, randomize, train
@@ -274,8 +274,8 @@ def test_generate_walks_the_stack_once_a_token(monkeypatch: pytest.MonkeyPatch) 
     """For the model, and not for each module with an adapted weight, which took a fifth of a narrow model's time."""
     ids = torch.randint(1, 16, (2, 4))
     cascade = lx.adapt(tiny.llama().eval(), (), {"input_ids": ids}, spec=lx.CascadeSpec(rank=2))
-    walks, from_package = [], usage._from_package
-    monkeypatch.setattr(usage, "_from_package", lambda: (walks.append(1), from_package())[1])
+    walks, from_package = [], guards._from_package
+    monkeypatch.setattr(guards, "_from_package", lambda: (walks.append(1), from_package())[1])
     cascade.generate(ids, max_new_tokens=4, do_sample=False)
     assert 0 < len(walks) <= 1 + 4  # generate, and its tokens
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.cascade import views
+from lorasc_fx.cascade import weights
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.models import randomize
@@ -80,9 +80,9 @@ def test_weights_with_the_right_values_are_not_written(case: str, monkeypatch: p
     spec, view, writes = WRITTEN[case]
     cascade = trained(lx.adapt(base(), (X,), spec=spec), 1)
     written: list[str] = []
-    write = views.WeightValues.write
+    write = weights.WeightValues.write
     record = lambda self, name, out, *scratch: (written.append(name), write(self, name, out, *scratch))  # noqa: E731
-    monkeypatch.setattr(views.WeightValues, "write", record)
+    monkeypatch.setattr(weights.WeightValues, "write", record)
     before = {name: value.clone() for name, value in cascade.model.state_dict().items()}
     with cascade.weights(view):
         same = [torch.equal(value, before[name]) for name, value in cascade.model.named_parameters()]

@@ -74,7 +74,7 @@ def everything(model: Busy) -> dict[str, Any]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: (id(value), value.data_ptr(), value.tolist()) for name, value in tensors}
     state["attributes"] = (model.calls, id(model.seen), dict(model.seen), id(model.last), list(model.last))
-    watched = {"_compiled_call_impl"}  # cascade/usage.py, until the release
+    watched = {"_compiled_call_impl"}  # cascade/guards.py, until the release
     state["names"] = {name: sorted(vars(module).keys() - watched) for name, module in model.named_modules()}
     state["torch"], state["random"] = torch.get_rng_state().tolist(), random.getstate()
     state["numpy"] = str(np.random.get_state())

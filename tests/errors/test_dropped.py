@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
-from lorasc_fx.cascade import dropped
+from lorasc_fx.cascade import guards
 from tests.errors.test_warnings import NOISY, QUIET, X, adapted, net, step
 from tests.kit.errors import lacking
 from tests.kit.models import values
@@ -36,7 +36,7 @@ STAYS = {"noisy": ("Sequential keep the noise",), "pissa": ("Sequential lack the
 @pytest.fixture(autouse=True)
 def real_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests do without (tests/conftest.py)."""
-    monkeypatch.setattr(dropped, "gc", gc)
+    monkeypatch.setattr(guards, "gc", gc)
 
 
 @contextmanager

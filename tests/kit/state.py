@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
-from lorasc_fx.cascade.commit import SPARE
+from lorasc_fx.cascade.run_base import SPARE
 from lorasc_fx.checkpoint.files import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, canonical
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.checkpoint.tree import pack

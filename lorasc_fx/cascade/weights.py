@@ -1,0 +1,537 @@
+"""The weights of a cascade: views inside `weights(...)`, folds for good, and moves to other devices and dtypes.
+
+`placed` puts weights in place of W_t, and restores W_t at the end of the block. A quantized weight cannot hold a delta.
+Its folded value is dense, or is quantized again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorasc_fx.cascade.graphs import Graphs
+from lorasc_fx.cascade.run import Run
+from lorasc_fx.cascade.run_base import Planned, WeightValues, reserve, weights_to_write
+from lorasc_fx.cascade.transition import at_stage, ended
+from lorasc_fx.errors import SpecError, StateError, named, nearest
+from lorasc_fx.parameters import Holder, holders_of, substituted
+from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of, quantized_in, writable
+from lorasc_fx.shards import local
+from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import Scratch, SlowWeights, ViewName
+from lorasc_fx.util.environment import free_memory
+from lorasc_fx.util.fingerprint import checksums
+from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, Undo, isolated
+
+Value = TypeVar("Value")
+
+VIEW_NAMES: tuple[ViewName, ...] = ("slow", "fast", "base", "averaged")
+FOLDED: tuple[ViewName, ...] = ("slow", "averaged")
+"""The views that a fold can write."""
+
+COPIED = 0.25
+"""Part of the free memory of an accelerator for copies of weights, while others are in place."""
+
+_VERSIONS = itertools.count(1 << 24)
+"""Version counters for parameters whose weights are replaced. torch counts writes from 0 and does not reach these."""
+
+
+def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = FOLDED) -> None:
+    """Raise StateError if `view` is not one of these names, or is "averaged" and the spec keeps no average."""
+    if view not in names:
+        raise StateError(
+            f"{call}: {view!r} is not a view of the weights. Give one of {', '.join(names)}{nearest(str(view), names)}",
+            code="unknown-name",
+        )
+    if view == "averaged" and not spec.average:
+        raise StateError(
+            f"{call}: the spec keeps no average of the slow weights. Give it average=True",
+            code="not-available",
+        )
+
+
+def folded_weights(run: Run, view: str, call: str) -> WeightValues:
+    """Return the weights that a fold writes. If the running stage has trained, its slow update is included.
+
+    Raises:
+        StateError, SpecError, NonFiniteBranch: as for `Cascade.weights` and `Cascade.release`.
+    """
+    check_view(call, view, run.plan.spec)
+    return WeightValues(ended(run, call), "averaged" if view == "averaged" else "slow")
+
+
+@isolated
+def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Value) -> Value:
+    """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds.
+
+    `isolated` makes this a context manager: the steps in `undo` run when the block ends.
+    """
+    run.check_alive("weights")
+    if stage is not None and view is not None:
+        raise StateError(
+            f"weights({view!r}, stage={stage!r}): give either a view or a stage, not both", code="conflicting-options"
+        )
+    if stage is None:
+        check_view(f"weights({view!r})", str(view), run.plan.spec, VIEW_NAMES)
+    # Leave inference mode: DTensors cannot be read or written in it.
+    with torch.inference_mode(False), torch.no_grad(), run.exclusive("weights", sharded=True):
+        before = Before(run)
+        if stage is not None:
+            weights = WeightValues(at_stage(run.slow, stage, "weights"), "slow" if stage else "base")
+        else:
+            checked: ViewName = next(name for name in VIEW_NAMES if name == view)
+            weights = WeightValues(
+                run.slow, checked, learners={**run.branches_by_weight(), **before.trained}, plan=run.plan
+            )
+        # Compute everything that needs memory before the first write.
+        quantized = run.slow.quantized if weights.view != "base" else ()
+        dense = weights.dense(quantized, before.parameters) if quantized else {}
+        replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
+        undo(before.restore)
+        weights = before.keep_weights(weights)
+        for holder in before.places:
+            if id(holder.value) in replaced:
+                holder.put(replaced[id(holder.value)])
+        for name, out in weights_to_write(run, before.parameters):
+            if name not in before.matching:
+                weights.write(name, out)
+        run.placed = stage if stage is not None else str(view)
+        written = run.present(name for name in run.slow.states if name not in before.matching)
+        by_name = run.recorded(before.matching) | checksums(written)
+        run.placed_checksums = {name: by_name[name] for name in run.slow.states if name in by_name}
+        # With another version, autograd raises for a graph that saved W_t, instead of computing with other weights.
+        before.set_versions(next(_VERSIONS))
+    return value
+
+
+def fast_parameters(run: Run, call: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return an iterator over the user's model's parameters with the fast weights, for a sampler such as vLLM.
+
+    Each tensor is computed when it is asked for, and rounded once. Inside `weights(...)` the weights in place are
+    returned.
+
+    Raises:
+        StateError: the sampler could not use the tensors, because weights are quantized, sharded or untied.
+    """
+    run.check_alive(call)
+    for name, fault in (
+        (next(iter(run.slow.quantized), None), "quantized"),
+        ("the weights", "sharded over processes") if run.is_sharded else (None, ""),
+        (next(iter(run.plan.spec.untie), None), "untied, and vLLM ties it again"),
+    ):
+        if name is not None:
+            raise StateError(
+                f"{call}: vLLM cannot sample from this cascade, because {name} is {fault}. Set use_vllm=False, so that "
+                "transformers generates",
+                code="trainer-not-supported",
+            )
+    learners = run.learners()
+
+    def value(name: str, parameter: nn.Parameter) -> torch.Tensor:
+        if run.placed is not None or name not in run.slow.states:
+            return parameter
+        with run.lock:
+            return run.slow.value(name, "fast", parameter, learners.get(name), run.plan)
+
+    return ((name, value(name, parameter)) for name, parameter in run.model.named_parameters())
+
+
+class Before:
+    """Snapshot of a run's parameters before other weights replace them, which can be restored.
+
+    It has copies of parameters trained in full and of running statistics. It also copies weights on an accelerator, if
+    W0 is in host memory and part of the free memory suffices. All other weights are computed again.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.plan = run, run.plan
+        self.parameters = run.present(run.slow.states)
+        self.trained = {name: local(self.parameters[name]).detach().clone() for name in run.slow.trained}
+        dense = writable(self.parameters)
+        self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
+        # FSDP itself replaces sharded parameters and their memory, so only the values of those are restored.
+        self.owned = {} if run.is_sharded else self.parameters
+        self.places = holders_of(run.model, self.owned.values())
+        self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
+        self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)
+        self.matching: set[str] = set()  # weights that have their new values already
+        self.copies: dict[str, torch.Tensor] = {}  # copies of weights on accelerators
+        self.changed: str | None = None  # the first weight that was written inside the `with`
+        norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
+        statistics = {id(buffer): buffer for norm in norms for buffer in norm.buffers(recurse=False)}
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in statistics.values()]
+
+    def keep_weights(self, weights: WeightValues) -> WeightValues:
+        """Find the weights that need not be written, and copy others on accelerators, to restore them from there.
+
+        Returns:
+            `weights`, with W0 on the accelerator if the model's own weight is W0.
+        """
+        run, budgets, states = self.run, dict[torch.device, int](), dict(weights.slow.states)
+        for name, parameter in writable(self.parameters).items():
+            weight, state = local(parameter), run.slow.started(name)
+            if weights.matches(name, weight, run.is_noisy):
+                self.matching.add(name)
+            elif name not in self.trained and weight.device not in (torch.device("cpu"), state.base.device):
+                if weight.device not in budgets:
+                    budgets[weight.device] = int(COPIED * free_memory(weight.device))
+                if weight.nbytes <= budgets[weight.device]:
+                    budgets[weight.device] -= weight.nbytes
+                    self.copies[name] = weight.detach().clone()
+                if state.starts_at_base(run.is_noisy) and weight.dtype == state.base.dtype and name in states:
+                    states[name] = replace(states[name], base=weight.detach())
+        return replace(weights, slow=replace(weights.slow, states=states))
+
+    def restore(self) -> None:
+        """Restore the weights of the running stage. If that raises, try once more.
+
+        Raises:
+            StateError: a weight was written inside the block. The weights are restored nevertheless.
+        """
+        run = self.run
+        self.reserve.clear()  # the memory that restoring needs
+        with torch.inference_mode(False), torch.no_grad(), run.lock, AllOrNothing() as again:
+            again(self._write)
+            self.changed = run.changed(run.placed_checksums)
+            self._write(self.matching if self.changed is None else ())
+        if self.changed is not None:
+            raise StateError(
+                f"weights: {self.changed} was written inside the with block (by a training step, load_state_dict, "
+                "half, .data). The previous weights are restored, and the write is lost. Train the cascade outside the "
+                "block. To cast or change these weights, use a copy (copy.deepcopy(model) inside the block), or the "
+                "model after release",
+                code="inside-weights",
+            )
+
+    def _write(self, unchanged: Collection[str] = ()) -> None:
+        """Write the weights of the running stage, except unchanged ones. Safe to call again after it has raised."""
+        run, scratch = self.run, Scratch()
+        same_plan = run.plan is self.plan  # a step inside the block may have changed the noise
+        kept = self.trained | (self.copies if same_plan else {})
+        for holder in self.places:
+            if holder.exists:
+                holder.put(holder.value)
+        for parameter, memory in self.memory:  # a cast or an assignment to `.data` inside the block may replace it
+            if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
+                parameter.data = memory
+
+        for name, out in weights_to_write(run, self.parameters):
+            if name in unchanged:
+                continue
+            if name in kept:
+                out.copy_(kept[name])
+                continue
+            try:
+                run.slow.write_resting(name, run.plan, out, scratch)
+            except (MemoryError, RuntimeError):  # out of memory; harmless if this weight was not replaced yet
+                if run.placed is not None or self.versions.get(name) != out._version:
+                    raise
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        if not same_plan:
+            run.note_weights(self.parameters)
+        run.placed, run.placed_checksums = None, {}
+        if self.changed is None:
+            self.set_versions()  # the weights are the same again, so autograd graphs that saved them are valid
+
+    def set_versions(self, version: int | None = None) -> None:
+        """Set the version counters of the parameters to `version`, or to their values of before if it is None."""
+        names = tuple(name for name in self.versions if name in self.owned)
+        versions = tuple(self.versions[name] if version is None else version for name in names)
+        torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)
+
+
+def folded_state(run: Run, call: str, quantized: Requantize, view: str) -> dict[str, torch.Tensor]:
+    """Return a copy of the model's state dict with the folded weights. Tied parameters share one tensor.
+
+    Arguments and errors are those of `Cascade.folded_state_dict`; `call` names the caller in messages.
+    """
+    folded: dict[str, torch.Tensor] = {}
+    by_parameter: dict[int, torch.Tensor] = {}
+    for name, value, compute in folded_each(run, call, quantized, view):
+        if not isinstance(value, nn.Parameter):
+            folded[name] = compute()
+            continue
+        if id(value) not in by_parameter:
+            by_parameter[id(value)] = compute()
+        folded[name] = by_parameter[id(value)]
+    return folded
+
+
+def folded_each(
+    run: Run, call: str, quantized: Requantize = None, view: str = "slow"
+) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
+    """Yield each entry of the model's state dict: name, current value, and a function that returns the folded value.
+
+    Values are computed lazily, so that a caller who writes them to a file needs memory for one at a time.
+    """
+    weights, parameters = folded_weights(run, view, call), run.parameters_by_name()
+    names = {name: parameters[name] for name in check_quantized(call, weights.slow, quantized)}
+    # Quantized weights that become dense are represented by placeholders in `changed`.
+    changed = {
+        name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), False)
+        for name, value in names.items()
+    }
+    with substituted(run.model, changed):  # a layer saves a dense weight under another name than its packed values
+        entries = run.model.state_dict(keep_vars=True)
+    names_by_id = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
+    for key, value in entries.items():
+        name = names_by_id.get(id(value), "")
+        current = parameters[name] if name in changed else value
+        yield key, current, partial(_folded, weights, name, current)
+
+
+def _folded(weights: WeightValues, name: str, value: Any) -> Any:
+    """Return a copy of an entry of the state dict, with the folded value if `name` is a weight of the slow state."""
+    slow = weights.slow
+    # A quantized weight that has not trained stays quantized.
+    if name in slow.states and (not is_quantized(value) or slow.states[name].unmerged("slow") is not None):
+        return weights.value(name, value)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def write_fold(run: Run, quantized: Requantize, view: str, undo: Undo) -> None:
+    """Write the folded weights into the user's parameters for good, and drop W0; see `Cascade.release`."""
+    weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
+    dense = weights.dense(check_quantized("release", weights.slow, quantized, modules=True), parameters)
+    trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
+    holders = holders_of(run.model, [parameters[name] for name in dense])
+    written = run.present(weights.slow.states)
+    run.commit(Planned(run.plan, SlowWeights(), written, weights, dense, current=trained), undo)
+    _requantize(holders, quantized, undo)
+
+
+log = logging.getLogger("lorasc_fx")
+
+Requantize = Literal["dequantize", "requantize"] | Callable[[nn.Module], object] | None
+"""How a fold treats quantized weights that have trained. None raises an error. "dequantize" leaves them dense.
+"requantize" quantizes them again with the settings of their layer. A callable gets each module with its dense weight,
+and quantizes it in place."""
+
+
+def check_quantized(call: str, slow: SlowWeights, how: Requantize, modules: bool = False) -> list[str]:
+    """Check the argument `quantized` of a fold, and return the names of the quantized weights that the fold changes.
+
+    Args:
+        call: name of the caller, for messages.
+        slow: the slow weights to fold.
+        how: the argument `quantized` of the call.
+        modules: whether the fold writes into modules, which can be quantized again. Otherwise it returns tensors.
+
+    Raises:
+        StateError: there are such weights, and `how` is None.
+        SpecError: `how` is invalid.
+    """
+    if not (how in (None, "dequantize") or (modules and (how == "requantize" or callable(how)))):
+        options = ", 'requantize' or a callable that quantizes a module" if modules else ""
+        raise SpecError(f"{call}: quantized is {how!r}. Give None or 'dequantize'{options}")
+    names = [name for name, state in slow.states.items() if state.unmerged("slow") is not None]
+    if names and how is None:
+        raise StateError(
+            f"{call}: {named(names, 1)} is quantized, and its dtype cannot represent the trained weight; nothing was "
+            "changed. Give quantized='dequantize' for dense weights"
+            + (
+                ", quantized='requantize' to quantize them again with the settings of their layer, or a callable that "
+                "quantizes a module in place"
+                if modules
+                else ". release(quantized='requantize') quantizes them again. save and export.peft keep the branches"
+            ),
+            code="quantized-not-supported",
+        )
+    return names
+
+
+def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
+    """Quantize dense weights again unless `how` is "dequantize", and log the change of each weight.
+
+    `holders` are the places of the dense weights in the model. Their `value` is the quantized weight of before.
+
+    Raises:
+        StateError: the callable does not quantize its module.
+    """
+    weights = [holder for holder in holders if holder.store is holder.module._parameters]
+    # Read all dense weights first, because quantizing a module replaces its weight.
+    exact = {id(holder.value): holder.module._parameters[holder.leaf] for holder in weights}
+    for holder in weights:
+        module, leaf, old, trained_weight = holder.module, holder.leaf, holder.value, exact[id(holder.value)]
+        assert old is not None
+        assert trained_weight is not None
+        kind = type(module.layer if isinstance(module, QuantizedLinear) else module).__name__
+        if how == "requantize":
+            _requantize_like_layer(module, kind, trained_weight, undo)
+        elif callable(how):
+            how(module)
+        else:
+            log.info("%s of %s was dequantized to %s", leaf, kind, trained_weight.dtype)
+            continue
+        current = module._parameters[leaf]
+        if current is None or not is_quantized(current):
+            raise StateError(
+                f"release: quantized={how!r} did not quantize the {leaf} of {kind}; nothing was changed. Give a "
+                "callable that quantizes its module in place",
+                code="quantized-not-supported",
+            )
+        # Log both changes relative to the norm of the weight: if rounding is the larger one, training may be lost.
+        norm = dense(old).float().norm().clamp_min(1e-30)
+        trained = float((trained_weight.float() - dense(old).float()).norm() / norm)
+        rounded = float((dense(current).float() - trained_weight.float()).norm() / norm)
+        log.info(
+            "%s of %s was quantized again as %s: training changed it by %.3g %% of its norm, rounding by %.3g %%",
+            leaf,
+            kind,
+            type(module.layer if isinstance(module, QuantizedLinear) and module.holds_layer else current).__name__,
+            100 * trained,
+            100 * rounded,
+        )
+
+
+def _requantize_like_layer(module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
+    """Re-quantize a dense weight with the settings of the original layer.
+
+    Raises:
+        StateError: there is no such layer, or its library needs more than the weight to quantize (calibration data).
+    """
+    row = library_of(module.layer) if isinstance(module, QuantizedLinear) else None
+    if row is None or row.requantize is None:
+        raise StateError(
+            f"release: quantized='requantize' is not supported for {kind}, because its weight cannot be quantized "
+            "again without more information; nothing was changed. Give quantized='dequantize', or a callable that "
+            "quantizes a module in place, such as torchao's lambda module: quantize_(module, config)",
+            code="quantized-not-supported",
+        )
+    assert isinstance(module, QuantizedLinear)
+    undo(partial(module.set_layer, module.layer))
+    with torch.no_grad():
+        module.set_layer(row.requantize(module.layer, weight.detach()))
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Moves or casts one tensor."""
+
+
+def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool) -> None:
+    """Move or cast the model and the branches of a run. If anything raises, nothing is changed.
+
+    Args:
+        run: the run.
+        graphs: its graphs, which are dropped.
+        cascade: the module that has the model and the branches as children.
+        fn: moves or casts one tensor.
+        recurse: whether to change submodules, as for `nn.Module._apply`.
+
+    Raises:
+        StateError: after `release`, or if `fn` changes a tensor inside `weights` or inside a backward.
+    """
+    with PROCESS, run.lock, AllOrNothing() as undo:
+        run.check_alive("to")
+        # `to` with the current device and dtype changes nothing, and must not drop the graphs.
+        parameters, trained = run.parameters_by_name(), run.present(run.slow.trained)
+        tensors = [*(value.data for value in parameters.values()), *run.model.buffers(), *run.branches.parameters()]
+        if all(_is_unchanged(tensor.data, fn(tensor.data)) for tensor in tensors):
+            return
+        run.check_ready("to")
+        dtypes = {name: value.dtype for name, value in parameters.items()}
+        # Fingerprints identify the base that was adapted, so compute them before its values change.
+        if run.digests or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
+            run.fingerprints()
+        changed_buffers = run.changed_buffers()
+        unmoved = [name for name, value in trained.items() if not run.slow.moved({name: value})]
+        undo(partial(setattr, graphs, "example", graphs.example))
+        undo(_tensors_restorer(run, cascade))
+        if recurse:
+            _replace_quantized(run.model, fn)
+            run.model._apply(fn)
+            run.branches._apply(_at_least_fp32(fn))
+        graphs.drop(undo)
+        graphs.example = pytree.tree_map_only(torch.Tensor, fn, graphs.example)
+        # A cast has rounded these weights a second time. Compute them again from W0, so that they are rounded once.
+        cast = [name for name, value in run.weights_by_name().items() if value.dtype != dtypes[name]]
+        run.commit(Planned(run.plan, run.slow, run.present([*cast, *unmoved])), undo)
+        run.note_weights()
+        run.note_frozen()
+        run.note_buffers(changed_buffers)
+
+
+def _is_unchanged(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether `after` is the same tensor, or an equal copy of the same kind: torch copies for the device `cpu:0`."""
+    if after is before:
+        return True
+    if is_traceable_wrapper_subclass(before) and type(after) is type(before):  # a quantized weight
+        names, context = before.__tensor_flatten__()
+        after_names, after_context = after.__tensor_flatten__()
+        alike = (names, context, before.dtype) == (after_names, after_context, after.dtype)
+        return alike and all(_is_unchanged(getattr(before, name), getattr(after, name)) for name in names)
+    if type(before) is not torch.Tensor or type(after) is not torch.Tensor:
+        return False
+    kind = (before.device, before.dtype, before.is_pinned())
+    if kind != (after.device, after.dtype, after.is_pinned()):
+        return False
+    bits = [value.view(torch.uint8) if value.dtype.itemsize == 1 else value for value in (before, after)]
+    return torch.equal(*bits)  # torch cannot compare fp8 values
+
+
+def _at_least_fp32(fn: Change) -> Change:
+    """Return a function that moves and casts factors like `fn`, but never to a dtype narrower than fp32."""
+
+    def change(factor: torch.Tensor) -> torch.Tensor:
+        value = fn(factor)
+        return value if value.dtype.itemsize >= 4 else factor.to(value.device, torch.float32)
+
+    return change
+
+
+def _tensors_restorer(run: Run, cascade: nn.Module) -> Callable[[], None]:
+    """Return a function that restores the parameters and buffers of every module, with their current memory."""
+    modules = [(module, dict(module._parameters), dict(module._buffers)) for module in cascade.modules()]
+    # Some modules (nn.LSTM) keep parameters in lists as well, and `_apply` writes into them.
+    lists = [
+        (store, list(store)) for module in cascade.modules() for store in vars(module).values() if type(store) is list
+    ]
+    data = [
+        (value, value.data, value.grad, None if value.grad is None else value.grad.data, value.requires_grad)
+        for value in cascade.parameters()
+    ]
+
+    def restore() -> None:
+        for module, parameters, buffers in modules:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for store, values in lists:
+            store[:] = values
+        for value, memory, gradient, gradient_memory, requires_grad in data:
+            value.grad = None  # torch refuses new data whose dtype or device differs from the gradient's
+            value.data = memory
+            value.requires_grad_(requires_grad)
+            if gradient is not None and gradient_memory is not None:
+                gradient.data = gradient_memory
+            value.grad = gradient
+        run.note_weights()
+        run.note_frozen()
+
+    return restore
+
+
+def _replace_quantized(model: nn.Module, fn: Change) -> None:
+    """Move or cast quantized weights into new parameters.
+
+    `nn.Module._apply` would swap the tensors of old and new parameters, and raises if a weak reference to one exists.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            continue
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        for name, parameter in quantized_in(own).items():
+            if id(parameter) not in new:  # tied weights stay tied
+                new[id(parameter)] = nn.Parameter(fn(parameter.detach()), False)
+            module._parameters[name] = new[id(parameter)]
