@@ -6,18 +6,16 @@ import gc
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
-from weakref import ref
+from weakref import WeakSet, ref
 
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorasc_fx.adapt.served import is_served
-from lorasc_fx.adapt.untie import settle_ties
 from lorasc_fx.branch import Decided
 from lorasc_fx.cascade import Flags, Graphs, graphs_of, replace_run, run_of, watch_model
 from lorasc_fx.cascade.guards import Joined
@@ -31,11 +29,12 @@ from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError
 from lorasc_fx.facade import Cascade, cascade_class
 from lorasc_fx.graph import matches, named_weights, shared_memory, trained_by
 from lorasc_fx.graph.patterns import check_patterns, rules_of
-from lorasc_fx.graph.weights import Weights
+from lorasc_fx.graph.weights import Memory, Weights
+from lorasc_fx.parameters import exchange, holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import wrap_layers
 from lorasc_fx.signature import Calls, bind_inputs, signature_of
-from lorasc_fx.state import Memory
+from lorasc_fx.state import BaseMemory
 from lorasc_fx.util.undo import PROCESS, Undo
 
 log = logging.getLogger("lorasc_fx")
@@ -69,7 +68,7 @@ class Start:
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] | None = None
     source: BaseFile | None = None
-    memory: Memory = "memory"
+    memory: BaseMemory = "memory"
     joined: Joined = ()
     loads: bool = False
     written: Collection[str] = ()
@@ -106,7 +105,7 @@ class Start:
         source = open_base(base, model) if meta is None else None
         joined = settle_ties(model, plan.spec.untie, undo, strict=not loads)
         written = checkpoint.moved if checkpoint is not None else ()
-        memory: Memory = next((name for name in MEMORIES if name == base), "memory")
+        memory: BaseMemory = next((name for name in MEMORIES if name == base), "memory")
         return cls(model, plan, frontend, *inputs, source, memory, joined, loads, written, meta)
 
     def cascade(self, undo: Undo, into: Cascade | None = None) -> Cascade:
@@ -308,3 +307,129 @@ def check_new(model: nn.Module, on_meta: bool = False, in_bank: bool = False) ->
                 "Call release() on the bank first, or adapt a copy of the model (copy.deepcopy).",
                 code="already-adapted",
             )
+
+
+def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: bool = False) -> Joined:
+    """Tie parameters that are equal views of one memory, and untie the parameters that match a pattern.
+
+    Two parameters with the same memory (`b.weight.data = a.weight.data`) are one weight: it gets one branch, and is
+    written once. So both modules get the Parameter object of the first one.
+
+    Args:
+        model: the model to change.
+        patterns: patterns of the places to untie.
+        undo: restores the model.
+        strict: whether each pattern must match a tied parameter.
+
+    Returns:
+        Module, attribute name and original parameter of each place that was tied. `release` restores them.
+
+    Raises:
+        SpecError: a pattern matches no tied parameter, and `strict` is set.
+    """
+    by_memory: dict[Memory, nn.Parameter] = {}
+    shared: dict[int, nn.Parameter] = {}
+    for parameter in model.parameters():
+        memory = Memory.of(parameter)
+        if memory is not None:
+            shared[id(parameter)] = by_memory.setdefault(memory, parameter)
+    joined = exchange(model, lambda holder: shared.get(id(holder.value)), undo)
+    ties = _ties(model) if patterns else []
+    for pattern in patterns if strict else ():
+        if not any(matches(pattern, names) for tie in ties for names in tie.places.values()):
+            tied = ", ".join("=".join(names[0] for names in tie.places.values()) for tie in ties[:5])
+            raise SpecError(
+                f"untie: {pattern!r} matches no tied parameter. "
+                f"{f'Tied are: {tied}' if ties else 'The model has no tied parameters: leave untie out'}",
+                code="unknown-target",
+            )
+    untied = _untie(model, ties, patterns, undo)
+    return tuple(
+        (holder.module, holder.leaf, holder.value)
+        for holder in joined
+        if isinstance(holder.value, nn.Parameter) and holder.store is holder.module._parameters
+        if (id(holder.module), holder.leaf) not in untied
+    )
+
+
+def _untie(model: nn.Module, ties: Sequence[_Tie], patterns: Sequence[str], undo: Undo) -> set[_Place]:
+    """Give each place that matches a pattern a separate copy of the parameter. Return the places that changed.
+
+    Places that match no pattern stay tied to each other. The first place keeps the original object.
+    """
+    new: dict[_Place, nn.Parameter] = {}
+    for tie in ties:
+        shared = tie.parameter
+        untie = [key for key, names in tie.places.items() if any(matches(pattern, names) for pattern in patterns)]
+        tied = [key for key in tie.places if key not in untie]
+        for group in [tied, *([key] for key in untie)]:
+            if next(iter(tie.places)) not in group:  # the group with the first place keeps the object
+                untied = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+                new |= dict.fromkeys(group, untied)
+    exchange(model, lambda holder: new.get((id(holder.module), holder.leaf)), undo)
+    return set(new)
+
+
+_Place = tuple[int, str]
+"""Id of a module, and the attribute name of its parameter."""
+
+
+@dataclass(frozen=True)
+class _Tie:
+    """A parameter with several places in a model."""
+
+    parameter: nn.Parameter
+    places: dict[_Place, tuple[str, ...]]  # the full names of each place: several if its module is registered twice
+
+
+def _ties(model: nn.Module) -> list[_Tie]:
+    """Return the parameters that have several places."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    ties: dict[int, _Tie] = {}
+    for holder in holders(model):
+        if isinstance(holder.value, nn.Parameter) and holder.store is holder.module._parameters:
+            names = tuple(f"{path}.{holder.leaf}".lstrip(".") for path in paths[id(holder.module)])
+            tie = ties.setdefault(id(holder.value), _Tie(holder.value, {}))
+            tie.places[id(holder.module), holder.leaf] = names
+    return [tie for tie in ties.values() if len(tie.places) > 1]
+
+
+@dataclass
+class _Served:
+    """The banks that use a parameter, and its requires_grad flag before the first of them."""
+
+    flag: bool
+    banks: WeakSet[object] = field(default_factory=WeakSet)
+
+
+_SERVED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The `_Served` of each parameter in a bank."""
+
+
+def serve(parameters: Iterable[nn.Parameter], bank: object) -> None:
+    """Register a bank that uses these parameters, and disable their gradients."""
+    for parameter in parameters:
+        served = _SERVED.setdefault(parameter, _Served(parameter.requires_grad))
+        served.flag |= parameter.requires_grad  # it may have been set since a bank was dropped without `release`
+        served.banks.add(bank)
+        parameter.requires_grad_(False)
+
+
+def stop_serving(parameters: Iterable[nn.Parameter], bank: object) -> None:
+    """Remove a bank. The flags of parameters that no other bank uses are restored. A second call has no effect."""
+    for parameter in parameters:
+        served = _SERVED.get(parameter)
+        if served is None or bank not in served.banks:
+            continue
+        served.banks.discard(bank)
+        if not served.banks:
+            del _SERVED[parameter]
+            parameter.requires_grad_(served.flag)
+
+
+def is_served(parameter: nn.Parameter) -> bool:
+    """Whether a bank that still exists and was not released uses the parameter."""
+    served = _SERVED.get(parameter)
+    return served is not None and bool(served.banks)

@@ -25,7 +25,7 @@ from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import dtensor_like, local
-from lorasc_fx.state import Learner, Memory, Scratch, SlowWeights, ViewName, arithmetic, sums_are_finite
+from lorasc_fx.state import BaseMemory, Learner, Scratch, SlowWeights, ViewName, arithmetic, sums_are_finite
 from lorasc_fx.util.environment import source_digest, version
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import PROCESS, Lock, Undo
@@ -168,7 +168,7 @@ class RunBase:
         frontend: str,
         *,
         base_file: BaseValues | None = None,
-        memory: Memory = "memory",
+        memory: BaseMemory = "memory",
         meta: MetaModel | None = None,
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:

@@ -25,11 +25,11 @@ from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, StateErro
 from lorasc_fx.parameters import exchange, names_of
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import ShardSpec, local, local_like
-from lorasc_fx.state import Memory
+from lorasc_fx.state import BaseMemory
 from lorasc_fx.util.fingerprint import data_of, fingerprint_of
 from lorasc_fx.util.undo import Undo
 
-MEMORIES = get_args(Memory)
+MEMORIES = get_args(BaseMemory)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADVICE = "Load these files into the model before you adapt it, or give base='memory'"
 

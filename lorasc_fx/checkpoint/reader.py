@@ -33,14 +33,15 @@ from lorasc_fx.checkpoint.files import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     Manifest,
+    Tensors,
     digest_of,
     list_versions,
     plain_bytes,
     recovery_advice,
     refusing,
     sanitized,
+    unpack,
 )
-from lorasc_fx.checkpoint.tree import Tensors, unpack
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, path_of
 from lorasc_fx.parameters import names_of
 from lorasc_fx.plan import Plan

@@ -32,24 +32,24 @@ from lorasc_fx.cascade import CascadeModule, graphs_of, run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.training import Optimizers, check_numbers, optimizers_of
 from lorasc_fx.checkpoint import content, reader
-from lorasc_fx.checkpoint.content import Content
+from lorasc_fx.checkpoint.content import Content, Stateful, gathered_random_states, several
 from lorasc_fx.checkpoint.files import (
     FORMAT,
     KEY,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    Tensors,
     canonical,
     digest_of,
     file_names,
     is_our_file,
     list_versions,
     next_name,
+    pack,
     packed,
     parsed,
     plain_bytes,
 )
-from lorasc_fx.checkpoint.training import Stateful, gathered_random_states, several
-from lorasc_fx.checkpoint.tree import Tensors, pack
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, path_of, reason_of
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import ProcessGroup, local

@@ -26,10 +26,9 @@ from lorasc_fx.adapt import load as load_checkpoint
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.training import Optimizers, optimizers_of
 from lorasc_fx.checkpoint import saved
-from lorasc_fx.checkpoint.content import Content
+from lorasc_fx.checkpoint.content import Content, Stateful, gathered_random_states, several
 from lorasc_fx.checkpoint.files import KEY, digest_of, packed
 from lorasc_fx.checkpoint.reader import from_state_dict
-from lorasc_fx.checkpoint.training import Stateful, gathered_random_states, several
 from lorasc_fx.errors import CheckpointError
 from lorasc_fx.facade import Cascade
 

@@ -2,8 +2,8 @@
 
 from lorasc_fx.state.fold import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
 from lorasc_fx.state.stage import (
+    BaseMemory,
     Learner,
-    Memory,
     Part,
     SlowWeights,
     begin_stage,
@@ -17,11 +17,11 @@ from lorasc_fx.state.stage import (
 from lorasc_fx.state.weight import Expert, History, KeptNoise, StageEnd, Summed, ViewName, WeightState
 
 __all__ = [
+    "BaseMemory",
     "Expert",
     "History",
     "KeptNoise",
     "Learner",
-    "Memory",
     "Part",
     "Scratch",
     "SlowWeights",

@@ -418,7 +418,7 @@ def delta_of(
         return Delta(Factors(*parts), gain=gain)
 
 
-Memory = Literal["memory", "pinned", "device"]
+BaseMemory = Literal["memory", "pinned", "device"]
 """Where W0 is kept: in host memory, in page-locked host memory, or in the memory of the weight's device."""
 
 MAX_FULL_ENTRIES = 1 << 20
@@ -475,7 +475,7 @@ class SlowWeights:
         parameters: Mapping[str, nn.Parameter],
         plan: Plan,
         mapped: Mapping[str, torch.Tensor] | None = None,
-        memory: Memory = "memory",
+        memory: BaseMemory = "memory",
     ) -> SlowWeights:
         """Return a state with new weights, whose current values become W0. Known weights keep their state.
 
@@ -677,7 +677,7 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
     return local(tensor).detach().to("cpu", copy=True)
 
 
-def base_of(weight: torch.Tensor, memory: Memory) -> torch.Tensor:
+def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
     """Return W0 of a weight in a kind of memory.
 
     If the weight is in this kind of memory already, W0 shares its memory until the first write

@@ -28,7 +28,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.training import random_state
+from lorasc_fx.checkpoint.content import random_state
 from lorasc_fx.errors import LorascWarning
 from tests.errors.models import inputs
 from tests.errors.state import assert_same, of, unchanged

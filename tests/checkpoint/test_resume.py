@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.training import Owner, keep_as_saved
+from lorasc_fx.checkpoint.content import Owner, keep_as_saved
 from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, of_slow, raw, unchanged

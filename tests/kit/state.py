@@ -18,9 +18,8 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.run_base import SPARE
-from lorasc_fx.checkpoint.files import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, canonical
+from lorasc_fx.checkpoint.files import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, canonical, pack
 from lorasc_fx.checkpoint.reader import read
-from lorasc_fx.checkpoint.tree import pack
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.state import Expert as StageExpert

@@ -12,7 +12,7 @@ import torch
 
 from lorasc_fx.branch import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.checkpoint.content import Content, Stored, decoded
-from lorasc_fx.checkpoint.tree import pack, unpack
+from lorasc_fx.checkpoint.files import pack, unpack
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.shards import ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise
