@@ -8,20 +8,341 @@ own choice (docs/method.md, "What the paper leaves open").
 
 from __future__ import annotations
 
+import abc
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from lorasc_fx.options import ADAPTERS, DISTRIBUTIONS, STARTS, Start, scale_of
-from lorasc_fx.spec_checks import (
-    CONFLICTS,
-    DEFAULT_RANK,
-    NOISE_CONFLICTS,
-    PEFT_OPTIONS,
-    RULE_CONFLICTS,
-    check_adapter_options,
+import torch
+
+from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.util.decode import Check, Conflict, check, checks_names, choice, decode
+
+
+class Start(abc.ABC):
+    """Computes the initial factors of a branch at the start of a stage (`CascadeSpec.start`)."""
+
+    from_weight: ClassVar[bool] = True
+    """Whether the factors are computed from the weight. It then holds the residual `W - s B_0 A_0` during the stage."""
+
+    @abc.abstractmethod
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return B_0 [..., out, k] and A_0 [..., k, in], with k at most `rank`.
+
+        If k is smaller than the rank, the remaining rows of A are initialized as in LoRA, and the remaining columns of
+        B are zero.
+
+        Args:
+            matrix: the weight [..., out, in]. Leading axes are independent matrices (stacked experts).
+            rank: rank of the branch.
+            scale: scale s of the branch. The branch adds `s B_0 A_0`.
+        """
+
+
+class LoraStart(Start):
+    """LoRA (2106.09685): B = 0, and A as `CascadeSpec.restart_A` says. The weight is not changed."""
+
+    from_weight: ClassVar[bool] = False
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return factors of rank 0, because nothing is computed from the weight."""
+        return matrix[..., :0], matrix[..., :0, :]
+
+
+class PissaStart(Start):
+    """PiSSA (2404.02948): the r largest singular triplets, so `s B_0 A_0` is the nearest matrix of rank r."""
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `U_r sqrt(v_r / s)` and `sqrt(v_r / s) V_r^T`, with `W = U diag(v) V^T`."""
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return split_evenly(u[..., :rank], values[..., :rank], vh[..., :rank, :], scale)
+
+
+class MiloraStart(Start):
+    """MiLoRA (2406.09044): the r smallest singular triplets, which are orthogonal to the principal ones."""
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors like `PissaStart`, from the last r columns of U, values v and rows of V^T."""
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return split_evenly(u[..., -rank:], values[..., -rank:], vh[..., -rank:, :], scale)
+
+
+class OloraStart(Start):
+    """OLoRA (2406.01775): the first r columns of Q and rows of R of `W = Q R`."""
+
+    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `Q[:, :r]` and `R[:r]`. The scale is not divided out, as in peft."""
+        q, r = torch.linalg.qr(matrix)
+        return q[..., :rank], r[..., :rank, :]
+
+
+def split_evenly(
+    u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return b and a with `scale * b @ a = u diag(values) vh`. Each gets the square root of values / scale."""
+    root = (values / scale).sqrt()
+    return u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
+
+
+STARTS: Mapping[str, Start] = {
+    "lora": LoraStart(),
+    "pissa": PissaStart(),
+    "olora": OloraStart(),
+    "milora": MiloraStart(),
+}
+"""Strategies by the value of `CascadeSpec.start`."""
+
+
+def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:
+    """Return the scale s of a branch: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` as in rsLoRA (2312.03732)."""
+    return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+ADAPTERS: dict[str, type[Any]] = {}
+"""Subclasses of `lorasc_fx.branch.Branch` by the value of `CascadeSpec.adapter`.
+
+`lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
+checks names before the branches, which need the spec, can be imported.
+"""
+
+
+class Distribution(abc.ABC):
+    """Distribution of the noise before it is scaled (`Noise.distribution`)."""
+
+    by_rows: ClassVar[bool] = False
+    """Whether each row of the noise is scaled by the norm of its row of the weight.
+
+    Otherwise all entries are scaled by the standard deviation of the weight.
+    """
+
+    @abc.abstractmethod
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Convert fp32 numbers that are uniform in [-1/2, 1/2] to unscaled noise, in place."""
+
+
+class Uniform(Distribution):
+    """U(-1/2, 1/2), as in NoisyTune (2202.12024)."""
+
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the numbers unchanged."""
+        return numbers
+
+
+class Normal(Distribution):
+    """N(0, 1/12), which has the variance of the uniform distribution."""
+
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return normal numbers of variance 1/12."""
+        return _normal(numbers).mul_(12**-0.5)
+
+
+class Filter(Distribution):
+    """N(0, 1), scaled by `|W_i| / sqrt(n)` in row i with n entries, as in Flat-LoRA (2409.14396)."""
+
+    by_rows: ClassVar[bool] = True
+
+    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return normal numbers of variance 1."""
+        return _normal(numbers)
+
+
+def _normal(numbers: torch.Tensor) -> torch.Tensor:
+    """Convert fp32 numbers that are uniform in [-1/2, 1/2] to standard normal numbers, in place."""
+    # Slightly less than 2, because erfinv is infinite at -1 and 1.
+    return numbers.mul_(2 - 2**-23).erfinv_().mul_(2**0.5)
+
+
+DISTRIBUTIONS: Mapping[str, Distribution] = {"uniform": Uniform(), "normal": Normal(), "filter": Filter()}
+"""Strategies by the value of `Noise.distribution`."""
+
+
+DEFAULT_RANK = 8
+"""Default of `rank`. A check below needs it to see that the option was set."""
+
+PEFT_OPTIONS = {
+    "r": "rank",
+    "alpha": "lora_alpha",
+    "target_modules": "targets, globs on weight names: '*.query' for peft's 'query'",
+    "target_parameters": "targets",
+    "layers_to_transform": "targets, such as 'layers.3.*'",
+    "layers_pattern": "targets, such as 'layers.3.*'",
+    "exclude_modules": "exclude, globs on weight names",
+    "modules_to_save": "train, globs on parameter names",
+    "trainable_token_indices": "rules, such as lorasc_fx.Rule('*.embed_tokens.weight', tokens=(5, 7))",
+    "bias": "train, such as ('*.bias',)",
+    "lora_bias": "train, such as ('*.bias',)",
+    "lora_dropout": "dropout",
+    "rank_pattern": "rules, of lorasc_fx.Rule",
+    "alpha_pattern": "rules, of lorasc_fx.Rule",
+    "init_lora_weights": f"start: {', '.join(map(repr, STARTS))}",
+    "loraplus_lr_ratio": "lr_ratio",
+    "use_dora": "adapter='dora'",
+    "ensure_weight_tying": "nothing: tied weights stay tied",
+    "fan_in_fan_out": "nothing: the layout of the weight is inferred from the graph",
+    "task_type": "nothing: pass it to export.peft",
+    "inference_mode": "nothing: call release() for inference",
+}
+"""The counterpart of each option of peft's LoraConfig, for the error about an unknown option."""
+
+NOISE_CONFLICTS = (
+    Conflict(
+        ("keep", "redraw"),
+        lambda keep, redraw: keep and redraw == "step",
+        "a stage has several draws, so there is no single noise to keep",
+        "Set keep=False or redraw='stage'",
+    ),
+    Conflict(
+        ("keep", "distribution"),
+        lambda keep, distribution: keep and distribution == "filter",
+        "kept noise is stored with one scale per weight, but this distribution has one scale per row",
+        "Set keep=False or distribution='normal'",
+    ),
 )
-from lorasc_fx.util.decode import Check, check, checks_names, choice, decode
+"""Conflicts between options of `Noise`."""
+
+RULE_CONFLICTS = tuple(
+    Conflict(
+        ("tokens", option),
+        lambda tokens, value: tokens and value is not None,
+        "these rows are trained directly, without low-rank factors",
+        f"Remove tokens or {option}",
+    )
+    for option in ("rank", "lora_alpha")
+)
+"""Conflicts between options of `Rule`."""
+
+METHOD_OPTIONS: dict[str, Any] = {
+    "lora_alpha": 8.0,
+    "use_rslora": False,
+    "start": "lora",
+    "restart_A": "fresh",
+    "restart_pairs": True,
+    "train_A": True,
+    "lr_ratio": 1.0,
+    "dropout": 0.0,
+}
+"""Default values of the options that only some adapter methods support (see `Branch.options`)."""
+
+CONFLICTS = (
+    Conflict(
+        ("rank", "ranks"),
+        lambda rank, ranks: ranks and rank not in (DEFAULT_RANK, ranks[0]),
+        "rank must be the first entry of ranks",
+        "Remove rank",
+    ),
+    Conflict(
+        ("dropout", "placement"),
+        lambda dropout, placement: dropout and placement in ("merged", "weight"),
+        "a branch has an input to drop only beside its op",
+        "Set placement='beside' or 'auto', or dropout=0",
+    ),
+    Conflict(
+        ("lr_ratio", "train_A"),
+        lambda lr_ratio, train_a: lr_ratio != 1 and not train_a,
+        "lr_ratio is relative to the learning rate of A, and A is not trained",
+        "Set lr_ratio=1 and pass the learning rate of B to param_groups",
+    ),
+    Conflict(
+        ("train_rules", "train"),
+        lambda rules, train: rules and not train,
+        "train_rules apply only to parameters that train names",
+        "Set train to globs on these parameters",
+    ),
+    Conflict(
+        ("average", "noise.keep"),
+        lambda average, keep: average and keep,
+        "the average would contain a share of the noise of each stage, and only experts have coefficients for shares",
+        "Set average=False or noise.keep=False",
+    ),
+    Conflict(
+        ("start", "restart_A"),
+        lambda start, restart_a: STARTS[start].from_weight and restart_a != "fresh",
+        "this start computes A from the weight",
+        "Set restart_A='fresh' or start='lora'",
+    ),
+    Conflict(
+        ("restart_pairs", "start"),
+        lambda restarts, start: not restarts and start != "lora",
+        "this start computes the factors of a branch from the weight at each stage",
+        "Set restart_pairs=True or start='lora'",
+    ),
+    Conflict(
+        ("restart_pairs", "ranks"),
+        lambda restarts, ranks: not restarts and ranks,
+        "factors that do not restart need the same rank in all stages",
+        "Set restart_pairs=True or remove ranks",
+    ),
+    Conflict(
+        ("restart_pairs", "optimizer_state"),
+        lambda restarts, state: not restarts and state != "reset",
+        "restart_pairs already decides that the state is kept",
+        "Set restart_pairs=True or optimizer_state='reset'",
+    ),
+    Conflict(
+        ("adapter", "restart"),
+        lambda adapter, restart: ADAPTERS[adapter].magnitude and restart != "slow",
+        "slow and fast weights would have different row scales, which one list of experts cannot represent",
+        "Set restart='slow' or adapter='lora'",
+    ),
+    Conflict(
+        ("adapter", "noise.keep", "noise.strength"),
+        lambda adapter, keep, strength: ADAPTERS[adapter].magnitude and keep and strength,
+        "later stages would rescale the kept noise",
+        "Set keep=False or adapter='lora'",
+    ),
+    Conflict(
+        ("adapter", "noise.redraw", "noise.strength"),
+        lambda adapter, redraw, strength: ADAPTERS[adapter].magnitude and redraw != "stage" and strength,
+        "the row norms of a stage would depend on its last draw only",
+        "Set redraw='stage' or adapter='lora'",
+    ),
+    Conflict(
+        ("adapter", "average"),
+        lambda adapter, average: ADAPTERS[adapter].magnitude and average,
+        "the averaged weights have different row scales, which one list of experts cannot represent",
+        "Set average=False or adapter='lora'",
+    ),
+    Conflict(
+        ("adapter", "placement"),
+        lambda adapter, placement: placement != "auto" and placement not in ADAPTERS[adapter].placements,
+        "this adapter method does not support the placement",
+        "Set placement='auto'",
+    ),
+    *(
+        Conflict(
+            ("adapter", option),
+            lambda adapter, value, option=option, default=default: (
+                value != default and option not in ADAPTERS[adapter].options
+            ),
+            "this adapter method has no such option",
+            f"Set adapter='lora' or remove {option}",
+        )
+        for option, default in METHOD_OPTIONS.items()
+    ),
+)
+"""Conflicts between options of `CascadeSpec`. The value of each field has been checked before."""
+
+
+def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) -> None:
+    """Check names and values of the options of an adapter method (`CascadeSpec.adapter_options`).
+
+    Raises:
+        SpecError: the method has no such option, or the option has an invalid value.
+    """
+    method = ADAPTERS[adapter]
+    for name, value in options:
+        if name not in method.defaults:
+            options_text = ", ".join(f"{option} (default {default:g})" for option, default in method.defaults.items())
+            raise SpecError(
+                f"adapter_options: {name!r} is not an option of adapter={adapter!r}"
+                f"{nearest(name, method.defaults)}; its options: {options_text or 'none'}",
+                code="unknown-name",
+            )
+        check = method.checks.get(name)
+        if check is not None and not check.accepts(value):
+            raise SpecError(f"adapter_options[{name!r}] is {value!r} with adapter={adapter!r}; {check.remedy}")
+
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of weights. A target with any other text is a glob on weight names."""
@@ -201,7 +522,7 @@ class CascadeSpec:
     """Configuration of `lorasc_fx.adapt`: what is adapted, how branches train, and how stages are merged.
 
     Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, lr_ratio, restart_A,
-    restart_pairs and start. docs/method.md lists the options that cannot be combined, from `spec_checks.CONFLICTS`.
+    restart_pairs and start. docs/method.md lists the options that cannot be combined, from `CONFLICTS`.
 
     Args:
         targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, experts), or globs on weight

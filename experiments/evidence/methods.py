@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 import lorasc_fx as lx
-from lorasc_fx.options import ADAPTERS
+from lorasc_fx.spec import ADAPTERS
 
 __all__ = ["METHODS", "Method", "rate_factor", "spec_of"]
 

@@ -206,7 +206,7 @@ class Branch(nn.Module, abc.ABC):
     """Checks of the values of these options."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """Fields of CascadeSpec in `spec_checks.METHOD_OPTIONS` that the method supports."""
+    """Fields of CascadeSpec in `spec.METHOD_OPTIONS` that the method supports."""
 
     magnitude: ClassVar[str] = ""
     """Name of the parameter with a trained norm for each row of the weight (`gain`), or "" if there is none.

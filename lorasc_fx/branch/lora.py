@@ -41,8 +41,7 @@ from lorasc_fx.branch.placements import (
 from lorasc_fx.errors import PassError, StateError
 from lorasc_fx.plan import Site
 from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor
-from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.spec_checks import METHOD_OPTIONS
+from lorasc_fx.spec import METHOD_OPTIONS, CascadeSpec
 
 DOWN, UP = "lora_A", "lora_B"
 """Names of the factors A [rank, in] and B [out, rank], as in peft."""

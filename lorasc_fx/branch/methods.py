@@ -20,8 +20,8 @@ from lorasc_fx.branch.lora import DoraBranch, LoraBranch, LowRankBranch, random_
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.branch.products import PRODUCTS, is_eager
 from lorasc_fx.errors import SpecError
-from lorasc_fx.options import ADAPTERS
 from lorasc_fx.plan import Site
+from lorasc_fx.spec import ADAPTERS
 from lorasc_fx.util.decode import Check
 
 Table = Mapping[str, Declared]

@@ -22,9 +22,8 @@ from functools import lru_cache
 
 import torch
 
-from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import UNSHARDED, ShardSpec
-from lorasc_fx.spec import Noise
+from lorasc_fx.spec import DISTRIBUTIONS, Noise
 
 BLOCK, MAX_AXIS = 32768, 1024
 """Maximum number of entries of a block, and of one of its axes. Other values would change the noise of a seed."""

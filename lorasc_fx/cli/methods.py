@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lorasc_fx.branch import METHODS as ADAPTERS
-from lorasc_fx.spec import CascadeSpec, Noise
-from lorasc_fx.spec_checks import METHOD_OPTIONS
+from lorasc_fx.spec import METHOD_OPTIONS, CascadeSpec, Noise
 
 
 class Method(NamedTuple):

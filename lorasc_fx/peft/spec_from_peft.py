@@ -14,8 +14,7 @@ from torch import nn
 from lorasc_fx.errors import SpecError, UnknownTarget
 from lorasc_fx.peft.adapter_reader import AdapterConfig
 from lorasc_fx.peft.mirror import ADAPTER, IGNORED, Mirror, spec_for
-from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.spec_checks import METHOD_OPTIONS
+from lorasc_fx.spec import METHOD_OPTIONS, CascadeSpec
 
 DEFAULT_ALPHA = float(METHOD_OPTIONS["lora_alpha"])
 _READ = {*(each.name for each in fields(AdapterConfig)), *IGNORED, "init_lora_weights", "token_indices"}

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from lorasc_fx.branch.contract import Factors
-from lorasc_fx.options import split_evenly
+from lorasc_fx.spec import split_evenly
 from lorasc_fx.util.environment import has_fp64
 from lorasc_fx.util.undo import Block, isolated
 

@@ -15,7 +15,7 @@ import pytest
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, load_config, write_config
 from lorasc_fx.plan import SiteOptions
-from lorasc_fx.spec_checks import CONFLICTS
+from lorasc_fx.spec import CONFLICTS
 from tests.kit.errors import raises
 from tests.options import page
 

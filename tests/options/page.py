@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasc_fx.spec_checks import CONFLICTS, NOISE_CONFLICTS, RULE_CONFLICTS
+from lorasc_fx.spec import CONFLICTS, NOISE_CONFLICTS, RULE_CONFLICTS
 from lorasc_fx.util.decode import Conflict
 
 PAGE = Path(__file__).parents[2] / "docs" / "method.md"

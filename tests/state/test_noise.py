@@ -19,8 +19,8 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import lorasc_fx as lx
-from lorasc_fx.options import DISTRIBUTIONS
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
+from lorasc_fx.spec import DISTRIBUTIONS
 from tests.errors.models import Late
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, by_hand, loss_of, mlp, optimizer_of, randomize, train, values
