@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, by one process at a time, and uploads to the Hugging Face Hub.
+"""Atomic writes of files and folders, by one process at a time.
 
 New data is written to a temporary path next to its target, synced to disk, and then renamed. If a writer is killed, the
 operating system releases its lock, and the next writer deletes its temporary files.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import shutil
@@ -196,28 +195,3 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-_CONNECTION_ERRORS = {"ConnectError", "ConnectionError", "ConnectTimeout"}
-"""Class names of errors of httpx, requests and Python. By name, because the libraries may not be installed."""
-
-
-def uploading(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a `push_to_hub` method so that it raises ExportError if the Hub cannot be reached."""
-
-    @functools.wraps(method)
-    def push_to_hub(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except Exception as fault:
-            if not _CONNECTION_ERRORS & {kind.__name__ for kind in type(fault).__mro__}:
-                raise
-            reason = str(fault).strip().splitlines() or [type(fault).__name__]
-            raise ExportError(
-                f"push_to_hub: the Hugging Face Hub cannot be reached ({reason[0]}). Write a folder with "
-                "save_pretrained (of a Trainer: save_model), and upload it later with "
-                "huggingface_hub.upload_folder(repo_id=..., folder_path=...)",
-                code="write-failed",
-            ) from fault
-
-    return push_to_hub
