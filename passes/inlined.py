@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, Placement
 from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.methods import SharedTensor
-from lorasc_fx.branch.placements import ConvCall, MatrixOps, low_rank_conv
+from lorasc_fx.branch.placements import ConvCall
 from lorasc_fx.errors import PassError, VerifyError
 from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, record_of, use_of, verify
 from lorasc_fx.graph.editor import drop_nodes
@@ -114,15 +115,27 @@ def _compute(branch: Any, inputs: Sequence[Any], drop: Any, same_dtype: bool, at
         return aten.add.Tensor(inputs[0], cast(branch.dense_delta(inputs[0])))
     if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
         raise _refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
-    base, x = inputs
+    (base, x), padding = inputs, options.get("padding_idx", -1)
     if at is Placement.LOOKUP:
-        return MatrixOps.at_lookup(branch, base, x, **options)
-    if branch.kind == "conv":
-        call = ConvCall(**options)
-        term: Any = low_rank_conv(branch, drop(call.padded(x)), call)
+        term = F.embedding(x, cast(branch.up), padding if padding >= 0 else None) @ cast(branch.down)
+    elif branch.kind == "conv":
+        term = _conv(branch, drop, x, ConvCall(**options))
     else:
         term = aten.linear.default(aten.linear.default(drop(x), cast(branch.down)), cast(branch.up))
-    return aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
+    total = aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
+    # Entries at padding_idx contribute no gradient.
+    return torch.where((x == padding).unsqueeze(-1), total.detach(), total) if padding >= 0 else total
+
+
+def _conv(branch: LowRankBranch, drop: Any, x: Any, call: ConvCall) -> Any:
+    """Return `B (A * x)`, or with groups the convolution with the kernel `B A`."""
+    image, axes = drop(call.padded(x)), len(branch.weight_shape) - 2
+    if call.groups != 1:
+        return call.conv(axes, image, aten.type_as.default(branch.product(), x))
+    # Reshaped parameters that do not depend on x would be constants for constant folding, and not trained any more.
+    a, b = aten.type_as.default(branch.down, x), aten.type_as.default(branch.up, x)
+    low = call.conv(axes, image, a.view(-1, *branch.weight_shape[1:]))
+    return ConvCall().conv(axes, low, b[(..., *(None for _ in range(axes)))])
 
 
 def _dropout(tracer: fx.proxy.TracerBase, path: str) -> Any:
@@ -178,11 +191,10 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
             faults.append(
                 f"{branches[key].weight_name}: its branch reads {sorted(other, key=str)[0]}, not the op's input"
             )
-        elif missing:
+        elif missing or not places:
             difference = _places(pattern, editor.module.graph)[1]
-            faults += [
-                f"{branches[key].weight_name}, used at {wanted[key][inputs]}: {difference}" for inputs in missing
-            ]
+            used = [f", used at {wanted[key][inputs]}" for inputs in missing] or [""]
+            faults += [f"{branches[key].weight_name}{where}: {difference}" for where in used]
     if faults:
         raise VerifyError(
             f"{when}, the nodes of inlined branches were changed. Fold before the pass that changes them:\n  "

@@ -1,4 +1,4 @@
-"""Kinds of graphs of one model, and the table about them in docs/composing.md."""
+"""Kinds of graphs of one model, and their rows in docs/composing.md."""
 
 from __future__ import annotations
 
@@ -55,13 +55,7 @@ WITHOUT_NAMES: dict[str, Make] = {
 """Graphs that need `weights_as_attributes` first."""
 
 
-def table() -> str:
-    """Return the table. Each cell is a test in tests/compose/test_lifted.py."""
-    rows = ["| kind of graph | branches | another pass between | fold |", "|---|---|---|---|"]
-    rows += [f"| `{name}` | yes | yes | yes |" for name in WITH_NAMES]
-    rows += [f"| `{name}` | yes, after `weights_as_attributes` | yes | yes |" for name in WITHOUT_NAMES]
-    rows += [
-        "| a graph with branches after `torch.load`, `deepcopy` or `symbolic_trace` | are there | yes | yes |",
-        "| `torch.compile(model, backend=lx.backend(spec))` | yes | inductor's | `backend.fold(model)` |",
-    ]
-    return "\n".join(rows)
+def rows() -> list[str]:
+    """Return the rows of the table. Each cell is a test in tests/compose/test_lifted.py."""
+    kinds = {**dict.fromkeys(WITH_NAMES, "yes"), **dict.fromkeys(WITHOUT_NAMES, "yes, then `weights_as_attributes`")}
+    return [f"| `{name}` | shapes (`ShapeProp`) | {before} | yes | yes | yes |" for name, before in kinds.items()]

@@ -31,7 +31,8 @@ class Net(nn.Module):
         y = F.relu(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
         torch.sin(y)  # nobody reads it
         y = y * self.log_scale.exp()  # a constant
-        z = self.out(F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y)))
+        q, k, v = self.q(y).unsqueeze(1), self.k(y).unsqueeze(1), self.v(y).unsqueeze(1)  # ONNX wants an axis of heads
+        z = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         z = torch.tanh(y) * z + torch.tanh(y)  # the same twice
         return self.head(F.gelu(self.up(z)).mean(1))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tests.compose.kinds import table
+from tests.compose.kinds import rows as kinds
 from tests.compose.models import calls
 
 Run = Callable[[Any, tuple[Tensor, ...]], Any]
@@ -41,6 +44,7 @@ class Refused:
 
 
 Cell = Yes | Refused
+DIALECTS = {"modules": "`torch.fx.symbolic_trace`", "aten": "`torch.export`", "eager": "no graph: a model"}
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,11 @@ class Row:
         run: applies the pass to a graph module and example inputs, and returns its result.
         did: whether the pass has changed a graph, so that no cell says yes for a pass that found nothing.
         before, between, after: the cells.
+        inlined: the cell of the pass between `InlineBranches` and the fold. None if there is no graph.
         tolerance: of outputs, relative to their scale.
         dtype: of the model; fp64 if the pass allows it.
         computes: whether a graph with branches computes the same after the pass, although no fold accepts it.
+        loss: tolerance of inlined branches, if the pass quantizes them.
     """
 
     name: str
@@ -67,9 +73,11 @@ class Row:
     before: Cell
     between: Cell
     after: Cell
+    inlined: Cell | None = Yes()
     tolerance: float = 1e-10
     dtype: torch.dtype = torch.float64
     computes: bool = False
+    loss: float = 0.0
 
 
 def fuse(module: fx.GraphModule, args: Any) -> Any:
@@ -171,7 +179,79 @@ def quantize_weights(module: nn.Module, args: Any) -> Any:
     return module
 
 
+def split_by_support(module: fx.GraphModule, args: Any) -> Any:
+    from torch.fx.passes.operator_support import create_op_support
+    from torch.fx.passes.splitter_base import _SplitterBase, _SplitterSettingBase
+
+    supported = create_op_support(lambda modules, node: node.op == "call_module")
+    return _SplitterBase(module, args, supported, _SplitterSettingBase(allow_non_tensor=True))()
+
+
+def draw(module: fx.GraphModule, args: Any) -> Any:
+    from torch.fx.passes.graph_drawer import FxGraphDrawer
+
+    module.meta["drawn"] = len(FxGraphDrawer(module, "model").get_dot_graph().get_nodes())
+
+
+def find_culprit(module: fx.GraphModule, args: Any) -> Any:
+    """Compare each node with one that is 1 larger after the GELU, on a copy, and stamp the node that is found."""
+    from torch.fx.passes.net_min_base import _MinimizerBase, _MinimizerSettingBase
+
+    class Minimizer(_MinimizerBase):
+        def run_a(self, mod: Any, inputs: Any, report_idx: int = -1) -> Any:
+            return mod(*inputs)
+
+        def run_b(self, mod: Any, inputs: Any, report_idx: int = -1) -> Any:
+            return mod(*inputs) + calls(mod, "gelu")
+
+    def compare(one: Any, other: Any, names: Any) -> tuple[float, bool]:
+        error = float((one - other).abs().max())
+        return error, error < 1e-6
+
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        found = Minimizer(copy.deepcopy(module), args, compare, _MinimizerSettingBase()).minimize()
+    for node in module.graph.nodes:
+        node.meta["culprit"] = node.name in {each.name for each in found}
+
+
+class Compiled:
+    """What another program runs: a function of the inputs, and what it knows of the graph."""
+
+    def __init__(self, call: Callable[..., Any], found: Any) -> None:
+        self.call, self.found = call, found
+
+    def __call__(self, *args: Tensor) -> Any:
+        return self.call(*args)
+
+
+def to_onnx(module: fx.GraphModule, args: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import onnxscript.optimizer
+
+        program = torch.onnx.export(module, args, dynamo=True, optimize=False, verbose=False)
+        assert program is not None
+        before = len(program.model.graph)
+        onnxscript.optimizer.optimize(program.model)
+    return Compiled(lambda *args: program(*args)[0], before - len(program.model.graph))
+
+
+def compile_with_own_pass(module: fx.GraphModule, args: Any) -> Any:
+    seen: list[int] = []
+
+    def own(graph: fx.Graph) -> None:
+        seen.append(len(graph.nodes))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, options={"post_grad_custom_pre_pass": own, "fx_graph_cache": False})
+    with torch.no_grad():
+        compiled(*args)
+    return Compiled(compiled, len(seen))
+
+
 UNMARKED = "no pass has marked it as a use"
+CHANGED = Refused("nodes of inlined branches were changed", "computes the same; fold first")
+NO_GRAPH = Refused("must return a GraphModule", "the result is no graph of torch.fx, and computes the same")
 # fmt: off
 ROWS: tuple[Row, ...] = (
     Row("conv-bn fusion", "torch.fx.experimental.optimization.fuse", "modules", fuse,
@@ -188,31 +268,48 @@ ROWS: tuple[Row, ...] = (
         Yes()),
     Row("splitting", "torch.fx.passes.split_module.split_module", "modules", split,
         lambda module: hasattr(module, "submod_1"), Refused("is called as one node", "adapt first"),
-        Refused("no fold reaches it", "fold first"), Yes(), computes=True),
+        Refused("no fold reaches it", "fold first"), Yes(), computes=True, inlined=CHANGED),
+    Row("splitting by support", "torch.fx.passes.splitter_base._SplitterBase", "modules", split_by_support,
+        lambda module: "_run_on_acc" in str([*module._modules]), Refused("is called as one node", "adapt first"),
+        Refused("no fold reaches it", "fold first"), Yes(), computes=True, inlined=CHANGED),
     Row("shapes", "torch.fx.passes.shape_prop.ShapeProp", "modules", shapes,
         lambda module: all("tensor_meta" in node.meta for node in module.graph.nodes if node.op == "call_module"),
         Yes(), Yes("branches included"), Yes()),
     Row("shapes by fake tensors", "torch.fx.passes.fake_tensor_prop.FakeTensorProp", "modules", fake_shapes,
         lambda module: all("val" in node.meta for node in module.graph.nodes if node.op == "call_module"), Yes(),
         Yes("branches included"), Yes()),
+    Row("drawing", "torch.fx.passes.graph_drawer.FxGraphDrawer", "modules", draw,
+        lambda module: module.meta["drawn"] >= len(module.graph.nodes), Yes(),
+        Yes("branches included"), Yes()),
+    Row("minimizer", "torch.fx.passes.net_min_base._MinimizerBase", "modules", find_culprit,
+        lambda module: [node.name for node in module.graph.nodes if node.meta["culprit"]] == ["gelu"], Yes(), Yes(),
+        Yes()),
     Row("subgraph rewriting", "torch.fx.subgraph_rewriter.replace_pattern", "modules", rewrite,
         lambda module: calls(module, "erf") == 1 and not calls(module, "gelu"), Yes(),
         Yes("for patterns without a site"), Yes()),
     Row("decompositions", "torch.export.ExportedProgram.run_decompositions", "aten", decompose,
         lambda module: not calls(module, "linear"), Yes(),
-        Refused(UNMARKED, "branches are decomposed too, and compute the same; fold first"), Yes(), computes=True),
+        Refused(UNMARKED, "branches are decomposed too, and compute the same; fold first"), Yes(), computes=True,
+        inlined=CHANGED),
     Row("torch.fx's PassManager", "torch.fx.passes.infra.pass_manager.PassManager", "modules", manage,
         lambda module: not calls(module, "sin"), Yes("either manager inside the other"), Yes("either way"),
         Yes("either way")),
     Row("PT2E quantization", "torchao.quantization.pt2e.quantize_pt2e: prepare_pt2e, calibrate, convert_pt2e", "aten",
         quantize_graph, lambda module: calls(module, "quantize_per_tensor") > 0,
         Refused("the spec leaves no site to adapt", "the quantized weights are integers, not parameters"),
-        Refused("no node calls it any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32),
+        Refused("no node calls it any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32,
+        inlined=Refused(CHANGED.message, "branches are quantized too; fold first"), loss=0.05),
+    Row("ONNX", "torch.onnx.export, then onnxscript.optimizer.optimize", "aten", to_onnx,
+        lambda result: result.found > 0, NO_GRAPH, NO_GRAPH, Yes(), tolerance=1e-5, dtype=torch.float32, computes=True,
+        inlined=NO_GRAPH),
+    Row("Inductor with a pass of yours", "torch._inductor.config.post_grad_custom_pre_pass", "aten",
+        compile_with_own_pass, lambda result: result.found == 1, NO_GRAPH, NO_GRAPH, Yes(), computes=True,
+        inlined=NO_GRAPH),
     Row("int8 weights", "torchao.quantization.quantize_ by Int8WeightOnlyConfig", "eager", quantize_weights,
         lambda module: any(type(e) is nn.Linear and type(e.weight) is not nn.Parameter for e in module.modules()),
         Yes("adapt the quantized model; `release(quantized=...)` chooses the result"),
         Refused("was changed after stage 1 started", "quantize first"), Yes(), tolerance=1e-5,
-        dtype=torch.float32),
+        dtype=torch.float32, inlined=None),
 )
 # fmt: on
 
@@ -221,12 +318,40 @@ PAGE = Path(__file__).parents[2] / "docs" / "composing.md"
 ABOUT = """\
 # Other people's passes
 
-{kinds}
+{table}
 
-"Branches" says what `Pipeline([MatchSites(spec), InsertBranches()])` does with such a graph. "Another pass" is
-`ShapeProp`, between insertion and fold. `FoldBranches()` adds the whole branch to the weight, so the folded graph
-computes what the graph with branches computed. `tests/compose/test_lifted.py` and `test_rebuilt.py` run every
-cell.
+The columns are three orders. *Before*: the pass, the insertion of branches, the fold. *Between*: the insertion, the
+pass, the fold; once with a node that calls each branch, and once with the plain nodes that `InlineBranches` writes.
+*After*: the fold, then the pass. *Yes* means that the pass changed the graph, and that outputs agree with the same pass
+on the plain model with `W + s B A` for W (fp64: 1e-10 of their scale; fp32: 1e-5). A pass that is refused changes
+nothing. Each cell is run by `tests/compose/test_table.py` or `test_lifted.py`, and `python -m tests.compose.page`
+writes this page.
+
+`FoldBranches()` adds the whole branch to the weight, so the folded graph computes what the graph with branches
+computed. `weights_as_attributes(graph_module, inputs, model)` lets a graph read its weights under the model's names.
+
+`InlineBranches` is for code that must see the ops of a branch, such as splitters, decompositions and compilers:
+
+```python
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+import lorasc_fx as lx
+from lorasc_fx.passes import FoldBranches, InlineBranches, InsertBranches, MatchSites, Pipeline
+
+model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+insert = [MatchSites(lx.CascadeSpec(rank=2)), InsertBranches(), InlineBranches()]
+plain = Pipeline(insert)(fx.symbolic_trace(model)).graph_module
+ShapeProp(plain).propagate(torch.zeros(2, 6))
+optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad])  # the parameters of the branches
+folded = FoldBranches()(plain).graph_module
+```
+
+The fold finds each branch by the parameters that its nodes read and by what they compute. If they were changed, a
+`VerifyError` says where. DoRA, VeRA, MiSS, OFT, LoKr, grouped products of experts, and `merged` methods on module calls
+have no plain nodes; `InlineBranches` raises and names the method and the weight. A pass that builds a new graph module
+must run in the same `Pipeline`, because the new module does not hold the branches.
 
 torch.compile needs no pass of yours. `lx.backend` inserts branches into every graph that dynamo makes, shares them
 between recompilations and across graph breaks, and compiles the result by inductor or another backend:
@@ -249,8 +374,39 @@ folded = lorasc.fold(model)  # a copy, not compiled
 Quantization and QAT of torchao (`prepare_pt2e`, `prepare_qat_pt2e`) put observers between weights and ops. Fold first:
 `prepare_qat_pt2e(FoldBranches()(adapted).graph_module, quantizer)`. A fold after them raises and names the nodes.
 
-A pass of your own is a `CascadePass`: `examples/own_pass.py` in 20 lines limits the norm of each branch. A branch of
-your own at an op of your own is a method (`register_branch`) and a form (`register_form`):
+A pass of your own is a `CascadePass` (`examples/own_pass.py` is a longer one):
+
+```python
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+import lorasc_fx as lx
+from lorasc_fx.graph import GraphEditor
+from lorasc_fx.passes import CascadePass, FoldBranches, InsertBranches, MatchSites, Pipeline
+
+
+@dataclass(frozen=True)
+class Shorten(CascadePass):
+    factor: float
+
+    name: ClassVar[str] = "shorten"
+    requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
+
+    def rewrite(self, graph: GraphEditor) -> None:
+        for key, branch in graph.branches.items():
+            shorter = copy.deepcopy(branch)
+            shorter.lora_B.data *= self.factor
+            graph.renew_branches({key: shorter})
+
+
+passes = [MatchSites(lx.CascadeSpec(rank=2)), InsertBranches(), Shorten(0.5), FoldBranches()]
+folded = Pipeline(passes)(fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU()))).graph_module
+```
+
+A branch of your own at an op of your own is a method (`register_branch`) and a form (`register_form`):
 
 ```python
 import torch
@@ -331,21 +487,18 @@ flags; the frozen ones are new and share their memory. A fold makes them trainab
 The branches of a graph module keep what other code loses if it builds the module again, such as `torch.load`,
 `deepcopy` and `symbolic_trace`, so a fold works on the result too. A Pipeline runs passes in the given order;
 `Pipeline(passes, order="solved")` sorts them by what they require, provide and remove.
-
-The last table shows three orders. *Before*: the pass, the insertion, the fold. *Between*: the insertion, the pass,
-the fold. *After*: `cascade.folded_graph()` or `release()`, then the pass. *Yes* means that the pass changed the graph,
-and that outputs agree with the same pass on the plain model with `W + s B A` for W (fp64: 1e-10 of their scale;
-quantization in fp32: 1e-5). `tests/compose/test_table.py` runs every cell, and `python -m tests.compose.page` writes
-this page.
-
 """
 
 
 def text() -> str:
     """Return the whole page."""
-    head = ["| pass | before the insertion | between insertion and fold | after the fold |", "|---|---|---|---|"]
-    rows = [f"| {row.name} (`{row.source}`) | {row.before} | {row.between} | {row.after} |" for row in ROWS]
-    return ABOUT.replace("{kinds}", table()) + "\n".join([*head, *rows]) + "\n"
+    head = "| graph | pass | before the insertion | between | between, plain nodes | after the fold |"
+    rows = [
+        f"| {DIALECTS[row.dialect]} | {row.name} (`{row.source}`) | {row.before} | {row.between} | "
+        f"{row.inlined or 'there is no graph'} | {row.after} |"
+        for row in ROWS
+    ]
+    return ABOUT.replace("{table}", "\n".join([head, "|---|---|---|---|---|---|", *kinds(), *rows]))
 
 
 if __name__ == "__main__":

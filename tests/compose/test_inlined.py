@@ -226,7 +226,7 @@ def gone(module: fx.GraphModule) -> None:
 
 CHANGES: dict[Any, str] = {
     scale: "other arguments than in the branch",
-    op: "used at linear_2: node linear_default_5 is read by mul_tensor_3 (aten.div.Tensor) instead of aten.mul.Tensor",
+    op: "used at linear_2: node linear_default_5 is read by mul_tensor_4 (aten.div.Tensor) instead of aten.mul.Tensor",
     observer: "branches_two_weight_lora_a is read by fake_quantize_per_tensor_affine",
     base: "two.weight: its branch reads (neg, ",
     gone: "branches_two_weight_lora_a is read by no node instead of aten.linear.default",

@@ -13,7 +13,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
 from lorasc_fx.graph import record_of, text
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, NoSites, Pipeline, weights_as_attributes
+from lorasc_fx.passes import (
+    FoldBranches,
+    InlineBranches,
+    InsertBranches,
+    MatchSites,
+    NoSites,
+    Pipeline,
+    weights_as_attributes,
+)
 from tests.compose.kinds import WITH_NAMES, WITHOUT_NAMES, X, lifted, model
 from tests.compose.page import shapes
 from tests.kit.errors import raises
@@ -34,22 +42,26 @@ def first(output: Any) -> Tensor:
 def test_a_kind_of_graph(kind: str) -> None:
     module = model()
     made, inputs = (WITH_NAMES | WITHOUT_NAMES)[kind](module)
+    shapes(made, inputs)
     before, named = text(made), made
     if kind in WITHOUT_NAMES:
         named = weights_as_attributes(made, inputs if len(inputs) > 1 else (), module)
     assert text(made) == before
     assert torch.equal(first(named(*inputs)), module(X))
-    inserted = fill(Pipeline([INSERT, lambda module: shapes(module, inputs)])(named).graph_module)
+    inserted = fill(INSERT(named).graph_module)
     added = deltas(inserted)
     assert set(added) == {"0.weight", "2.weight"}
     expected = copy.deepcopy(module)
     with torch.no_grad():
         for name, value in added.items():
             expected.get_parameter(name).add_(value)
-    torch.testing.assert_close(first(inserted(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
-    folded = FoldBranches()(inserted).graph_module
-    assert text(folded) == text(named)
-    torch.testing.assert_close(first(folded(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
+    for passes in ([], [InlineBranches()]):
+        between = Pipeline([*passes, lambda module: shapes(module, inputs)])(inserted).graph_module
+        torch.testing.assert_close(first(between(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
+        folded = FoldBranches()(between).graph_module
+        shapes(folded, inputs)
+        assert text(folded) == text(named)
+        torch.testing.assert_close(first(folded(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ExportedProgram.graph_module", "make_fx(function)(parameters, x)"])

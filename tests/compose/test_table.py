@@ -13,14 +13,15 @@ from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.graph import record_of, text
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.passes import FoldBranches, InlineBranches, InsertBranches, MatchSites, Pipeline
 from tests.compose import page
 from tests.compose.models import SPEC, eager, graph, inputs
 from tests.compose.page import ROWS, Refused, Row, Yes, fuse
 from tests.passes.kit import deltas, fill, insert
 
+SLOW = ("PT2E quantization", "ONNX", "Inductor with a pass of yours")
 PARAMETRISED = pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=pytest.mark.slow if "PT2E" in row.name else (), id=row.name) for row in ROWS]
+    "row", [pytest.param(row, marks=pytest.mark.slow if row.name in SLOW else (), id=row.name) for row in ROWS]
 )
 EFFECT = 1e-3
 """Far more than any tolerance here: a branch that was lost would show."""
@@ -104,7 +105,7 @@ def test_before(row: Row) -> None:
     else:
         ours = Pipeline([MatchSites(SPEC), InsertBranches()])
         if isinstance(row.before, Refused):
-            assert_refused(row, row.before, lambda: ours(first))
+            assert_refused(row, row.before, lambda: Pipeline([foreign(row), ours])(plain(row)))
             return
         inserted = fill(ours(first).graph_module)
         added, released = deltas(inserted), lambda: FoldBranches()(inserted).graph_module
@@ -139,6 +140,28 @@ def test_between(row: Row) -> None:
         assert_equal(run(folded, row), expected, row)
     assert text(inserted) == before
     assert torch.equal(run(inserted, row), adapted)
+
+
+@PARAMETRISED
+def test_inlined(row: Row) -> None:
+    """The same between `InlineBranches` and the fold. The plain nodes compute the same after every pass."""
+    if row.inlined is None:
+        assert row.dialect == "eager"
+        return
+    inserted = fill(insert(plain(row), SPEC))
+    adapted, inlined = run(inserted, row), InlineBranches()(inserted).graph_module
+    if isinstance(row.inlined, Refused):
+        result = composed(row, InlineBranches()(inserted).graph_module)
+        assert row.did(result)
+        assert_equal(run(result, row), adapted, replace(row, tolerance=row.loss or row.tolerance))
+        assert_refused(row, row.inlined, lambda: Pipeline([foreign(row), FoldBranches()])(inlined))
+        return
+    result = Pipeline([foreign(row)])(inlined).graph_module
+    assert row.did(result) or row.run is fuse
+    assert_equal(run(result, row), adapted, row)
+    folded = FoldBranches()(result).graph_module
+    assert row.did(folded) or row.run is fuse
+    assert_equal(run(folded, row), run(by_hand(row, deltas(inserted)), row), row)
 
 
 @PARAMETRISED
