@@ -36,12 +36,7 @@ SLOW = [name for name in ZOO if name in MORE]
 
 
 def check(
-    build: Callable[[], nn.Module],
-    args: Any,
-    kwargs: Any,
-    tolerance: float,
-    frontend: str = "auto",
-    rows: bool = True,
+    build: Callable[[], nn.Module], args: Any, kwargs: Any, tolerance: float, frontend: str = "auto", rows: bool = True
 ) -> lx.AdapterBank:
     """Compare calls with one adapter, and calls with several, with models into which the adapter is folded."""
     original = build().eval()

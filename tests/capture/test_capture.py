@@ -232,18 +232,6 @@ def test_another_image_size(made: Any) -> None:
     assert made() - initial <= 2
 
 
-def test_a_batch_of_one_and_of_none() -> None:
-    """An example with one row does not fix the batch size to 1, and the reverse."""
-    model = choosy().eval()
-    eager = copy.deepcopy(model)
-    for example in (1, 4):
-        cascade = lx.adapt(model, batches(1, example, 5))
-        for size in (4, 1, 2):
-            x = batches(1, size, 5)[0]
-            same(cascade(x), eager(x))
-        model = cascade.release()
-
-
 def test_no_more_graphs_than_the_limit() -> None:
     """Forty signatures work. A warning says that graphs are dropped. No branch is dropped."""
     model = choosy().eval()
@@ -289,30 +277,3 @@ def test_a_buffer_that_counts_calls(in_place: bool) -> None:
     for count in (1, 2, 3):
         cascade(x)
         assert int(model.calls) == count
-
-
-class Jumpy(nn.Module):
-    """Adds noise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(5, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x) + torch.rand(5)
-
-
-def test_random_numbers_of_the_graph_stay_random() -> None:
-    model, x = Jumpy(), torch.ones(2, 5)
-    eager = copy.deepcopy(model)
-    state = torch.get_rng_state()
-    cascade = lx.adapt(model, (x,))
-    assert cascade.frontend == "export"
-    assert torch.equal(torch.get_rng_state(), state)
-    first = cascade(x)
-    assert not torch.equal(first, cascade(x))
-    torch.set_rng_state(state)
-    assert torch.equal(first, eager(x))
-
-
-def _named(x: Any, mask: Any = None, scale: float = 1.0, shift: Any = None) -> None: ...

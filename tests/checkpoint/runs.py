@@ -38,14 +38,14 @@ class Run:
     keep: int = 1
     waits: bool = False  # loaded without inputs
 
-    def started(self) -> Going:
+    def started(self) -> Training:
         torch.manual_seed(7)
         random.seed(7)
         cascade = lx.adapt(self.build(), args=(self.x,), spec=self.spec, frontend=self.frontend)
         optimizer = self.optimizer(cascade)
-        return Going(self, cascade, optimizer, self.scheduler(optimizer) if self.scheduler else None)
+        return Training(self, cascade, optimizer, self.scheduler(optimizer) if self.scheduler else None)
 
-    def resumed(self, folder: Path) -> Going:
+    def resumed(self, folder: Path) -> Training:
         """Go on from a folder, in a process whose random generators are somewhere else."""
         torch.manual_seed(12345)
         random.seed(54321)
@@ -55,11 +55,11 @@ class Run:
         scheduler = self.scheduler(optimizer) if self.scheduler else None
         torch.rand(3)
         extra = cascade.resume(optimizer, scheduler)
-        return Going(self, cascade, optimizer, scheduler, extra["losses"])
+        return Training(self, cascade, optimizer, scheduler, extra["losses"])
 
 
 @dataclass
-class Going:
+class Training:
     """A running training. JSON stores its losses exactly."""
 
     run: Run
@@ -120,18 +120,18 @@ class Going:
 
 
 def whole(run: Run, events: Sequence[str]) -> dict[str, Any]:
-    going = run.started()
+    training = run.started()
     for event in events:
-        getattr(going, event)()
-    return going.result()
+        getattr(training, event)()
+    return training.result()
 
 
 def interrupted(run: Run, events: Sequence[str], stops: Sequence[int], folder: Path) -> dict[str, Any]:
     """Run the same events, but discard and load everything again before the events at these positions."""
-    going = run.started()
+    training = run.started()
     for place, event in enumerate(events):
         if place in stops:
-            going.save(folder)
-            going = run.resumed(folder)
-        getattr(going, event)()
-    return going.result()
+            training.save(folder)
+            training = run.resumed(folder)
+        getattr(training, event)()
+    return training.result()

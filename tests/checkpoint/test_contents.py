@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
 from lorasc_fx.schedules import shuffled_batches
-from tests.checkpoint.runs import Going, Run, X, adamw, interrupted, whole
+from tests.checkpoint.runs import Run, Training, X, adamw, interrupted, whole
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
 from tests.kit.devices import pretend_accelerator
@@ -122,7 +122,7 @@ class InHalves(Run):
         return Halves(**vars(super().resumed(folder)))
 
 
-class Halves(Going):
+class Halves(Training):
     def backward(self) -> None:
         shift = torch.rand(()) + random.random()
         loss_of(self.cascade(self.run.x + shift)).backward()
@@ -144,10 +144,10 @@ def test_saved_between_backward_and_step(tmp_path: Path) -> None:
 
 def test_a_gradient_that_waited_still_waits(tmp_path: Path) -> None:
     run = InHalves(TRAIN)
-    going = run.started()
-    going.backward()
-    with unchanged(going.cascade, going.optimizer):
-        going.save(tmp_path)
+    training = run.started()
+    training.backward()
+    with unchanged(training.cascade, training.optimizer):
+        training.save(tmp_path)
     again = run.resumed(tmp_path)
     with raises(lx.StateError, "gradients-pending"):
         again.fold()
@@ -219,10 +219,10 @@ def test_a_persistent_sparse_buffer_is_not_saved(tmp_path: Path) -> None:
 
 def test_numpys_generator(tmp_path: Path) -> None:
     run = Run(PLAIN)
-    going = run.started()
+    training = run.started()
     np.random.seed(3)
     np.random.standard_normal(3)  # of which it keeps one for later
-    going.save(tmp_path)
+    training.save(tmp_path)
     expected = [np.random.standard_normal(), np.random.rand(), np.random.randint(1 << 30)]
     np.random.seed(99)
     run.resumed(tmp_path)

@@ -345,11 +345,11 @@ def test_schedulers(name: str, tmp_path: Path) -> None:
 def test_a_scheduler_gets_the_saved_settings(tmp_path: Path) -> None:
     make = torch.optim.lr_scheduler.MultiStepLR
     run = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[2, 4], gamma=0.5))
-    going = run.started()
-    going.save(tmp_path)
+    training = run.started()
+    training.save(tmp_path)
     other = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[7], gamma=0.1)).resumed(tmp_path)
-    assert other.scheduler.state_dict() == going.scheduler.state_dict()
-    assert type(other.scheduler.milestones) is type(going.scheduler.milestones)
+    assert other.scheduler.state_dict() == training.scheduler.state_dict()
+    assert type(other.scheduler.milestones) is type(training.scheduler.milestones)
 
 
 @pytest.mark.parametrize(
@@ -410,23 +410,23 @@ def test_sites_of_a_second_variant(tmp_path: Path) -> None:
     )
 
     def go(stops: tuple[int, ...]) -> dict[str, Any]:
-        going = run.started()
-        assert going.cascade.unreached == ("judged.weight", "spare.weight")
+        training = run.started()
+        assert training.cascade.unreached == ("judged.weight", "spare.weight")
         events = ("step", "eval", "judge", "add", "step", "fold", "step", "train", "step", "fold", "step")
         for place, event in enumerate(events):
             if place in stops:
-                mode = going.cascade.training
-                going.save(tmp_path)
-                going = run.resumed(tmp_path)
-                going.cascade.train(mode)
+                mode = training.cascade.training
+                training.save(tmp_path)
+                training = run.resumed(tmp_path)
+                training.cascade.train(mode)
             if event == "judge":
-                going.cascade(run.x)
-                assert going.cascade.unreached == ("spare.weight",)
+                training.cascade(run.x)
+                assert training.cascade.unreached == ("spare.weight",)
             elif event == "add":
-                grows.more(going.cascade, going.optimizer)
+                grows.more(training.cascade, training.optimizer)
             else:
-                getattr(going, event)()
-        return going.result()
+                getattr(training, event)()
+        return training.result()
 
     assert_same(go((1, 4, 5, 6, 7, 9, 10)), go(()))
 
@@ -434,10 +434,10 @@ def test_sites_of_a_second_variant(tmp_path: Path) -> None:
 def test_a_failed_resume_keeps_gradients_and_their_state(tmp_path: Path) -> None:
     """Gradients that a step has used do not count as unused afterwards."""
     run = Run(lx.CascadeSpec(targets=("body", "head"), rank=1), scheduler=scheduler_that_fails)
-    going = run.started()
-    going.step()
-    loss_of(going.cascade(run.x)).backward()
-    lx.save(going.cascade, tmp_path, optimizer=going.optimizer, scheduler=going.scheduler)
+    training = run.started()
+    training.step()
+    loss_of(training.cascade(run.x)).backward()
+    lx.save(training.cascade, tmp_path, optimizer=training.optimizer, scheduler=training.scheduler)
     cascade = lx.load(tmp_path, Net(), args=(run.x,))
     optimizer = adamw(cascade)
     loss_of(cascade(run.x)).backward()
@@ -534,11 +534,11 @@ def test_a_parameter_that_forward_writes(tmp_path: Path) -> None:
 
 
 def saved(folder: Path, spec: lx.CascadeSpec = PLAIN) -> lx.Cascade:
-    going = Run(spec).started()
+    training = Run(spec).started()
     for event in THREE_STAGES[:6]:
-        getattr(going, event)()
-    going.save(folder)
-    return going.cascade
+        getattr(training, event)()
+    training.save(folder)
+    return training.cascade
 
 
 def test_what_needs_no_graph_works_before_the_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

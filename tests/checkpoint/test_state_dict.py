@@ -124,10 +124,7 @@ def test_a_module_that_contains_a_cascade() -> None:
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] = {
-    "missing": (
-        lambda state: state.pop("branch/first.weight/lora_A"),
-        ("invalid-checkpoint", "digest"),
-    ),
+    "missing": (lambda state: state.pop("branch/first.weight/lora_A"), ("invalid-checkpoint", "digest")),
     "foreign": (lambda state: state.update({"model.first.weight": X}), ("invalid-checkpoint", "model.first.weight")),
     "changed": (lambda state: state["branch/first.weight/lora_A"].add_(1), ("invalid-checkpoint",)),
     "no manifest": (lambda state: state.pop("lorasc_fx.manifest"), ("invalid-checkpoint", "lorasc_fx.manifest")),

@@ -39,12 +39,12 @@ def version(number: int) -> list[str]:
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_keep(keep: int, tmp_path: Path) -> None:
-    going = Run(SPEC, keep=keep).started()
+    training = Run(SPEC, keep=keep).started()
     slow = []
     for number in range(1, 6):
-        going.step()
-        assert going.save(tmp_path / "deep" / "run") == tmp_path / "deep" / "run" / f"version-{number:08d}"
-        slow.append(going.result())
+        training.step()
+        assert training.save(tmp_path / "deep" / "run") == tmp_path / "deep" / "run" / f"version-{number:08d}"
+        slow.append(training.result())
         last = range(max(1, number - keep + 1), number + 1)
         assert names(tmp_path / "deep" / "run") == [name for each in last for name in version(each)]
     assert_same(Run(SPEC).resumed(tmp_path / "deep" / "run").result(), slow[-1])
@@ -52,9 +52,9 @@ def test_keep(keep: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, -1, True, 1.5, None, "2"])
 def test_a_wrong_number_of_versions(keep: Any, tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    with unchanged(going.cascade, going.optimizer), raises(lx.SpecError, "invalid-value", "keep", keep):
-        lx.save(going.cascade, tmp_path / "run", keep=keep)
+    training = Run(SPEC).started()
+    with unchanged(training.cascade, training.optimizer), raises(lx.SpecError, "invalid-value", "keep", keep):
+        lx.save(training.cascade, tmp_path / "run", keep=keep)
     assert not names(tmp_path)
 
 
@@ -66,42 +66,42 @@ def test_folders_of_other_programs_stay(name: str, file: str, tmp_path: Path) ->
     (other.parent if file else other).mkdir(parents=True)
     if file:
         other.write_text('{"weeks": 3}')
-    going = Run(SPEC).started()
-    written = [going.save(tmp_path).name for _ in range(3)]
+    training = Run(SPEC).started()
+    written = [training.save(tmp_path).name for _ in range(3)]
     assert [path.name for path in sorted(tmp_path.iterdir()) if path.name != name] == [written[-1]]
     assert other.is_dir() if not file else other.read_text() == '{"weeks": 3}'
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(training.cascade))
 
 
 def test_files_of_others_in_a_version_stay(tmp_path: Path) -> None:
     """When a version is deleted, only its own files are."""
-    going = Run(SPEC).started()
-    first = going.save(tmp_path)
+    training = Run(SPEC).started()
+    first = training.save(tmp_path)
     (first / "notes").mkdir()
     (first / "notes" / "mine.txt").write_text("x")
-    going.save(tmp_path)
+    training.save(tmp_path)
     assert names(tmp_path) == [
         first.name,
         *(f"{first.name}/{each}" for each in ("notes", "notes/mine.txt")),
         *version(2),
     ]
-    going.save(tmp_path)
+    training.save(tmp_path)
     assert names(tmp_path)[3:] == version(3)
     for temporary in (f".writing-{7:032x}", f".leaving-{8:032x}", ".writing-mine"):
         (tmp_path / temporary).mkdir()
         (tmp_path / temporary / "other.bin").write_text("x")
-    going.save(tmp_path)
+    training.save(tmp_path)
     assert names(tmp_path)[:6:2] == [f".leaving-{8:032x}", f".writing-{7:032x}", ".writing-mine"]
     assert names(tmp_path)[1:6:2] == [f"{each}/other.bin" for each in names(tmp_path)[:6:2]]
 
 
 def test_versions_of_another_run_or_damaged_ones_stay(tmp_path: Path) -> None:
     other = Run(lx.CascadeSpec(targets=("conv",), rank=2)).started().save(tmp_path)
-    going = Run(SPEC).started()
-    damaged = going.save(tmp_path)
+    training = Run(SPEC).started()
+    damaged = training.save(tmp_path)
     text = (damaged / "manifest.json").read_text()
     (damaged / "manifest.json").write_text(text.replace("false", "true ", 1))
-    last = [going.save(tmp_path) for _ in range(2)][-1]
+    last = [training.save(tmp_path) for _ in range(2)][-1]
     assert sorted(tmp_path.iterdir()) == [other, damaged, last]
 
 
@@ -121,68 +121,65 @@ CIRCLE.append(CIRCLE)
     ],
 )
 def test_extra_that_json_cannot_hold(extra: Any, sentence: str, tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    going.save(tmp_path)
+    training = Run(SPEC).started()
+    training.save(tmp_path)
     before = contents(tmp_path)
-    with unchanged(going.cascade, going.optimizer), raises(lx.CheckpointError, "not-serializable", sentence):
-        lx.save(going.cascade, tmp_path, optimizer=going.optimizer, extra=extra)
+    with unchanged(training.cascade, training.optimizer), raises(lx.CheckpointError, "not-serializable", sentence):
+        lx.save(training.cascade, tmp_path, optimizer=training.optimizer, extra=extra)
     assert contents(tmp_path) == before
     with pytest.raises(lx.CheckpointError):
-        lx.save(going.cascade, tmp_path / "new", extra=extra)
+        lx.save(training.cascade, tmp_path / "new", extra=extra)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_branch_with_inf_or_nan_is_not_saved(tmp_path: Path) -> None:
     """A load would reject it, so the previous version is kept."""
-    going = Run(SPEC).started()
-    going.step()
-    going.save(tmp_path)
-    saved, slow = contents(tmp_path), of_slow(going.cascade)
-    going.step()
-    branch = going.cascade.branches["body/weight"]
+    training = Run(SPEC).started()
+    training.step()
+    training.save(tmp_path)
+    saved, slow = contents(tmp_path), of_slow(training.cascade)
+    training.step()
+    branch = training.cascade.branches["body/weight"]
     for factor, value in ((branch.lora_A, float("inf")), (branch.lora_B, float("nan"))):
         kept = factor.detach().clone()
         with torch.no_grad():
             factor[0, 0] = value
         for folder in (tmp_path, tmp_path / "new"):
-            with unchanged(going.cascade, going.optimizer), raises(lx.NonFiniteBranch, "non-finite", "body"):
-                going.save(folder)
+            with unchanged(training.cascade, training.optimizer), raises(lx.NonFiniteBranch, "non-finite", "body"):
+                training.save(folder)
         with torch.no_grad():
             factor.copy_(kept)
     assert contents(tmp_path) == saved
     assert names(tmp_path) == version(1)
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    assert going.save(tmp_path).name == "version-00000002"
+    assert training.save(tmp_path).name == "version-00000002"
 
 
 def test_moments_with_inf_or_nan_are_not_saved(tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    going.step()
-    going.save(tmp_path)
+    training = Run(SPEC).started()
+    training.step()
+    training.save(tmp_path)
     saved = contents(tmp_path)
-    state = going.optimizer.state[going.cascade.branches["body/weight"].lora_A]
-    for name, value, what in (
-        ("exp_avg", float("nan"), "holds NaN"),
-        ("exp_avg_sq", float("nan"), "holds NaN"),
-    ):
+    state = training.optimizer.state[training.cascade.branches["body/weight"].lora_A]
+    for name, value, what in (("exp_avg", float("nan"), "holds NaN"), ("exp_avg_sq", float("nan"), "holds NaN")):
         kept = state[name].clone()
         state[name][0, 0] = value
-        with unchanged(going.cascade, going.optimizer), raises(lx.CheckpointError, "non-finite", name, what):
-            going.save(tmp_path)
+        with unchanged(training.cascade, training.optimizer), raises(lx.CheckpointError, "non-finite", name, what):
+            training.save(tmp_path)
         state[name].copy_(kept)
-    going.optimizer.param_groups[0]["lr"] = float("nan")
+    training.optimizer.param_groups[0]["lr"] = float("nan")
     with raises(lx.CheckpointError, "non-finite", "optimizer.param_groups[0].lr"):
-        going.save(tmp_path)
-    going.optimizer.param_groups[0]["lr"] = 0.1
+        training.save(tmp_path)
+    training.optimizer.param_groups[0]["lr"] = 0.1
     assert contents(tmp_path) == saved
     state["exp_avg_sq"][0, 0] = float("inf")  # overflowed: the parameter stands still
-    going.save(tmp_path)
+    training.save(tmp_path)
     Run(SPEC).resumed(tmp_path)
     skip = replace(SPEC, on_nonfinite="skip")
-    going = Run(skip).started()
-    going.step()
-    going.optimizer.state[going.cascade.branches["body/weight"].lora_A]["exp_avg"][0, 0] = float("nan")
-    going.save(tmp_path / "skip")
+    training = Run(skip).started()
+    training.step()
+    training.optimizer.state[training.cascade.branches["body/weight"].lora_A]["exp_avg"][0, 0] = float("nan")
+    training.save(tmp_path / "skip")
     Run(skip).resumed(tmp_path / "skip")
 
 
@@ -192,24 +189,24 @@ def test_moments_with_inf_or_nan_are_not_saved(tmp_path: Path) -> None:
 def test_the_scalars_of_other_optimizers_are_checked(
     kind: type[torch.optim.Optimizer], key: str, tmp_path: Path
 ) -> None:
-    going = Run(SPEC, optimizer=lambda cascade: kind(cascade.param_groups(lr=0.1))).started()
-    going.step()
-    state = going.optimizer.state[going.cascade.branches["body/weight"].lora_A]
+    training = Run(SPEC, optimizer=lambda cascade: kind(cascade.param_groups(lr=0.1))).started()
+    training.step()
+    state = training.optimizer.state[training.cascade.branches["body/weight"].lora_A]
     state[key].fill_(float("nan"))
     with raises(lx.CheckpointError, "non-finite", key, "holds NaN"):
-        going.save(tmp_path)
+        training.save(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
 def test_a_branch_that_the_next_fold_skips_is_saved(tmp_path: Path) -> None:
-    going = Run(replace(SPEC, on_nonfinite="skip")).started()
-    going.step()
+    training = Run(replace(SPEC, on_nonfinite="skip")).started()
+    training.step()
     with torch.no_grad():
-        going.cascade.branches["body/weight"].lora_A[0, 0] = float("nan")
-    going.save(tmp_path)
+        training.cascade.branches["body/weight"].lora_A[0, 0] = float("nan")
+    training.save(tmp_path)
     again = Run(SPEC).resumed(tmp_path)
     assert again.cascade.branches["body/weight"].lora_A[0, 0].isnan()
-    assert_same(again.result(), going.result())
+    assert_same(again.result(), training.result())
     again.fold()
     assert again.cascade.branches["body/weight"].lora_A.isfinite().all()
 
@@ -252,48 +249,51 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("kind", ["disk", "interrupt"])
 @pytest.mark.parametrize("where", FAILURES)
 def test_a_write_that_fails(where: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    going = Run(SPEC).started()
-    going.step()
-    going.save(tmp_path)
-    saved, slow = contents(tmp_path), of_slow(going.cascade)
-    going.step()
-    going.fold()
-    with monkeypatch.context() as patch, unchanged(going.cascade, going.optimizer):
+    training = Run(SPEC).started()
+    training.step()
+    training.save(tmp_path)
+    saved, slow = contents(tmp_path), of_slow(training.cascade)
+    training.step()
+    training.fold()
+    with monkeypatch.context() as patch, unchanged(training.cascade, training.optimizer):
         FAILURES[where](patch, Stopped() if kind == "interrupt" else None)
         if kind == "disk":
             with raises(lx.CheckpointError, "write-failed", tmp_path, "No space left on device"):
-                going.save(tmp_path)
+                training.save(tmp_path)
         else:
             with pytest.raises(Stopped):
-                going.save(tmp_path)
+                training.save(tmp_path)
     assert contents(tmp_path) == saved
     assert names(tmp_path) == version(1)
     assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    assert going.save(tmp_path).name == "version-00000002"
+    assert training.save(tmp_path).name == "version-00000002"
     assert names(tmp_path) == version(2)
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(going.cascade))
+    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(training.cascade))
 
 
 def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
-    going = Run(SPEC).started()
+    training = Run(SPEC).started()
     (tmp_path / "file").write_text("x")
     for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
-        with unchanged(going.cascade, going.optimizer), raises(lx.CheckpointError, "write-failed", folder, reason):
-            going.save(folder)
+        with (
+            unchanged(training.cascade, training.optimizer),
+            raises(lx.CheckpointError, "write-failed", folder, reason),
+        ):
+            training.save(folder)
     assert names(tmp_path) == ["file"]
 
 
 def test_the_content_of_a_version(tmp_path: Path) -> None:
-    going = Run(SPEC).started()
+    training = Run(SPEC).started()
     for event in ("step", "fold", "step"):
-        getattr(going, event)()
-    folder = going.save(tmp_path)
+        getattr(training, event)()
+    folder = training.save(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.safetensors"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format"] == 2
     manifest = manifest["content"]
     assert manifest["plan"]["stage"] == 2
-    assert manifest["extra"] == {"losses": going.losses}
-    assert set(manifest["base"]) == {name for name, _ in going.cascade.model.named_parameters()}
+    assert manifest["extra"] == {"losses": training.losses}
+    assert set(manifest["base"]) == {name for name, _ in training.cascade.model.named_parameters()}
     tensors = load_file(folder / "state.safetensors")
     assert not [name for name in tensors if name.endswith(("conv.weight", "body.weight"))]  # W0 is not copied

@@ -19,10 +19,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "absent.toml"], "absent.toml: the configuration cannot be read: "),
     ([*TRAIN, "data.name=csv:a.csv"], "csv:a.csv: there is no such file or folder"),
     ([*TRAIN, "data.name=csv"], "unknown data set 'csv'; nearest: 'csv'; known: json:FILE"),
-    (
-        [*TRAIN, "data.train=0.95"],
-        "data.validation is 32, but python:tiny_module:digits has 300 examples, of",
-    ),
+    ([*TRAIN, "data.train=0.95"], "data.validation is 32, but python:tiny_module:digits has 300 examples, of"),
     ([*TRAIN, "data.label_column=lable"], "no column 'lable'; nearest: 'label'; it has image, label"),
     ([*TRAIN, "data.name=python:tiny_module:boom"], "python:tiny_module:boom: ValueError: of the user"),
     ([*TRAIN, "data.name=python:tiny_module:nothing"], "returned a NoneType; it must return a datasets.Dataset"),
@@ -34,10 +31,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*TRAIN, "output.name=3"], "output.name: output is not a table"),
     ([*TRAIN, "spec.targets=['0.wieght']"], "matches no weight; nearest: '0.weight'"),
     ([*TRAIN, "spec.rnk=3"], "spec has no field 'rnk'; nearest: 'rank', 'ranks'"),
-    (
-        [*TRAIN, "train.lerning_rate=3"],
-        "train.lerning_rate is not a key of TrainingArguments; nearest: 'learning",
-    ),
+    ([*TRAIN, "train.lerning_rate=3"], "train.lerning_rate is not a key of TrainingArguments; nearest: 'learning"),
     ([*TRAIN, "train.learning_rate=fast"], "train.learning_rate is 'fast'; give a finite number"),
     ([*TRAIN, "train.output_dir=a"], "train.output_dir is not a key of TrainingArguments; give output"),
     ([*TRAIN, "train.load_best_model_at_end=true", "train.eval_strategy=steps"], "[train]: ValueError: "),

@@ -143,9 +143,7 @@ class Fused(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"adapter": "dora", "exclude": ("qkv",)}, {"train_A": False}],
-    ids=["lora", "dora", "frozen A"],
+    "options", [{}, {"adapter": "dora", "exclude": ("qkv",)}, {"train_A": False}], ids=["lora", "dora", "frozen A"]
 )
 @pytest.mark.parametrize("tracer", [symbolic, exported, pytest.param(strictly, marks=pytest.mark.slow)])
 def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], options: dict[str, Any]) -> None:

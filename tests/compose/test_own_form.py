@@ -143,10 +143,7 @@ def test_a_checkpoint_says_which_form_it_needs(tmp_path: Path) -> None:
         lx.save(cascade, tmp_path)
         expected = cascade(X)
     version = tmp_path / "version-00000001"
-    with (
-        register_form(own_form.FORM),
-        raises(lx.CheckpointError, "unknown-name", version, "1.kernel", SKEWED.name),
-    ):
+    with register_form(own_form.FORM), raises(lx.CheckpointError, "unknown-name", version, "1.kernel", SKEWED.name):
         lx.load(tmp_path, net(), args=(X,))
     with register_form(own_form.FORM), register_form(SKEWED):
         assert torch.equal(lx.load(tmp_path, net(), args=(X,))(X), expected)
@@ -240,11 +237,7 @@ class Packet(Skewed):
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
     ("layer", "frontend", "placement", "share"),
-    [
-        (Halved, "export", "weight", 0.5),
-        (Packet, "export", "beside", 1.0),
-        (Skewed, "eager", "beside", 1.0),
-    ],
+    [(Halved, "export", "weight", 0.5), (Packet, "export", "beside", 1.0), (Skewed, "eager", "beside", 1.0)],
 )
 def test_spellings(layer: type[Skewed], frontend: str, placement: str, share: float) -> None:
     torch.manual_seed(0)

@@ -109,8 +109,7 @@ def test_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "told"),
-    [("accelerate", ("ends with the same bits", "stage 3 starts")), ("fabric", ("stage 3: loss",))],
+    ("name", "told"), [("accelerate", ("ends with the same bits", "stage 3 starts")), ("fabric", ("stage 3: loss",))]
 )
 def test_loops_of_others(name: str, told: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from examples import accelerate_loop, fabric_loop

@@ -28,8 +28,8 @@ def names(folder: Path) -> list[str]:
 
 def test_each_thing_is_synced_before_the_next_one_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that loses its power keeps of each file what was synced; so names come after what they name."""
-    going = Run(SPEC).started()
-    going.step()
+    training = Run(SPEC).started()
+    training.step()
     events: list[Any] = []
     synced: dict[str, bytes] = {}
     fsync, rename = os.fsync, Path.rename
@@ -51,19 +51,19 @@ def test_each_thing_is_synced_before_the_next_one_counts(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(Path, "rename", record_rename)
-    version = going.save(tmp_path / "deep" / "run")
+    version = training.save(tmp_path / "deep" / "run")
     new = "deep/run/.writing"
     written = [f"{new}/state.safetensors", f"{new}/manifest.json", new]
     assert events == ["", "deep", *written, (new, "deep/run/version-00000001"), "deep/run"]
     assert synced == {path.name: path.read_bytes() for path in version.iterdir()}
     events.clear()
-    going.save(tmp_path / "deep" / "run")
+    training.save(tmp_path / "deep" / "run")
     leaves = ("deep/run/version-00000001", "deep/run/.leaving")
     assert events == [*written, (new, "deep/run/version-00000002"), "deep/run", leaves]
 
 
 def test_what_killed_writers_left_goes_at_the_next_save(tmp_path: Path) -> None:
-    going = Run(SPEC).started()
+    training = Run(SPEC).started()
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine").write_text("x")
@@ -72,7 +72,7 @@ def test_what_killed_writers_left_goes_at_the_next_save(tmp_path: Path) -> None:
         (run / name / "state.safetensors").write_text("half")
     (run / ".writing-link").symlink_to(elsewhere)
     (run / ".writing-file").write_text("x")
-    going.save(run)
+    training.save(run)
     assert names(run) == [".mine", ".writing-file", ".writing-link", "version-00000001"]
     assert names(elsewhere) == ["mine"]
 
@@ -81,7 +81,7 @@ class Slowly:
     """A writer that stands still in the middle of its tensors, in a thread."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.going, self.inside, self.go_on = Run(SPEC).started(), threading.Event(), threading.Event()
+        self.training, self.inside, self.go_on = Run(SPEC).started(), threading.Event(), threading.Event()
         self.fault: lx.CheckpointError | None = None
         real = seam("write tensors")
 
@@ -93,7 +93,7 @@ class Slowly:
 
         def write() -> None:
             try:
-                self.going.save(folder)
+                self.training.save(folder)
             except lx.CheckpointError as fault:
                 self.fault = fault
 
@@ -109,24 +109,24 @@ class Slowly:
 
 
 def test_two_writers_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    going = Run(SPEC).started()
+    training = Run(SPEC).started()
     slowly = Slowly(monkeypatch, tmp_path)
     before = names(tmp_path)
     with raises(lx.CheckpointError, "concurrent-save", tmp_path, "another process"):
-        going.save(tmp_path)
+        training.save(tmp_path)
     assert names(tmp_path) == before
     assert [name[:9] for name in before] == [".lock", ".writing-"]
     assert slowly.finish() is None
     assert names(tmp_path) == ["version-00000001"]
-    assert going.save(tmp_path).name == "version-00000002"
+    assert training.save(tmp_path).name == "version-00000002"
     assert names(tmp_path) == ["version-00000002"]
 
 
 def test_a_lock_file_without_an_owner_is_taken_over(tmp_path: Path) -> None:
-    going = Run(SPEC).started()
+    training = Run(SPEC).started()
     for content in ("", "half", '{"host": 1}'):
         (tmp_path / ".lock").write_text(content)
-        going.save(tmp_path)
+        training.save(tmp_path)
         assert len(names(tmp_path)) == 1
 
 
@@ -216,17 +216,17 @@ def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path) -
 
 
 def test_a_version_that_cannot_be_dropped_stays_until_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    going, rename = Run(SPEC).started(), Path.rename
+    training, rename = Run(SPEC).started(), Path.rename
 
     def stuck(path: Path, target: Path) -> Path:
         if target.name.startswith(".leaving"):
             raise OSError(errno.EBUSY, "Device or resource busy")
         return rename(path, target)
 
-    going.save(tmp_path)
+    training.save(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", stuck)
-        going.save(tmp_path)
+        training.save(tmp_path)
     assert names(tmp_path) == ["version-00000001", "version-00000002"]
-    going.save(tmp_path)
+    training.save(tmp_path)
     assert names(tmp_path) == ["version-00000003"]

@@ -56,11 +56,7 @@ class LineAt:
     """
 
     def __init__(
-        self,
-        at: int,
-        act: Callable[[], None],
-        files: tuple[str, ...] = ("lorasc_fx", "passes"),
-        times: int = 1,
+        self, at: int, act: Callable[[], None], files: tuple[str, ...] = ("lorasc_fx", "passes"), times: int = 1
     ) -> None:
         self.at, self.act, self.count, self.last = at, act, 0, at + times - 1
         self.files = tuple(str(ROOT / file) for file in files)

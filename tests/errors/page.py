@@ -160,12 +160,7 @@ ENTRIES = (
         "one: change the model there, or adapt a part of it.",
         (no_model,),
     ),
-    Entry(
-        lx.PassError,
-        ("passes",),
-        "Run the passes that the message names first.",
-        (before_its_time,),
-    ),
+    Entry(lx.PassError, ("passes",), "Run the passes that the message names first.", (before_its_time,)),
     Entry(
         lx.passes.PassOrderError,
         ("Pipeline",),
@@ -204,12 +199,7 @@ ENTRIES = (
         "`export.safetensors`. Nothing was written.",
         (no_adapter,),
     ),
-    Entry(
-        lx.errors.MissingExtra,
-        ("lorasc-fx",),
-        "Run the pip command in the message.",
-        (not_installed,),
-    ),
+    Entry(lx.errors.MissingExtra, ("lorasc-fx",), "Run the pip command in the message.", (not_installed,)),
 )
 
 

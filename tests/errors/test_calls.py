@@ -249,11 +249,7 @@ def test_a_stage_that_ends_inside_weights() -> None:
     stages = cascade.stages(2, optimizer)
     next(stages)
     step(cascade, optimizer)
-    with (
-        cascade.weights("slow"),
-        unchanged(cascade, optimizer),
-        raises(lx.StateError, "inside-weights", "slow"),
-    ):
+    with cascade.weights("slow"), unchanged(cascade, optimizer), raises(lx.StateError, "inside-weights", "slow"):
         next(stages)
 
 

@@ -153,11 +153,11 @@ Loop = Callable[[lx.CascadeSpec, Path, int], Done]
 
 def by_steps(kind: type[Steps]) -> Loop:
     def run(spec: lx.CascadeSpec, folder: Path, at: int) -> Done:
-        going = kind(spec)
+        loop = kind(spec)
         if at:
-            going.load(folder / str(at))
-        going.go(at, None if at else folder)
-        return going.losses, going.cascade
+            loop.load(folder / str(at))
+        loop.go(at, None if at else folder)
+        return loop.losses, loop.cascade
 
     return run
 

@@ -17,13 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-    pipeline,
-)
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama, tokenizer, values_of, with_weights

@@ -22,17 +22,7 @@ from trl.generation import vllm_generation
 
 import lorasc_fx as lx
 from tests.integrations.kit import WORDS, llama, tokenizer
-from tests.integrations.test_trl import (
-    LORA,
-    NOISY,
-    PLAIN,
-    adapted,
-    callback_of,
-    grpo_of,
-    logged,
-    of_peft,
-    preferences,
-)
+from tests.integrations.test_trl import LORA, NOISY, PLAIN, adapted, callback_of, grpo_of, logged, of_peft, preferences
 from tests.kit.errors import raises
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

@@ -18,12 +18,7 @@ from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
 from lorasc_fx.graph import branch_nodes, call_template, text, use_of
 from lorasc_fx.graph.branch_calls import made_by
-from lorasc_fx.passes import (
-    FoldBranches,
-    InsertBranches,
-    MatchSites,
-    StageTransition,
-)
+from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn, weight_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, SPEC, Case

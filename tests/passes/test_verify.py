@@ -18,12 +18,7 @@ from torch import fx, nn
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.graph import branch_nodes, faults, record_of, set_record, use_of, verify
-from lorasc_fx.passes import (
-    FoldBranches,
-    InsertBranches,
-    StageTransition,
-    VerifyError,
-)
+from lorasc_fx.passes import FoldBranches, InsertBranches, StageTransition, VerifyError
 from tests.kit.state import change_state, drop_state, weight_state, weight_states
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case
 from tests.passes.kit import branches_of, fill, insert

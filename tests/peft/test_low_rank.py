@@ -174,11 +174,7 @@ def test_changes_that_factors_cannot_express_are_one_error(tmp_path: Path) -> No
 
 
 def test_an_unchanged_parameter_is_accepted() -> None:
-    cascade = lx.adapt(
-        made(BUILD["words"]),
-        INPUTS["words"](),
-        spec=lx.CascadeSpec(targets=("up",), train=("head",)),
-    )
+    cascade = lx.adapt(made(BUILD["words"]), INPUTS["words"](), spec=lx.CascadeSpec(targets=("up",), train=("head",)))
     randomize(cascade)
     assert low_rank_pairs(cascade).pairs.keys() == {"up.weight"}
 

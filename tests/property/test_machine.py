@@ -138,12 +138,7 @@ class Machine(RuleBasedStateMachine):
 
     cascade: lx.Cascade
 
-    @initialize(
-        build=BUILDS,
-        spec=specs(),
-        with_y=st.booleans(),
-        train=st.booleans(),
-    )
+    @initialize(build=BUILDS, spec=specs(), with_y=st.booleans(), train=st.booleans())
     def start(self, build: Build, spec: lx.CascadeSpec, with_y: bool, train: bool) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="lorasc-fx-")
         self.build, self.with_y, self.near = build, with_y, EXACT
