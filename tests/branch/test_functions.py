@@ -14,12 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
-from lorasc_fx.branch.functions import (
-    Beside,
-    BesideConv,
-    MergedConv,
-    MergedProduct,
-)
+from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct
 from lorasc_fx.branch.placements import ConvCall
 from lorasc_fx.branch.products import ConvGeometry
 from tests.kit.compare import saved_storages
