@@ -7,7 +7,7 @@ parameters that they read and by what they compute, and restores the branch node
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,13 +92,7 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
         raise _refusal(branch, "it computes with a tensor that is neither a parameter nor a buffer")
     same_dtype = record.slow.states[branch.weight_name].base.dtype == next(branch.parameters()).dtype
     drop = _dropout(tracer, f"{path}.{DROPOUT}") if branch.dropout else lambda x: x
-    try:
-        graph.output(_compute(plain, inputs, drop, same_dtype, **options).node)
-    except PassError:
-        raise
-    except Exception as fault:
-        reason = str(fault).partition(". ")[0]
-        raise _refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
+    graph.output(_compute(plain, inputs, drop, same_dtype, **options).node)
     drop_nodes(graph, lambda node: node.op == "get_attr")
     return graph
 
@@ -106,34 +100,45 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
 def _compute(branch: Any, inputs: Sequence[Any], drop: Any, same_dtype: bool, at: Placement, **options: Any) -> Any:
     """Compute a placement with plain operations. The tensors of the branch and the inputs may be proxies."""
 
-    def cast(value: Any) -> Any:
+    def cast(compute: Callable[[], Any]) -> Any:
+        value = _recorded(branch, compute)
         return value if same_dtype else aten.type_as.default(value, inputs[0])
 
-    if branch.scales_rows:
+    if branch.magnitude:
         raise _refusal(branch, "it scales the rows of the weight")
     if at is Placement.WEIGHT and not options:
-        return aten.add.Tensor(inputs[0], cast(branch.dense_delta(inputs[0])))
+        return aten.add.Tensor(inputs[0], cast(lambda: branch.dense_delta(inputs[0])))
     if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
         raise _refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
     (base, x), padding = inputs, options.get("padding_idx", -1)
     if at is Placement.LOOKUP:
-        term = F.embedding(x, cast(branch.up), padding if padding >= 0 else None) @ cast(branch.down)
+        term = F.embedding(x, cast(lambda: branch.up), padding if padding >= 0 else None) @ cast(lambda: branch.down)
     elif branch.kind == "conv":
         term = _conv(branch, drop, x, ConvCall(**options))
     else:
-        term = aten.linear.default(aten.linear.default(drop(x), cast(branch.down)), cast(branch.up))
+        term = aten.linear.default(aten.linear.default(drop(x), cast(lambda: branch.down)), cast(lambda: branch.up))
     total = aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
     # Entries at padding_idx contribute no gradient.
     return torch.where((x == padding).unsqueeze(-1), total.detach(), total) if padding >= 0 else total
+
+
+def _recorded(branch: Branch, compute: Callable[[], Any]) -> Any:
+    """Return what a method of a branch computes from proxies. It may do with them what torch.fx cannot record."""
+    try:
+        return compute()
+    except Exception as fault:
+        reason = str(fault).partition(". ")[0]
+        raise _refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
 
 
 def _conv(branch: LowRankBranch, drop: Any, x: Any, call: ConvCall) -> Any:
     """Return `B (A * x)`, or with groups the convolution with the kernel `B A`."""
     image, axes = drop(call.padded(x)), len(branch.weight_shape) - 2
     if call.groups != 1:
-        return call.conv(axes, image, aten.type_as.default(branch.product(), x))
+        return call.conv(axes, image, aten.type_as.default(_recorded(branch, branch.product), x))
     # Reshaped parameters that do not depend on x would be constants for constant folding, and not trained any more.
-    a, b = aten.type_as.default(branch.down, x), aten.type_as.default(branch.up, x)
+    down, up = _recorded(branch, lambda: (branch.down, branch.up))
+    a, b = aten.type_as.default(down, x), aten.type_as.default(up, x)
     low = call.conv(axes, image, a.view(-1, *branch.weight_shape[1:]))
     return ConvCall().conv(axes, low, b[(..., *(None for _ in range(axes)))])
 
