@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.check.isolation import isolation, restored_values, written_by
-from lorasc_fx.check.preflight import check_agrees, run_preflight
 from tests.kit.models import build, seeded
 from tests.kit.state import variant_count
 
@@ -113,21 +112,6 @@ def _compiled(weight: Tensor) -> None:
     weight.mul_(0.9)
 
 
-LIBRARY = torch.library.Library("lorasc_tests", "DEF")
-LIBRARY.define("scale(Tensor weight) -> ()")
-
-
-def _scale(weight: Tensor) -> None:
-    weight.mul_(0.9)
-
-
-LIBRARY.impl("scale", _scale, "CompositeExplicitAutograd")
-
-
-def _undeclared(weight: Tensor) -> None:
-    torch.ops.lorasc_tests.scale(weight)
-
-
 WAYS: dict[str, Callable[[Tensor], object]] = {
     "in-place": lambda weight: weight.mul_(0.9),
     "view": lambda weight: weight.t()[1:2].mul_(0.9),
@@ -138,8 +122,6 @@ WAYS: dict[str, Callable[[Tensor], object]] = {
     "address": lambda weight: (ctypes.c_float * 35).from_address(weight.data_ptr()).__setitem__(0, 9.0),
     "storage": lambda weight: weight.untyped_storage().__setitem__(0, 7),
     "typed-storage": lambda weight: weight.storage().__setitem__(0, 7.0),
-    "apply": lambda weight: weight.apply_(lambda value: 0.9 * value),
-    "undeclared": _undeclared,
     "statistics": lambda weight: F.batch_norm(torch.randn(4, 7), weight[:, 0], weight[:, 1].abs(), training=True),
     "compiled": _compiled,
 }
@@ -162,17 +144,6 @@ class Writes(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_weight_that_forward_writes_is_restored(way: str) -> None:
-    model = build(lambda: Writes(way)).float()
-    before = {name: value.tolist() for name, value in model.named_parameters()}
-    with restored_values(model):
-        model(torch.randn(4, 5))
-        assert model.first.weight.tolist() != before["first.weight"]
-    assert {name: value.tolist() for name, value in model.named_parameters()} == before
-    assert written_by(model) == {"first.weight"}
-
-
-@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"apply", "undeclared"}))  # which no front end takes
 def test_a_weight_that_forward_writes_is_refused(way: str) -> None:
     torch.manual_seed(0)
     model, x = Writes(way), torch.randn(4, 5)
@@ -217,29 +188,6 @@ class Copies(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         self.count += output.nbytes if func in (aten._to_copy.default, aten.to.dtype_layout) else 0
         return output
-
-
-def test_only_weights_that_forward_writes_are_copied() -> None:
-    model, x = Follows().double(), torch.tensor([1, 4, 8])
-    with Copies() as copies, restored_values(model):
-        model(x)
-    assert copies.count == 8 * sum(map(torch.numel, [model.table.weight, *model.slow.parameters()]))
-    assert written_by(model) == {"table.weight", "slow.weight", "slow.bias"}
-    with Copies() as copies:
-        run_preflight(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), (torch.randn(4, 5),), {})
-    assert copies.count == 0
-
-
-def test_the_autograd_graph_of_the_first_run_is_visible() -> None:
-    """It equals the one of later runs, although modes observe the first run: `reshape` is recorded as a view there."""
-    call = build(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh()))
-    call.register_forward_hook(lambda module, args, output: 0.5 * (output.transpose(1, 2) @ output).reshape(-1))
-    x = torch.randn(2, 4, 5).double()
-    preflight = run_preflight(call, (x,), {})
-    assert preflight.seen.autograd is not None
-    assert preflight.seen.gradients is None
-    check_agrees(call, preflight, call, (x,), {})
-    assert preflight.seen.gradients is None
 
 
 class Counts(nn.Module):

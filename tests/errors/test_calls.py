@@ -42,10 +42,17 @@ def test_a_cascade_is_not_pickled(tmp_path: Path) -> None:
 
 # ---- after release
 
-RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
+
+def slow_weights(cascade: lx.Cascade) -> None:
+    """Enter and leave the block, so that no later test runs inside it."""
+    with cascade.weights("slow"):
+        pass
+
+
+CALLS: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "forward": lambda cascade, _, __: cascade(X),
     "variant": lambda cascade, _, __: variant_for(cascade, (X,), {}),
-    "weights": lambda cascade, _, __: cascade.weights("slow").__enter__(),
+    "weights": lambda cascade, _, __: slow_weights(cascade),
     "folded_state_dict": lambda cascade, _, __: cascade.folded_state_dict(),
     "folded_graph": lambda cascade, _, __: cascade.folded_graph(),
     "release": lambda cascade, _, __: cascade.release(),
@@ -73,13 +80,13 @@ RELEASED: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
 OTHER_NAMES = {"merge_and_unload": "release", "disable_adapter": "weights"}
 
 
-@pytest.mark.parametrize("call", RELEASED)
+@pytest.mark.parametrize("call", CALLS)
 def test_after_release(call: str, tmp_path: Path) -> None:
     cascade, optimizer = adapted()
     step(cascade, optimizer)
     model = cascade.release()
     with unchanged(cascade, model, optimizer), raises(lx.StateError, "released", OTHER_NAMES.get(call, call)):
-        RELEASED[call](cascade, optimizer, tmp_path)
+        CALLS[call](cascade, optimizer, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -87,7 +94,7 @@ def test_every_public_call_is_tried_after_release() -> None:
     ours = [each for each in lx.Cascade.__mro__ if each.__module__.startswith("lorasc_fx")]
     calls = [name for each in ours for name, value in vars(each).items() if callable(value)]
     own = {name for name in calls if not name.startswith("_")}
-    assert own <= {*RELEASED, "named_parameters"}  # those of any module, also after the release
+    assert own <= {*CALLS, "named_parameters"}  # those of any module, also after the release
 
 
 def test_stages_that_were_asked_for_before_the_release() -> None:
@@ -103,25 +110,9 @@ def test_stages_that_were_asked_for_before_the_release() -> None:
 # ---- inside a backward
 
 
-def slow_weights(cascade: lx.Cascade) -> None:
-    """Enter and leave the block, so that no later test runs inside it."""
-    with cascade.weights("slow"):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("call", "act"),
-    [
-        ("transition", lambda cascade, optimizer, _: cascade.transition(optimizer)),
-        ("release", lambda cascade, _, __: cascade.release()),
-        ("weights", lambda cascade, _, __: slow_weights(cascade)),
-        ("rewind", lambda cascade, optimizer, _: cascade.rewind(0, optimizer)),
-        ("save", lambda cascade, optimizer, path: lx.save(cascade, path / "run")),
-        ("folded_state_dict", lambda cascade, _, __: cascade.folded_state_dict()),
-        ("to", lambda cascade, _, __: cascade.double()),
-    ],
-)
-def test_inside_a_backward(call: str, act: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["transition", "release", "weights", "rewind", "save", "folded_state_dict", "to"])
+def test_inside_a_backward(call: str, tmp_path: Path) -> None:
+    act = CALLS[call]
     cascade, optimizer = adapted()
     step(cascade, optimizer)
     output = cascade(X)
@@ -223,24 +214,14 @@ def test_a_step_that_a_scaler_skipped(to_none: bool) -> None:
 def test_inside_weights(view: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
     cascade, optimizer = adapted(spec)
     step(cascade, optimizer)
-    calls: dict[str, Callable[[], Any]] = {
-        "transition": lambda: cascade.transition(optimizer),
-        "release": cascade.release,
-        "stages": lambda: cascade.stages(1, optimizer),
-        "weights": lambda: cascade.weights("slow").__enter__(),
-        "folded_state_dict": cascade.folded_state_dict,
-        "folded_graph": cascade.folded_graph,
-        "rewind": lambda: cascade.rewind(0, optimizer),
-        "save": lambda: lx.save(cascade, tmp_path / "run"),
-        "export.peft": lambda: lx.export.peft(cascade, tmp_path / "adapter"),
-        "resume": lambda: cascade.resume(optimizer),
-        "state_dict": cascade.state_dict,
-        "to": cascade.double,
-    }
+    calls = (
+        "transition", "release", "stages", "weights", "folded_state_dict", "folded_graph", "rewind", "save",
+        "export.peft", "resume", "state_dict", "to",
+    )  # fmt: skip
     with unchanged(cascade, optimizer), cascade.weights(view), unchanged(cascade, optimizer):
-        for call, act in calls.items():
+        for call in calls:
             with raises(lx.StateError, "inside-weights", call, view):
-                act()
+                CALLS[call](cascade, optimizer, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,129 +94,90 @@ NOISE: list[tuple[str, Any, str]] = [
     ("where", "site", "nearest: 'sites'"),
     ("keep", 1, "1"),
 ]
+METHODS: list[tuple[str, str, float, str, tuple[str, ...]]] = [
+    ("vera", "d_initial", 0.0, "invalid-value", ("0.0", "other than 0")),
+    ("oft", "neumann_terms", 1, "invalid-value", ("2 or more, or 0",)),
+    ("oft", "neumann_terms", -5, "invalid-value", ("-5",)),
+    ("oft", "neumann_terms", 2.5, "invalid-value", ("2.5",)),
+    ("lokr", "decompose_factor", 0, "invalid-value", ("-1",)),
+    ("delora", "bound", -1.0, "invalid-value", ("above 0",)),
+    ("delora", "bond", 1.0, "unknown-name", ("nearest: 'bound'", "bound (default 15)")),
+    ("lora", "bound", 1.0, "unknown-name", ("its options: none",)),
+]
+RULES: list[tuple[Any, dict[str, Any], str]] = [
+    (lx.Rule, {"pattern": ""}, ".pattern is empty"),
+    (lx.Rule, {"pattern": 3}, ".pattern is 3"),
+    (lx.Rule, {"pattern": "conv", "rank": 0}, ".rank is 0"),
+    (lx.Rule, {"pattern": "conv", "rank": True}, ".rank is True"),
+    (lx.Rule, {"pattern": "conv", "lora_alpha": -1}, ".lora_alpha is -1"),
+    (lx.TrainRule, {"pattern": ""}, ".pattern is empty"),
+    (lx.TrainRule, {"pattern": "a", "lr": 0}, ".lr is 0"),
+    (lx.TrainRule, {"pattern": "a", "slow": 1}, ".slow is 1"),
+]
+DATA: list[tuple[dict[Any, Any], str, tuple[str, ...]]] = [
+    ({"rnak": 4}, "unknown-name", ("rnak", "nearest: 'rank', 'ranks'", f"known: {FIELDS}")),
+    ({"noise": {"strenght": 1}}, "unknown-name", ("noise", "strenght", "strength")),
+    ({"rules": [{"patern": "conv"}]}, "unknown-name", ("rules", "patern", "pattern")),
+    ({"rules": [{"rank": 4}]}, "invalid-value", ("rules", "pattern", KINDS)),
+    ({"rules": ["conv"]}, "invalid-value", ("rules[0]", "Rule(...)")),
+    ({1: 2}, "unknown-name", ("field 1",)),
+]
+PEFT = (
+    "r", "target_modules", "exclude_modules", "lora_dropout", "bias", "use_dora", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
+    "inference_mode", "fan_in_fan_out", "target_parameters",
+)  # fmt: skip
+"""Arguments of peft's LoraConfig that people write, and that are no fields of a spec."""
+Refusal = tuple[Callable[[], Any], str, tuple[str, ...]]
+Spec = lx.CascadeSpec
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in INVALID for value in INVALID[name]])
-def test_an_invalid_value(name: str, value: Any) -> None:
-    shown = "empty" if value == () else repr(value[-1] if isinstance(value, tuple) else value)
-    with raises(lx.SpecError, "invalid-value", name, f" is {shown}; "):
-        lx.CascadeSpec(**{name: value})
+def refusals() -> Iterator[Refusal]:
+    """Yield calls that a spec refuses, with the code and parts of the message."""
+    for name, value in ((name, value) for name, values in INVALID.items() for value in values):
+        shown = "empty" if value == () else repr(value[-1] if isinstance(value, tuple) else value)
+        yield partial(Spec, **{name: value}), "invalid-value", (name, f" is {shown}; ")
+    for name, (value, nearest) in MISSPELT.items():
+        yield partial(Spec, **{name: value}), "invalid-value", (name, repr(value), f"nearest: {nearest!r}")
+    for names, options in CONFLICTING.items():
+        settings = [f"{name}=" for name in names.split(", ")]
+        yield partial(Spec, **options), "conflicting-options", (*settings, " cannot be combined with ")
+    for adapter, name, value, code, told in METHODS:
+        yield partial(Spec, adapter=adapter, adapter_options={name: value}), code, (*told, repr(name), repr(adapter))
+    for field, value, told in NOISE:
+        for make in (partial(lx.Noise, **{field: value}), partial(Spec.from_dict, {"noise": {field: value}})):
+            yield make, "invalid-value", (f"noise.{field} is {value!r}; ", told)
+    for name, value in (("redraw", "step"), ("distribution", "filter")):
+        told = f"noise.keep=True cannot be combined with noise.{name}={value!r}"
+        yield partial(lx.Noise, keep=True, **{name: value}), "conflicting-options", (told,)
+    for kind, given, told in RULES:
+        name = "rules" if kind is lx.Rule else "train_rules"
+        yield partial(kind, **given), "invalid-value", (name, told)
+        data = {name: [given], "train": ["a"]}
+        yield partial(Spec.from_dict, data), "invalid-value", (f"spec.{name}[0]{told}; ",)
+    for data, code, told in DATA:
+        yield partial(Spec.from_dict, data), code, told
+    for name in PEFT:
+        yield partial(Spec, **{name: None}), "unknown-name", (repr(name),)
+    yield partial(lx.Noise, r=1), "unknown-name", ("Noise", "r")
 
 
-@pytest.mark.parametrize("name", MISSPELT)
-def test_a_misspelt_value(name: str) -> None:
-    value, nearest = MISSPELT[name]
-    with raises(lx.SpecError, "invalid-value", name, repr(value), f"nearest: {nearest!r}"):
-        lx.CascadeSpec(**{name: value})
-
-
-@pytest.mark.parametrize("names", CONFLICTING)
-def test_conflicting_options(names: str) -> None:
-    """The message names all options of the conflict with their values."""
-    settings = [f"{name}=" for name in names.split(", ")]
-    with raises(lx.SpecError, "conflicting-options", *settings, " cannot be combined with "):
-        lx.CascadeSpec(**CONFLICTING[names])
-
-
-@pytest.mark.parametrize(("adapter", "name", "value", "told"), [
-    ("vera", "d_initial", 0.0, ("invalid-value", "0.0", "other than 0")),
-    ("oft", "neumann_terms", 1, ("invalid-value", "2 or more, or 0")),
-    ("oft", "neumann_terms", -5, ("invalid-value", "-5")),
-    ("oft", "neumann_terms", 2.5, ("invalid-value", "2.5")),
-    ("lokr", "decompose_factor", 0, ("invalid-value", "-1")),
-    ("delora", "bound", -1.0, ("invalid-value", "above 0")),
-    ("delora", "bond", 1.0, ("unknown-name", "nearest: 'bound'", "bound (default 15)")),
-    ("lora", "bound", 1.0, ("unknown-name", "its options: none")),
-])  # fmt: skip
-def test_an_option_of_a_method(adapter: str, name: str, value: float, told: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *told, repr(name), repr(adapter)):
-        lx.CascadeSpec(adapter=adapter, adapter_options={name: value})
+@pytest.mark.parametrize(("call", "code", "names"), list(refusals()))
+def test_it_is_refused(call: Callable[[], Any], code: str, names: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, code, *names):
+        call()
 
 
 def test_every_conflict_is_tested() -> None:
     assert list(CONFLICTING) == [", ".join(conflict.fields) for conflict in CONFLICTS]
 
 
-@pytest.mark.parametrize(("field", "value", "told"), NOISE)
-def test_wrong_noise(field: str, value: Any, told: str) -> None:
-    noise = {field: value}
-    for make in (lambda: lx.Noise(**noise), lambda: lx.CascadeSpec(noise=noise), lambda: from_dict(noise=noise)):
-        with raises(lx.SpecError, "invalid-value", f"noise.{field} is {value!r}; ", told):
-            make()
-
-
-@pytest.mark.parametrize("other", [{"redraw": "step"}, {"distribution": "filter"}])
-def test_noise_that_cannot_be_kept(other: dict[str, Any]) -> None:
-    ((name, value),) = other.items()
-    with raises(lx.SpecError, "conflicting-options", f"noise.keep=True cannot be combined with noise.{name}={value!r}"):
-        lx.Noise(keep=True, **other)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "fields", "told"),
-    [
-        ("rules", lx.Rule, {"pattern": ""}, ".pattern is empty"),
-        ("rules", lx.Rule, {"pattern": 3}, ".pattern is 3"),
-        ("rules", lx.Rule, {"pattern": "conv", "rank": 0}, ".rank is 0"),
-        ("rules", lx.Rule, {"pattern": "conv", "rank": True}, ".rank is True"),
-        ("rules", lx.Rule, {"pattern": "conv", "lora_alpha": -1}, ".lora_alpha is -1"),
-        ("train_rules", lx.TrainRule, {"pattern": ""}, ".pattern is empty"),
-        ("train_rules", lx.TrainRule, {"pattern": "a", "lr": 0}, ".lr is 0"),
-        ("train_rules", lx.TrainRule, {"pattern": "a", "slow": 1}, ".slow is 1"),
-    ],
-)
-def test_wrong_rule(name: str, kind: Any, fields: dict[str, Any], told: str) -> None:
-    with raises(lx.SpecError, "invalid-value", name, told):
-        kind(**fields)
-    with raises(lx.SpecError, "invalid-value", f"spec.{name}[0]{told}; "):
-        from_dict(**{name: [fields], "train": ["a"]})
-
-
-def from_dict(**data: Any) -> lx.CascadeSpec:
-    return lx.CascadeSpec.from_dict(data)
-
-
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        ({"rnak": 4}, ("unknown-name", "rnak", "nearest: 'rank', 'ranks'", f"known: {FIELDS}")),
-        ({"noise": {"strenght": 1}}, ("unknown-name", "noise", "strenght", "strength")),
-        ({"rules": [{"patern": "conv"}]}, ("unknown-name", "rules", "patern", "pattern")),
-        ({"rules": [{"rank": 4}]}, ("invalid-value", "rules", "pattern", KINDS)),
-        ({"rules": ["conv"]}, ("invalid-value", "rules[0]", "Rule(...)")),
-        ({1: 2}, ("unknown-name", "field 1")),
-    ],
-)
-def test_wrong_data(data: dict[Any, Any], sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        lx.CascadeSpec.from_dict(data)
-
-
 def test_names_of_peft() -> None:
-    """All unknown arguments in one error, each with the field that it is here."""
-    with raises(lx.SpecError, "unknown-name", "CascadeSpec") as caught:
+    """All unknown arguments are in one error, each with the field that it is here."""
+    assert {field.name for field in fields(peft.LoraConfig)} >= set(PEFT)
+    here = ("'r' (here rank)", "'target_modules' (here targets", "'lora_dropout' (here dropout)", "'rnak'; nearest: ")
+    with raises(lx.SpecError, "unknown-name", "CascadeSpec", *here, f"; known: {FIELDS}"):
         lx.CascadeSpec(r=8, target_modules=["query"], lora_dropout=0.1, rnak=3)  # type: ignore[call-arg]
-    told = str(caught.value)
-    assert "'r' (here rank), 'target_modules' (here targets, globs on weight names: '*.query'" in told
-    assert "'lora_dropout' (here dropout), 'rnak'; nearest: 'rank'" in told
-    assert told.endswith(f"; known: {FIELDS}")
-    with raises(lx.SpecError, "unknown-name", "Noise", "r"):
-        lx.Noise(r=1)  # type: ignore[call-arg]
-    config = peft_names()
-    for name in config - {field.name for field in fields(lx.CascadeSpec)}:
-        with raises(lx.SpecError, "unknown-name", repr(name)):
-            lx.CascadeSpec(**{name: None})
-
-
-def peft_names() -> set[str]:
-    """The arguments of peft's LoraConfig that people write."""
-    found = {
-        "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
-        "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
-        "alpha_pattern", "task_type", "inference_mode", "fan_in_fan_out", "target_parameters",
-    }  # fmt: skip
-    assert found <= {field.name for field in fields(peft.LoraConfig)}
-    return found
 
 
 ONE = lx.Site("a.weight", "linear", (3, 2), SiteOptions(1, 2.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from typing import Any
 
 import pytest
@@ -195,27 +194,3 @@ def views(ends: tuple[StageEnd, ...]) -> dict[str, dict[int, float]]:
         start = fast if end.restart == "fast" else slow
         average = slow if end.share in (None, 1) else toward(average or previous, slow, end.share)
     return {"slow": slow, "fast": start, "averaged": average}
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-@pytest.mark.parametrize("averages", [False, True])
-def test_coefficients_are_functions_of_the_history(restart: Any, averages: bool) -> None:
-    """Bit for bit, after each stage and after a rewind. The stages have gaps, and not each one trains the weight."""
-    choose = random.Random(3)
-    for _ in range(50):
-        state, history = WeightState("w", numbers(40, 30)), History()
-        number = 0
-        for _ in range(choose.randint(1, 9)):
-            number += choose.randint(1, 3)
-            share = 1 / (history.averaged + 1) if averages else None
-            history = history.after(StageEnd(number, choose.choice([1.0, 0.5, 0.3, 1 / number]), restart, share))
-            pair = Factors(numbers(40, 1, seed=number), numbers(1, 30))
-            state = state.absorb(Delta(pair) if choose.random() < 0.8 else None, history)
-            expected, trained = views(history.ends), [expert.stage for expert in state.experts]
-            for view, by_stage in expected.items():
-                assert list(state.coefficients(view)) == [by_stage[stage] for stage in trained]  # type: ignore[arg-type]
-        stage = choose.choice(history.numbers)
-        past, ends = state.at(stage), tuple(end for end in history.ends if end.number <= stage)
-        assert past is not None
-        slow = tuple(views(ends)["slow"][expert.stage] for expert in past.experts)
-        assert past.coefficients("slow") == past.coefficients("fast") == past.coefficients("averaged") == slow
