@@ -6,6 +6,7 @@ gradient flows to the bottom for every rival alike, and no rival pays for the de
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -55,19 +56,9 @@ class Work:
 
 
 def _tiny() -> nn.Module:
-    conv, fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 8 * 8, 20)
-    layers = {
-        "conv": conv,
-        "act": nn.ReLU(),
-        "flat": nn.Flatten(),
-        "fc": fc,
-        "gelu": nn.GELU(),
-        "head": nn.Linear(20, 4),
-    }
-    model = nn.Sequential()
-    for name, layer in layers.items():
-        model.add_module(name, layer)
-    return model
+    conv, fc, head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 8 * 8, 20), nn.Linear(20, 4)
+    layers = {"conv": conv, "act": nn.ReLU(), "flat": nn.Flatten(), "fc": fc, "gelu": nn.GELU(), "head": head}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _vit(name: str = "vit_small_patch16_224") -> nn.Module:
@@ -135,16 +126,9 @@ def _smollm2() -> nn.Module:
 def _mixtral() -> nn.Module:
     import transformers
 
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = transformers.MixtralConfig(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=1000,
-        use_cache=False,
+        **sizes, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=1000, use_cache=False
     )
     return transformers.MixtralModel(config).train()
 
@@ -155,113 +139,64 @@ def _batch(name: str, *shape: int, scale: float = 1.0) -> Callable[[], dict[str,
 
 _ATTENTION = ("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj")
 _LLAMA = (*_ATTENTION, "*.gate_proj", "*.up_proj", "*.down_proj")
-_LLAMA_PEFT = {"target_modules": r".*\.(q|k|v|o|gate|up|down)_proj"}
-
-_STACK = Work(
-    "stack",
-    "Llama-like, 2 layers, 2 x 256",
-    _llama(2),
-    _batch("inputs_embeds", 2, 256, 1024, scale=0.02),
-    _LLAMA,
-    _LLAMA_PEFT,
-    hidden,
-)
+_VIT = {
+    "targets": ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
+    "peft": {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
+}
+_DECODER = {"targets": _LLAMA, "peft": {"target_modules": r".*\.(q|k|v|o|gate|up|down)_proj"}}
+_EMBEDDED = _batch("inputs_embeds", 2, 256, 1024, scale=0.02)
 
 
-WORKS = {
-    "vit-s": Work(
-        "vit-s",
-        "ViT-S, batch 8, linears",
-        _vit,
-        _batch("x", 8, 3, 224, 224),
-        ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
-        {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
-    ),
-    "bert-base": Work(
-        "bert-base",
-        "BERT-base, 8 x 128, linears of the layers",
-        _bert,
-        _batch("inputs_embeds", 8, 128, 768, scale=0.02),
-        ("*.query", "*.key", "*.value", "*.layer.*.dense"),
+def _named(*works: Work) -> dict[str, Work]:
+    return {work.name: work for work in works}
+
+
+WORKS = _named(
+    Work("vit-s", "ViT-S, batch 8, linears", _vit, _batch("x", 8, 3, 224, 224), **_VIT),
+    Work(
+        "bert-base", "BERT-base, 8 x 128, linears of the layers", _bert,
+        _batch("inputs_embeds", 8, 128, 768, scale=0.02), ("*.query", "*.key", "*.value", "*.layer.*.dense"),
         {"target_modules": r".*\.layer\..*(query|key|value|dense)"},
     ),
-    "gpt2": Work(
-        "gpt2",
-        "GPT-2 small, 2 x 256, blocks",
-        _gpt2,
-        _batch("inputs_embeds", 2, 256, 768, scale=0.02),
+    Work(
+        "gpt2", "GPT-2 small, 2 x 256, blocks", _gpt2, _batch("inputs_embeds", 2, 256, 768, scale=0.02),
         ("*.c_attn", "*.c_proj", "*.c_fc"),
         {"target_modules": r".*\.(c_attn|c_proj|c_fc)", "fan_in_fan_out": True},
     ),
-    "resnet-50": Work(
-        "resnet-50",
-        "ResNet-50, batch 4, convs",
-        _resnet,
-        _batch("x", 4, 3, 224, 224),
-        ("conv",),
+    Work(
+        "resnet-50", "ResNet-50, batch 4, convs", _resnet, _batch("x", 4, 3, 224, 224), ("conv",),
         {"target_modules": r"(.*\.)?(conv\d|downsample\.0)"},
     ),
-    "llama": Work(
-        "llama",
-        "Llama-like, 4 layers, 2 x 256",
-        _llama(4),
-        _batch("inputs_embeds", 2, 256, 1024, scale=0.02),
-        _LLAMA,
-        _LLAMA_PEFT,
-        hidden,
-    ),
-    "mixtral": Work(
-        "mixtral",
-        "Mixtral-like, 2 layers, 4 experts, 2 x 256",
-        _mixtral,
-        _batch("inputs_embeds", 2, 256, 512, scale=0.02),
-        (*_ATTENTION, "*.experts.*"),
+    Work("llama", "Llama-like, 4 layers, 2 x 256", _llama(4), _EMBEDDED, **_DECODER, loss=hidden),
+    Work(
+        "mixtral", "Mixtral-like, 2 layers, 4 experts, 2 x 256", _mixtral,
+        _batch("inputs_embeds", 2, 256, 512, scale=0.02), (*_ATTENTION, "*.experts.*"),
         {
             "target_modules": r".*\.(q|k|v|o)_proj",
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
-        hidden,
-        dropout=False,  # peft refuses it for parameters
+        hidden, dropout=False,  # peft refuses it for parameters
     ),
-    "tiny": Work(
-        "tiny",
-        "tiny",
-        _tiny,
-        _batch("input", 8, 3, 8, 8),
-        ("conv", "fc", "head"),
+    Work(
+        "tiny", "tiny", _tiny, _batch("input", 8, 3, 8, 8), ("conv", "fc", "head"),
         {"target_modules": ["conv", "fc", "head"]},
     ),
-}
+)  # fmt: skip
 """By the name that the command takes; `tiny` is there to try the benchmark itself, and is in no table."""
 
-STARTED = {
-    "vit-b": Work(
-        "vit-b",
-        "ViT-B, linears",
-        lambda: _vit("vit_base_patch16_224"),
-        _batch("x", 2, 3, 224, 224),
-        ("*.qkv", "*.attn.proj", "*.fc1", "*.fc2"),
-        {"target_modules": r"(.*\.)?(qkv|attn\.proj|fc1|fc2)"},
-    ),
-    "smollm2-135m": Work(
-        "smollm2-135m",
-        "SmolLM2-135M",
-        _smollm2,
-        lambda: {"input_ids": torch.randint(0, 49152, (2, 32))},
-        _LLAMA,
-        _LLAMA_PEFT,
-    ),
-    "llama-1b": Work(
-        "llama-1b",
-        "Llama 1.1B, bf16",
-        _llama_1b,
-        lambda: {"input_ids": torch.randint(0, 32000, (2, 32))},
-        _LLAMA,
-        _LLAMA_PEFT,
-    ),
-}
+
+def _ids(vocabulary: int) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {"input_ids": torch.randint(0, vocabulary, (2, 32))}
+
+
+STARTED = _named(
+    Work("vit-b", "ViT-B, linears", lambda: _vit("vit_base_patch16_224"), _batch("x", 2, 3, 224, 224), **_VIT),
+    Work("smollm2-135m", "SmolLM2-135M", _smollm2, _ids(49152), **_DECODER),
+    Work("llama-1b", "Llama 1.1B, bf16", _llama_1b, _ids(32000), **_DECODER),
+)
 """Models of which only the start is measured: their steps take long on a CPU."""
 
+_STACK = Work("stack", "Llama-like, 2 layers, 2 x 256", _llama(2), _EMBEDDED, **_DECODER, loss=hidden)
 COMPILED = {"vit-s": WORKS["vit-s"], "stack": _STACK}
 """Models whose steps are compiled: inductor takes a minute for each, or more."""
 
@@ -276,24 +211,16 @@ def _on_cuda(work: Work) -> Work:
 
 
 CUDA = {
-    "vit-l": _on_cuda(
-        replace(
-            STARTED["vit-b"],
-            name="vit-l",
-            title="ViT-L, batch 32, linears",
-            build=lambda: _vit("vit_large_patch16_224"),
-            batch=_batch("x", 32, 3, 224, 224),
-        )
+    "vit-l": replace(
+        STARTED["vit-b"], name="vit-l", title="ViT-L, batch 32, linears",
+        build=lambda: _vit("vit_large_patch16_224"), batch=_batch("x", 32, 3, 224, 224),
     ),
-    "llama-1b-cuda": _on_cuda(
-        replace(
-            STARTED["llama-1b"],
-            name="llama-1b-cuda",
-            title="Llama 1.1B, 4 x 512",
-            batch=_batch("inputs_embeds", 4, 512, 2048, scale=0.02),
-        )
+    "llama-1b-cuda": replace(
+        STARTED["llama-1b"], name="llama-1b-cuda", title="Llama 1.1B, 4 x 512",
+        batch=_batch("inputs_embeds", 4, 512, 2048, scale=0.02),
     ),
-}
+}  # fmt: skip
+CUDA = {name: _on_cuda(work) for name, work in CUDA.items()}
 """Models whose steps are measured on a GPU."""
 
 
@@ -310,16 +237,9 @@ def narrow() -> nn.Module:
     """Return a BERT of 12 layers and width 64, without dropout."""
     import transformers
 
-    config = transformers.BertConfig(
-        hidden_size=64,
-        num_hidden_layers=12,
-        num_attention_heads=2,
-        intermediate_size=128,
-        vocab_size=100,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return transformers.BertModel(config)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 128}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertModel(transformers.BertConfig(**sizes, **dropout, vocab_size=100))
 
 
 def decoder() -> nn.Module:

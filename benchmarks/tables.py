@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -369,61 +368,6 @@ def calls(work: Work, rounds: int) -> Rows:
     yield row("token of generate", decoders, tokens)
     with decoders["ours"].weights("slow"):
         yield row("token inside weights('slow')", decoders, tokens)
-
-
-@_table(
-    "Exports (`torch.export.export`) and CPU seconds of a series of calls of narrow models (4 layers, width 64), where"
-    " captures are nearly all of the time, on one thread.",
-    ("tiny",),
-    threads=1,
-)
-def captures(work: Work, rounds: int) -> Rows:
-    """Count exports."""
-    import transformers
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=100))
-    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=100))
-    export, exports = torch.export.export, list[object]()
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        exports.append(args[0])
-        return export(*args, **kwargs)
-
-    def batch(rows: int, length: int, causal: bool) -> dict[str, torch.Tensor]:
-        ids = torch.randint(0, 100, (rows, length))
-        return {"input_ids": ids, "labels": ids if causal else torch.zeros(rows, dtype=torch.long)}
-
-    def series(model: nn.Module, causal: bool) -> Iterator[str]:
-        cascade = lx.adapt(model.eval(), kwargs=batch(2, 16, causal))
-        yield "adapt, with labels"
-        cascade(batch(2, 16, causal)["input_ids"])
-        yield "no labels"
-        cascade.train()(**batch(2, 16, causal))
-        yield "train mode"
-        cascade(**batch(8, 20, causal))
-        yield "another size"
-        cascade(**batch(3, 20, causal))
-        yield "last batch"
-        with torch.no_grad():
-            cascade.eval()(**batch(8, 20, causal))
-        yield "evaluate"
-
-    torch.export.export = counted
-    try:
-        for title, model, causal in (("BERT", bert, False), ("Llama", llama, True)):
-            begun = time.process_time()
-            cells, total, start = list[str](), 0, begun
-            for name in series(model, causal):
-                now = time.process_time()
-                cells.append(f"{name}: {len(exports)}, {now - start:.1f} s")
-                total += len(exports)
-                exports.clear()
-                start = time.process_time()
-            seconds = f"{time.process_time() - begun:.1f}"
-            yield {"model": title, "exports": str(total), "CPU seconds": seconds, "of each call": "; ".join(cells)}
-    finally:
-        torch.export.export = export
 
 
 _BY_PEFT: dict[str, tuple[str, dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from benchmarks.rivals import RIVALS, entries, make_all
 from benchmarks.tables import TABLES
 
 TINY = WORKS["tiny"]
-LONG = {"compiled": "a minute of compilation", "methods": "methods without convolutions", "captures": "two models"}
+LONG = {"compiled": "a minute of compilation", "methods": "methods without convolutions"}
 
 
 @pytest.mark.slow
