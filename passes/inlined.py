@@ -7,18 +7,17 @@ parameters that they read and by what they compute, and restores the branch node
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, Placement
 from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.methods import SharedTensor
-from lorasc_fx.branch.placements import ConvCall
+from lorasc_fx.branch.placements import ConvCall, MatrixOps, low_rank_conv
 from lorasc_fx.errors import PassError, VerifyError
 from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, record_of, use_of, verify
 from lorasc_fx.graph.editor import drop_nodes
@@ -31,6 +30,8 @@ aten = torch.ops.aten
 
 DROPOUT = "input_dropout"
 """Name of the dropout module of an inlined branch, a child of the branch, so that it follows `train` and `eval`."""
+
+_CONSTANT = "it computes with a tensor that is neither a parameter nor a buffer"
 
 
 def insert_calls(graph: GraphEditor) -> None:
@@ -89,58 +90,39 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
     plain._parameters, plain._buffers = {}, {}
     vars(plain).update({name: tracer.create_proxy("get_attr", f"{path}.{name}", (), {}) for name in tensors})
     if any(isinstance(value, SharedTensor) for value in vars(branch).values()):
-        raise _refusal(branch, "it computes with a tensor that is neither a parameter nor a buffer")
+        raise _refusal(branch, _CONSTANT)
     same_dtype = record.slow.states[branch.weight_name].base.dtype == next(branch.parameters()).dtype
     drop = _dropout(tracer, f"{path}.{DROPOUT}") if branch.dropout else lambda x: x
-    graph.output(_compute(plain, inputs, drop, same_dtype, **options).node)
+    try:
+        graph.output(_compute(plain, inputs, drop, same_dtype, **options).node)
+    except (TypeError, AttributeError, KeyError, ValueError) as fault:  # of the method, which cannot use proxies
+        reason = str(fault).partition(". ")[0]
+        raise _refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
+    if any(isinstance(value, torch.Tensor) for node in graph.nodes for value in _flat(node)[0]):
+        raise _refusal(branch, _CONSTANT)
     drop_nodes(graph, lambda node: node.op == "get_attr")
     return graph
 
 
 def _compute(branch: Any, inputs: Sequence[Any], drop: Any, same_dtype: bool, at: Placement, **options: Any) -> Any:
     """Compute a placement with plain operations. The tensors of the branch and the inputs may be proxies."""
-
-    def cast(compute: Callable[[], Any]) -> Any:
-        value = _recorded(branch, compute)
-        return value if same_dtype else aten.type_as.default(value, inputs[0])
-
     if branch.magnitude:
         raise _refusal(branch, "it scales the rows of the weight")
     if at is Placement.WEIGHT and not options:
-        return aten.add.Tensor(inputs[0], cast(lambda: branch.dense_delta(inputs[0])))
+        base, term = inputs[0], branch.dense_delta(inputs[0])
+        return aten.add.Tensor(base, term if same_dtype else aten.type_as.default(term, base))
     if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
         raise _refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
-    (base, x), padding = inputs, options.get("padding_idx", -1)
+    base, x = inputs
     if at is Placement.LOOKUP:
-        term = F.embedding(x, cast(lambda: branch.up), padding if padding >= 0 else None) @ cast(lambda: branch.down)
-    elif branch.kind == "conv":
-        term = _conv(branch, drop, x, ConvCall(**options))
+        return MatrixOps.at_lookup(branch, base, x, **options)
+    if branch.kind == "conv":
+        call = ConvCall(**options)
+        term = low_rank_conv(branch, drop(call.padded(x)), call)
     else:
-        term = aten.linear.default(aten.linear.default(drop(x), cast(lambda: branch.down)), cast(lambda: branch.up))
-    total = aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
-    # Entries at padding_idx contribute no gradient.
-    return torch.where((x == padding).unsqueeze(-1), total.detach(), total) if padding >= 0 else total
-
-
-def _recorded(branch: Branch, compute: Callable[[], Any]) -> Any:
-    """Return what a method of a branch computes from proxies. It may do with them what torch.fx cannot record."""
-    try:
-        return compute()
-    except Exception as fault:
-        reason = str(fault).partition(". ")[0]
-        raise _refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
-
-
-def _conv(branch: LowRankBranch, drop: Any, x: Any, call: ConvCall) -> Any:
-    """Return `B (A * x)`, or with groups the convolution with the kernel `B A`."""
-    image, axes = drop(call.padded(x)), len(branch.weight_shape) - 2
-    if call.groups != 1:
-        return call.conv(axes, image, aten.type_as.default(_recorded(branch, branch.product), x))
-    # Reshaped parameters that do not depend on x would be constants for constant folding, and not trained any more.
-    down, up = _recorded(branch, lambda: (branch.down, branch.up))
-    a, b = aten.type_as.default(down, x), aten.type_as.default(up, x)
-    low = call.conv(axes, image, a.view(-1, *branch.weight_shape[1:]))
-    return ConvCall().conv(axes, low, b[(..., *(None for _ in range(axes)))])
+        a, b = (t if same_dtype else aten.type_as.default(t, x) for t in (branch.down, branch.up))
+        term = aten.linear.default(aten.linear.default(drop(x), a), b)
+    return aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
 
 
 def _dropout(tracer: fx.proxy.TracerBase, path: str) -> Any:

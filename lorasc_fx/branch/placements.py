@@ -135,8 +135,8 @@ class MatrixOps:
 
         As in `F.embedding`, entries at padding_idx contribute no gradient. A negative padding_idx means none.
         """
-        low = F.embedding(indices, branch.up.to(base.dtype), padding_idx if padding_idx >= 0 else None)
-        delta = (low @ branch.down.to(low.dtype)).to(base.dtype)  # autocast does not change the dtype of a lookup
+        low = F.embedding(indices, branch.up.type_as(base), padding_idx if padding_idx >= 0 else None)
+        delta = (low @ branch.down.type_as(low)).type_as(base)  # autocast does not change the dtype of a lookup
         total = plus(base, delta, branch.scale)
         return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
 
@@ -303,8 +303,9 @@ def low_rank_conv(branch: LowRankBranch, image: torch.Tensor, call: ConvCall) ->
     """Return `B (A * x)` for a padded input, with plain operations. With groups, convolve with the kernel `B A`."""
     kernel = branch.weight_shape[2:]
     if call.groups != 1:
-        return call.conv(len(kernel), image, branch.product().to(image.dtype))
-    a, b = branch.down.to(image.dtype), branch.up.to(image.dtype)
+        return call.conv(len(kernel), image, branch.product().type_as(image))
+    # In a traced graph, `type_as` depends on the input, so constant folding keeps the parameters trainable.
+    a, b = branch.down.type_as(image), branch.up.type_as(image)
     low = call.conv(len(kernel), image, a.view(-1, *branch.weight_shape[1:]))
     return ConvCall().conv(len(kernel), low, b[(..., *(None for _ in kernel))])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
+from lorasc_fx.branch import Branch
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.passes import (
     AdapterInputs,
@@ -20,6 +21,7 @@ from lorasc_fx.passes import (
     Pipeline,
     StageTransition,
 )
+from lorasc_fx.spec import ADAPTERS
 from tests.kit.errors import raises
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import assert_close, assert_differ, fill, insert, run, total
@@ -137,6 +139,25 @@ def test_a_method_without_one_is_refused(adapter: str, dialect: str, reason: str
     assert text(inserted) == before
 
 
+class Constant(Branch):
+    """Computes with a tensor that is neither a parameter nor a buffer."""
+
+    ones = torch.ones(1, 5, dtype=torch.float64)
+
+    @classmethod
+    def shapes(cls, site: lx.Site) -> dict[str, tuple[int, ...]]:
+        return {"shift": (site.shape[0], 1)}
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        return self.shift @ self.ones
+
+
+def test_a_constant_of_a_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADAPTERS, "constant", Constant)
+    with raises(lx.PassError, "method-not-supported", "one.weight (Constant)", "neither a parameter nor a buffer"):
+        InlineBranches()(adapted(adapter="constant", targets=("one.weight",)))
+
+
 def test_dropout_follows_the_mode_of_the_module() -> None:
     inserted = adapted(dropout=0.4, targets=("linear",))
     plain = copy.deepcopy(inlined(inserted))
@@ -226,7 +247,7 @@ def gone(module: fx.GraphModule) -> None:
 
 CHANGES: dict[Any, str] = {
     scale: "other arguments than in the branch",
-    op: "used at linear_2: node linear_default_5 is read by mul_tensor_4 (aten.div.Tensor) instead of aten.mul.Tensor",
+    op: "used at linear_2: node linear_default_5 is read by mul_tensor_3 (aten.div.Tensor) instead of aten.mul.Tensor",
     observer: "branches_two_weight_lora_a is read by fake_quantize_per_tensor_affine",
     base: "two.weight: its branch reads (neg, ",
     gone: "branches_two_weight_lora_a is read by no node instead of aten.linear.default",
