@@ -1,7 +1,7 @@
 """Reads a LoRA or DoRA adapter that peft saved. peft builds its layers on a copy of the model and loads the tensors.
 
-The values of the configuration are checked before peft gets them: peft would import a module that an option names, and
-match names by any regular expression.
+The values of the configuration are checked before peft gets them, because peft would import a module that an option
+names.
 """
 
 from __future__ import annotations
@@ -42,20 +42,7 @@ MAX_CONFIG_BYTES = 1 << 24
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
-"""Keys of factors in a file. The group is the path of peft's layer."""
 
-
-def _is_safe(pattern: str) -> bool:
-    """Return whether a pattern is a valid regular expression that cannot backtrack exponentially."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return len(re.findall(r"(?<!\\)[*+{]", pattern)) <= 3 and not re.search(r"\)[*+{]", pattern)
-
-
-Pattern = Annotated[str, Check(_is_safe, "give a regular expression with few repetitions, which is matched quickly")]
 Alpha = Annotated[float, Check(lambda alpha: 0 < alpha < 1e30, "it scales the factors: give a number above 0")]
 Name = Annotated[
     str, Check(lambda name: bool(re.fullmatch(r"[\w.-]+", name)), "give the name of a module or parameter")
@@ -68,8 +55,8 @@ class AdapterConfig:
 
     r: Rank = 8
     lora_alpha: Alpha = 8.0
-    rank_pattern: dict[Pattern, Rank] | None = None
-    alpha_pattern: dict[Pattern, Alpha] | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_dropout: Dropout = 0.0
@@ -194,8 +181,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
                 raise ValueError(f"{key!r} is {value.dtype}, not floating-point numbers")
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise CheckpointError(f"{key!r} holds inf or nan", code="non-finite")
-        options = {**vars(config), **_exact_targets(config, tensors, model)}
-        mirror = _mirror(model, peft.LoraConfig(**{key: _plain(value) for key, value in options.items()}))
+        mirror = _mirror(model, peft.LoraConfig(**{key: _plain(value) for key, value in vars(config).items()}))
         expected = {key: value.shape for key, value in mirror.state_dict().items()}
         try:
             result = peft.set_peft_model_state_dict(mirror.wrapped, tensors, low_cpu_mem_usage=True)
@@ -235,22 +221,6 @@ def _config(data: object, known: type) -> AdapterConfig:
     return config
 
 
-def _exact_targets(config: AdapterConfig, keys: Iterable[str], model: nn.Module) -> dict[str, Any]:
-    """Return options that name the modules by the keys of the file, instead of by regular expressions of the file."""
-    if not isinstance(config.target_modules, str) and not isinstance(config.exclude_modules, str):
-        return {}
-    ends = tuple(f".{name}" for name in config.target_parameters or ())
-    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if f".{name}".endswith(ends)}
-    paths = {match[1].replace(".base_layer", "") for key in keys if (match := _FACTOR.fullmatch(key))}
-    exact = "|".join(re.escape(path) for path in sorted(paths - owners))
-    return {
-        "target_modules": exact or None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
-
-
 def _plain(value: Any) -> Any:
     """Return tuples as lists, which peft expects, and anything else unchanged."""
     if isinstance(value, dict):
@@ -258,7 +228,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-_ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError)
+_ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError, re.error)
 """What peft raises for an adapter that does not fit the model."""
 
 

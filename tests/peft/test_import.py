@@ -281,7 +281,7 @@ CONFIGURATIONS = [
     ({"rank_pattern": {"up": 10**12}}, ("invalid-adapter", "rank_pattern.up is 1000000000000")),
     ({"lora_alpha": -1}, ("invalid-adapter", "lora_alpha", "-1")),
     ({"bias": "some"}, ("invalid-adapter", "bias", "some", "lora_only")),
-    ({"alpha_pattern": {"(a+)+b": 3}}, ("invalid-adapter", "alpha_pattern", "a+)+b")),
+    ({"target_modules": "(up"}, ("adapter-does-not-fit", "unterminated subpattern")),
     ({"modules_to_save": ["(a+)+b"]}, ("invalid-adapter", "modules_to_save", "a+)+b")),
     ({"modules_to_save": ["norm", "haed"]}, ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
     ({"modules_to_save": ["norm", "head"]}, ("invalid-adapter", "head.0.weight")),
@@ -366,10 +366,9 @@ def test_files(source: Path, tmp_path: Path) -> None:
     refused(folder, ("invalid-checkpoint", "adapter_config.json", "16"))
 
 
-def test_no_name_of_the_file_is_imported_or_matched_as_an_expression(source: Path, tmp_path: Path) -> None:
-    """peft would import `megatron_core`, and would match a name with many repetitions for minutes."""
-    slow_to_match = {"target_modules": "(.*)*(.*)*(.*)*(.*)*x|up", "exclude_modules": "(.*)*(.*)*(.*)*(.*)*x"}
-    config = {**slow_to_match, "megatron_core": "this_module_is_absent", "megatron_config": {"a": 1}}
+def test_no_module_that_the_file_names_is_imported(source: Path, tmp_path: Path) -> None:
+    """peft would import `megatron_core`."""
+    config = {"target_modules": "u.", "megatron_core": "this_module_is_absent", "megatron_config": {"a": 1}}
     folder = changed(source, tmp_path, config, lambda tensors: None)
     cascade = lx.from_peft(folder, made(BUILD["words"]), INPUTS["words"]())
     assert [site.weight for site in cascade.sites] == ["up.weight"]
