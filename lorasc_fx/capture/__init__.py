@@ -32,7 +32,7 @@ from lorasc_fx.capture.torch_export import capture_export
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import has_values, isolated_model, with_fake_tensors
 from lorasc_fx.check.observe import one_line
-from lorasc_fx.check.preflight import RECOMPUTES, Disagreement, Preflight, check_agrees, first_difference, run_preflight
+from lorasc_fx.check.preflight import RECOMPUTES, Preflight, check_agrees, run_preflight
 from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.errors import CaptureError, nearest
 from lorasc_fx.signature import copy_inputs, leaves, register_cache_pytrees, requires_grad
@@ -153,8 +153,6 @@ class _Example:
         if frontend != EXPORT.name and self.on_values:
             log.info("%s runs eagerly", name)
             return Captured(None, EAGER, refused=tuple(reasons.items()))
-        if fault is not None:
-            reasons[EXPORT.name] += self._where(fault)
         if frontend != EXPORT.name:
             reasons[EAGER.name] = (
                 "the model must run, and has no values here (it is on the meta device, or sharded). Load its weights "
@@ -176,14 +174,6 @@ class _Example:
         with requiring_grad(self.model, self.trained):
             check_agrees(module, self.preflight, self.model, self.args, self.kwargs)
         return Captured(module, EXPORT, conditions)
-
-    def _where(self, fault: Exception) -> str:
-        """Return the first module in which a graph differs from the model, as the end of a sentence, or ""."""
-        if not isinstance(fault, Disagreement) or not self.on_values:
-            return ""
-        with requiring_grad(self.model, self.trained):
-            module = first_difference(fault, self.model, self.args, self.kwargs)
-        return f"; the first module that differs is {module}"
 
 
 def not_captured(model: nn.Module, reasons: Mapping[str, str]) -> CaptureError:

@@ -46,19 +46,6 @@ LARGE = 1 << 26
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The difference between two runs.
-
-    Args:
-        sentence: a description, for error messages.
-        weights: names of the weights and inputs whose gradients differ.
-    """
-
-    sentence: str
-    weights: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Digest:
     """Replaces a large output: its dtype, shape and a checksum of its bits."""
 
@@ -293,8 +280,8 @@ def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
     return observers
 
 
-def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> Difference | None:
-    """Return the first difference between two runs, or None if they agree up to rounding.
+def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> str | None:
+    """Return the first difference between two runs as a phrase, or None if they agree up to rounding.
 
     Args:
         graph: the run to check.
@@ -306,20 +293,20 @@ def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> D
         (ARGUMENT, graph.arguments, model.arguments),
     ):
         if computed[0] != expected[0]:
-            return Difference(f"{subject} has other types, {computed[0]} instead of {expected[0]}")
+            return f"{subject} has other types, {computed[0]} instead of {expected[0]}"
         if len(computed[1]) != len(expected[1]):
-            return Difference(f"{subject} has {len(computed[1])} tensors instead of {len(expected[1])}")
+            return f"{subject} has {len(computed[1])} tensors instead of {len(expected[1])}"
         for value, expected_value in zip(computed[1], expected[1], strict=True):
             if (difference := _tensor_difference(value, expected_value)) is not None:
-                return Difference(f"{subject} is {difference}")
+                return f"{subject} is {difference}"
     if [name for name, _ in graph.buffers] != [name for name, _ in model.buffers]:
-        return Difference("it has other buffers after the call")
+        return "it has other buffers after the call"
     for (name, value), (_, expected_value) in zip(graph.buffers, model.buffers, strict=True):
         if (difference := _tensor_difference(value, expected_value)) is not None:
-            return Difference(f"buffer {name} is {difference} after the call")
+            return f"buffer {name} is {difference} after the call"
     if gradients and model.gradients is not None:
         if graph.gradients is None:
-            return Difference(f"its backward pass raises {graph.backward_error}")
+            return f"its backward pass raises {graph.backward_error}"
         dtypes = {output.dtype for output in model.output[1] if output.dtype.is_floating_point}
         return _gradient_difference(graph.gradients, model.gradients, dtypes)
     return None
@@ -327,8 +314,8 @@ def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> D
 
 def _gradient_difference(
     graph: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor], dtypes: set[torch.dtype]
-) -> Difference | None:
-    """Return the gradients that differ by more than rounding, or None if all agree.
+) -> str | None:
+    """Return the gradients that differ by more than rounding as a phrase, or None if all agree.
 
     A small gradient may be a sum of large terms that cancel, so its rounding error is relative to the largest gradient.
 
@@ -352,7 +339,7 @@ def _gradient_difference(
         return None
     worst = max(errors, key=lambda name: errors[name])
     more = f", and {len(errors) - 1} more gradients differ" if len(errors) > 1 else ""
-    return Difference(f"the gradient of {worst} is off by {errors[worst]:.1e} of its scale{more}", tuple(errors))
+    return f"the gradient of {worst} is off by {errors[worst]:.1e} of its scale{more}"
 
 
 def _tensor_difference(value: torch.Tensor | Digest, expected: torch.Tensor | Digest) -> str | None:

@@ -8,7 +8,6 @@ graph is accepted only if it computes the same outputs and gradients.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 from collections.abc import Callable, Mapping
@@ -18,43 +17,29 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import (
     WRITTEN,
     Attributes,
-    call_recorder,
     fake_mode,
-    isolation,
     restored_attributes,
     restored_values,
     written_by,
 )
-from lorasc_fx.check.observe import Difference, Observed, attempt, difference_of, observe, one_line, tensors_in
+from lorasc_fx.check.observe import Observed, attempt, difference_of, observe, one_line
 from lorasc_fx.check.process_state import eager, quiet, seed
-from lorasc_fx.check.projections import projected
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.environment import OUT_OF_MEMORY
 from lorasc_fx.util.undo import Block, isolated
 
-MAX_MODULE_ERROR = 1e-3
-"""Maximum relative difference between the outputs of a module and of the op of the graph that corresponds to it."""
-
 
 class Disagreement(RuntimeError):
-    """A graph computes something else than its model.
+    """A graph computes something else than its model."""
 
-    Attributes:
-        graph: the graph.
-        weights: names of the weights whose gradients differ.
-        grad: gradient mode of the comparison.
-    """
-
-    def __init__(self, graph: Callable[..., Any], difference: Difference, grad: bool) -> None:
-        super().__init__(f"its graph does something else than the model: {difference.sentence}")
-        self.graph, self.weights, self.grad = graph, difference.weights, grad
+    def __init__(self, difference: str) -> None:
+        super().__init__(f"its graph does something else than the model: {difference}")
 
 
 RECOMPUTES = (
@@ -202,7 +187,7 @@ def check_agrees(
     except OUT_OF_MEMORY:
         raise
     except Exception as fault:
-        raise Disagreement(graph, Difference(f"it raises {one_line(fault)}"), grad) from fault
+        raise Disagreement(f"it raises {one_line(fault)}") from fault
     difference = difference_of(computed, preflight.seen)
     if difference is not None and not (computed.has_all_values and preflight.seen.has_all_values):
         # The digests differ. The values may still agree up to rounding, so run again and keep them.
@@ -218,7 +203,7 @@ def check_agrees(
     # The graph is wrong only if the model is deterministic under one seed.
     again = run(model, preflight.seen.has_all_values, backward=True)
     if difference_of(again, preflight.seen) is None:
-        raise Disagreement(graph, difference, grad)
+        raise Disagreement(difference)
 
 
 def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -230,43 +215,6 @@ def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], k
     with trial(model, grad=False):
         expected, _ = attempt(observe, model, model, args, kwargs, keep_values=True)
     return expected is not None and difference_of(computed, expected, gradients=False) is None
-
-
-def first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return path and class of the first module called in which a graph differs from its model.
-
-    A module differs if no op of the graph computes its output, or if its weights get different gradients. Returns the
-    class of the model if no such module is found.
-    """
-    # This may raise, for example because a module was compiled by torch.compile, which cannot trace the hooks.
-    path, _ = attempt(_first_difference, fault, model, args, kwargs)
-    return f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
-
-
-def _first_difference(fault: Disagreement, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Return the path of the first module that differs, or ""."""
-    called: list[str] = []
-    outputs: list[tuple[str, list[torch.Tensor]]] = []
-
-    def before_call(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        called.append(path)
-
-    def after_call(path: str, module: nn.Module, output: Any) -> None:
-        floating = [value for value in tensors_in(output) if value.is_floating_point() or value.is_complex()]
-        outputs.append((path, [projected(value) for value in floating]))
-
-    recorder = call_recorder(model, before_call, after_call)
-    with isolation(model, args, kwargs, recorder, grad=fault.grad) as (inputs, named):
-        model(*inputs, **named)
-    if fault.weights:
-        owners = {name.rpartition(".")[0] for name in fault.weights}
-        return next((path for path in called if path and path in owners), "")
-    # The nodes of a graph do not tell their modules. So search the outputs of all ops for the output of each module.
-    results = _OpOutputs()
-    observed = isolation(model, args, kwargs, results, grad=fault.grad)
-    with observed as (inputs, named), contextlib.suppress(Exception):  # the ops before an exception count too
-        fault.graph(*inputs, **named)
-    return next((path for path, parts in outputs if path and not all(map(results.has, parts))), "")
 
 
 def generators() -> tuple[Any, Any]:
@@ -282,25 +230,3 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], see
     with restored_values(model):
         seed(seed_value)
         model(*inputs, **named)
-
-
-class _OpOutputs(TorchDispatchMode):
-    """Records projections of the floating-point outputs of all ops of a run."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._projections: list[torch.Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        # The metadata of a graph may contain fake tensors.
-        real = [tensor for tensor in tensors_in(output) if not isinstance(tensor, FakeTensor)]
-        self._projections += [projected(value) for value in real if value.is_floating_point() or value.is_complex()]
-        return output
-
-    def has(self, expected: torch.Tensor) -> bool:
-        """Whether an op has computed a tensor with these projections."""
-        allowed = MAX_MODULE_ERROR * expected.norm()
-        return any(bool((projection - expected).norm() <= allowed) for projection in self._projections)

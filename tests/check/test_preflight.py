@@ -21,7 +21,7 @@ from transformers.integrations import moe
 
 import lorasc_fx as lx
 from lorasc_fx.check.autograd_graph import describe
-from lorasc_fx.check.preflight import Disagreement, check_agrees, first_difference, run_preflight
+from lorasc_fx.check.preflight import Disagreement, check_agrees, run_preflight
 from tests.kit.errors import raises
 from tests.kit.models import TwoLayers, assert_merged, batches, branches, build, merged, randomize
 from tests.kit.seams import SEAMS, seam
@@ -337,7 +337,6 @@ def test_a_tensor_hook_is_kept() -> None:
     with raises(lx.CaptureError, "not-captured", "export: ") as caught:
         lx.adapt(build(Reverses), (X[0],), spec=SPEC, frontend="export")
     assert "the gradient of body.weight is off by 2.0e+00 of its scale" in str(caught.value)
-    assert str(caught.value).endswith("the first module that differs is body (Linear)")
     cascade = lx.adapt(build(Reverses), (X[0],), spec=SPEC)
     assert cascade.frontend == "eager"
     assert_goes_as_eager(Reverses, cascade)
@@ -436,7 +435,7 @@ def test_inputs_that_require_gradients_get_a_separate_graph_if_the_model_reads_t
 
 
 @pytest.mark.parametrize("wrong", ["values", "gradients"])
-def test_the_first_module_that_differs(wrong: str) -> None:
+def test_a_graph_that_differs(wrong: str) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(4)])
 
@@ -447,9 +446,8 @@ def test_the_first_module_that_differs(wrong: str) -> None:
 
     call = (X[0].float(),), {}
     trial = run_preflight(model, *call)
-    with pytest.raises(Disagreement, match="the gradient of" if wrong == "gradients" else "an output is off") as caught:
+    with pytest.raises(Disagreement, match="the gradient of" if wrong == "gradients" else "an output is off"):
         check_agrees(graph, trial, model, *call)
-    assert first_difference(caught.value, model, *call) == ("0" if wrong == "gradients" else "2") + " (Linear)"
     check_agrees(model, trial, model, *call)
 
 
