@@ -1,8 +1,7 @@
 """Run a model or its graph once, record the results (outputs, buffers, gradients), and compare the records of two runs.
 
 Gradients are not stored. Each is reduced to a few random projections when it is computed. Projections are linear, so a
-gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass is needed if the autograd graphs
-of both runs are equal, because then the gradients are equal too.
+gradient may be accumulated in parts, as reentrant checkpointing does.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorasc_fx.check.autograd_graph import CUSTOM_OP, Description, describe
 from lorasc_fx.check.guards import attribute_tensors
 from lorasc_fx.check.isolation import detached_in_place, restored_values, written_by
 from lorasc_fx.check.process_state import ObserverMode, seed
@@ -74,7 +72,6 @@ class Observed:
         recomputes: whether the model sets hooks on saved tensors, as gradient checkpointing does.
         reads_grad_state: whether its Python code reads `requires_grad`, `grad_fn` or `is_leaf` of tensors.
         observers: names of modules with forward hooks of the user that return None.
-        autograd: description of the autograd graph. None if a part of the graph cannot be read, or may change.
         gradients: projections of the gradients of weights and inputs. None if no backward was run, or it raised.
         backward_error: the exception of the backward pass, as one line, or "".
     """
@@ -86,7 +83,6 @@ class Observed:
     recomputes: bool
     reads_grad_state: bool
     observers: tuple[str, ...]
-    autograd: Description | None
     gradients: Mapping[str, torch.Tensor] | None
     backward_error: str = ""
 
@@ -118,13 +114,12 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
     Attributes:
         recomputes: whether an op runs under hooks on saved tensors that the model has set.
         reads_grad_state: whether `requires_grad`, `grad_fn` or `is_leaf` of a tensor is read.
-        hooks: whether hooks may be set on tensors or autograd nodes.
         products: arguments and output of each call of a quantized layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recomputes = self.reads_grad_state = self.hooks = False
+        self.recomputes = self.reads_grad_state = False
         self.products: list[tuple[Any, torch.Tensor | None]] = []
         self._inside = 0  # depth of calls of quantized layers
         self._hooks_before = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -134,8 +129,6 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
         self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._hooks_before
         getter_of = getattr(func, "__self__", None)  # the attribute, if func is its `__get__`
         self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
-        # A model that reads grad_fn may set hooks on the node, which this mode does not see.
-        self.hooks |= func is torch.Tensor.register_hook or getter_of is torch.Tensor.grad_fn
         return func(*args, **(kwargs or {}))
 
     def before_layer(self, module: nn.Module, args: Any) -> None:
@@ -170,22 +163,16 @@ def observe(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    reference: Observed | None = None,
-    backward: bool = False,
     gradients: bool = True,
     keep_values: bool = False,
 ) -> Observed:
-    """Run once in the current gradient mode, and return the record of the run.
-
-    Backward runs only if the autograd graph cannot be read, or differs from the one of `reference`.
+    """Run once in the current gradient mode, and backward if gradients are on. Return the record of the run.
 
     Args:
         call: the model, or its graph.
         model: the model, whose state is recorded and then restored.
         args, kwargs: arguments of the call. They are copied.
-        reference: the record that the new one will be compared with.
-        backward: run backward in any case.
-        gradients: whether gradients are recorded, if gradients are on.
+        gradients: whether to run backward.
         keep_values: keep the values of large outputs instead of digests.
     """
     inputs, named = copy_inputs(args, kwargs)
@@ -202,18 +189,14 @@ def observe(
         functions, reentrant = _custom_functions(backward_nodes(tensors) - use.nodes_of_products())
         if reseeded:  # dynamo would keep the seed as a constant
             functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
-        # Describe the autograd graph. Run backward only if the description is not enough.
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         differentiates = gradients and torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(tensors_in((inputs, named)))}
         parameters = dict(model.named_parameters())
-        # A description contains neither hooks nor the order of writes, so backward must run if the model uses them.
-        readable = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
         roots = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-        autograd = describe(roots, parameters, leaves) if readable else None
-        same = autograd is not None and (reference is None or autograd == reference.autograd)
-        run_backward = differentiates and not same
-        projections, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
+        projections, fault = None, None
+        if differentiates:
+            projections, fault = attempt(projected_gradients, roots, leaves | parameters)
     # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
     if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
@@ -229,7 +212,6 @@ def observe(
         use.recomputes or reentrant,
         use.reads_grad_state,
         tuple(sorted(observers)),
-        autograd,
         projections,
         one_line(fault) if fault is not None else "",
     )
@@ -243,7 +225,8 @@ def _custom_functions(nodes: set[Any]) -> tuple[set[str], bool]:
     custom = [node for node in custom if not modules[node].startswith("torch._higher_order_ops.")]
     reentrant = [node for node in custom if getattr(node, "_forward_cls", None) is CheckpointFunction]
     names = {type(node).__name__.removesuffix("Backward") for node in custom if node not in reentrant}
-    names = {name for name in names if not name.startswith(CUSTOM_OP)}
+    # Nodes of ops of `torch.library`, which a graph keeps.
+    names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}
     phrases = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
     return phrases, bool(reentrant)
 
