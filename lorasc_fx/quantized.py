@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.parameters import shallow
+from lorasc_fx.util.torch_private import DisableTorchFunctionSubclass
 from lorasc_fx.util.undo import Block, Undo, isolated
 
 T = TypeVar("T", bound=torch.Tensor)
@@ -264,7 +265,7 @@ class QuantizedWeight(torch.Tensor):
             arguments = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             if isinstance(arguments["weight"], cls):
                 return arguments["weight"].product(arguments["input"], arguments.get("bias"))
-        with torch._C.DisableTorchFunctionSubclass():  # otherwise results would be of this class
+        with DisableTorchFunctionSubclass():  # otherwise results would be of this class
             return func(*args, **(kwargs or {}))
 
     @classmethod

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lorasc_fx.graph import GraphEditor
 from lorasc_fx.graph.flow import is_impure, may_alias, mutates, reached
 from lorasc_fx.graph.forms import name_of
+from lorasc_fx.util.torch_private import OpOverload
 
 from .base import CascadePass
 
@@ -214,7 +215,7 @@ def _computed(mask: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any] | N
                 values[node] = int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, _SIZE)))
             elif isinstance(size, int):
                 values[node] = size
-            elif isinstance(node.target, torch._ops.OpOverload):
+            elif isinstance(node.target, OpOverload):
                 args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value_of)
                 values[node] = node.target(*args, **kwargs)
     except (RuntimeError, IndexError):
@@ -227,7 +228,7 @@ def _computed(mask: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any] | N
 def _is_known(node: fx.Node) -> bool:
     """Whether a node is a size, or an op of aten whose result depends on its arguments only."""
     value, op = node.meta.get("val"), node.target
-    is_op = isinstance(op, torch._ops.OpOverload) and op.namespace == "aten" and "empty" not in name_of(node)
+    is_op = isinstance(op, OpOverload) and op.namespace == "aten" and "empty" not in name_of(node)
     is_tensor = is_op and isinstance(value, torch.Tensor) and not is_impure(node)
     return is_tensor or isinstance(value, (int, torch.SymInt))
 

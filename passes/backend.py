@@ -16,6 +16,7 @@ from lorasc_fx.graph.patterns import check_patterns
 from lorasc_fx.graph.weights import BRANCHES, named_weights
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.util.torch_private import lookup_backend
 
 from .fold_branches import FoldBranches
 from .insert_branches import InsertBranches, no_sites_message
@@ -53,7 +54,7 @@ class Backend(nn.Module):
             graph_module = self._adapted(graph_module, inputs)
         if not isinstance(self._inner, str):
             return self._inner(graph_module, inputs)
-        compiler: Compiler = torch._dynamo.lookup_backend(self._inner)
+        compiler: Compiler = lookup_backend(self._inner)
         return compiler(graph_module, inputs)
 
     def _adapted(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

@@ -31,6 +31,7 @@ from lorasc_fx.branch.products import (
     plus,
     with_strides,
 )
+from lorasc_fx.util.torch_private import functorch_is_active
 
 if TYPE_CHECKING:
     from lorasc_fx.branch.lora import LowRankBranch
@@ -462,6 +463,4 @@ def _is_scratch(base: torch.Tensor, low: torch.Tensor) -> bool:
     `base` is the output of an op, and nothing except the branch of the op reads it.
     """
     plain = type(base) is type(low) is torch.Tensor and base.dtype == low.dtype
-    return plain and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    return plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or functorch_is_active())

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorasc_fx.util.torch_private import OpOverload, dispatch_modes, functorch_is_active, mkldnn_is_enabled
+
 _MIN_CHUNK = 64
 """Minimum number of tokens in a chunk. Smaller chunks cost more than they gain."""
 
@@ -47,7 +49,7 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and not torch._C._are_functorch_transforms_active()
+    return plain and not functorch_is_active()
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -361,11 +363,11 @@ def _uses_onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None)
         _is_large(x, rows)
         and onednn_is_faster()
         and not torch.is_grad_enabled()
-        and torch._C._get_mkldnn_enabled()
+        and mkldnn_is_enabled()
         and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, rows))
         and (bias is None or (bias.dim() == 1 and bias.dtype == x.dtype))
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not functorch_is_active()
+        and not dispatch_modes()
     )
 
 
@@ -461,7 +463,7 @@ def for_frozen(target: Any, same_bits: bool = True) -> Callable[..., torch.Tenso
         target: the target of a node. The function has its arguments. Only graphs that run eagerly use it.
         same_bits: whether the function computes the same bits as the target if gradients are disabled.
     """
-    is_op = isinstance(target, torch._ops.OpOverload) or target is F.linear
+    is_op = isinstance(target, OpOverload) or target is F.linear
     if not is_op or not onednn_is_faster():
         return None
     function = _FROZEN.get("aten.linear.default" if target is F.linear else str(target))

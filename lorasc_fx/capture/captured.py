@@ -19,6 +19,7 @@ from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
 from lorasc_fx.graph.editor import products_with_weights, retarget
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.util.environment import generator_states
+from lorasc_fx.util.torch_private import traced_assert
 
 OWNER = "model"
 """Name under which a graph module holds the user's model as a child."""
@@ -101,7 +102,7 @@ class Conditions:
                 if fixed is not None and isinstance(proxy, fx.Proxy):
                     message = f"the graph was traced for size {fixed} of axis {axis} of {proxy}"
                     size: Any = proxy.size(axis)
-                    torch._assert(size == fixed, message)
+                    traced_assert(size == fixed, message)
 
     def accepts(self, leaves: list[Any]) -> bool:
         """Whether the graph is valid for these inputs: their sizes, requires_grad flags and the export guards."""

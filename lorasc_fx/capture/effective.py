@@ -32,6 +32,7 @@ from lorasc_fx.graph.forms import FunctionForm, StoredCall, WeightForm, built_in
 from lorasc_fx.parameters import holders
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.signature import is_opaque_leaf
+from lorasc_fx.util.torch_private import current_autograd_node, current_backward, sequence_number
 from lorasc_fx.util.undo import Undo, isolated
 
 MAX_SPANS = 1 << 17
@@ -245,7 +246,7 @@ class _Call:
     """
 
     def __init__(self) -> None:
-        self.begin: int = torch._C._autograd._get_sequence_nr()
+        self.begin: int = sequence_number()
         self.end: int | None = None
         self.values: dict[str, torch.Tensor] = {}
 
@@ -369,14 +370,14 @@ class EffectiveWeights:
         """
         if self.running:
             return self.running[-1].begin
-        task: int = torch._C._current_graph_task_id()
+        task: int = current_backward()
         if task < 0:  # no backward is running
             return None
         backward: tuple[int, int] | None = getattr(self._local, "backward", None)
         if backward is not None and task > backward[0]:  # an inner backward, as in reentrant checkpointing
             return backward[1]
         # The node whose backward runs may also come from code outside the model, such as a loss with parameters.
-        node = torch._C._current_autograd_node()
+        node = current_autograd_node()
         number = node._sequence_nr() if node is not None else -1
         if not self._is_of_a_call(number):
             self._local.backward = None
@@ -440,7 +441,7 @@ class EffectiveWeights:
     def end(self, running: tuple[_Call, ...]) -> None:
         """End the calls that were started after the calls in `running`, and remember their autograd nodes."""
         for call in self.running[len(running) :]:
-            call.end = torch._C._autograd._get_sequence_nr()
+            call.end = sequence_number()
             self._remember(call.begin, call.end)
         self._local.running = running
         if not running:

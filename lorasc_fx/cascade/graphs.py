@@ -20,6 +20,7 @@ from lorasc_fx.cascade.run_base import describe
 from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.quantized import writable
+from lorasc_fx.util.torch_private import functorch_is_active
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
 log = logging.getLogger("lorasc_fx")
@@ -198,7 +199,7 @@ class Graphs:
 
     def _check_capture(self) -> None:
         """Raise StateError if no graph can be captured now, or if it would not fit the plan."""
-        if torch._C._are_functorch_transforms_active():
+        if functorch_is_active():
             raise StateError(
                 "forward: this call needs a new graph, which cannot be captured inside torch.func (vmap, grad, jvp). "
                 "Call the cascade once outside, with inputs of the number of dimensions and the sizes that it gets "

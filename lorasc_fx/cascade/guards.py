@@ -26,7 +26,7 @@ from lorasc_fx.util.undo import Undo
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
+_ATTENTION = F.scaled_dot_product_attention
 """The original attention function, which context parallelism replaces in torch.nn.functional."""
 
 

@@ -21,6 +21,7 @@ from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.fingerprint import checksums
+from lorasc_fx.util.torch_private import current_backward
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
 log = logging.getLogger("lorasc_fx")
@@ -315,7 +316,7 @@ class Run(RunBase):
                 f"{call}: not allowed inside `with cascade.weights({view})`. Call it after the block",
                 code="inside-weights",
             )
-        if torch._C._current_graph_task_id() != -1:
+        if current_backward() != -1:
             raise StateError(
                 f"{call}: called inside a backward, which still needs the weights. Call it after the backward",
                 code="inside-backward",

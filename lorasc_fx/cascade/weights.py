@@ -31,6 +31,7 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Scratch, SlowWeights, ViewName
 from lorasc_fx.util.environment import free_memory
 from lorasc_fx.util.fingerprint import checksums
+from lorasc_fx.util.torch_private import set_version_counter
 from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, Undo, isolated
 
 Value = TypeVar("Value")
@@ -248,7 +249,7 @@ class Before:
         """Set the version counters of the parameters to `version`, or to their values of before if it is None."""
         names = tuple(name for name in self.versions if name in self.owned)
         versions = tuple(self.versions[name] if version is None else version for name in names)
-        torch._C._autograd._unsafe_set_version_counter(tuple(self.parameters[name] for name in names), versions)
+        set_version_counter(tuple(self.parameters[name] for name in names), versions)
 
 
 def folded_state(run: Run, call: str, quantized: Requantize, view: str) -> dict[str, torch.Tensor]:

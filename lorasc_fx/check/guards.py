@@ -27,11 +27,11 @@ from weakref import ReferenceType
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from lorasc_fx.graph.function import HOOKS
+from lorasc_fx.util.torch_private import FakeTensor
 
 MAX_ENTRIES = 256
 """Maximum number of guarded entries of a container. A larger one, such as a vocabulary, is guarded by its length."""

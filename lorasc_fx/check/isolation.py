@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +30,7 @@ from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import writable
 from lorasc_fx.signature import copy_inputs, leaves
 from lorasc_fx.util.fingerprint import checksums
+from lorasc_fx.util.torch_private import FakeTensor, FakeTensorMode, OpOverload, has_storage
 from lorasc_fx.util.undo import Block, isolated
 
 
@@ -230,7 +230,7 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         arguments = dict(kwargs or {})
-        if not isinstance(func, torch._ops.OpOverload):  # a higher-order op, whose inner ops are not dispatched here
+        if not isinstance(func, OpOverload):  # a higher-order op, whose inner ops are not dispatched here
             self.before_hidden_code()
         elif func.namespace not in _DECLARED:  # the schema of a custom op may be wrong
             self.copy_written((args, arguments))
@@ -249,7 +249,7 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
     def copy_written(self, values: Any) -> None:
         """Copy the watched tensors that share a storage with a tensor in a pytree, unless they were copied before."""
         for value in pytree.tree_leaves(values):
-            if isinstance(value, torch.Tensor) and torch._C._has_storage(value):
+            if isinstance(value, torch.Tensor) and has_storage(value):
                 for name, tensor in self._watched.pop(_storage_of(value), {}).items():
                     self.copies[name] = tensor.to("cpu", copy=True)
 
@@ -317,7 +317,7 @@ def restored_values(undo: Block, model: nn.Module) -> None:
     copied_lazily = {
         name: tensor
         for name, (_, tensor) in parameters.items()
-        if written_before is None and type(tensor) is torch.Tensor and torch._C._has_storage(tensor)
+        if written_before is None and type(tensor) is torch.Tensor and has_storage(tensor)
     }
     writes, digests = _CopyBeforeWrite(copied_lazily), checksums(copied_lazily)
     copied_now = {name: tensor for name, (_, tensor) in parameters.items() if name not in copied_lazily}

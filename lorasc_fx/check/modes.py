@@ -23,6 +23,7 @@ from lorasc_fx.check.observe import Observed, attempt, difference_of, observe, t
 from lorasc_fx.check.preflight import Preflight, generators, trial
 from lorasc_fx.check.process_state import ObserverMode
 from lorasc_fx.signature import is_opaque_leaf, leaves
+from lorasc_fx.util.torch_private import has_storage
 
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -95,7 +96,7 @@ class _Operators(ObserverMode, TorchDispatchMode):
         for name, value in [*self._model.named_parameters(), *self._model.named_buffers(), *inputs.items()]:
             if isinstance(value, torch.Tensor):
                 self._tensors[value] = name
-                if torch._C._has_storage(value):
+                if has_storage(value):
                     self._storages.setdefault(value.untyped_storage()._cdata, name)
         with self, _Functions(self):
             output = self._model(*args, **kwargs)
@@ -118,7 +119,7 @@ class _Operators(ObserverMode, TorchDispatchMode):
     def _tensor(self, tensor: torch.Tensor) -> Any:
         """Describe a tensor: by its name or call, as a part of a named tensor, or as a constant."""
         if tensor not in self._tensors:
-            storage = tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None
+            storage = tensor.untyped_storage()._cdata if has_storage(tensor) else None
             if storage in self._storages:
                 layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
                 return self._storages[storage], *layout

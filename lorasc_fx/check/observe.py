@@ -13,7 +13,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -25,6 +24,7 @@ from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.environment import OUT_OF_MEMORY
 from lorasc_fx.util.fingerprint import checksum
+from lorasc_fx.util.torch_private import FakeTensor, saved_tensors_hooks
 from lorasc_fx.util.undo import Block, isolated
 
 T = TypeVar("T")
@@ -122,11 +122,11 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
         self.recomputes = self.reads_grad_state = False
         self.products: list[tuple[Any, torch.Tensor | None]] = []
         self._inside = 0  # depth of calls of quantized layers
-        self._hooks_before = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._hooks_before = saved_tensors_hooks(True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Gradient checkpointing runs its region under hooks on saved tensors.
-        self.recomputes |= torch._C._autograd._top_saved_tensors_default_hooks(True) != self._hooks_before
+        self.recomputes |= saved_tensors_hooks(True) != self._hooks_before
         getter_of = getattr(func, "__self__", None)  # the attribute, if func is its `__get__`
         self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
         return func(*args, **(kwargs or {}))

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lorasc_fx.check.guards import Guards
 from lorasc_fx.check.isolation import (
@@ -32,6 +31,7 @@ from lorasc_fx.check.process_state import eager, quiet, seed
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.environment import OUT_OF_MEMORY
+from lorasc_fx.util.torch_private import FakeTensor
 from lorasc_fx.util.undo import Block, isolated
 
 

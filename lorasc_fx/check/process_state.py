@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import overrides
-from torch._compile import _disable_dynamo
-from torch._higher_order_ops import utils as higher_order
 from torch.backends import mha
 from torch.utils import _python_dispatch
 
 from lorasc_fx.util.environment import generator_states, seed_generators, set_generator_states
+from lorasc_fx.util.torch_private import disable_dynamo, higher_order
 from lorasc_fx.util.undo import PROCESS, Block, isolated
 
 T = TypeVar("T")
@@ -149,7 +148,7 @@ def quiet(undo: Block, grad: bool = True) -> None:
     # compared.
     reseed, thread = torch.seed, threading.get_ident()
 
-    @_disable_dynamo  # as torch.seed does
+    @disable_dynamo  # as torch.seed does
     def seed_from_generator() -> int:
         """Seed all generators with a number from the default generator. Other threads call the original function."""
         if threading.get_ident() != thread:

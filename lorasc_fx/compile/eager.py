@@ -14,7 +14,6 @@ from weakref import ref
 
 import torch
 from torch import fx, nn
-from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, Decided
@@ -32,6 +31,7 @@ from lorasc_fx.graph.matching import survey
 from lorasc_fx.passes.insert_branches import all_branches, no_sites_message
 from lorasc_fx.quantized import is_quantized, writable
 from lorasc_fx.signature import is_opaque_leaf
+from lorasc_fx.util.torch_private import disable_dynamo
 from lorasc_fx.util.undo import Undo, isolated
 
 PROBE, PROBES = 0.5, 4
@@ -135,7 +135,7 @@ class EagerModel:
         self._modules, self._compared = list(model.modules()), set[Hashable]()
         self.update(decided, beside)
 
-    @_disable_dynamo  # dynamo would trace the model without branches
+    @disable_dynamo  # dynamo would trace the model without branches
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Before a call in a new mode, or with a weight that has no branch yet, the call is examined."""
         self.prepare(args, kwargs)

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.forms import FunctionForm, ModuleForm, StoredCall, form_of, registered_named
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use
 from lorasc_fx.graph.weights import called_module, module_at
+from lorasc_fx.util.torch_private import OpOverload
 
 INPUT_OPTIONS = ("tensors", "scale", "rows")
 """Keyword arguments of a branch node whose tensors are inputs of the graph. `rows` maps inputs to rows of the batch."""

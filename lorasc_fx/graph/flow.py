@@ -29,6 +29,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.graph.branch_calls import call_template, replaced_call
 from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, has_weight_argument, name_of
 from lorasc_fx.graph.weights import called_module, module_at
+from lorasc_fx.util.torch_private import HigherOrderOperator
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -208,7 +209,7 @@ def reads_shape_only(node: fx.Node) -> bool:
 
 def mutates(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node writes into this argument, directly or in the body of a higher-order op."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return any(mutates(user, inner) for inner in inside(node, source) for user in inner.users)
     if node.target in (F.embedding, F.embedding_bag):
         renorm = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
@@ -227,7 +228,7 @@ def mutates(node: fx.Node, source: fx.Node) -> bool:
 
 def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
     """Yield the placeholders that receive an argument of a higher-order op in the graphs that the op runs."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return
     owner, operands = node.graph.owning_module, pytree.tree_leaves(node.args)
     if owner is None:

@@ -24,14 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._library.custom_ops import CustomOpDef
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.hooks import RemovableHandle
 
 from lorasc_fx.branch import Placement
 from lorasc_fx.errors import PassError, SpecError, nearest
 from lorasc_fx.quantized import quantized_linear
 from lorasc_fx.spec import KINDS
+from lorasc_fx.util.torch_private import CustomOpDef, OpOverload, OpOverloadPacket, grouped_mm
 
 
 @dataclass(frozen=True)
@@ -320,7 +319,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("F.conv2d", (F.conv2d,), 4),
     _conv("F.conv3d", (F.conv3d,), 5),
     _lookup("torch.embedding", torch.embedding),
-    _grouped("torch._grouped_mm", torch._grouped_mm, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
+    _grouped("torch._grouped_mm", grouped_mm, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
     FunctionForm(
         "F.embedding",
         "embedding",

@@ -28,6 +28,7 @@ from lorasc_fx.branch.products import for_frozen
 from lorasc_fx.graph.branch_calls import branch_nodes
 from lorasc_fx.graph.copies import copy_graph
 from lorasc_fx.graph.editor import call_directly
+from lorasc_fx.util.torch_private import OpOverload
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Names of the hook dictionaries of a module. `torch.nn` has global ones with the prefix `_global`."""
@@ -106,7 +107,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
         return None
     if (frozen := for_frozen(target, same_bits)) is not None and not node.kwargs and _reads_large_matrix(module, node):
         return _Call(frozen)
-    return _Call(target._op if isinstance(target, torch._ops.OpOverload) else target)  # skips OpOverload.__call__
+    return _Call(target._op if isinstance(target, OpOverload) else target)  # skips OpOverload.__call__
 
 
 def _keeps_forward(branch: Branch) -> bool:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.record import Record
 from lorasc_fx.shards import local
+from lorasc_fx.util.torch_private import FakeTensor
 
 BRANCHES = "branches"
 """Name of the child of a graph module that contains the branches. It is not part of the model."""

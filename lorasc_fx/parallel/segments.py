@@ -29,6 +29,7 @@ from lorasc_fx.errors import StateError
 from lorasc_fx.graph.flow import is_impure
 from lorasc_fx.shards import local
 from lorasc_fx.signature import leaves
+from lorasc_fx.util.torch_private import frame_callback
 from lorasc_fx.util.undo import Block, isolated
 
 ROOT = ""
@@ -277,7 +278,7 @@ class SplitGraph:
         Raises:
             StateError: the call is inside torch.compile.
         """
-        if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback():
+        if torch.compiler.is_compiling() or frame_callback():
             raise StateError(
                 "torch.compile: a cascade with sharded weights cannot be compiled. Call it uncompiled", code="sharded"
             )

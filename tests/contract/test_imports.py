@@ -31,6 +31,23 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def test_private_names_of_torch_are_in_one_module() -> None:
+    """And there are at most 25 of them."""
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("torch._"):
+                found.setdefault(where(path), set()).update(alias.name for alias in node.names)
+            elif isinstance(node, ast.Attribute) and (name := ast.unparse(node)).startswith("torch._"):
+                found.setdefault(where(path), set()).add(name)
+                found[where(path)].discard("torch.__version__")
+    found = {file: names for file, names in found.items() if names}
+    assert list(found) == ["lorasc_fx/util/torch_private.py"]
+    # `torch._C` in `torch._C._functions` is no name of its own.
+    (names,) = found.values()
+    assert len([name for name in names if not any(other.startswith(f"{name}.") for other in names)]) <= 25
+
+
 def test_the_linter_sees_passes_through_the_link() -> None:
     """Or the contracts on passes would hold of nothing."""
     import grimp
