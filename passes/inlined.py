@@ -152,14 +152,13 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
     if not record.inlined.calls:
         return graph_module
     editor = GraphEditor(graph_module, "insert-branches")
-    plan, found = record.plan, defaultdict[str, list[Any]](list)
+    plan = record.plan
     patterns = [(key, formula(record.inlined.branches[key], record, options)) for key, options in record.inlined.calls]
-    replaced: dict[fx.Node, fx.Node] = {}  # the erased result of each formula, and the node that took its place
-    for key, pattern in patterns:
-        for result, nodes, inputs in _places(pattern, editor.module.graph)[0]:
-            found[key].append(inputs)
-            editor.remove_formula(result, inputs[0], nodes)
-            replaced[result] = inputs[0]
+    found = [(key, place) for key, pattern in patterns for place in _places(pattern, editor.module.graph)[0]]
+    # The erased result of each formula, and the node that takes its place.
+    replaced = {result: inputs[0] for _, (result, _, inputs) in found}
+    for _, (result, nodes, _) in found:
+        editor.remove_formula(result, _latest(result, replaced), nodes)
     branches = {key: _with_parameters(branch, editor.module, key) for key, branch in record.inlined.branches.items()}
     editor.module._modules.pop(BRANCHES, None)
     editor.set_branches(branches)
@@ -172,12 +171,14 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
             wanted[key][plain_call(branches[key], use, node)[0]] = node
     faults = []
     for key, pattern in patterns:
-        places = {tuple(_latest(node, replaced) for node in inputs) for inputs in found[key]}
+        results = {result: inputs for name, (result, _, inputs) in found if name == key}
+        places = {tuple(_latest(node, replaced) for node in inputs) for inputs in results.values()}
+        # A branch may not be added to its own result.
+        places |= {inputs for inputs in results.values() if inputs[0] in results}
         missing, other = wanted[key].keys() - places, places - wanted[key].keys()
         if other:
-            faults.append(
-                f"{branches[key].weight_name}: its branch reads {sorted(other, key=str)[0]}, not the op's input"
-            )
+            inputs = " and ".join(map(str, min(other, key=str)))
+            faults.append(f"{branches[key].weight_name}: its branch reads {inputs}, which is not its use")
         elif missing or not places:
             difference = _places(pattern, editor.module.graph)[1]
             used = [f", used at {wanted[key][inputs]}" for inputs in missing] or [""]

@@ -239,6 +239,13 @@ def base(module: fx.GraphModule) -> None:
         node.args = (module.graph.call_function(torch.neg, (node.args[0],)), node.args[1])
 
 
+def twice(module: fx.GraphModule) -> None:
+    node = node_of(module, torch.ops.aten.add.Tensor, last=True)
+    with module.graph.inserting_after(node):
+        again = module.graph.call_function(torch.ops.aten.add.Tensor, (node, node.args[1]))
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+
+
 def gone(module: fx.GraphModule) -> None:
     node = node_of(module, "branches.two/weight.lora_A")
     for user in list(node.users):
@@ -249,7 +256,8 @@ CHANGES: dict[Any, str] = {
     scale: "other arguments than in the branch",
     op: "used at linear_2: node linear_default_5 is read by mul_tensor_3 (aten.div.Tensor) instead of aten.mul.Tensor",
     observer: "branches_two_weight_lora_a is read by fake_quantize_per_tensor_affine",
-    base: "two.weight: its branch reads (neg, ",
+    twice: "two.weight: its branch reads add_tensor_3 and add, which is not its use",
+    base: "two.weight: its branch reads neg and ",
     gone: "branches_two_weight_lora_a is read by no node instead of aten.linear.default",
 }
 
