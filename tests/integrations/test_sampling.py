@@ -197,39 +197,6 @@ def test_online_dpo_is_that_of_peft(tmp_path: Path) -> None:
     assert logged(ours, *names) == pytest.approx(logged(theirs, *names), abs=1e-6)
 
 
-def test_continuous_batching_uses_the_fast_weights() -> None:
-    """The oracle is `generate`, whose weights the tests of generation check."""
-    cascade = adapted(STAGED)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-    ids = torch.randint(3, 40, (4, 6), generator=torch.Generator().manual_seed(5))
-    for _ in range(8):
-        cascade(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    cascade.eval()
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=1, pad_token_id=0)
-    prompts = [[5, 6, 7], [8, 9, 10]]
-
-    def batch(model: Any) -> list[list[int]]:
-        blocks = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
-        found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=blocks)
-        return [each.generated_tokens for each in found.values()]
-
-    def one_by_one() -> list[list[int]]:
-        return [cascade.generate(torch.tensor([row]), generation_config=config)[0, 3:].tolist() for row in prompts]
-
-    assert batch(cascade) == one_by_one()
-    with cascade.weights("base"):
-        base = one_by_one()
-        assert batch(cascade) == base
-    assert base != one_by_one()
-    for name in ("init_continuous_batching", "continuous_batching_context_manager"):
-        with pytest.raises(AttributeError, match="generate_batch"):
-            getattr(cascade, name)
-        with cascade.weights("fast"):
-            assert callable(getattr(cascade, name))
-
-
 def test_trainers_that_would_sample_from_other_weights_are_refused(tmp_path: Path) -> None:
     """When the trainer is made, if it sends weights in another way."""
     cascade = adapted(STAGED)

@@ -27,7 +27,7 @@ from lorasc_fx.branch import METHODS
 from lorasc_fx.parallel import dcp, fsdp
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
-from tests.parallel.training import ROWS, STAGES, STEPS, data, optimizer_of, run, step
+from tests.parallel.training import STAGES, STEPS, data, optimizer_of, run, step
 
 SPECS: dict[str, dict[str, Any]] = {
     "fresh": {
@@ -473,33 +473,9 @@ def by_others(tokens: Tensor) -> None:
         lx.adapt(model, args=(tokens,), spec=lx.CascadeSpec(rank=2))
 
 
-def beside_accelerate(share: tuple[int, int]) -> None:
-    """accelerate's optimizer, backward and clipping on a sharded cascade: the same bits as a loop without it."""
-    from accelerate import Accelerator
-
-    accelerator, ends = Accelerator(cpu=True), []
-    for by_it in (True, False):
-        cascade = fsdp.shard(adapted("fresh"))
-        optimizer: Any = optimizer_of(cascade)
-        optimizer = accelerator.prepare(optimizer) if by_it else optimizer
-        source = iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, share=share))
-        for _ in range(2):
-            tokens, labels = next(source)
-            loss = F.cross_entropy(cascade(tokens), labels)
-            _ = accelerator.backward(loss) if by_it else loss.backward()
-            clip = accelerator.clip_grad_norm_ if by_it else nn.utils.clip_grad_norm_
-            clip(list(cascade.branches.parameters()), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-            cascade.transition(optimizer)
-        ends.append([each.to_local().clone() for each in cascade.parameters()])  # type: ignore[operator]
-    assert all(map(torch.equal, *ends))
-
-
 def refused(rank: int, count: int, folder: str) -> None:
     tokens = example()
     by_others(tokens)
-    beside_accelerate((rank, count))
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
     for call in (cascade.release, cascade.folded_state_dict, cascade.folded_graph, lambda: cascade.to(torch.float32)):

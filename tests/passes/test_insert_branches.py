@@ -128,16 +128,6 @@ def test_branches_are_those_of_the_plan(case: Case) -> None:
         assert f"{branch.scale:.12f}" == f"{site.scale:.12f}"
 
 
-def test_lora_a_depends_on_seed_stage_and_weight_alone() -> None:
-    case = BY_NAME["module_convs"]
-    full = branches_of(insert(case.own(), case.spec))
-    one = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=11)))
-    reseeded = branches_of(insert(case.own(), CascadeSpec(targets=("2",), rank=3, lora_alpha=5.0, pace=0.7, seed=12)))
-    assert set(one) == {"2.weight"}
-    assert same_bits(one["2.weight"].lora_A, full["2.weight"].lora_A)
-    assert not same_bits(one["2.weight"].lora_A, reseeded["2.weight"].lora_A)
-
-
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
 def test_factors_of_a_narrow_weight_are_fp32_and_move_no_bit(narrow: torch.dtype) -> None:
     case = BY_NAME["module_linear"]
@@ -240,15 +230,6 @@ def test_existing_branches_are_used_again() -> None:
     inserted = fill(insert(graph_b, case.spec))
     assert all(branch is branches_of(graph_a)[weight] for weight, branch in branches_of(inserted).items())
     assert_close(run(graph_a, case), run(inserted, case))
-
-
-def test_shared_branches_fold_in_a_graph_that_owns_its_weights() -> None:
-    case = BY_NAME["module_convs"]
-    graph_a, graph_b = fill(insert(case.own(), case.spec)), case.own()
-    graph_b._modules["branches"] = graph_a._modules["branches"]
-    folded = FoldBranches()(insert(graph_b, case.spec)).graph_module
-    expected = weights_of(FoldBranches()(graph_a).graph_module)
-    assert all(same_bits(value, expected[name]) for name, value in weights_of(folded).items())
 
 
 def test_a_submodule_named_branches_is_an_error() -> None:
