@@ -177,6 +177,17 @@ def test_every_placement_computes_the_same(name: str, placement: Any) -> None:
     torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)
 
 
+def test_lora_xs_by_its_formula() -> None:
+    """`s U_r diag(v_r) R V_r^T` of the weight's SVD; only R is trained."""
+    model, cascade, _ = adapted("lora-xs", "linear")
+    train(cascade)
+    for weight, branch in branches(cascade).items():
+        left, values, right = torch.linalg.svd(model.get_parameter(weight), full_matrices=False)
+        expected = 4.0 * left[:, :2] @ torch.diag(values[:2]) @ branch.get_parameter("xs_R") @ right[:2]
+        torch.testing.assert_close(branch.dense_delta(model.get_parameter(weight)), expected, rtol=1e-12, atol=1e-12)
+        assert list(branch.trainable()) == ["xs_R"]
+
+
 def test_vera_shares_its_frozen_pair() -> None:
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4))

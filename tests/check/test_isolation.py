@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.check.isolation import isolation, restored_values, written_by
+from lorasc_fx.check.preflight import run_preflight
+from tests.kit.errors import raises
 from tests.kit.models import build, seeded
 from tests.kit.state import variant_count
 
@@ -188,6 +190,21 @@ class Copies(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         self.count += output.nbytes if func in (aten._to_copy.default, aten.to.dtype_layout) else 0
         return output
+
+
+def test_a_first_run_that_raises_does_not_count() -> None:
+    """Such a run does not tell which parameters forward writes, so the next run copies again."""
+    torch.manual_seed(0)
+    model = Writes("in-place")
+    before = {name: value.tolist() for name, value in model.named_parameters()}
+    with raises(lx.CaptureError, "model-refuses-inputs"):
+        lx.adapt(model, (torch.randn(4, 6),), spec=SPEC)
+    cascade = lx.adapt(model, (torch.randn(4, 5),), spec=SPEC)
+    assert {name: value.tolist() for name, value in model.named_parameters()} == before
+    assert [refusal.weight for refusal in cascade.refusals] == ["first.weight"]
+    with raises(lx.CaptureError, "model-refuses-inputs"):
+        run_preflight(model, (torch.randn(4, 6),), {})
+    assert written_by(model) == {"first.weight"}  # the cascade uses the result of the run that succeeded
 
 
 class Counts(nn.Module):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import lorasc_fx as lx
+from lorasc_fx.branch import noise
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
 from lorasc_fx.spec import DISTRIBUTIONS
 from tests.errors.models import Late
@@ -340,6 +341,24 @@ def test_a_shard_draws_its_own_numbers(
             assert torch.equal(noise_drawn(noise, 3, 2, "w", here, shard), full.narrow(axis, first, count))
             assert max(drawn, default=0) <= 32768
             assert sum(drawn) == here.numel()
+
+
+@pytest.mark.parametrize("shape", [(700, 4000), (5, 3000), (4, 70, 1100), (90, 20, 3, 5), (7,)])
+def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for accelerators, run on the CPU: a full weight, and pieces that start and end inside blocks."""
+    hashed = noise._UniformNumbers(noise.generator(3, 2, "noise", "w"), torch.Size(shape), torch.device("cpu"))
+    full = noise_drawn(lx.Noise(0.1), 3, 2, "w", shape)
+    for low, high in ((0, 1), (0.3, 0.7)):
+        inside = [(int(low * length), max(1, int(high * length))) for length in shape]
+        numbers, _ = hashed._hash_box(inside)
+        monkeypatch.setattr(hashed, "_hash_block", lambda _, numbers=numbers: (numbers, torch.empty_like(numbers)))
+        assert torch.equal(hashed.within(inside), full[tuple(slice(*pair) for pair in inside)])
+    monkeypatch.setattr(noise, "PIECE", 1000)
+    covered = torch.zeros(shape)
+    for places in noise._large_regions(torch.Size(shape)):
+        covered[places] += 1
+        assert covered[places].numel() <= max(1000, shape[-1])
+    assert torch.equal(covered, torch.ones(shape))
 
 
 def test_noise_has_the_spectrum_of_independent_entries() -> None:
