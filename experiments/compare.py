@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from experiments.models import minilm
 from lorasc_fx.cli.compare import compare, planned
 from lorasc_fx.cli.config import load_config
+from lorasc_fx.cli.run_folder import CONFIG
 from lorasc_fx.cli.task import Task
 from lorasc_fx.errors import LorascError
 
@@ -28,11 +30,12 @@ def main(arguments: list[str]) -> int:
     start = time.monotonic()
     path = Path(arguments[0]) if arguments else HERE / "compare.toml"
     try:
-        config = load_config(path)
+        model = f"model.name=hf:{minilm()}"
+        config = load_config(path, [model])
         folder = Path(config.output)
         if folder.exists():
             print(f"{folder} exists: its finished runs are reused (delete the folder to train them again).")
-        code = compare(path)
+        code = compare(path, (model,))
     except LorascError as fault:
         print(f"compare: {fault}", file=sys.stderr)
         return 2
@@ -41,7 +44,7 @@ def main(arguments: list[str]) -> int:
     run = next(run for run in planned(config) if run.method == "lorasc")
     weights = folder / "weights" / run.name
     print(f"\nLoRASC's folded weights: {weights}. A new process loads them into the original class:", flush=True)
-    files = [file.resolve() for file in (path, weights, folder / "results" / f"{run.name}.json")]
+    files = [file.resolve() for file in (folder / CONFIG, weights, folder / "results" / f"{run.name}.json")]
     command = [sys.executable, "-m", "experiments.compare", "--prove", *map(str, files)]
     code = subprocess.run(command, check=False, cwd=HERE.parent).returncode
     print(f"{time.monotonic() - start:.0f} s in total. docs/evidence.md has nine tasks of this kind with ten seeds.")

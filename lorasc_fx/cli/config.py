@@ -40,7 +40,7 @@ class ModelConfig:
     """The model that is adapted."""
 
     name: str = ""
-    """The model: `hf:FOLDER` or `hf:package:NAME` (transformers), `timm:NAME`, or `python:package.module:function`."""
+    """The model: `hf:FOLDER` (transformers), `timm:NAME`, or `python:package.module:function`."""
     task: Literal["auto", "language", "classification"] = "auto"
     """What a model of transformers learns. `auto`: `language` if the folder has a causal language model, otherwise
     `classification`."""
@@ -194,7 +194,7 @@ def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
 
     def changed(name: str) -> str:
         kind, _, place = name.partition(":")
-        is_path = kind not in ("timm", "python") and not place.startswith("package:")
+        is_path = kind not in ("timm", "python")
         return f"{kind}:{change(place)}" if is_path and place and not os.path.isabs(place) else name
 
     model, data = config.model, config.data

@@ -1,9 +1,8 @@
-"""Builds the model in the table `[model]`. Nothing is downloaded: models come from folders and installed packages."""
+"""Builds the model in the table `[model]`: from a folder, by timm, or by a user function. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import os
 import sys
@@ -21,7 +20,7 @@ from lorasc_fx.cli.config import ModelConfig
 from lorasc_fx.errors import LorascError, SpecError, nearest
 from lorasc_fx.util.environment import module_of
 
-MODELS = ("hf:FOLDER", "hf:package:NAME", "timm:NAME", "python:package.module:function")
+MODELS = ("hf:FOLDER", "timm:NAME", "python:package.module:function")
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of every `from_pretrained`: nothing is downloaded, and no code of a folder runs."""
 
@@ -87,7 +86,11 @@ class ModelSource:
             raise SpecError("model.weights is for models of timm; give the weights in the folder or by the function")
         if self.library != "hf":
             return
-        self.place = str(_folder_of(self.place))
+        if not Path(self.place, "config.json").is_file():
+            raise SpecError(
+                f"{config.name}: there is no such folder with a config.json, and nothing is downloaded",
+                code="unreadable-file",
+            )
         with reading(config.name):
             self._settings = transformers.AutoConfig.from_pretrained(self.place, **_LOCAL)
             self.kind = _kind_of(self._settings, config.task)
@@ -177,23 +180,6 @@ def mean_pooled(settings: Any) -> Any:
             return logits
 
     return MeanPooled
-
-
-def _folder_of(place: str) -> Path:
-    """Return the folder of a transformers model. `package:NAME` is the outermost one in an installed package."""
-    if place.startswith("package:"):
-        spec = importlib.util.find_spec(place.removeprefix("package:"))
-        if spec is None or spec.origin is None:
-            raise SpecError(
-                f"hf:{place}: this package is not installed, and nothing is downloaded", code="missing-extra"
-            )
-        configs = sorted(Path(spec.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
-        place = str(configs[0].parent) if configs else place
-    if not (Path(place) / "config.json").is_file():
-        raise SpecError(
-            f"hf:{place}: there is no such folder with a config.json, and nothing is downloaded", code="unreadable-file"
-        )
-    return Path(place)
 
 
 def _kind_of(settings: Any, task: str) -> str:

@@ -26,7 +26,7 @@ def sites(
     """List every weight matrix of a model: adapted, refused (with the reason), or not reached by the graph.
 
     Args:
-        model: hf:FOLDER, hf:package:NAME, timm:NAME, or python:package.module:function.
+        model: hf:FOLDER, timm:NAME, or python:package.module:function.
         targets: kinds of weights (linear, conv, ...) or globs on weight names.
         exclude: globs on names of weights that are never changed.
         train: globs on names of parameters that are trained in full.

@@ -38,7 +38,6 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*TRAIN, "output=tiny.toml"], "tiny.toml is a file, but the output is a folder"),
     ([*TRAIN, "model.name=bert-base"], "unknown model 'bert-base'; known: hf:FOLDER"),
     ([*TRAIN, "model.name=hf:absent"], "hf:absent: there is no such folder with a config.json"),
-    ([*TRAIN, "model.name=hf:package:no_such_package"], "hf:package:no_such_package: this package is not installed"),
     ([*TRAIN, "model.name=timm:resnet_18"], "timm:resnet_18: "),
     ([*TRAIN, "model.name=python:tiny_module:nothing"], "returned a NoneType; it must return an nn.Module"),
     ([*TRAIN, "model.name=python:tiny_module:biuld"], "python:tiny_module:biuld: AttributeError: "),
