@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
 from collections.abc import Callable
 from typing import Any
@@ -353,6 +354,32 @@ def test_a_custom_function_gives_its_branch_the_right_gradient(example: int) -> 
     randomize(cascade)
     for sign in (1, -1):
         assert_merged(cascade, copy.deepcopy(model), sign * x)
+
+
+class Addresses(TwoLayers):
+    """For some inputs, reads a weight by its address and as a numpy array."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(x))
+        if x.sum() > 0:
+            return self.head(hidden)
+        weight = self.head.weight
+        entries = (ctypes.c_double * weight.numel()).from_address(weight.data_ptr())
+        copied = torch.tensor(list(entries), dtype=x.dtype).view(weight.shape)
+        assert np.array_equal(copied.numpy(), weight.detach().numpy())
+        return hidden @ copied.t()
+
+
+def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None:
+    torch.manual_seed(17)
+    model, x = Addresses().double(), inputs().abs()
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    randomize(cascade)
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, branch in branches(cascade).items():
+            merged.get_parameter(name).add_(branch.scale * branch.lora_B @ branch.lora_A)
+    torch.testing.assert_close(cascade(-x), merged(-x), rtol=0, atol=1e-12)
 
 
 class Spellings(nn.Module):

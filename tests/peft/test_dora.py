@@ -174,6 +174,22 @@ def test_only_magnitudes_over_a_dense_delta() -> None:
         torch.testing.assert_close(value, fast[name], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_an_untrained_stage_changes_nothing(dtype: torch.dtype, noise: float) -> None:
+    model, x = mlp().to(dtype), batches(1, 4, 5)[0].to(dtype)
+    base, before = weights(model), model(x).double()
+    cascade = adapted(model, x, noise=lx.Noise(noise), pace=0.3)
+    for branch in branches(cascade).values():
+        assert branch.lora_magnitude_vector.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if not noise:
+        assert (cascade(x).double() - before).abs().max() < 8 * torch.finfo(dtype).eps
+    cascade.transition(None)
+    with cascade.weights("fast"):
+        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+
+
 def test_with_a_start_from_the_weight() -> None:
     """PiSSA and DoRA: `diag(m / |W_r + s B A|) (W_r + s B A)` of the residual W_r that the parameter holds."""
     model, calls = mlp(), batches(5, 4, 5)
@@ -275,6 +291,19 @@ def test_a_branch_beside_its_op_is_an_error() -> None:
     for at, given in {"weight": (torch.zeros(7, 5),), "beside": (torch.zeros(4, 7), torch.zeros(4, 5))}.items():
         with raises(lx.StateError, "method-not-supported", "0.weight", at):
             branch(*given, at=at)
+
+
+def test_casts_and_copies() -> None:
+    """A cast keeps an untrained running stage untrained. A copy trains independently."""
+    x = batches(1, 4, 5)[0]
+    cascade = adapted(mlp(), x)
+    base = {name: value.float() for name, value in weights(mlp()).items()}
+    cascade.float()
+    assert all(torch.equal(value, base[name]) for name, value in weights(copy.deepcopy(cascade).release()).items())
+    twin = copy.deepcopy(cascade)
+    train(twin, torch.optim.SGD(twin.param_groups(lr=0.1)), [x.float()])
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+    assert not any(torch.equal(value, base[name]) for name, value in weights(twin.release()).items())
 
 
 def test_a_row_scaled_to_zero_cannot_be_exported(tmp_path: Path) -> None:

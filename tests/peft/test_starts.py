@@ -258,6 +258,36 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again.model.get_submodule(path).weight, whole - SCALE * b0 @ a0, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("more", [{"start": "pissa"}, {"start": "olora"}, {"adapter": "dora"}], ids=str)
+def test_a_second_loop_continues(more: dict[str, Any]) -> None:
+    """Between two loops no stage runs and nothing counts as trained, so together they equal one loop."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = []
+    for loops in ((2,), (1, 1)):
+        torch.manual_seed(0)
+        cascade = lx.adapt(nn.Linear(6, 5).double(), (x,), spec=lx.CascadeSpec(rank=2, pace=0.7, **more))
+        before = cascade.model.weight.detach().clone()
+        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
+        for count in loops:
+            for _ in cascade.stages(count, optimizer):
+                train(cascade, optimizer, [x])
+            assert torch.equal(cascade.model.weight, cascade.folded_state_dict()["weight"])
+        found.append(cascade.release().weight.detach())
+        assert (found[-1] - before).abs().max() > 1e-3
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@STARTS
+def test_a_cast_does_not_count_as_training(start: str) -> None:
+    x = batches(1, 4, 5)[0]
+    base, cascade = weights(mlp().float()), adapted(mlp(), x, start, lora_alpha=RANK * 1.3)
+    cascade.float()
+    assert (cascade(x.float()) - mlp().float()(x.float())).abs().max() < 2e-6
+    with cascade.weights("fast"):
+        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+
+
 def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
     """After `merge` or an import, the next stage takes its initial factors out of the sum."""
     x = batches(1, 4, 5)[0]

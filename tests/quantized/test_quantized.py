@@ -273,6 +273,23 @@ def test_ranks_beyond_the_matrix_are_dropped_without_loss(options: dict[str, Any
             torch.testing.assert_close(model(inputs()), plain(mean)(inputs()), rtol=0, atol=2e-5)
 
 
+@BOTH
+def test_kept_factors_beside_a_quantized_weight(width: str) -> None:
+    """A stage without a restart changes neither the outputs nor the quantized weight."""
+    model, spec = net(width), lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, restart_pairs=False, exclude=("head",))
+    slow, cascade = numbers(model), lx.adapt(model, (inputs(),), spec=spec)
+    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
+    for _ in range(3):
+        torch.testing.assert_close(cascade(inputs()), plain(slow)(inputs()), rtol=0, atol=2e-5)
+        held = {site.weight: slow[site.weight] - delta(cascade, site) for site in cascade.sites}
+        train(cascade, optimizer, [inputs()])
+        for site in cascade.sites:
+            fast = held[site.weight] + delta(cascade, site)
+            slow[site.weight] = slow[site.weight] + 0.5 * (fast - slow[site.weight])
+        cascade.transition(optimizer)
+        assert all(bool(branch.lora_B.any()) for branch in cascade.branches.values())
+
+
 @pytest.mark.parametrize("adapter", [name for name in METHODS if name != "lora"])
 def test_other_methods_beside_a_quantized_weight(adapter: str) -> None:
     model, spec = net("int8"), lx.CascadeSpec(adapter=adapter, rank=2, pace=0.5)
