@@ -81,7 +81,7 @@ def lora_cycles(steps: int, stages: int = 3, **options: Any) -> Recipe:
     Raises:
         SpecError: an option that the recipe sets, or a value that the spec refuses.
     """
-    fixed = {"pace": "mean", "restart": "fast", "restart_pairs": False}
+    fixed = {"pace": "mean", "restart": "fast", "restart_factors": "none"}
     return _recipe("lora_cycles", fixed, "lora", options, steps, stages, decays=True)
 
 

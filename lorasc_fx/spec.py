@@ -41,7 +41,7 @@ class Start(abc.ABC):
 
 
 class LoraStart(Start):
-    """LoRA (2106.09685): B = 0, and A as `CascadeSpec.restart_A` says. The weight is not changed."""
+    """LoRA (2106.09685): B = 0, and A is random. The weight is not changed."""
 
     from_weight: ClassVar[bool] = False
 
@@ -157,9 +157,6 @@ DISTRIBUTIONS: Mapping[str, Distribution] = {"uniform": Uniform(), "normal": Nor
 """Strategies by the value of `Noise.distribution`."""
 
 
-DEFAULT_RANK = 8
-"""Default of `rank`. A check below needs it to see that the option was set."""
-
 PEFT_OPTIONS = {
     "r": "rank",
     "alpha": "lora_alpha",
@@ -216,8 +213,7 @@ METHOD_OPTIONS: dict[str, Any] = {
     "lora_alpha": 8.0,
     "use_rslora": False,
     "start": "lora",
-    "restart_A": "fresh",
-    "restart_pairs": True,
+    "restart_factors": "both",
     "train_A": True,
     "lr_ratio": 1.0,
     "dropout": 0.0,
@@ -225,12 +221,6 @@ METHOD_OPTIONS: dict[str, Any] = {
 """Default values of the options that only some adapter methods support (see `Branch.options`)."""
 
 CONFLICTS = (
-    Conflict(
-        ("rank", "ranks"),
-        lambda rank, ranks: ranks and rank not in (DEFAULT_RANK, ranks[0]),
-        "rank must be the first entry of ranks",
-        "Remove rank",
-    ),
     Conflict(
         ("dropout", "placement"),
         lambda dropout, placement: dropout and placement in ("merged", "weight"),
@@ -256,28 +246,28 @@ CONFLICTS = (
         "Set average=False or noise.keep=False",
     ),
     Conflict(
-        ("start", "restart_A"),
-        lambda start, restart_a: STARTS[start].from_weight and restart_a != "fresh",
-        "this start computes A from the weight",
-        "Set restart_A='fresh' or start='lora'",
+        ("restart_factors", "start"),
+        lambda factors, start: factors != "both" and start != "lora",
+        "this start computes both factors of a branch from the weight at each stage",
+        "Set restart_factors='both' or start='lora'",
     ),
     Conflict(
-        ("restart_pairs", "start"),
-        lambda restarts, start: not restarts and start != "lora",
-        "this start computes the factors of a branch from the weight at each stage",
-        "Set restart_pairs=True or start='lora'",
-    ),
-    Conflict(
-        ("restart_pairs", "ranks"),
-        lambda restarts, ranks: not restarts and ranks,
+        ("restart_factors", "rank"),
+        lambda factors, rank: factors == "none" and isinstance(rank, tuple),
         "factors that do not restart need the same rank in all stages",
-        "Set restart_pairs=True or remove ranks",
+        "Set restart_factors='both' or one rank",
     ),
     Conflict(
-        ("restart_pairs", "optimizer_state"),
-        lambda restarts, state: not restarts and state != "reset",
-        "restart_pairs already decides that the state is kept",
-        "Set restart_pairs=True or optimizer_state='reset'",
+        ("restart_factors", "optimizer_state"),
+        lambda factors, state: factors == "none" and state != "reset",
+        "the state of factors that do not restart is kept anyway",
+        "Set restart_factors='both' or optimizer_state='reset'",
+    ),
+    Conflict(
+        ("adapter", "restart_factors"),
+        lambda adapter, factors: ADAPTERS[adapter].magnitude and factors == "none",
+        "magnitudes restart from the norms of the weight, without a delta",
+        "Set restart_factors='both' or adapter='lora'",
     ),
     Conflict(
         ("adapter", "restart"),
@@ -353,7 +343,7 @@ PLACEMENTS = ("beside", "merged", "weight")
 Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
-RestartA = Literal["fresh", "kept"]
+RestartFactors = Literal["both", "B", "none"]
 OnNonFinite = Literal["raise", "skip"]
 Placement = Literal["auto", "beside", "merged", "weight"]
 Adapter = Annotated[
@@ -367,6 +357,7 @@ Adapter = Annotated[
 AdapterOptions = tuple[tuple[str, float], ...]
 Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
 Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
+Ranks = Annotated[Rank | tuple[Rank, ...], Check(lambda rank: rank != (), "give one rank, or one for each stage")]
 Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "give a number above 0, because it scales the branch")]
 Rate = Annotated[float, Check(lambda rate: rate > 0, "give a number above 0, because it defines a learning rate")]
 Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is a probability: give a number in [0, 1)")]
@@ -437,7 +428,7 @@ class Rule:
 
     Args:
         pattern: one of KINDS, or a glob on weight names.
-        rank: rank of these branches in every stage. None (default): `CascadeSpec.rank` and `ranks`.
+        rank: rank of these branches in every stage. None (default): `CascadeSpec.rank`.
         lora_alpha: numerator of the scale of these branches. None (default): `CascadeSpec.lora_alpha`.
         tokens: indices of rows to train directly, such as new tokens of an embedding, without a branch of
             `CascadeSpec.adapter`. If the weight is tied, all its names get the same rows. As peft's
@@ -521,8 +512,8 @@ class SiteOptions:
 class CascadeSpec:
     """Configuration of `lorasc_fx.adapt`: what is adapted, how branches train, and how stages are merged.
 
-    Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, lr_ratio, restart_A,
-    restart_pairs and start. docs/method.md lists the options that cannot be combined, from `CONFLICTS`.
+    Some options exist only for some adapter methods: lora_alpha, use_rslora, dropout, train_A, lr_ratio,
+    restart_factors and start. docs/method.md lists the options that cannot be combined, from `CONFLICTS`.
 
     Args:
         targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, experts), or globs on weight
@@ -538,13 +529,12 @@ class CascadeSpec:
             to `register_branch`.
         adapter_options: options of the adapter method by name (docs/method.md), as a mapping. Stored as sorted pairs.
             Default: none.
-        rank: rank r of the branches. Default: 8.
+        rank: rank r of the branches, or a sequence with one rank per stage, whose last entry repeats. Rules with a rank
+            are not affected. Default: 8.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. Default: 8.0.
         use_rslora: divide by `sqrt(rank)` instead of rank (rsLoRA, 2312.03732). Default: False.
         dropout: probability that an entry of a branch's input is set to zero in train mode, as peft's lora_dropout.
             Default: 0.0.
-        ranks: rank in stage 1, 2, ...; the last entry repeats. Rules with a rank are not affected. Default: empty,
-            every stage has `rank`.
         train_A: whether A is trained. If False, only the product A x is saved for the backward (LoRA-FA, 2308.03303).
             Default: True.
         lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, which suggests about 16).
@@ -562,16 +552,13 @@ class CascadeSpec:
             restart="fast", the slow weights are then the mean of the weights at the ends of these stages. Default: 0.5.
         restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
         noise: noise on the frozen weights (see Noise). Default: off.
-        restart_A: A at the start of the next stage: `fresh` random values (default), or `kept` from the previous stage
-            if the rank is the same.
-        restart_pairs: whether the factors restart at a transition. If False, A and B continue to train with their
-            optimizer state, and a stage only ends a cycle of the slow rule. Default: True.
-        start: factors at the start of a stage. `lora` (default): A by restart_A, and B = 0. The others compute the
+        restart_factors: which factors restart at a transition: `both` (default), `B` alone (A is kept if the rank is
+            the same), or `none`: A and B continue to train with their optimizer state, and a stage only ends a cycle
+            of the slow rule.
+        start: factors at the start of a stage. `lora` (default): A random, and B = 0. The others compute the
             factors from the weight W, and the weight holds the residual `W - s B A` while the stage trains: the largest
             singular triplets (`pissa`, 2404.02948), the smallest ones (`milora`, 2406.09044), or the first columns and
             rows of the QR decomposition (`olora`, 2406.01775).
-        carry_rank: maximum rank of the unmerged delta of earlier stages, which is computed beside a quantized weight. A
-            delta of a higher rank is replaced by the nearest one of this rank. Default: None, no limit.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
         slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
@@ -593,11 +580,10 @@ class CascadeSpec:
     rules: tuple[Rule, ...] = ()
     adapter: Adapter = "lora"
     adapter_options: AdapterOptions = ()
-    rank: Rank = DEFAULT_RANK
+    rank: Ranks = 8
     lora_alpha: Alpha = 8.0
     use_rslora: bool = False
     dropout: Dropout = 0.0
-    ranks: tuple[Rank, ...] = ()
     train_A: bool = True
     lr_ratio: Rate = 1.0
     train_rules: tuple[TrainRule, ...] = ()
@@ -606,10 +592,8 @@ class CascadeSpec:
     pace: Pace = 0.5
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
-    restart_A: RestartA = "fresh"
-    restart_pairs: bool = True
+    restart_factors: RestartFactors = "both"
     start: Annotated[str, choice(STARTS)] = "lora"
-    carry_rank: Rank | None = None
     optimizer_state: (
         Literal["reset", "kept"]
         | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept', or the share in (0, 1) to prune")]
@@ -624,19 +608,19 @@ class CascadeSpec:
             object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
         check(self, conflicts=CONFLICTS)
         check_adapter_options(self.adapter, self.adapter_options)
-        # `rank` is the rank of the first stage, also if only `ranks` was given.
-        object.__setattr__(self, "rank", (*self.ranks, self.rank)[0])
 
     def site_options(self, rule: Rule | None = None) -> SiteOptions:
         """Return the options of a site in the first stage. `rule` is the rule that matches the site, if any."""
         if rule is not None and rule.tokens:
             return SiteOptions(len(rule.tokens), float(self.lora_alpha), "tokens", tokens=rule.tokens)
-        values = {option.name: getattr(self, option.name) for option in fields(SiteOptions) if option.name != "tokens"}
-        if rule is not None and rule.rank is not None:
-            values |= {"rank": rule.rank, "ranks": ()}
-        if rule is not None and rule.lora_alpha is not None:
-            values["lora_alpha"] = rule.lora_alpha
-        return SiteOptions(**{**values, "lora_alpha": float(values["lora_alpha"])})
+        rank, alpha = self.rank, self.lora_alpha
+        if rule is not None:
+            rank = rank if rule.rank is None else rule.rank
+            alpha = alpha if rule.lora_alpha is None else rule.lora_alpha
+        first, ranks = (rank[0], rank) if isinstance(rank, tuple) else (rank, ())
+        return SiteOptions(
+            first, float(alpha), self.adapter, self.use_rslora, self.adapter_options, ranks, self.train_A
+        )
 
     @property
     def factor_start(self) -> Start:

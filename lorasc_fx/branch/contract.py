@@ -329,18 +329,18 @@ class Branch(nn.Module, abc.ABC):
     # ---- Stages
 
     def restarts(self, spec: CascadeSpec) -> bool:
-        """Whether the trained parameters get new initial values at a transition (`restart_pairs`)."""
+        """Whether the trained parameters get new initial values at a transition (`restart_factors`)."""
         return True
 
     def kept_values(
         self, values: Mapping[str, torch.Tensor], spec: CascadeSpec, pairs: bool
     ) -> Mapping[str, torch.Tensor]:
-        """Return the full values of the parameters that the spec keeps for the next stage (`restart_A`).
+        """Return the full values of the parameters that the spec keeps for the next stage (`restart_factors`).
 
         Args:
             values: the initial values of the next stage.
             spec: the spec.
-            pairs: whether both factors are kept (`restart_pairs`). The slow weights include their delta already, so the
+            pairs: whether both factors are kept. The slow weights include their delta already, so the
                 caller subtracts it.
         """
         return {}

@@ -256,19 +256,19 @@ class LoraBranch(LowRankBranch):
         return torch.cat([part[: shape[0] // count] for part in value.chunk(count)])
 
     def restarts(self, spec: CascadeSpec) -> bool:
-        """Whether the factors restart (`restart_pairs`)."""
-        return spec.restart_pairs
+        """Whether a factor restarts (`restart_factors`)."""
+        return spec.restart_factors != "none"
 
     def kept_values(
         self, values: Mapping[str, torch.Tensor], spec: CascadeSpec, pairs: bool
     ) -> Mapping[str, torch.Tensor]:
-        """Return both factors, or A if restart_A="kept".
+        """Return both factors, or A if restart_factors="B".
 
         A restarts if it has another rank in the next stage, or has become inf or nan.
         """
         if pairs:
             return {DOWN: full_tensor(self.lora_A.detach()), UP: full_tensor(self.lora_B.detach())}
-        if spec.restart_A != "kept" or self.lora_A.shape != values[DOWN].shape:
+        if spec.restart_factors != "B" or self.lora_A.shape != values[DOWN].shape:
             return {}
         a = full_tensor(self.lora_A.detach())
         return {DOWN: torch.where(torch.isfinite(a).all(), a, values[DOWN])}
@@ -376,7 +376,7 @@ class DoraBranch(LoraBranch):
     lora_magnitude_vector: nn.Parameter
     kinds = frozenset({"linear", "conv"})
     placements = frozenset({"merged"})
-    options = LoraBranch.options - {"dropout", "restart_pairs"}
+    options = LoraBranch.options - {"dropout"}
     magnitude = "lora_magnitude_vector"
     beside_quantized = False
 

@@ -441,7 +441,7 @@ class OftBranch(Branch):
     def fault(cls, site: Site) -> str:
         """Return why a single input, or another rank in later stages, is refused, or ""."""
         if site.options.ranks:
-            return "cannot have blocks of another size in later stages. Remove ranks"
+            return "cannot have blocks of another size in later stages. Give one rank"
         if site.matrix_shape[1] == 1:
             return f"has a single input, which cannot be rotated. Exclude the weight (exclude=({site.weight!r},))"
         return ""
@@ -534,7 +534,7 @@ class LokrBranch(Branch):
     @classmethod
     def fault(cls, site: Site) -> str:
         """Return why another rank in later stages is refused, or "". It may need other parameters."""
-        return "cannot have another rank in later stages. Remove ranks" if site.options.ranks else ""
+        return "cannot have another rank in later stages. Give one rank" if site.options.ranks else ""
 
     @classmethod
     def table(cls, site: Site) -> Table:

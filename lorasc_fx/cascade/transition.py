@@ -224,7 +224,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
         complete = [end for end in (0, *ended) if all(state.at(end) is not None for state in slow.states.values())]
         raise StateError(
             f"{call}: stage {stage} is no longer available for {named(gone)}. Experts are summed if they need more "
-            "memory than their weight, or if a quantized weight would exceed carry_rank. Parameters trained in full "
+            "memory than their weight. Parameters trained in full "
             f"are kept for each stage only if they are small. Available: {', '.join(map(str, complete))}. To keep all "
             "stages, save a checkpoint per stage: lorasc_fx.save(cascade, folder, keep=...)",
             code="unknown-stage",

@@ -302,7 +302,8 @@ def check_plan(
         if site.shape != shape:
             raise fault(f"{site.weight} is {site.shape} in the plan, but {shape} in the model", checkpoint.advice)
     # A later call may add a site for any other weight. A forged rank must not make its branch very large.
-    rank = max(spec.rank, *spec.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
+    options = spec.site_options()
+    rank = max(options.rank, *options.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
     for name in matrices.keys() - plan.by_weight.keys():
         size = parameters[name].shape
         if rank * (size[0] + math.prod(size[1:])) > max(_MIN_BRANCH_LIMIT, 64 * parameters[name].numel()):

@@ -37,9 +37,10 @@ def _summed(spec: CascadeSpec, stages: int) -> CascadeSpec:
         replace(rule, rank=rule.rank and rule.rank * stages, lora_alpha=rule.lora_alpha and rule.lora_alpha * stages)
         for rule in spec.rules
     )
-    summed = sum(spec.site_options().at_stage(stage).rank for stage in range(1, stages + 1))
-    alpha = spec.lora_alpha * summed / spec.rank
-    return replace(spec, **_PLAIN | {"rank": summed, "ranks": (), "lora_alpha": alpha, "rules": rules})
+    options = spec.site_options()
+    summed = sum(options.at_stage(stage).rank for stage in range(1, stages + 1))
+    alpha = spec.lora_alpha * summed / options.rank
+    return replace(spec, **_PLAIN | {"rank": summed, "lora_alpha": alpha, "rules": rules})
 
 
 def _adapter(name: str, pace: float) -> Callable[[CascadeSpec, int], CascadeSpec]:

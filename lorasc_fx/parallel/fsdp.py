@@ -101,7 +101,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             run.commit(Planned(run.plan, run.slow, moved), undo)
 
         def refit() -> None:
-            if run.plan.spec.ranks:
+            if isinstance(run.plan.spec.rank, tuple):
                 _refit(shards)
 
         def before_call() -> bool:
@@ -342,7 +342,7 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     (`Branch.shard_axes`).
     """
     axes: dict[int, int] = {}
-    model, resized = run_of(cascade).parameters_by_name(), bool(cascade.plan.spec.ranks)
+    model, resized = run_of(cascade).parameters_by_name(), isinstance(cascade.plan.spec.rank, tuple)
     for branch in run_of(cascade).by_key.values():
         weight = model[branch.weight_name]
         tensors = {"weight": weight, **dict(branch.named_parameters())}

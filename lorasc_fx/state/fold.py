@@ -165,23 +165,14 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
     return Factors(_row_major(b), _row_major(a))
 
 
-def nearest_pair(pair: Factors, rank: int | None, floor: float = 0.0) -> tuple[Factors, float]:
-    """Return the best approximation of `b @ a` by a pair of a rank (Eckart and Young, 1936), and its relative error.
+def shortest_pair(pair: Factors, floor: float = 0.0) -> Factors:
+    """Return the pair of the smallest rank with the same product `b @ a`, up to rounding.
 
-    Args:
-        pair: `b` [rows, r] and `a` [r, columns].
-        rank: largest rank of the result. None for no limit.
-        floor: singular values up to this number are dropped. Values that are zero up to rounding are always dropped.
-
-    Returns:
-        The pair, and the Frobenius norm of the dropped part divided by the norm of `b @ a`.
+    Singular values up to `floor`, and those that are zero up to rounding, are dropped.
     """
     u, values, vh = svd_of(pair)
-    norm = float(values.norm())
-    smallest = max(floor, norm * torch.finfo(values.dtype).eps * max(len(u), vh.shape[-1]))
-    count = int((values > smallest).sum())
-    count = count if rank is None else min(rank, count)
-    return truncated(u, values, vh, count), float(values[count:].norm()) / norm if norm else 0.0
+    smallest = max(floor, float(values.norm()) * torch.finfo(values.dtype).eps * max(len(u), vh.shape[-1]))
+    return truncated(u, values, vh, int((values > smallest).sum()))
 
 
 def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -295,7 +295,7 @@ def end_stage(
         # All ranks must agree, because each rank has the same number of experts.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
-        after = state.absorb(delta, history, spec.carry_rank)
+        after = state.absorb(delta, history)
         if not on_all(after.fits()):
             after, fault = None, f"the branch of {state.name} makes the weight overflow {state.base.dtype}"
     elif learner is not None:
@@ -308,7 +308,7 @@ def end_stage(
             "non-finite-left-out",
         )
     if after is None:
-        after = state.absorb(None, history, spec.carry_rank)
+        after = state.absorb(None, history)
     if noisy and spec.noise.is_on and spec.noise.keep and not state.full:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
         after = replace(after, noises=(*after.noises, KeptNoise(spec.noise, spec.seed, stage, size)))

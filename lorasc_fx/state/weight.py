@@ -16,7 +16,6 @@ Under DoRA (2402.09353) a stage scales the rows of the weight that it started fr
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -35,9 +34,9 @@ from lorasc_fx.state.fold import (
     arithmetic,
     cast,
     exact_products,
-    nearest_pair,
     scale_rows,
     scaled,
+    shortest_pair,
     sum_of,
     summing,
 )
@@ -47,8 +46,6 @@ ViewName = Literal["slow", "fast", "base", "averaged"]
 """Weights that `Cascade.weights` can put in place."""
 Summed = Literal["slow", "fast", "averaged"]
 """Views that are sums over experts. `fast` is the start of the running stage, to which a caller adds its delta."""
-
-log = logging.getLogger("lorasc_fx")
 
 MAX_ENDS = 100
 """A parameter trained in full keeps its values at the ends of this many stages, the latest ones."""
@@ -424,7 +421,7 @@ class WeightState(Tree):
             return pair
         # The initial factors often cancel a part of the experts exactly, which leaves a pair of lower rank.
         total = sum_of([(1.0, pair), (1.0, residual.factors)], torch.float64, torch.device("cpu"))
-        remainder, _ = nearest_pair(total, None, 1e-5 * pair.bound)
+        remainder = shortest_pair(total, 1e-5 * pair.bound)
         if not remainder.rank:
             return None
         return remainder.map(lambda factor, _: cast(factor, pair.b.dtype, pair.b.device))
@@ -445,15 +442,12 @@ class WeightState(Tree):
 
     # ---- the next state
 
-    def absorb(
-        self, running: Delta | torch.Tensor | None, history: History, carry_rank: int | None = None
-    ) -> WeightState:
+    def absorb(self, running: Delta | torch.Tensor | None, history: History) -> WeightState:
         """Return the state of a matrix after the slow update of a stage.
 
         Args:
             running: the delta of the branch. None if the weight has no branch, or if its training is dropped.
             history: the history with the stage that ends.
-            carry_rank: of the spec, see `compact`.
         """
         assert not isinstance(running, torch.Tensor)
         experts, end, fast = self.experts, history.ends[-1], self.dense.get("fast", self.dense.get("slow"))
@@ -478,7 +472,7 @@ class WeightState(Tree):
             if slow is not dense.get("slow"):  # the earlier stages had the tensor that is replaced
                 gone = max(gone, self.history.last)
             dense = self._views(slow, fast if end.restart == "fast" else slow, end)
-        return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact(carry_rank)
+        return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact()
 
     def absorb_value(
         self, value: torch.Tensor | None, history: History, pace: float, keeps: bool = False
@@ -580,17 +574,11 @@ class WeightState(Tree):
         """Number of output features, which is the length of a row scale."""
         return self.matrix[-1 if self.transposed else -2]
 
-    def compact(self, carry_rank: int | None = None) -> WeightState:
-        """Return the state with its experts summed if they need more memory than their sum.
-
-        Args:
-            carry_rank: of the spec: the largest rank of the factors that a quantized weight keeps. Its sum cannot be
-                dense, because its branch computes it.
-        """
+    def compact(self) -> WeightState:
+        """Return the state with its experts summed if they need more memory than their sum."""
         ranks = sum(expert.rank for expert in self.experts)
         if is_quantized(self.base):
-            rank = min(*self.matrix[-2:], *(() if carry_rank is None else (carry_rank,)))
-            return self._collapsed(rank) if ranks > rank else self
+            return self._collapsed() if ranks > min(self.matrix[-2:]) else self
         if self.dense:  # a dense delta is kept anyway, and adding to it needs no memory
             return self._collapsed() if ranks else self
         # Compare sizes of the full weight, so that all ranks of the process group decide alike.
@@ -598,38 +586,33 @@ class WeightState(Tree):
         columns = math.prod(others)
         return self._collapsed() if ranks * (rows + columns) > rows * columns else self
 
-    def _collapsed(self, rank: int | None = None) -> WeightState:
+    def _collapsed(self) -> WeightState:
         """Return the state with the experts of each view replaced by their sum.
 
-        Args:
-            rank: for a quantized weight: the sum of each view becomes one expert of at most this rank. None for a dense
-                sum.
+        The sum is dense, or one expert if the weight is quantized, because its branch computes it.
         """
         views: tuple[Summed, ...] = ("slow", "fast", "averaged")
         current = [view for view in views if view == "slow" or self.differs(view)]
         experts: tuple[Expert, ...] = ()
         dense: dict[Summed, torch.Tensor] = {}
-        if rank is None:
+        if not is_quantized(self.base):
             dense = {view: self._sum(view) for view in current}
         else:
             # Each view has the coefficient 1 for its own expert, and 0 for the experts of the other views.
             owners = [view if view in current else "slow" for view in views]
             for view in current:
                 slow, start, average = (float(owner == view) for owner in owners)
-                experts = (*experts, self._low_rank(view, rank, (slow, start, average)))
+                experts = (*experts, self._low_rank(view, (slow, start, average)))
         gone = max((self.gone, *self.history.numbers[:-1]))
         return replace(self, experts=experts, dense=dense, gone=gone, row_scale=self.scale())
 
-    def _low_rank(self, view: Summed, rank: int, origin: Coefficients) -> Expert:
-        """Return the best approximation of the delta of a view by one expert of at most this rank."""
+    def _low_rank(self, view: Summed, origin: Coefficients) -> Expert:
+        """Return the delta of a view as one expert."""
         dtype, pairs, stage = summing(self.base.dtype), self._pairs(view), self.history.last
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
             return Expert(b.to(dtype), a.to(dtype), stage, origin)
-        pair, share = nearest_pair(sum_of(pairs, torch.float64, torch.device("cpu")), rank)
-        if share > 1e-6:
-            text = "%s carries its delta at rank %d: %.3g %% of its norm is left out"
-            log.info(text, self.name, pair.rank, 100 * share)
+        pair = shortest_pair(sum_of(pairs, torch.float64, torch.device("cpu")))
         device = pairs[0][1].b.device
         return Expert(cast(pair.b, dtype, device), cast(pair.a, dtype, device), stage, origin)
 

@@ -24,11 +24,11 @@ SPECS: dict[str, dict[str, Any]] = {
     "noise that stays": {"noise": lx.Noise(0.1, keep=True, distribution="normal")},
     "dora": {"adapter": "dora"},
     "pissa": {"start": "pissa"},
-    "pairs": {"restart_pairs": False},
+    "pairs": {"restart_factors": "none"},
     "rows": {"rules": (lx.Rule("*", tokens=(0, 2)),)},
     "average": {"average": True, "restart": "fast"},
     "train": {"train": ("*.bias",)},
-    "ranks": {"rank": 3, "ranks": (3, 1, 2), "optimizer_state": "kept"},
+    "ranks": {"rank": (3, 1, 2), "optimizer_state": "kept"},
 }
 OTHERS = [name for name in METHODS if name not in ("lora", "dora")]
 SPECS |= {name: {"adapter": name, "noise": lx.Noise(0.1)} for name in OTHERS}
@@ -64,7 +64,7 @@ def middle(side: Side) -> None:
 
 def earlier(side: Side) -> int:
     """A stage that is still known. Experts of twice the rank outgrow these small weights: stage 1 is gone then."""
-    twice = side.spec.start != "lora" or not side.spec.restart_pairs
+    twice = side.spec.start != "lora" or side.spec.restart_factors == "none"
     return 1 if not twice and side.spec.adapter in ("lora", "dora") else 2
 
 

@@ -93,7 +93,7 @@ def test_folders_and_cascades_of_other_ranks_and_sites(tmp_path: Path, weights: 
     runs = [
         run(spec(), [1, 2]),
         run(spec(rank=1, lora_alpha=0.5, targets=("2.weight", "3.weight"), pace=1.0), [3]),
-        run(spec(rank=3, restart_A="kept", noise=lx.Noise(0.2)), [4, 5, 6]),
+        run(spec(rank=3, restart_factors="B", noise=lx.Noise(0.2)), [4, 5, 6]),
     ]
     sources = [runs[0].saved(tmp_path / "one"), runs[1].cascade, str(runs[2].saved(tmp_path / "three"))]
     model = base()

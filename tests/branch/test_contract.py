@@ -383,7 +383,7 @@ def test_an_average_counts_a_stage_that_trained_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("oft", "lokr")])
 def test_a_transition_that_raises_restores_the_rank(name: str) -> None:
-    _, cascade, x = adapted(name, "linear", ranks=(2, 3))
+    _, cascade, x = adapted(name, "linear", rank=(2, 3))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     train(cascade)
@@ -398,8 +398,8 @@ def test_a_transition_that_raises_restores_the_rank(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["oft", "lokr"])
 def test_a_method_whose_parameters_depend_on_the_rank_refuses_ranks_by_stage(name: str) -> None:
-    with pytest.raises(lx.SpecError, match=r"0\.weight cannot have .* in later stages\. Remove ranks"):
-        adapted(name, "linear", ranks=(2, 3))
+    with pytest.raises(lx.SpecError, match=r"0\.weight cannot have .* in later stages\. Give one rank"):
+        adapted(name, "linear", rank=(2, 3))
 
 
 def test_lora_xs_refuses_a_weight_without_a_decomposition() -> None:

@@ -40,7 +40,7 @@ SPECS: dict[str, lx.CascadeSpec] = {
     ),
     "train, fast": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, restart="fast"),
     "train, not slow": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, slow_train=False),
-    "A kept": lx.CascadeSpec(rank=1, restart_A="kept", optimizer_state="kept"),
+    "A kept": lx.CascadeSpec(rank=1, restart_factors="B", optimizer_state="kept"),
     "pruned": lx.CascadeSpec(rank=2, optimizer_state=0.6),
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
     "olora, fast": lx.CascadeSpec(rank=1, pace=0.4, start="olora", restart="fast"),

@@ -113,4 +113,4 @@ def test_each_method_has_a_valid_spec(name: str) -> None:
     assert (changed.noise == lx.Noise()) == (name != "lorasc")
     if name == "lora-summed":
         assert (changed.rank, changed.lora_alpha, changed.rules[0].rank) == (12, 24.0, 6)
-        assert change(replace(spec, ranks=(4, 2, 1)), 3).rank == 7
+        assert change(replace(spec, rank=(4, 2, 1)), 3).rank == 7

@@ -52,7 +52,7 @@ SPECS = {
         restart="fast",
         noise=lx.Noise(0.2, keep=True, where="all"),
         optimizer_state=0.5,
-        restart_A="kept",
+        restart_factors="B",
     ),
     "pissa, dora": lx.CascadeSpec(
         targets=("conv", "linear"), rank=1, pace=0.4, start="pissa", adapter="dora", noise=lx.Noise(0.2)
@@ -61,7 +61,7 @@ SPECS = {
         targets=("conv", "linear"), rank=1, start="olora", restart="fast", noise=lx.Noise(0.2, redraw="step")
     ),
     "kept": lx.CascadeSpec(targets=("body", "head"), rank=1, pace=1.0, optimizer_state="kept"),
-    "ranks": lx.CascadeSpec(targets=("conv", "body"), ranks=(1, 3, 2, 4), optimizer_state="kept", noise=lx.Noise(0.2)),
+    "ranks": lx.CascadeSpec(targets=("conv", "body"), rank=(1, 3, 2, 4), optimizer_state="kept", noise=lx.Noise(0.2)),
 }
 SPEC = SPECS["noise, train"]
 

@@ -357,12 +357,12 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
         assert all(bool(value.isfinite().all()) for value in cascade.model.state_dict().values())
 
 
-@pytest.mark.parametrize("restart_A", ["fresh", "kept"])
+@pytest.mark.parametrize("factors", ["both", "B"])
 @pytest.mark.parametrize("how", ["reset", "kept", 0.5])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 @pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
-def test_a_branch_that_is_skipped(restart_A: Any, how: Any, factor: str) -> None:
-    spec = lx.CascadeSpec(rank=2, on_nonfinite="skip", restart_A=restart_A, optimizer_state=how)
+def test_a_branch_that_is_skipped(factors: Any, how: Any, factor: str) -> None:
+    spec = lx.CascadeSpec(rank=2, on_nonfinite="skip", restart_factors=factors, optimizer_state=how)
     cascade, optimizer = adapted(spec)
     step(cascade, optimizer)
     cascade.transition(optimizer)

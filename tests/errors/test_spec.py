@@ -22,14 +22,14 @@ from tests.kit.errors import raises
 from tests.options import page
 
 FIELDS = (
-    "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, ranks, "
+    "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, "
     "train_A, lr_ratio, train_rules, average, placement, pace, "
-    "restart, noise, restart_A, restart_pairs, start, carry_rank, optimizer_state, slow_train, on_nonfinite, seed"
+    "restart, noise, restart_factors, start, optimizer_state, slow_train, on_nonfinite, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
 INVALID: dict[str, tuple[Any, ...]] = {
-    "rank": (0, -1, True, 2.0, "8", None, 2**31),
+    "rank": (0, -1, True, 2.0, "8", None, 2**31, (), (4, 0), (4, 2.0)),
     "pace": (0, -0.5, 1.5, math.nan, math.inf, True, "0.5", None, (), (0.5, 0), (0.5, None)),
     "lora_alpha": (math.nan, "16", True, None, 0, -8.0),
     "targets": ((), "linear", (1,)),
@@ -37,17 +37,15 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "train": (None,),
     "untie": ("head", (None,)),
     "dropout": (1,),
-    "ranks": (4, (4, 0), (4, 2.0)),
     "rules": ("conv", ("conv",)),
     "use_rslora": (1,),
     "train_A": (0,),
-    "carry_rank": (0,),
     "lr_ratio": (0, math.nan),
     "average": ("swa",),
     "train_rules": (("head",),),
     "slow_train": ("yes",),
     "restart": (1,),
-    "restart_pairs": (0.5, None),
+    "restart_factors": (0.5, None),
     "adapter": (1, "unknown"),
     "noise": (0.1,),
     "optimizer_state": (0.0, 1, -0.2, None),
@@ -55,22 +53,20 @@ INVALID: dict[str, tuple[Any, ...]] = {
 }
 MISSPELT = {
     "restart": ("fsat", "fast"),
-    "restart_A": ("kpet", "kept"),
+    "restart_factors": ("bth", "both"),
     "start": ("pisa", "pissa"),
     "on_nonfinite": ("skipp", "skip"),
     "optimizer_state": ("rest", "reset"),
 }
 KEPT, REDRAWN = lx.Noise(0.1, keep=True), lx.Noise(0.1, redraw="step")
 CONFLICTING: dict[str, dict[str, Any]] = {
-    "rank, ranks": {"rank": 6, "ranks": (4, 2)},
     "dropout, placement": {"dropout": 0.1, "placement": "merged"},
     "lr_ratio, train_A": {"lr_ratio": 16, "train_A": False},
     "train_rules, train": {"train_rules": (lx.TrainRule("head", lr=0.1),)},
     "average, noise.keep": {"average": True, "noise": KEPT},
-    "start, restart_A": {"start": "olora", "restart_A": "kept"},
-    "restart_pairs, start": {"restart_pairs": False, "start": "pissa"},
-    "restart_pairs, ranks": {"restart_pairs": False, "ranks": (4, 2)},
-    "restart_pairs, optimizer_state": {"restart_pairs": False, "optimizer_state": "kept"},
+    "restart_factors, start": {"restart_factors": "B", "start": "olora"},
+    "restart_factors, rank": {"restart_factors": "none", "rank": (4, 2)},
+    "restart_factors, optimizer_state": {"restart_factors": "none", "optimizer_state": "kept"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
     "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
@@ -79,8 +75,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "adapter, lora_alpha": {"adapter": "vera", "lora_alpha": 4.0},
     "adapter, use_rslora": {"adapter": "vera", "use_rslora": True},
     "adapter, start": {"adapter": "lora-xs", "start": "pissa"},
-    "adapter, restart_A": {"adapter": "lora-xs", "restart_A": "kept"},
-    "adapter, restart_pairs": {"adapter": "dora", "restart_pairs": False},
+    "adapter, restart_factors": {"adapter": "lora-xs", "restart_factors": "B"},
     "adapter, train_A": {"adapter": "lora-xs", "train_A": False},
     "adapter, lr_ratio": {"adapter": "lora-xs", "lr_ratio": 2.0},
     "adapter, dropout": {"adapter": "dora", "dropout": 0.1},
@@ -236,7 +231,7 @@ def test_a_packed_site_is_read_back() -> None:
 RICH = lx.CascadeSpec(
     train=("head.*", "norm.*"),
     train_rules=(lx.TrainRule("head.*", lr=1e-3, slow=False), lx.TrainRule("norm.*")),
-    ranks=(8, 4),
+    rank=(8, 4),
     pace=(1.0, 0.5),
     lr_ratio=16.0,
     average=True,
@@ -252,10 +247,10 @@ def test_there_and_back(spec: lx.CascadeSpec, tmp_path: Path) -> None:
     assert tomllib.loads((tmp_path / "config.toml").read_text())["spec"]["average"] == spec.average
 
 
-def test_the_first_of_ranks_is_the_rank() -> None:
-    spec = lx.CascadeSpec(ranks=[6, 3])  # type: ignore[arg-type]
-    assert (spec.rank, spec.ranks) == (6, (6, 3))
-    assert lx.CascadeSpec(rank=6, ranks=(6, 3)) == spec
+def test_ranks_of_stages() -> None:
+    spec = lx.CascadeSpec(rank=[6, 3])  # type: ignore[arg-type]
+    assert spec.rank == (6, 3)
+    assert [spec.site_options().at_stage(stage).rank for stage in (1, 2, 3)] == [6, 3, 3]
 
 
 def test_a_wrong_key_of_a_rule_is_told(tmp_path: Path) -> None:

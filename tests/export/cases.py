@@ -14,7 +14,7 @@ import lorasc_fx as lx
 from tests.kit import tiny
 from tests.kit.models import randomize
 
-SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), restart_A="kept")
+SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), restart_factors="B")
 
 
 class Stated(nn.Module):

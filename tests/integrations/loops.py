@@ -26,10 +26,10 @@ from tests.integrations.kit import adapted, arguments, rows
 
 SPECS: dict[str, dict[str, Any]] = {
     "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("*head.bias",)},
-    "fast": {"restart": "fast", "optimizer_state": "kept", "restart_A": "kept"},
-    "ranks": {"ranks": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
+    "fast": {"restart": "fast", "optimizer_state": "kept", "restart_factors": "B"},
+    "ranks": {"rank": (2, 1, 3), "noise": lx.Noise(0.2, redraw="step")},
     "dora": {"adapter": "dora"},
-    "pairs": {"restart_pairs": False, "pace": 1.0},
+    "pairs": {"restart_factors": "none", "pace": 1.0},
     "mean": {"pace": "mean", "restart": "fast"},
     "pissa, average": {"start": "pissa", "average": True},
 }

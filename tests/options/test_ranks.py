@@ -19,7 +19,7 @@ RANKS = (4, 2, 3, 1)
 
 
 def adapted(frontend: str = "auto", **options: Any) -> tuple[lx.Cascade, torch.optim.Optimizer]:
-    spec = lx.CascadeSpec(**{"ranks": RANKS, "lora_alpha": 4.5, "pace": 1.0} | options)
+    spec = lx.CascadeSpec(**{"rank": RANKS, "lora_alpha": 4.5, "pace": 1.0} | options)
     cascade = lx.adapt(mlp(), (X,), spec=spec, frontend=frontend)
     return cascade, torch.optim.AdamW(cascade.param_groups(lr=1e-2))
 
@@ -63,7 +63,7 @@ def test_a_loss_of_an_earlier_stage_may_be_held() -> None:
 @pytest.mark.parametrize("state", ["reset", "kept", 0.5])
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda groups: torch.optim.SGD(groups, momentum=0.9)])
 def test_state_of_the_optimizer_is_dropped_where_the_rank_changes(make: Any, state: Any) -> None:
-    cascade, _ = adapted(ranks=(3, 3, 2), optimizer_state=state)
+    cascade, _ = adapted(rank=(3, 3, 2), optimizer_state=state)
     optimizer = make(cascade.param_groups(lr=1e-2))
     for number, _ in enumerate(cascade.stages(3, optimizer), start=1):
         own = [parameter for branch in branches(cascade).values() for parameter in branch.parameters()]
@@ -72,8 +72,8 @@ def test_state_of_the_optimizer_is_dropped_where_the_rank_changes(make: Any, sta
 
 
 def test_kept_factors_are_fresh_where_the_rank_changes() -> None:
-    cascade, optimizer = adapted(ranks=(3, 3, 2), restart_A="kept")
-    plain, _ = adapted(ranks=(3, 3, 2))
+    cascade, optimizer = adapted(rank=(3, 3, 2), restart_factors="B")
+    plain, _ = adapted(rank=(3, 3, 2))
     train(cascade, optimizer, batches(2, 4, 5))
     before = factors(cascade)
     cascade.transition(optimizer)
@@ -111,7 +111,7 @@ class Late(nn.Module):
 
 @pytest.mark.parametrize("python", [False, True])
 def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -> None:
-    spec = lx.CascadeSpec(ranks=RANKS, lora_alpha=4.5, pace=1.0)
+    spec = lx.CascadeSpec(rank=RANKS, lora_alpha=4.5, pace=1.0)
     x = torch.ones(4, 5).double()
     cascade = lx.adapt(Late(python).double().train(), (x,), spec=spec)
     assert cascade.frontend == ("eager" if python else "export")
@@ -149,7 +149,7 @@ def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
 
 @pytest.mark.parametrize(("adapter", "zero"), [("lora", "lora_B"), ("vera", "vera_lambda_b")])
 def test_the_pass_in_a_graph_that_owns_its_weights(adapter: str, zero: str) -> None:
-    spec = lx.CascadeSpec(ranks=RANKS, adapter=adapter, pace=0.5)
+    spec = lx.CascadeSpec(rank=RANKS, adapter=adapter, pace=0.5)
     graph = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(mlp())).graph_module
     cascade, _ = adapted(adapter=adapter, lora_alpha=8.0, pace=0.5)
     held = [id(parameter) for parameter in graph.branches.parameters()]

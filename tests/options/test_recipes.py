@@ -16,9 +16,9 @@ from tests.kit.models import batches, mlp, train
 X = batches(1, 4, 5)[0]
 STEPS = 24
 RECIPES = {
-    "lora": (lx.recipes.lora, 1, {"pace": 1.0, "restart": "slow", "restart_pairs": True}),
-    "small_data": (lx.recipes.small_data, 3, {"pace": 0.5, "restart": "slow", "restart_pairs": True}),
-    "lora_cycles": (lx.recipes.lora_cycles, 3, {"pace": "mean", "restart": "fast", "restart_pairs": False}),
+    "lora": (lx.recipes.lora, 1, {"pace": 1.0, "restart": "slow", "restart_factors": "both"}),
+    "small_data": (lx.recipes.small_data, 3, {"pace": 0.5, "restart": "slow", "restart_factors": "both"}),
+    "lora_cycles": (lx.recipes.lora_cycles, 3, {"pace": "mean", "restart": "fast", "restart_factors": "none"}),
 }
 """Recipes with their number of stages and the options that they set."""
 

@@ -1,4 +1,4 @@
-"""Stages without a restart (`restart_pairs=False`): the factors of a branch continue to train."""
+"""Stages without a restart (`restart_factors="none"`): the factors of a branch continue to train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kit.errors import warns
 from tests.kit.models import OPTIMIZERS, batches, branches, by_hand, loss_of, mlp, optimizer_of, randomize, train
 from tests.kit.state import weight_states
 
-SPEC = {"rank": 4, "lora_alpha": 6.0, "restart_pairs": False, "targets": ("linear", "conv")}
+SPEC = {"rank": 4, "lora_alpha": 6.0, "restart_factors": "none", "targets": ("linear", "conv")}
 EXACT = {"rtol": 0, "atol": 1e-11}
 
 
@@ -26,7 +26,7 @@ def conv() -> nn.Module:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("more", [
-    {}, {"pace": 0.4}, {"pace": 0.4, "restart": "fast"}, {"restart_A": "kept"}, {"placement": "merged"},
+    {}, {"pace": 0.4}, {"pace": 0.4, "restart": "fast"}, {"placement": "merged"},
     {"placement": "weight"},
 ], ids=str)  # fmt: skip
 def test_a_trajectory_is_that_of_the_formula(more: dict[str, Any], optimizer: str) -> None:

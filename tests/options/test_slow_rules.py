@@ -101,19 +101,19 @@ EYE = torch.eye(12, dtype=torch.float64)
 INPUT = batches(1, 6, 12)[0]
 PACES = (1.0, 0.5)
 SPECS: dict[str, dict[str, Any]] = {
-    "ranks, pissa": {"ranks": (3, 2), "start": "pissa"},
-    "ranks, olora": {"ranks": (3, 2), "start": "olora"},
-    "ranks, dora": {"ranks": (3, 2), "adapter": "dora"},
-    "ranks, fixed": {"ranks": (3, 2), "train_A": False},
-    "ranks, plus": {"ranks": (3, 2), "lr_ratio": 4.0},
-    "ranks, redrawn": {"ranks": (3, 2), "noise": lx.Noise(0.1, redraw="step")},
+    "ranks, pissa": {"rank": (3, 2), "start": "pissa"},
+    "ranks, olora": {"rank": (3, 2), "start": "olora"},
+    "ranks, dora": {"rank": (3, 2), "adapter": "dora"},
+    "ranks, fixed": {"rank": (3, 2), "train_A": False},
+    "ranks, plus": {"rank": (3, 2), "lr_ratio": 4.0},
+    "ranks, redrawn": {"rank": (3, 2), "noise": lx.Noise(0.1, redraw="step")},
     "fixed, pissa": {"rank": 2, "train_A": False, "start": "pissa"},
     "fixed, dora": {"rank": 2, "train_A": False, "adapter": "dora"},
     "average, pissa": {"rank": 2, "average": True, "start": "pissa"},
     "plus, dora": {"rank": 2, "lr_ratio": 4.0, "adapter": "dora"},
-    "olora, dora, ranks": {"ranks": (1, 3), "start": "olora", "adapter": "dora"},
+    "olora, dora, ranks": {"rank": (1, 3), "start": "olora", "adapter": "dora"},
     "olora, average": {"rank": 2, "start": "olora", "average": True},
-    "all": {"ranks": (3, 2), "average": True, "train_A": False, "start": "olora", "noise": lx.Noise(0.1)},
+    "all": {"rank": (3, 2), "average": True, "train_A": False, "start": "olora", "noise": lx.Noise(0.1)},
 }
 
 
@@ -140,7 +140,8 @@ def test_stages_are_the_recursion(name: str, tmp_path: Path) -> None:
         slow = cascade.model[0].weight.detach().clone()
     ends = []
     for number in (1, 2, 3):
-        rank = options.get("ranks", (2, 2))[min(number, 2) - 1]
+        ranks = options.get("rank", 2)
+        rank = ranks if isinstance(ranks, int) else ranks[min(number, 2) - 1]
         assert branches(cascade)["0.weight"].rank == rank
         a = branches(cascade)["0.weight"].lora_A.detach().clone()
         train(cascade, optimizer, batches(3, 6, 12, seed=number))

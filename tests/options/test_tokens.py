@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("method-not-supported", "miss", "1.weight", "3 inputs", "rank 5"),
     ),
     "a rank of MiSS above the inputs in a later stage": (
-        {"adapter": "miss", "ranks": (2, 4), "targets": ("1.weight",)},
+        {"adapter": "miss", "rank": (2, 4), "targets": ("1.weight",)},
         ("method-not-supported", "1.weight", "rank 4"),
     ),
 }

@@ -38,7 +38,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "rank": 1,
         "exclude": ("head.*", "table.*"),
         "restart": "fast",
-        "restart_A": "kept",
+        "restart_factors": "B",
         "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
     },
     "averaged": {
@@ -48,18 +48,17 @@ SPECS: dict[str, dict[str, Any]] = {
         "noise": {"strength": 0.1, "redraw": "step", "distribution": "filter"},
         "train_rules": ({"pattern": "norm.*", "slow": False},),
     },
-    "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_A": "kept"},
-    "pairs": {"rank": 4, "restart_pairs": False, "noise": {"strength": 0.1}},
+    "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_factors": "B"},
+    "pairs": {"rank": 4, "restart_factors": "none", "noise": {"strength": 0.1}},
     "tokens": {"rules": ({"pattern": "table.*", "tokens": (1, 4, 6)},), "noise": {"strength": 0.1}},
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
     "dora, olora": {"adapter": "dora", "start": "olora", "exclude": ("table.*",)},
     "frozen A": {"train_A": False, "average": True},
     "ranks": {
-        "rank": 3,
-        "ranks": [3, 1, 2],
+        "rank": [3, 1, 2],
         "exclude": ("*.back.*", "*.down.*"),  # of 21 and 9 inputs
         "noise": {"strength": 0.1},
-        "restart_A": "kept",
+        "restart_factors": "B",
         "optimizer_state": 0.5,
     },
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
@@ -265,7 +264,7 @@ def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
     for number, distribution in EXPERTS.items():
         torch.manual_seed(1)
         noise = lx.Noise(0.1, distribution)  # type: ignore[arg-type]
-        spec = lx.CascadeSpec(rank=2, pace=0.6, noise=noise, seed=5, restart_A="kept")
+        spec = lx.CascadeSpec(rank=2, pace=0.6, noise=noise, seed=5, restart_factors="B")
         cascade = lx.adapt(Experts(number).double(), args=(example(),), spec=spec)
         assert {site.weight for site in cascade.sites if site.kind == "experts"} == {"up", "down"}
         if count > 1:

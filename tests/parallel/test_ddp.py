@@ -117,7 +117,7 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
 @pytest.mark.usefixtures("group")
 def test_a_changed_rank_invalidates_the_wrapper() -> None:
     x = torch.randn(4, 5)
-    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(ranks=(2, 2, 1)))
+    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(rank=(2, 2, 1)))
     wrapper, optimizer = DistributedDataParallel(cascade), torch.optim.SGD(cascade.param_groups(lr=0.1))
     for _ in range(2):
         train(wrapper, optimizer, [x])

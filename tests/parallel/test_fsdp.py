@@ -273,7 +273,7 @@ def test_axes_that_ranks_do_not_divide() -> None:
     """These are the inputs, if the rank changes between stages."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        cascade = small({"ranks": [2, 3]})
+        cascade = small({"rank": [2, 3]})
         before = dict(cascade.named_parameters())
         with raises(lx.StateError, "sharded", "2 processes", "5 inputs", "0.weight"):
             fsdp.shard(cascade)

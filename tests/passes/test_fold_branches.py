@@ -306,18 +306,18 @@ def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) ->
     assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
 
 
-@pytest.mark.parametrize("start", ["fresh", "kept"])
-def test_initial_lora_a(start: str) -> None:
+@pytest.mark.parametrize("factors", ["both", "B"])
+def test_initial_lora_a(factors: str) -> None:
     case = BY_NAME["module_conv2d"]
-    inserted = insert(case.own(), replace(case.spec, restart_A=start))
+    inserted = insert(case.own(), replace(case.spec, restart_factors=factors))
     initial = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
     fill(inserted)
     trained = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
     after = branches_of(StageTransition()(inserted).graph_module)
     for weight, branch in after.items():
         assert not branch.lora_B.any()
-        assert same_bits(branch.lora_A, trained[weight]) == (start == "kept")
-        if start == "fresh":
+        assert same_bits(branch.lora_A, trained[weight]) == (factors == "B")
+        if factors == "both":
             assert_differ(branch.lora_A.detach(), initial[weight])
             assert branch.lora_A.abs().max() <= branch.lora_A.shape[1] ** -0.5
 
@@ -326,7 +326,7 @@ def test_initial_lora_a(start: str) -> None:
 def test_a_stage_without_a_restart_changes_no_output(name: str) -> None:
     """The factors are subtracted from the weights, and a fold adds them again."""
     case = BY_NAME[name]
-    inserted = fill(insert(case.own(), replace(case.spec, rank=4, pace=1.0, restart_pairs=False)))
+    inserted = fill(insert(case.own(), replace(case.spec, rank=4, pace=1.0, restart_factors="none")))
     before = run(inserted, case)
     after = StageTransition()(inserted).graph_module
     for branch in branches_of(after).values():

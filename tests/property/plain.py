@@ -29,7 +29,7 @@ class Law:
 
     pace: float
     restart: str
-    restart_A: str
+    restart_factors: str
     optimizer_state: Any
     slow_train: bool
     seed: int
@@ -250,7 +250,7 @@ class Plain:
             last, adapter.trained = adapter.trained, None
             if law.adapter == "lora":
                 assert last is not None
-                a = self.fresh(name, len(last["lora_A"])) if law.restart_A == "fresh" else last["lora_A"]
+                a = self.fresh(name, len(last["lora_A"])) if law.restart_factors == "both" else last["lora_A"]
                 adapter.trained = {"lora_A": a, "lora_B": torch.zeros_like(last["lora_B"])}
         for key in [key for key in self.velocity if key[1] != "value"] if told else ():
             if law.optimizer_state == "reset":

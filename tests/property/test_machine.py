@@ -71,7 +71,7 @@ def specs(draw: st.DrawFn) -> lx.CascadeSpec:
     if lora:
         options |= {
             "rules": draw(st.sampled_from([(), (lx.Rule("mix", rank=1, lora_alpha=1.5),)])),
-            "restart_A": draw(st.sampled_from(["fresh", "kept"])),
+            "restart_factors": draw(st.sampled_from(["both", "B"])),
         }
     return lx.CascadeSpec(
         adapter=adapter,
@@ -122,7 +122,7 @@ def law_of(spec: lx.CascadeSpec) -> Law:
     return Law(
         pace=spec.pace,
         restart=spec.restart,
-        restart_A=spec.restart_A,
+        restart_factors=spec.restart_factors,
         optimizer_state=spec.optimizer_state,
         slow_train=spec.slow_train,
         seed=spec.seed,

@@ -210,42 +210,9 @@ def test_quantized_weights_refuse_starts_and_noise(options: dict[str, Any], name
     lx.adapt(model, (inputs(),), spec=lx.CascadeSpec(exclude=("up", "down"), **options)).release()
 
 
-def nearest(delta: torch.Tensor, rank: int) -> torch.Tensor:
-    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
-    return left[:, :rank] * values[:rank] @ right[:rank]
-
-
 def ranks(cascade: lx.Cascade) -> dict[str, int]:
     pairs = {site.weight: cascade.branches[site.key].unmerged_A for site in cascade.sites}
     return {name: 0 if a is None else len(a) for name, a in pairs.items()}
-
-
-@BOTH
-def test_the_delta_of_a_quantized_weight_is_carried_at_a_rank(width: str, tmp_path: Path) -> None:
-    """Compared with the truncated SVD of the delta at the end of each stage. Without a limit, the rank grows with
-    stages.
-    """
-    model = net(width)
-    spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, carry_rank=3)
-    cascade = lx.adapt(model, (inputs(),), spec=spec)
-    quantized = [site for site in cascade.sites if site.weight != "head.weight"]
-    deltas = {site.weight: torch.zeros(site.shape, dtype=torch.float64) for site in quantized}
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
-    for stage in cascade.stages(4, optimizer):
-        train(cascade, optimizer, [inputs()] * 2)
-        for site in quantized:
-            total = deltas[site.weight] + 0.5 * delta(cascade, site).double()
-            deltas[site.weight] = nearest(total, 3) if stage.number > 1 else total
-    assert ranks(cascade) == {"up.weight": 3, "down.weight": 3, "head.weight": 0}
-    base = numbers(net(width))
-    with cascade.weights("slow"):
-        for name, value in deltas.items():
-            torch.testing.assert_close(model.get_parameter(name), base[name] + value.float(), rtol=0, atol=1e-6)
-    lx.save(cascade, tmp_path)
-    again = lx.load(tmp_path, net(width), (inputs(),))
-    assert torch.equal(again(inputs()), cascade(inputs()))
-    with raises(lx.StateError, "unknown-stage", "up.weight"):
-        cascade.rewind(1, optimizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"restart": "fast"}, {"average": True}], ids=str)
