@@ -101,7 +101,7 @@ def _with_fast_weights(name: str) -> Any:
             return method
 
         @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             run = run_of(cascade)
             if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
                 kwargs["synced_gpus"] = True  # a rank that is done must keep calling until all ranks are done

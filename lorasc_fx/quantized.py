@@ -256,7 +256,7 @@ class QuantizedWeight(torch.Tensor):
         return [f"layer.{name}" for name in sorted(self.entries())], type(self.layer).__name__
 
     @staticmethod
-    def __tensor_unflatten__(*args: Any) -> torch.Tensor:
+    def __tensor_unflatten__(*args: object) -> torch.Tensor:
         raise NotImplementedError("a quantized layer cannot be traced, because its forward is one opaque call")
 
     @classmethod
@@ -290,7 +290,7 @@ class QuantizedWeight(torch.Tensor):
         copied: torch.Tensor = memo[id(self)]
         return copied
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Return the shape and the class of the layer, without values."""
         return (
             f"QuantizedWeight(shape={tuple(self.shape)}, of {type(self.layer).__module__}.{type(self.layer).__name__})"
@@ -385,7 +385,7 @@ class QuantizedLinear(nn.Linear):
                 return getattr(self.__dict__["layer"], name)
             raise
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: object, recurse: bool = True) -> Self:
         if not self.holds_layer:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
@@ -406,7 +406,7 @@ class QuantizedLinear(nn.Linear):
         for name, value in self.layer.state_dict(keep_vars=keep_vars).items():
             destination[prefix + name] = value
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         if self.holds_layer:
             self.layer._load_from_state_dict(*args, **kwargs)
         else:
@@ -460,7 +460,7 @@ def _(input: torch.Tensor, key: str) -> torch.Tensor:
     return input.new_empty(*input.shape[:-1], _MODULES[key].out_features)
 
 
-def is_opaque_product(target: Any) -> bool:
+def is_opaque_product(target: object) -> bool:
     """Whether the target of a node is the op above. Its arguments are the input [..., in] and the key of a module."""
     op = torch.ops.lorasc_fx.quantized_linear
     return target is op or target is op.default
@@ -503,6 +503,6 @@ def unwrap_layers(model: nn.Module, undo: Undo) -> None:
             parent._modules[name] = unwrapped[id(child)]
 
 
-def _set_attributes(layer: nn.Module, attributes: Mapping[str, Any]) -> None:
+def _set_attributes(layer: nn.Module, attributes: Mapping[str, object]) -> None:
     for name, value in attributes.items():
         setattr(layer, name, value)

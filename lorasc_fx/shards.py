@@ -47,7 +47,7 @@ def shard_axis(tensor: Any) -> int | None:
     return next((placement.dim for placement in placements if hasattr(placement, "dim")), None)
 
 
-def shard_of(tensor: Any) -> ShardSpec:
+def shard_of(tensor: object) -> ShardSpec:
     """Return which slice of a tensor this rank holds. `UNSHARDED` for a replicated or a plain tensor."""
     return UNSHARDED if shard_axis(tensor) is None else ShardSpec.of(tensor)
 
@@ -338,7 +338,7 @@ class ShardSpec:
         total = tensor.shape[axis]
         return cls(*chunk_of(total, mesh.size(mesh_axis), mesh.get_local_rank(mesh_axis)), total, group, axis)
 
-    def dtensor(self, shard: torch.Tensor, like: Any) -> torch.Tensor:
+    def dtensor(self, shard: torch.Tensor, like: object) -> torch.Tensor:
         """Wrap a local slice as a DTensor with the mesh and placements of the DTensor `like`."""
         return _from_local(shard, like, self.full_shape(shard.shape))
 

@@ -645,7 +645,7 @@ class CascadeSpec:
         return {name: _plain(value) for name, value in values.items() if value is not None}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CascadeSpec:
+    def from_dict(cls, data: Mapping[str, object]) -> CascadeSpec:
         """Build a spec from plain data.
 
         Raises:
@@ -655,7 +655,7 @@ class CascadeSpec:
         return spec
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, (Noise, Rule, TrainRule)):
         items = {option.name: _plain(getattr(value, option.name)) for option in fields(value)}
         return {name: item for name, item in items.items() if item is not None}

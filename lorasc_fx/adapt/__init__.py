@@ -33,8 +33,8 @@ log = logging.getLogger("lorasc_fx")
 
 def adapt(
     model: nn.Module | torch.export.ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     spec: CascadeSpec | Any = None,
     frontend: str = "auto",
@@ -99,8 +99,8 @@ def adapt(
 def load(
     folder: str | PathLike[str] | Checkpoint,
     model: nn.Module | torch.export.ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     base: str | PathLike[str] = "memory",
 ) -> Cascade:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import nn
@@ -164,8 +163,8 @@ def agree(name: str, parts: Sequence[Part]) -> bool:
 def merge(
     runs: Sequence[Cascade | str | PathLike[str]],
     model: nn.Module | torch.export.ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     weights: Sequence[float] | None = None,
     base: str | PathLike[str] = "memory",
@@ -277,8 +276,8 @@ def _without(patterns: Iterable[str], added: Sequence[str], names: Mapping[str, 
 def from_peft(
     folder: str | PathLike[str],
     model: nn.Module | torch.export.ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     spec: CascadeSpec | None = None,
     frontend: str = "auto",

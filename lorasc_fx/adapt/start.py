@@ -80,7 +80,7 @@ class Start:
         model: nn.Module,
         plan: Plan,
         frontend: str,
-        inputs: tuple[Sequence[Any], Mapping[str, Any] | None],
+        inputs: tuple[Sequence[object], Mapping[str, object] | None],
         base: str | PathLike[str],
         undo: Undo,
         checkpoint: Checkpoint | None = None,

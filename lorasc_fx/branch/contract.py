@@ -68,7 +68,7 @@ class Tree:
         """Return a copy in which `change` replaces every tensor. A tensor that occurs twice stays shared."""
         done: dict[int, Any] = {}
 
-        def walk(value: Any, side: Side | None) -> Any:
+        def walk(value: object, side: Side | None) -> Any:
             if isinstance(value, torch.Tensor):
                 assert side is not None, "a field with tensors has a Side in its metadata"
                 if id(value) not in done:
@@ -387,11 +387,11 @@ class Branch(nn.Module, abc.ABC):
 
     def forward(
         self,
-        *args: Any,
+        *args: object,
         at: Placement,
         tensors: Mapping[str, torch.Tensor] | None = None,
         scale: torch.Tensor | None = None,
-        **options: Any,
+        **options: object,
     ) -> torch.Tensor:
         """Compute one placement. Graph nodes call this.
 
@@ -429,7 +429,7 @@ class Branch(nn.Module, abc.ABC):
         return with_strides(weight + self.dense_delta(weight).to(weight.dtype), weight)
 
     def merged(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: object
     ) -> torch.Tensor:
         """Return the output of the op with the adapted weight, and its bias.
 

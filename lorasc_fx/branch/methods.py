@@ -166,7 +166,7 @@ class SharedTensor:
             self._values[key] = next(iter(self._values.values())).to(tensor.device, tensor.dtype)
         return self._values[key]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedTensor:
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedTensor:
         """Return the same object, because its values never change."""
         return self
 
@@ -480,7 +480,7 @@ class OftBranch(Branch):
         return (moved.t() if self.transposed else moved).reshape(weight.shape)
 
     def merged(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: Any
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: object
     ) -> torch.Tensor:
         """Return the output of the op with the adapted weight.
 

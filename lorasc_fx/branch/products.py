@@ -52,7 +52,7 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     return plain and not functorch_is_active()
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+def apply(function: type[torch.autograd.Function], *args: object) -> torch.Tensor:
     """Call an autograd.Function that returns one tensor."""
     output: torch.Tensor = function.apply(*args)
     return output
@@ -106,7 +106,7 @@ def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate forward or backward of an autograd.Function: disable autocast inside, so that dtypes stay as given."""
 
     @wraps(method)
-    def run(ctx: Any, tensor: torch.Tensor, *args: Any) -> Any:
+    def run(ctx: Any, tensor: torch.Tensor, *args: object) -> Any:
         kind = tensor.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return method(ctx, tensor, *args)
@@ -419,7 +419,7 @@ class FrozenGrouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, op: Any
+        ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, op: object
     ) -> torch.Tensor:
         """Return base [rows, out]. x is [rows, in], and weight [experts, in, out]."""
         ctx.save_for_backward(weight, offs)
@@ -456,7 +456,7 @@ _FROZEN: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def for_frozen(target: Any, same_bits: bool = True) -> Callable[..., torch.Tensor] | None:
+def for_frozen(target: object, same_bits: bool = True) -> Callable[..., torch.Tensor] | None:
     """Return a faster function for nodes with this target, whose weights are usually frozen, or None.
 
     Args:

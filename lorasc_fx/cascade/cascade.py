@@ -97,7 +97,7 @@ class CascadeModule(nn.Module):
 
     # ---- calls
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the user's model with the branches.
 
         The first call of a new kind (mode, dtypes, structure of arguments, or a size that a graph has fixed) captures a
@@ -184,7 +184,7 @@ class CascadeModule(nn.Module):
             )
         return self._graphs.example
 
-    def _inputs(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Example:
+    def _inputs(self, args: Sequence[object] | None, kwargs: Mapping[str, object] | None) -> Example:
         """Return these inputs, or the example inputs if there are none."""
         return self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
 
@@ -244,7 +244,7 @@ class CascadeModule(nn.Module):
 
     # ---- stages
 
-    def param_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, **options: object) -> list[dict[str, Any]]:
         """Return parameter groups for a torch optimizer.
 
         There is one group for each kind of branch parameter (`lora_A`, `lora_B`), and a group `train` for parameters
@@ -261,7 +261,7 @@ class CascadeModule(nn.Module):
         """
         return self._run.param_groups(lr, options)
 
-    def stages(self, count: int, optimizer: Optimizers, scheduler: Any = None) -> Iterator[Stage]:
+    def stages(self, count: int, optimizer: Optimizers, scheduler: object = None) -> Iterator[Stage]:
         """Yield `count` stages. Between stages a transition runs, and after the last one the weights are folded.
 
         After the loop the parameters hold the slow weights, without noise. If the loop is left early, its stage keeps
@@ -382,8 +382,8 @@ class CascadeModule(nn.Module):
 
     def folded_graph(
         self,
-        args: Sequence[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
+        args: Sequence[object] | None = None,
+        kwargs: Mapping[str, object] | None = None,
         quantized: Literal["dequantize"] | None = None,
         *,
         view: ViewName = "slow",
@@ -405,7 +405,7 @@ class CascadeModule(nn.Module):
         return self._folded(*self._inputs(args, kwargs), quantized, view)[0]
 
     def _folded(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], quantized: Literal["dequantize"] | None, view: str
+        self, args: Sequence[object], kwargs: Mapping[str, object], quantized: Literal["dequantize"] | None, view: str
     ) -> tuple[nn.Module, dict[Axis, int]]:
         """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
         check_view("folded_graph", view, self._run.plan.spec)

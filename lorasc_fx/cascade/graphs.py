@@ -55,7 +55,7 @@ class Graphs:
             self._add(compiler.calls.bind(*example), decided)
 
     def variant_of(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "variant", dynamic: bool = False
+        self, args: Sequence[object], kwargs: Mapping[str, object], name: str = "variant", dynamic: bool = False
     ) -> tuple[Variant, Call]:
         """Return the graph for these arguments, captured if necessary, and the bound call.
 

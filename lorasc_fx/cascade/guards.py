@@ -68,7 +68,7 @@ class UsageWatch(Fresh):
         """Return a `_compiled_call_impl` for a module, which runs a check and then calls the module normally."""
         reference = weakref.ref(module)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             called, from_package = reference(), False
             if not torch.compiler.is_dynamo_compiling():  # dynamo cannot trace frames
                 frame = sys._getframe(1)  # nn.Module.__call__; a shallow copy (DataParallel) has this function too
@@ -90,7 +90,7 @@ class UsageWatch(Fresh):
         """
 
         @wraps(value)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             run = self._run()
             if run is None or torch.compiler.is_compiling() or "model-called-inside-stage" in run.warned:
                 return value(*args, **kwargs)
@@ -114,7 +114,7 @@ class UsageWatch(Fresh):
         if run is not None and _shares_parameters(module, run.model):
             self._check("read")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> UsageWatch:
+    def __deepcopy__(self, memo: dict[int, object]) -> UsageWatch:
         """Check a deep copy of the model, unless it is part of a deep copy of the cascade, which has the branches."""
         if id(self._cascade() if self._cascade is not None else None) not in memo:
             self._check("copied")

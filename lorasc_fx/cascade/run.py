@@ -152,7 +152,7 @@ class Run(RunBase):
         if self.plan.spec.noise.follows_steps:
             self.steps.arm(self._redraw)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Set the state of a deep copy. Its watches start empty, so they are armed for the copied parameters."""
         vars(self).update(state)
         if self.meta is None and not self.released:
@@ -223,13 +223,13 @@ class Run(RunBase):
         parameters = self.parameters_by_name()
         self._frozen = checksums({name: value for name, value in parameters.items() if name not in self.slow.states})
 
-    def param_groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def param_groups(self, lr: float, options: Mapping[str, object]) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer; see `Cascade.param_groups`."""
         self.check_alive("param_groups")
         self.grouped = True
         return self._groups(lr, options)
 
-    def _groups(self, lr: float, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _groups(self, lr: float, options: Mapping[str, object]) -> list[dict[str, Any]]:
         states = self.slow.trained
         trained = [(parameter, states[name].rule) for name, parameter in self.present(states).items()]
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
@@ -243,7 +243,7 @@ class Run(RunBase):
 
     # ---- checks before a call
 
-    def check_ranks(self, call: str, group: Any) -> None:
+    def check_ranks(self, call: str, group: object) -> None:
         """Raise StateError if the ranks of a process group have different runs (weights, spec, stage or versions)."""
         ProcessGroup.of(group).check_equal(call, self.facts(self._checksums))
 

@@ -35,7 +35,7 @@ Description = dict[str, Any]
 and `{"value": plain value}`. `fill` is absent for floating-point tensors."""
 
 
-def describe(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Description | None:
+def describe(args: Sequence[object], kwargs: Mapping[str, object]) -> Description | None:
     """Return a description of the arguments of a call, or None if they cannot be described as JSON.
 
     Of an integer or boolean tensor, the largest value is stored, because it is a valid index or class.
@@ -56,7 +56,7 @@ def stand_ins(description: Description, device: torch.device) -> tuple[tuple[Any
     return args, kwargs
 
 
-def is_description(value: Any) -> bool:
+def is_description(value: object) -> bool:
     """Whether plain data from a file is a valid description of the arguments of a call."""
     pair = value.get("tuple") if isinstance(value, dict) else None
     kinds = ["tuple", "dict"]
@@ -99,7 +99,7 @@ def _built(description: Description, source: torch.Generator, device: torch.devi
     return tuple(built) if kind == "tuple" else built
 
 
-def _is_valid(description: Any) -> bool:
+def _is_valid(description: object) -> bool:
     """Whether plain data is a description of any value."""
     if not isinstance(description, dict):
         return False

@@ -136,7 +136,7 @@ class StepWatch(Fresh):
         StepWatch._armed.pop(self, None)
 
     @staticmethod
-    def _step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _step(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         for method in tuple(StepWatch._armed.values()):
             if (call := method()) is not None:
                 call(optimizer)
@@ -197,7 +197,7 @@ _COPIES = {"lookahead_slow_buff"}
 """Entries of an optimizer state that are copies of the parameter. They are stale after a transition."""
 
 
-def check_numbers(state: Any, path: str) -> None:
+def check_numbers(state: object, path: str) -> None:
     """Raise ValueError if a number or an entry of a tensor in an optimizer state is nan. The message names its path."""
     if isinstance(state, Mapping):
         for name, value in state.items():
@@ -334,7 +334,7 @@ def treated_state(
     return treated
 
 
-def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, Any], undo: Undo) -> None:
+def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, object], undo: Undo) -> None:
     """Set the state of these parameters in the optimizer that has one. An empty state is removed.
 
     The next step initializes a removed state. `undo` collects the undo steps.
@@ -350,7 +350,7 @@ def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Pa
                 del table[parameter]
 
 
-def _pruned(state: Mapping[str, Any], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:
+def _pruned(state: Mapping[str, object], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:
     """Return a state whose smallest entries are zero: a share `ratio` of each tensor in the parameter's shape.
 
     An entry that is pruned in one tensor becomes zero in every tensor. Otherwise Adam's second moment could be zero
@@ -374,7 +374,7 @@ def groups(
     branches: Iterable[Branch],
     trained: Iterable[tuple[nn.Parameter, TrainRule | None]],
     lr: float,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
 ) -> list[dict[str, Any]]:
     """Return parameter groups for an optimizer; see `Cascade.param_groups`.
 

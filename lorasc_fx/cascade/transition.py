@@ -48,7 +48,7 @@ class Stage:
 
 
 def loop(
-    run: Run, count: int, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]
+    run: Run, count: int, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[object]
 ) -> Iterator[Stage]:
     """Yield the stages of a loop, with a transition after each; see `Cascade.stages`."""
     end_idle(run)

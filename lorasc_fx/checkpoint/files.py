@@ -110,7 +110,7 @@ def file_names(count: int) -> list[str]:
     return [TENSORS] if count == 1 else [f"state-{rank:05d}-of-{count:05d}.safetensors" for rank in range(1, count + 1)]
 
 
-def canonical(manifest: Mapping[str, Any]) -> str:
+def canonical(manifest: Mapping[str, object]) -> str:
     """Return the text from which the digest of a manifest is computed: all fields except the digest."""
     return json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
 
@@ -256,7 +256,7 @@ class Manifest:
             return checked
 
 
-def packed(manifest: dict[str, Any], digests: Sequence[str]) -> torch.Tensor:
+def packed(manifest: dict[str, object], digests: Sequence[str]) -> torch.Tensor:
     """Add the digest of each rank's tensors (`digest_of`) to a manifest, and return its bytes as a tensor."""
     manifest["files"] = dict(zip(file_names(len(digests)), digests, strict=True))
     manifest["digest"] = text_digest(canonical(manifest))
@@ -286,7 +286,7 @@ def pack(value: object) -> tuple[Any, Tensors]:
     tensors: Tensors = {}
     names: dict[int, str] = {}
 
-    def packed(value: Any, path: str) -> Any:
+    def packed(value: object, path: str) -> Any:
         if isinstance(value, torch.Tensor):
             return {"$tensor": names[id(value)] if id(value) in names else added(value, path)}
         if isinstance(value, float):
@@ -341,7 +341,7 @@ def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
         used.add(name)
         return tensors[name]
 
-    def table(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    def table(pairs: list[tuple[object, object]]) -> dict[Any, Any]:
         found = {unpacked(key): unpacked(item) for key, item in pairs}
         if len(found) < len(pairs):  # for example 1 and true
             raise ValueError("has two equal keys in one table")
@@ -354,7 +354,7 @@ def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
         "$dict": table,
     }
 
-    def unpacked(value: Any) -> Any:
+    def unpacked(value: object) -> Any:
         if isinstance(value, list):
             return [unpacked(item) for item in value]
         if not isinstance(value, dict):

@@ -70,7 +70,7 @@ def write_version(
     root: Path,
     optimizers: Sequence[torch.optim.Optimizer],
     schedulers: Sequence[Stateful],
-    extra: Mapping[str, Any],
+    extra: Mapping[str, object],
     keep: int,
     group: ProcessGroup,
 ) -> Path:
@@ -219,7 +219,7 @@ def _as_checkpoint_error(root: Path, failure: str = "the checkpoint was not writ
         ) from fault
 
 
-def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
+def _write_manifest(manifest: dict[str, object], folder: Path) -> None:
     """Add the digest of a manifest, write it, and sync it and its folder."""
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, indent=1, allow_nan=False)
@@ -334,7 +334,7 @@ class SavedCascade(CascadeModule):
         with ranks.agreed("resume"), run_of(self).exclusive("resume", sharded=True):
             return content.resume(run_of(self), loaded.path, loaded.content, optimizers, several(scheduler), ranks)
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+    def state_dict(self, *, destination: object = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return copies of the cascade's state, from which `load_state_dict` resumes the training.
 
         The state has branches, experts, coefficients, the stage, buffers, and parameters trained in full with their W0.
@@ -428,7 +428,7 @@ def save(
     *,
     optimizer: Optimizers | None = None,
     scheduler: Stateful | Sequence[Stateful] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     keep: int = 1,
 ) -> Path:
     """Save a cascade as a new version in `folder`, and delete all but the last `keep` versions.

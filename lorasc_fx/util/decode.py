@@ -126,7 +126,7 @@ def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
     return value
 
 
-def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None:
+def check(instance: object, *path: str, conflicts: Iterable[Conflict] = ()) -> None:
     """Decode and check the fields of a frozen dataclass. Called in its `__post_init__`.
 
     Args:
@@ -152,7 +152,7 @@ def check(instance: Any, *path: str, conflicts: Iterable[Conflict] = ()) -> None
             )
 
 
-def check_names(cls: Any, names: Iterable[Any], path: FieldPath) -> None:
+def check_names(cls: object, names: Iterable[object], path: FieldPath) -> None:
     """Check that all names are fields of a class. `cls.OTHER_NAMES` maps names in other libraries to our fields.
 
     Raises:
@@ -177,7 +177,7 @@ def checks_names(cls: type[T]) -> type[T]:
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: object, *args: object, **kwargs: object) -> None:
         check_names(cls, kwargs, (cls.__name__,))
         init(self, *args, **kwargs)
 
@@ -194,7 +194,7 @@ def path_text(path: FieldPath) -> str:
     return text
 
 
-def _split(hint: Any) -> tuple[Any, list[Check]]:
+def _split(hint: object) -> tuple[Any, list[Check]]:
     """Split an annotation into its type and its checks."""
     if get_origin(hint) is Literal:
         return str, [choice(get_args(hint))]
@@ -204,7 +204,7 @@ def _split(hint: Any) -> tuple[Any, list[Check]]:
     return kind, checks
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def _fits(hint: object, value: object) -> bool:
     """Whether a value has this type. Items of lists and tables are not checked."""
     kind, _ = _split(hint)
     if get_origin(kind) in _UNIONS:
@@ -233,7 +233,7 @@ def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
     return cls(**values)
 
 
-def _is_dataclass(kind: Any) -> bool:
+def _is_dataclass(kind: object) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
@@ -251,7 +251,7 @@ def _required(cls: Any) -> Iterable[str]:
     return [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is unset]
 
 
-def _remedy(hint: Any) -> str:
+def _remedy(hint: object) -> str:
     """Return the remedy for a value of the wrong type."""
     kind, checks = _split(hint)
     if checks and get_origin(kind) not in (tuple, list):
@@ -262,17 +262,17 @@ def _remedy(hint: Any) -> str:
     return f"give {_REMEDIES.get(kind) or f'{kind.__name__}(...), or a table of its fields'}"
 
 
-def _wrong(path: FieldPath, value: Any, check: Check) -> SpecError:
+def _wrong(path: FieldPath, value: object, check: Check) -> SpecError:
     suggestion = nearest(str(value)[:_MAX_SHOWN], check.known) if check.known else ""
     return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{suggestion}")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Format a value for a message: its shortened repr, or "empty"."""
     return "empty" if isinstance(value, (str, tuple, list, dict)) and not value else _shortened(value)
 
 
-def _shortened(value: Any) -> str:
+def _shortened(value: object) -> str:
     """Return the repr of a value. A long one is cut, so that the message stays readable."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
