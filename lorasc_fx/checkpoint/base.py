@@ -7,6 +7,7 @@ write to them while the cascade exists. This is checked before each call that ne
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lorasc_fx.checkpoint.files import MAX_MANIFEST_BYTES, parsed, plain_bytes, refusing
+from lorasc_fx.checkpoint.files import refusing
 from lorasc_fx.errors import CaptureError, CheckpointError, SpecError, StateError, listed, named, nearest, path_of
 from lorasc_fx.parameters import exchange, names_of
 from lorasc_fx.quantized import writable
@@ -183,7 +184,7 @@ def shards_of(path: Path) -> list[Path]:
     with refusing(
         f"base: {index}", "give a safetensors file, or a folder that transformers wrote", code="unreadable-file"
     ):
-        names = sorted(set(parsed(plain_bytes(index, MAX_MANIFEST_BYTES, links=True))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError("lists files outside its folder")
     return [index.parent / name for name in names]

@@ -32,7 +32,6 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, StageEnd, Summed, WeightState
 from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.environment import generator_states, set_generator_states
-from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.undo import Undo, commit
 
 T = TypeVar("T")
@@ -279,8 +278,8 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
         KeyError, RuntimeError, TypeError, ValueError, SpecError: a state is invalid.
     """
     texts = {name: bytes(state[name].tolist()) for name in ("python", "numpy") if name in state}
-    python = decode(_PYTHON, parse_json(texts["python"]), ("rng", "python"))
-    numpy = decode(_NUMPY, parse_json(texts["numpy"]), ("rng", "numpy")) if "numpy" in texts else None
+    python = decode(_PYTHON, json.loads(texts["python"]), ("rng", "python"))
+    numpy = decode(_NUMPY, json.loads(texts["numpy"]), ("rng", "numpy")) if "numpy" in texts else None
     random.setstate(python)
     if numpy is not None and "numpy.random" in sys.modules:
         sys.modules["numpy.random"].set_state(numpy)

@@ -21,11 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
 import platform
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +38,6 @@ from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
 from lorasc_fx.shards import local
 from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.environment import version
-from lorasc_fx.util.files import parse_json
 from lorasc_fx.util.fingerprint import fingerprint, text_digest
 
 FORMAT = 2
@@ -49,8 +45,6 @@ MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 KEY = "lorasc_fx.manifest"
 """Name of the tensor with the manifest, in a state dict."""
-MAX_MANIFEST_BYTES = 1 << 26
-"""Largest accepted manifest. Parsed JSON needs about twenty times as much memory."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -115,18 +109,6 @@ def canonical(manifest: Mapping[str, object]) -> str:
     return json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
 
 
-def parsed(data: bytes) -> Any:
-    """Parse a JSON text. All numbers must be finite. Raises ValueError."""
-    return parse_json(data.decode("utf-8"), parse_float=_float, parse_constant=_float)
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{sanitized(text)} is not a number in JSON")
-    return value
-
-
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of the names and fingerprints of tensors."""
     return text_digest(json.dumps({name: fingerprint(tensors[name]) for name in sorted(tensors)}))
@@ -163,43 +145,6 @@ def _number(path: Path) -> int:
     """Return the number in the name of a version, or 0 for other names."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
-
-
-def plain_bytes(path: Path, max_bytes: int | None = None, links: bool = False) -> bytes:
-    """Return the content of a regular file. Errors do not name the path: call this inside `refusing`.
-
-    Args:
-        path: path of the file.
-        max_bytes: maximum size of the file. The default is the memory of this machine.
-        links: whether to follow a symbolic link.
-
-    Raises:
-        CheckpointError: it is a link, a folder, a pipe or a device, or it is too large.
-        OSError: it cannot be read.
-    """
-    if not links and path.is_symlink():
-        raise CheckpointError(
-            "is a symbolic link, but the files of a checkpoint must be regular files: copy the file there",
-            code="unreadable-file",
-        )
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # non-blocking, because opening a named pipe would wait
-    handle = os.open(path, flags if links else flags | os.O_NOFOLLOW)
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(handle)
-        raise CheckpointError("is not a regular file, but a folder, a pipe or a device", code="unreadable-file")
-    with os.fdopen(handle, "rb") as file:
-        limit = max_bytes if max_bytes is not None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if status.st_size > limit:
-            reason = "the maximum for this file" if max_bytes is not None else "the memory of this machine"
-            raise CheckpointError(f"has {status.st_size} bytes, but {reason} is {limit}")
-        try:
-            return file.read(status.st_size)
-        except MemoryError as fault:
-            raise CheckpointError(
-                f"has {status.st_size} bytes, which do not fit in the free memory: free some memory",
-                code="unreadable-file",
-            ) from fault
 
 
 def sanitized(name: object, max_length: int = 80) -> str:
@@ -239,7 +184,7 @@ class Manifest:
     def of(cls, data: bytes, path: Path, advice: str) -> Self:
         """Return the manifest of the version at a path, from the bytes of the file. Raises CheckpointError."""
         with refusing(path / MANIFEST, advice, code="unreadable-file"):
-            manifest = parsed(data)
+            manifest = json.loads(data)
         with refusing(path / MANIFEST, advice):
             written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
             if type(written) is not int or written != FORMAT:

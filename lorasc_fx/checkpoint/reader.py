@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,12 +30,9 @@ from lorasc_fx.checkpoint.content import Content, RunState, check_branches, deco
 from lorasc_fx.checkpoint.files import (
     KEY,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     Manifest,
-    Tensors,
     digest_of,
     list_versions,
-    plain_bytes,
     recovery_advice,
     refusing,
     sanitized,
@@ -117,21 +113,19 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     path = versions[-1]
     advice = recovery_advice(path)
     with refusing(path / MANIFEST, advice, code="unreadable-file"):
-        data = plain_bytes(path / MANIFEST, MAX_MANIFEST_BYTES)
+        data = (path / MANIFEST).read_bytes()
     manifest, files = Manifest.of(data, path, advice), []
     for name, digest in manifest.files.items():
         # torch raises RuntimeError or AssertionError for a dtype or a size that it does not support.
         with refusing(path / name, advice, also=(RuntimeError, AssertionError, MemoryError)):
-            data = plain_bytes(path / name)
+            data = (path / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"differs from its digest in {MANIFEST}: the file is damaged")
             files.append(dict(sorted(load(data).items())))  # the order of safetensors differs between processes
-    with refusing(path, advice):
-        with os.scandir(path) as entries:
-            odd = next((entry.name for entry in entries if entry.name not in (MANIFEST, *manifest.files)), None)
-        if odd is not None:
-            raise ValueError(f"contains {sanitized(odd)}, which is not part of a checkpoint: move it away")
-        tensors = _joined(files, manifest.shards)
+    tensors = dict(files[0])  # with the tensors that are not sharded, which only the first file has
+    with refusing(path, advice, also=(RuntimeError,)):
+        for name, axis in manifest.shards.items():
+            tensors[name] = torch.cat([file[name] for file in files], axis)
     return _checkpoint(path, manifest, tensors, advice)
 
 
@@ -147,9 +141,6 @@ def _checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
     checkpoint = Checkpoint(path, content, plan, advice)
     with checkpoint.refusing():
         check_branches(content, plan)
-        for name, digest in fingerprints(checkpoint.bases).items():
-            if content.base.get(name, digest) != digest:
-                raise ValueError(f"{sanitized(repr(f'slow/{name}/base'))} differs from its fingerprint in {MANIFEST}")
     return checkpoint
 
 
@@ -183,24 +174,6 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> Checkpoint
             if digest_of(written) != digest:
                 raise ValueError(f"its tensors differ from the digest in {KEY}: the state is damaged")
     return _checkpoint(path, manifest, tensors, advice)
-
-
-def _joined(files: Sequence[Mapping[str, torch.Tensor]], shards: Mapping[str, int]) -> Tensors:
-    """Concatenate the shards in the files of several ranks, and return all tensors.
-
-    `shards` has the axis of each sharded tensor. Only the first file also has the unsharded tensors.
-    """
-    tensors = dict(files[0])
-    odd = shards.keys() - tensors.keys() | {name for file in files[1:] for name in file.keys() ^ shards.keys()}
-    if odd:
-        raise ValueError(f"its files disagree about the shards of {sanitized(repr(min(odd)))}")
-    for name, axis in shards.items():
-        parts = [file[name] for file in files]
-        kinds = {(part.dtype, part.dim(), part.shape[:axis], part.shape[axis + 1 :]) for part in parts}
-        if len(kinds) != 1 or axis >= parts[0].dim():
-            raise ValueError(f"the shards of {sanitized(repr(name))} do not fit together along axis {axis}")
-        tensors[name] = torch.cat(parts, axis)
-    return tensors
 
 
 def check_base(

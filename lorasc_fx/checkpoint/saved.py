@@ -37,7 +37,6 @@ from lorasc_fx.checkpoint.files import (
     FORMAT,
     KEY,
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     Tensors,
     canonical,
     digest_of,
@@ -47,8 +46,6 @@ from lorasc_fx.checkpoint.files import (
     next_name,
     pack,
     packed,
-    parsed,
-    plain_bytes,
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, path_of, reason_of
 from lorasc_fx.plan import Plan
@@ -223,11 +220,6 @@ def _write_manifest(manifest: dict[str, object], folder: Path) -> None:
     """Add the digest of a manifest, write it, and sync it and its folder."""
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, indent=1, allow_nan=False)
-    if len(text) > MAX_MANIFEST_BYTES:  # one byte per character, because json writes ASCII
-        raise OSError(
-            f"{MANIFEST} would have {len(text)} bytes, but the maximum is {MAX_MANIFEST_BYTES}; store long lists of "
-            "numbers in `extra` as tensors"
-        )
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
@@ -268,7 +260,7 @@ def _drop(version: Path) -> None:
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
     """Return whether an older version has an undamaged manifest with the same base and spec as this one."""
     try:
-        older = parsed(plain_bytes(version / MANIFEST, MAX_MANIFEST_BYTES))
+        older = json.loads((version / MANIFEST).read_bytes())
         if older["digest"] != text_digest(canonical(older)):
             return False
         old, new = older["content"], manifest["content"]

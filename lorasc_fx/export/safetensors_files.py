@@ -29,7 +29,7 @@ from lorasc_fx.export.base_weights import mapped, matched
 from lorasc_fx.facade import Cascade
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.util.decode import is_integer
-from lorasc_fx.util.files import parse_json, replacing
+from lorasc_fx.util.files import replacing
 
 Progress = Callable[[int, int], object]
 """A callback that gets the number of bytes done so far, and the total."""
@@ -220,7 +220,7 @@ def fold_files(
 def _name_classes(config: Path, classes: Sequence[str]) -> None:
     """Write the classes into the `config.json` of a classifier, because transformers builds the head from it."""
     with refusing(f"base: {config.name}", "give the folder of the model that was adapted", code="unreadable-file"):
-        settings = parse_json(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or "Classification" not in str(settings.get("architectures")):
         return
     old_labels = settings.get("id2label") or {

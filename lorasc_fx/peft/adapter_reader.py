@@ -6,6 +6,7 @@ names.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lorasc_fx.checkpoint.files import parsed, plain_bytes, refusing, sanitized
+from lorasc_fx.checkpoint.files import refusing, sanitized
 from lorasc_fx.errors import CheckpointError, nearest, path_of
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.peft.mirror import (
@@ -37,8 +38,6 @@ from lorasc_fx.state import Expert, scaled
 from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.environment import module_of
 
-MAX_CONFIG_BYTES = 1 << 24
-"""Largest accepted configuration. Configurations of large models have a few hundred thousand bytes."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
@@ -167,7 +166,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     """
     peft = module_of("peft", "peft")
     with refusing(folder / CONFIG, _ADVICE, code="invalid-adapter"):
-        config = _config(parsed(plain_bytes(folder / CONFIG, MAX_CONFIG_BYTES, links=True)), peft.LoraConfig)
+        config = _config(json.loads((folder / CONFIG).read_bytes()), peft.LoraConfig)
     path = folder / TENSORS
     # safetensors raises RuntimeError for a dtype that torch lacks.
     with refusing(path, _ADVICE, code="invalid-adapter", also=(RuntimeError,)):

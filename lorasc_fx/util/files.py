@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
-import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -31,58 +28,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def parse_json(text: str | bytes, **hooks: Callable[[str], Any]) -> Any:
-    """Parse JSON from a file that may be damaged or malicious.
-
-    Args:
-        text: the JSON.
-        hooks: keyword arguments for `json.loads`, such as `parse_float`.
-
-    Raises:
-        ValueError: the text is not JSON, is nested too deeply, or contains an integer with too many digits.
-    """
-    try:
-        return json.loads(text, **hooks)  # type: ignore[arg-type]
-    except RecursionError as fault:
-        raise ValueError("it is nested too deeply") from fault
-
-
-def open_plain(path: Path, flags: int, kind: type[LorascError]) -> int:
-    """Open a regular file for writing, create it if it does not exist, and return the descriptor.
-
-    Symbolic links are not followed, because this would write to another place. Nothing was written if this raises.
-
-    Args:
-        path: the file.
-        flags: flags for `os.open`, in addition to O_CREAT.
-        kind: class of the error to raise.
-
-    Raises:
-        kind: the path is a symbolic link, a file with several hard links, a folder, a pipe or a device.
-        OSError: the file cannot be opened.
-    """
-    try:
-        # Without O_NONBLOCK, opening a pipe would wait for its reader.
-        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError:
-        if path.is_symlink() or path.is_dir() or path.is_fifo() or path.is_socket():
-            raise _not_plain(path, kind) from None
-        raise
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(handle)
-        raise _not_plain(path, kind)
-    return handle
-
-
-def _not_plain(path: Path, kind: type[LorascError]) -> LorascError:
-    return kind(
-        f"{path}: is a link, a folder, a pipe or a device, and cannot be replaced by a regular file. Nothing was "
-        "written. Delete it, or give another path",
-        code="unreadable-file",
-    )
 
 
 def make_folder(root: Path) -> None:
@@ -106,11 +51,11 @@ def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = 
         kind: class of the error to raise.
 
     Raises:
-        kind: another process is writing the target, or the lock file is not a regular file.
+        kind: another process is writing the target.
         OSError: the lock file cannot be created.
     """
     while True:
-        handle, locked = open_plain(file, os.O_RDWR, kind), True
+        handle, locked = os.open(file, os.O_RDWR | os.O_CREAT, 0o666), True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,38 +128,6 @@ def test_a_lock_file_without_an_owner_is_taken_over(tmp_path: Path) -> None:
         (tmp_path / ".lock").write_text(content)
         training.save(tmp_path)
         assert len(names(tmp_path)) == 1
-
-
-WRITERS: dict[str, tuple[str, type[lx.LorascError], Callable[[lx.Cascade, Path], object]]] = {
-    "save": (".lock", lx.CheckpointError, lx.save),
-    "export": (".m.lock", lx.export.ExportError, lambda cascade, folder: lx.export.safetensors(cascade, folder / "m")),
-}
-OBSTACLES: dict[str, Callable[[Path, Path], None]] = {
-    "link": lambda path, target: path.symlink_to(target),
-    "dangling link": lambda path, target: path.symlink_to(target.with_name("missing")),
-    "hard link": lambda path, target: path.hardlink_to(target),
-    "folder": lambda path, target: path.mkdir(),
-    "pipe": lambda path, target: os.mkfifo(path),
-}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_links_are_not_followed_where_files_are_written(writer: str, tmp_path: Path) -> None:
-    """The names are ours, and so the user did not choose to write to where a link points."""
-    name, kind, write = WRITERS[writer]
-    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1))
-    (tmp_path / "outside").mkdir()
-    target = tmp_path / "outside" / "precious"
-    target.write_text("years of work")
-    for number, (obstacle, place) in enumerate(OBSTACLES.items()):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        place(folder / name, target)
-        with raises(kind, "unreadable-file", folder / name, "Nothing was written"):
-            write(cascade, folder)
-        assert names(folder) == [name], obstacle
-        assert names(target.parent) == ["precious"], obstacle
-        assert target.read_text() == "years of work", obstacle
 
 
 def held(lock: Path) -> Iterator[None]:

@@ -18,7 +18,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.run_base import SPARE
-from lorasc_fx.checkpoint.files import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, canonical, pack
+from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical, pack
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of, set_record
 from lorasc_fx.shards import UNSHARDED, ShardSpec
@@ -26,7 +26,7 @@ from lorasc_fx.state import Expert as StageExpert
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 
 # fmt: off
-__all__ = ["MANIFEST", "MAX_MANIFEST_BYTES", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
+__all__ = ["MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
     "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
     "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
     "lock_of", "maps_a_file", "noise_drawn", "oldest_variant", "placed_weights", "read",
