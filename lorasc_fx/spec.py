@@ -20,7 +20,7 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.util.decode import Check, Conflict, check, checks_names, choice, decode
 
 
-class Start(abc.ABC):
+class FactorStart(abc.ABC):
     """Computes the initial factors of a branch at the start of a stage (`CascadeSpec.start`)."""
 
     from_weight: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class Start(abc.ABC):
         """
 
 
-class LoraStart(Start):
+class LoraStart(FactorStart):
     """LoRA (2106.09685): B = 0, and A is random. The weight is not changed."""
 
     from_weight: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class LoraStart(Start):
         return matrix[..., :0], matrix[..., :0, :]
 
 
-class PissaStart(Start):
+class PissaStart(FactorStart):
     """PiSSA (2404.02948): the r largest singular triplets, so `s B_0 A_0` is the nearest matrix of rank r."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +59,7 @@ class PissaStart(Start):
         return split_evenly(u[..., :rank], values[..., :rank], vh[..., :rank, :], scale)
 
 
-class MiloraStart(Start):
+class MiloraStart(FactorStart):
     """MiLoRA (2406.09044): the r smallest singular triplets, which are orthogonal to the principal ones."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ class MiloraStart(Start):
         return split_evenly(u[..., -rank:], values[..., -rank:], vh[..., -rank:, :], scale)
 
 
-class OloraStart(Start):
+class OloraStart(FactorStart):
     """OLoRA (2406.01775): the first r columns of Q and rows of R of `W = Q R`."""
 
     def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +85,7 @@ def split_evenly(
     return u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
 
 
-STARTS: Mapping[str, Start] = {
+STARTS: Mapping[str, FactorStart] = {
     "lora": LoraStart(),
     "pissa": PissaStart(),
     "olora": OloraStart(),
@@ -345,7 +345,7 @@ Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 RestartFactors = Literal["both", "B", "none"]
 OnNonFinite = Literal["raise", "skip"]
-Placement = Literal["auto", "beside", "merged", "weight"]
+PlacementOption = Literal["auto", "beside", "merged", "weight"]
 Adapter = Annotated[
     str,
     Check(
@@ -588,7 +588,7 @@ class CascadeSpec:
     lr_ratio: Rate = 1.0
     train_rules: tuple[TrainRule, ...] = ()
     average: bool = False
-    placement: Placement = "auto"
+    placement: PlacementOption = "auto"
     pace: Pace = 0.5
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
@@ -623,7 +623,7 @@ class CascadeSpec:
         )
 
     @property
-    def factor_start(self) -> Start:
+    def factor_start(self) -> FactorStart:
         """The strategy object of the option `start`."""
         return STARTS[self.start]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasc_fx.adapt.start import Start, check_loaded, check_new
+from lorasc_fx.adapt.start import Setup, check_loaded, check_new
 from lorasc_fx.capture import FRONTENDS, open_model
 from lorasc_fx.cascade import flags_of
 from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
-from lorasc_fx.checkpoint.saved import take_over
+from lorasc_fx.checkpoint.saved import load_into
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import matches, named_weights
@@ -89,7 +89,7 @@ def adapt(
         plan = Plan(spec_of(spec, opened))
     check_new(opened, on_meta=True)
     with torch.inference_mode(False), AllOrNothing() as undo:
-        cascade = Start.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
+        cascade = Setup.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
         _log_too_large_ranks(cascade.plan)
         _warn_about_frozen_sites(cascade)
         _warn_about_quantized_weights(cascade)
@@ -137,7 +137,7 @@ def load(
     check_new(opened, on_meta=True)
     with torch.inference_mode(False), AllOrNothing() as undo:
         inputs = (args, kwargs)
-        start = Start.of(opened, checkpoint.plan, checkpoint.frontend, inputs, base, undo, checkpoint, loads=True)
+        start = Setup.of(opened, checkpoint.plan, checkpoint.frontend, inputs, base, undo, checkpoint, loads=True)
         weights = named_weights(opened)
         check_base(checkpoint, weights.parameters)
         check_plan(checkpoint, weights.matrices, weights.parameters)
@@ -155,7 +155,7 @@ def load(
                 f"{checkpoint.path}: its plan does not fit this model: {fault}", code="sites-differ"
             ) from fault
         if start.meta is None:
-            take_over(cascade, checkpoint, undo)
+            load_into(cascade, checkpoint, undo)
             check_loaded(cascade, checkpoint.path)
         return cascade
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.adapt.start import Start, check_loaded
+from lorasc_fx.adapt.start import Setup, check_loaded
 from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.check.isolation import device_of
 from lorasc_fx.checkpoint.base import DeferredValues, open_base, with_values
 from lorasc_fx.checkpoint.reader import check_base
-from lorasc_fx.checkpoint.saved import take_over
+from lorasc_fx.checkpoint.saved import load_into
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
@@ -91,13 +91,13 @@ def materialize(
             DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
             checkpoint = meta.checkpoint
             source = open_base(path if meta.base == "file" else meta.base, model)
-            start = Start(model, Plan(run.plan.spec), run.frontend, args, kwargs, source, run.memory)
+            start = Setup(model, Plan(run.plan.spec), run.frontend, args, kwargs, source, run.memory)
             if checkpoint is not None:
                 check_base(checkpoint, named_weights(model).parameters)
-                start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.moved)
+                start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.written)
             start.cascade(undo, into=cascade)
         if meta.checkpoint is not None:
-            take_over(cascade, meta.checkpoint, undo)
+            load_into(cascade, meta.checkpoint, undo)
             check_loaded(cascade, meta.checkpoint.path)
         graphs_of(cascade).example = (args, kwargs) if kwargs is not None else None
         return cascade
@@ -132,7 +132,7 @@ def _into_shards(
                 new[id(parameter)] = with_values(parameter, local_like(initial[name], parameter), device)
         exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
         source = open_base(path if meta.base == "file" else meta.base, model)
-    run.start_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)
+    run.begin_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)
 
 
 def _device(requested: torch.device | str) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.adapt import adapt
-from lorasc_fx.adapt.start import Start, check_new
+from lorasc_fx.adapt.start import Setup, check_new
 from lorasc_fx.capture import open_model
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
@@ -206,7 +206,7 @@ def merge(
     check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
         spec_run = named_runs[0]
-        start = Start.of(opened, spec_run.plan, spec_run.frontend, (args, kwargs), base, undo, loads=True)
+        start = Setup.of(opened, spec_run.plan, spec_run.frontend, (args, kwargs), base, undo, loads=True)
         # Read the runs, start a cascade with the sites of every run, and set its slow weights to the sum.
         parameters = dict(opened.named_parameters())
         digests = fingerprints(parameters)

@@ -44,7 +44,7 @@ _ADAPTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Start:
+class Setup:
     """The prepared model and the settings from which a cascade starts.
 
     Args:
@@ -89,7 +89,7 @@ class Start:
         """Prepare the layers, ties and W0 of a model, which must have passed `check_new`.
 
         Args:
-            model, plan, frontend, loads: see `Start`.
+            model, plan, frontend, loads: see `Setup`.
             inputs: args and kwargs.
             base: the argument of `adapt`.
             undo: restores the model.
@@ -104,7 +104,7 @@ class Start:
             check_patterns(plan.spec, weights.matrices, weights.names)
         source = open_base(base, model) if meta is None else None
         joined = settle_ties(model, plan.spec.untie, undo, strict=not loads)
-        written = checkpoint.moved if checkpoint is not None else ()
+        written = checkpoint.written if checkpoint is not None else ()
         memory: BaseMemory = next((name for name in MEMORIES if name == base), "memory")
         return cls(model, plan, frontend, *inputs, source, memory, joined, loads, written, meta)
 
@@ -154,7 +154,7 @@ class Start:
         else:
             replace_run(cascade := into, run, graphs, undo)
         watch_model(cascade, undo)
-        run.start(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
+        run.begin(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
         for parameter in weights.parameters.values():
             undo(partial(_ADAPTED.pop, parameter, None))
             _ADAPTED[parameter] = ref(cascade)

@@ -30,7 +30,7 @@ from lorasc_fx.bank.rows import (
 from lorasc_fx.bank.slots import Key
 from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.lora import DOWN, UP
-from lorasc_fx.branch.placements import FIRST_AXIS, Pair
+from lorasc_fx.branch.placements import FIRST_AXIS, GivenFactors
 from lorasc_fx.capture import open_model
 from lorasc_fx.check.observe import ARGUMENT
 from lorasc_fx.compile import Call, Compiler, Variant, Variants
@@ -348,9 +348,9 @@ class AdapterBank:
     def _hooked(self, tensors: Mapping[Key, torch.Tensor], scale: Any) -> nn.Module:
         """Return a copy of the model whose modules add these factors, as returned by `Adapters.factors`."""
 
-        def factors(weight: str) -> Pair:
+        def factors(weight: str) -> GivenFactors:
             up = tensors[weight, UP]
-            return Pair(tensors[weight, DOWN], up, torch.tensor(scale, dtype=up.dtype, device=up.device))
+            return GivenFactors(tensors[weight, DOWN], up, torch.tensor(scale, dtype=up.dtype, device=up.device))
 
         return hooked(self.model, self.sites, factors)
 

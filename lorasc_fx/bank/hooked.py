@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from lorasc_fx.branch.placements import FIRST_AXIS, ConvCall, Pair, at_lookup, beside, beside_conv
+from lorasc_fx.branch.placements import FIRST_AXIS, ConvCall, GivenFactors, at_lookup, beside, beside_conv
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.copies import unshared
 from lorasc_fx.graph.forms import StoredCall, form_of
 from lorasc_fx.plan import Site
 
-Factors = Callable[[str], Pair]
+Factors = Callable[[str], GivenFactors]
 """Returns the factors of a weight, by its name."""
 
 

@@ -171,7 +171,7 @@ class Declared:
         shape: its shape at the site.
         initial: the number that all entries have at the start of a stage, or a function that returns the values in
             fp32 from (seed, stage, name, name of the weight, shape), such as `lora.random_factor`.
-        trained: whether it is trained. A frozen parameter keeps its initial values, or those that `Branch.start` sets.
+        trained: whether it is trained. A frozen parameter keeps its initial values, or those of `values_from`.
     """
 
     shape: tuple[int, ...]
@@ -270,7 +270,7 @@ class Branch(nn.Module, abc.ABC):
     def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
         """Return the initial values of all parameters of a stage, in fp32 in host memory.
 
-        `start` replaces those that the method computes from the weight.
+        `values_from` replaces those that the method computes from the weight.
         """
         table, values = cls.table(site), {}
         for name, shape in cls.shapes(site).items():
@@ -310,13 +310,13 @@ class Branch(nn.Module, abc.ABC):
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
         """Return what a stage computes from its weight: fields of `InitialFactors`, or "weight" for anything else.
 
-        An empty tuple means that `start` does not need the weight.
+        An empty tuple means that `values_from` does not need the weight.
 
         Args:
             spec: the spec.
             running: whether the stage trains. An idle stage follows the last transition.
         """
-        return () if cls.start is Branch.start else ("weight",)
+        return () if cls.values_from is Branch.values_from else ("weight",)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name. `param_groups` has one group for each name."""
@@ -345,7 +345,9 @@ class Branch(nn.Module, abc.ABC):
         """
         return {}
 
-    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+    def values_from(
+        self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight
+    ) -> Mapping[str, torch.Tensor]:
         """Return the full values of the parameters that the method computes from the weight of the next stage.
 
         Args:
@@ -410,10 +412,10 @@ class Branch(nn.Module, abc.ABC):
         if tensors is not None:
             assert scale is not None
             return self.computed_with(tensors, scale, *args, at=at, **options)
-        output: torch.Tensor = self.placement(at)(*args, **options)
+        output: torch.Tensor = self.function_at(at)(*args, **options)
         return output
 
-    def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
+    def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
         """Return the function for a placement. `entries` is the larger number of entries of input and output."""
         functions: dict[Placement, Callable[..., Any]] = {
             Placement.MERGED: self.merged,

@@ -31,8 +31,8 @@ from lorasc_fx.branch.placements import (
     SMALL,
     ConvCall,
     ConvOps,
+    GivenFactors,
     MatrixOps,
-    Pair,
     Placement,
     Rows,
     beside_conv,
@@ -123,7 +123,7 @@ class LowRankBranch(Branch):
         like = next(self.parameters()).detach()
         self.unmerged_B, self.unmerged_A = (None, None) if pair is None else (pair.b.to(like), pair.a.to(like))
 
-    def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
+    def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
         """Return the function for a placement. It is another one for small tensors, see `MatrixOps.beside_small`."""
         if at is Placement.ADAPTED:
             return self.adapted
@@ -166,7 +166,7 @@ class LowRankBranch(Branch):
         batch_rows = Rows(*rows)
         if at is Placement.WEIGHT:
             return super().computed_with(tensors, scale, *args, at=at, **options)
-        pair = Pair(*self.factors_from(tensors), scale)
+        pair = GivenFactors(*self.factors_from(tensors), scale)
         if at is Placement.MERGED:
             x, weight, *bias = args
             op = options.pop("op")
@@ -382,7 +382,7 @@ class DoraBranch(LoraBranch):
 
     @classmethod
     def table(cls, site: Site) -> Mapping[str, Declared]:
-        """Return A and B of LoRA, and m, which `start` sets to the norms of the weight."""
+        """Return A and B of LoRA, and m, which `values_from` computes."""
         return {**super().table(site), "lora_magnitude_vector": Declared(site.matrix_shape[:1], initial=1.0)}
 
     @classmethod
@@ -390,7 +390,9 @@ class DoraBranch(LoraBranch):
         """Return what LoRA needs, and `magnitude`. An idle stage needs it too, because m must fit its weight."""
         return (*super().starts_from(spec, running), "magnitude")
 
-    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+    def values_from(
+        self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight
+    ) -> Mapping[str, torch.Tensor]:
         """Return m, the row norms of the weight."""
         factors = self.oriented(values["lora_B"], values["lora_A"])
         norms = self._norms(weight.noisy(), factors, site.scale, weight.shard)
@@ -432,7 +434,7 @@ class DoraBranch(LoraBranch):
         b, a = (shard.take(b), a) if shard.axis == 0 else (b, shard.take(a))
         return row_norms(weight, b, a, scale, axis, shard.group.sum_tensor if shard.axis == axis else None)
 
-    def placement(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
+    def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
         """Return the method for a placement. A DoRA branch can only replace its op (`merged`).
 
         Raises:
@@ -444,7 +446,7 @@ class DoraBranch(LoraBranch):
                 f"Exclude the weight (exclude=({self.weight_name!r},)), or set adapter='lora'",
                 code="method-not-supported",
             )
-        return Branch.placement(self, at)
+        return Branch.function_at(self, at)
 
     def computed_with(
         self, tensors: Mapping[str, torch.Tensor], scale: torch.Tensor, *args: Any, at: Placement, **options: Any

@@ -53,7 +53,7 @@ class LoraXsBranch(LowRankBranch):
 
     @classmethod
     def table(cls, site: Site) -> Table:
-        """Return R, and the factors that `start` computes."""
+        """Return R, and the factors that `values_from` computes."""
         a, b = site.factor_shapes
         r = (*a[:-2], site.rank, site.rank)
         return {"xs_R": Declared(r), "xs_A": Declared(a, trained=False), "xs_B": Declared(b, trained=False)}
@@ -68,7 +68,9 @@ class LoraXsBranch(LowRankBranch):
         """`B R`."""
         return self.xs_B @ self.xs_R
 
-    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+    def values_from(
+        self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight
+    ) -> Mapping[str, torch.Tensor]:
         """Return A and B of the SVD of the weight. If the rank exceeds the sides of the matrix, the rest is zero.
 
         Raises:
@@ -260,7 +262,7 @@ class DeloraBranch(LowRankBranch):
 
     @classmethod
     def table(cls, site: Site) -> Table:
-        """Return A, B, lambda, and w, which `start` computes."""
+        """Return A, B, lambda, and w, which `values_from` computes."""
         a, b = site.factor_shapes
         return {
             "delora_A": Declared(a, random_factor),
@@ -282,7 +284,9 @@ class DeloraBranch(LowRankBranch):
         factors: torch.Tensor = self.delora_B * (self.delora_lambda / self.rank / (rows * columns))
         return factors
 
-    def start(self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight) -> Mapping[str, torch.Tensor]:
+    def values_from(
+        self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight
+    ) -> Mapping[str, torch.Tensor]:
         """Return w, the column norms of the weight."""
         return {"delora_w_norm": self.matrix(weight.exact()).norm(dim=0)}
 

@@ -311,7 +311,7 @@ def low_rank_conv(branch: LowRankBranch, image: torch.Tensor, call: ConvCall) ->
     return ConvCall().conv(len(kernel), low, b[(..., *(None for _ in kernel))])
 
 
-class Pair(NamedTuple):
+class GivenFactors(NamedTuple):
     """The factors of a site.
 
     Args:
@@ -351,7 +351,7 @@ class Rows(NamedTuple):
 FIRST_AXIS = Rows(0)
 
 
-def beside(base: torch.Tensor, x: torch.Tensor, pair: Pair, rows: Rows) -> torch.Tensor:
+def beside(base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, rows: Rows) -> torch.Tensor:
     """Return `base + scale B A x` for base [..., out] and x [..., in]."""
     down = pair.down.to(x.dtype)
     if down.dim() == 2:
@@ -366,7 +366,9 @@ def beside(base: torch.Tensor, x: torch.Tensor, pair: Pair, rows: Rows) -> torch
     return _plus_rows(base, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale, rows)
 
 
-def at_lookup(base: torch.Tensor, indices: torch.Tensor, pair: Pair, rows: Rows, padding_idx: int = -1) -> torch.Tensor:
+def at_lookup(
+    base: torch.Tensor, indices: torch.Tensor, pair: GivenFactors, rows: Rows, padding_idx: int = -1
+) -> torch.Tensor:
     """Return `base + scale B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
 
     Entries at padding_idx contribute no gradient. A negative padding_idx means none.
@@ -384,7 +386,7 @@ def at_lookup(base: torch.Tensor, indices: torch.Tensor, pair: Pair, rows: Rows,
 def grouped(
     base: torch.Tensor,
     x: torch.Tensor,
-    pair: Pair,
+    pair: GivenFactors,
     rows: Rows,
     offs: torch.Tensor,
     by: str,
@@ -411,7 +413,7 @@ BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
 
 
 def beside_conv(
-    base: torch.Tensor, x: torch.Tensor, pair: Pair, call: ConvCall, shape: Sequence[int], rows: Rows
+    base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, call: ConvCall, shape: Sequence[int], rows: Rows
 ) -> torch.Tensor:
     """Return `base + scale B (A * x)` for base [batch, out, *out_space] and x [batch, in, *space].
 

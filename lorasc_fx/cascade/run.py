@@ -30,7 +30,7 @@ log = logging.getLogger("lorasc_fx")
 class Run(RunBase):
     """The training run of a cascade, with the methods that change it. If a method raises, nothing is changed."""
 
-    def start(
+    def begin(
         self,
         trained: Mapping[str, nn.Parameter],
         undo: Undo,
@@ -79,7 +79,7 @@ class Run(RunBase):
 
         Args:
             undo: collects undo steps.
-            empty: as for `start`.
+            empty: as for `begin`.
             adapted: weights with a new branch, some of which may have had noise already.
 
         Raises:
@@ -203,16 +203,16 @@ class Run(RunBase):
         self.pending.disarm()
         self.note_weights()
 
-    def start_sharded(
+    def begin_sharded(
         self, base_file: BaseValues | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
     ) -> None:
-        """Start a run on sharded parameters that were on the meta device and have values now; otherwise as `start`.
+        """Start a run on sharded parameters that were on the meta device and have values now; otherwise as `begin`.
 
         Args:
             base_file: the files with W0, if W0 is not kept in memory.
             fingerprints: fingerprints of the full parameters, by name.
             undo: collects undo steps.
-            empty: as for `start`.
+            empty: as for `begin`.
         """
         undo(self.restorer())
         rules = {name: state.rule for name, state in self.slow.trained.items() if state.rule is not None}

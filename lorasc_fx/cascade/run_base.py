@@ -385,7 +385,7 @@ class RunBase:
         Raises:
             StateError: such a parameter was written after the weights were sharded, so that no process has all values.
         """
-        slow, moved = self.slow, self.moved_parameters()
+        slow, written = self.slow, self.written_parameters()
         if self.is_sharded and (name := self.changed(self._frozen)) is not None:
             raise StateError(
                 f"save: {name} was changed after the weights were sharded. It is neither adapted nor trained, so a "
@@ -393,7 +393,7 @@ class RunBase:
                 code="weights-changed-outside",
             )
         bases: dict[str, torch.Tensor] = {name: state.base for name, state in slow.states.items()}
-        parameters = {name: value for name, value in self.parameters_by_name().items() if name not in moved}
+        parameters = {name: value for name, value in self.parameters_by_name().items() if name not in written}
         others = {} if self.is_sharded else {name: value for name, value in parameters.items() if name not in bases}
         frozen = checksums(others)
         for name in [name for name in frozen if name in self.digests and frozen[name] != self._frozen[name]]:
@@ -407,7 +407,7 @@ class RunBase:
         self._frozen |= frozen
         new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self.digests}
         self.digests |= fingerprints(new)
-        return {name: digest for name, digest in self.digests.items() if name not in moved}
+        return {name: digest for name, digest in self.digests.items() if name not in written}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
         """Return descriptions of everything that must be equal on all ranks of a run (`ProcessGroup.check_equal`).
@@ -428,7 +428,7 @@ class RunBase:
         parameters = self.parameters_by_name()
         self._frozen = checksums({name: parameters[name] for name in self._frozen})
 
-    def moved_parameters(self) -> dict[str, nn.Parameter]:
+    def written_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that forward itself writes (a momentum teacher). They are state, like buffers."""
         names = self.written() - self.slow.states.keys()
         parameters = self.parameters_by_name() if names else {}
@@ -436,7 +436,7 @@ class RunBase:
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """Return the model's buffers, and the parameters that forward writes."""
-        return {**dict(self.model.named_buffers()), **self.moved_parameters()}
+        return {**dict(self.model.named_buffers()), **self.written_parameters()}
 
     def note_kept(self) -> None:
         """Record that the current training is saved or folded, so that no warning is needed if the run is dropped."""

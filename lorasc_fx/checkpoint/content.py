@@ -474,7 +474,7 @@ class RunState:
         }
         values = {name: parameters[name].detach() for name in run.slow.trained}
         buffers = {name: holder.value for name, holder in buffer_holders(run.model).items() if is_saved(holder)}
-        return cls(run.plan, run.slow, branches, values, {**buffers, **run.moved_parameters()})
+        return cls(run.plan, run.slow, branches, values, {**buffers, **run.written_parameters()})
 
     def learners(self) -> dict[str, Learner]:
         """Return the learners of the running stage by weight: branches, and values of parameters trained in full."""

@@ -72,7 +72,7 @@ class Checkpoint:
         return self.content.frontend
 
     @property
-    def moved(self) -> set[str]:
+    def written(self) -> set[str]:
         """Names of the model's buffers, and of the parameters that forward writes."""
         return set(self.content.buffer)
 
@@ -180,7 +180,7 @@ def check_base(
     checkpoint: Checkpoint,
     parameters: Mapping[str, torch.Tensor],
     digests: Mapping[str, str] | None = None,
-    moved: Collection[str] = (),
+    written: Collection[str] = (),
     advice: str = "load onto the weights that were adapted",
 ) -> None:
     """Check that a model has the parameters of a checkpoint's base.
@@ -192,7 +192,7 @@ def check_base(
         checkpoint: the checkpoint.
         parameters: parameters of the model, by name.
         digests: fingerprints of their W0, if they are known.
-        moved: names of further parameters that forward writes.
+        written: names of further parameters that forward writes.
         advice: what the user can do about another base, for messages.
 
     Raises:
@@ -209,7 +209,7 @@ def check_base(
         digests = {name: base[name] for name, value in to_compare.items() if value.is_meta}
         digests |= fingerprints({name: value for name, value in to_compare.items() if not value.is_meta})
     digests = {**digests, **fingerprints(replaced)}
-    check_digests(f"{checkpoint.path}: this is", base, digests, parameters, {*checkpoint.moved, *moved}, advice)
+    check_digests(f"{checkpoint.path}: this is", base, digests, parameters, {*checkpoint.written, *written}, advice)
 
 
 def check_digests(
@@ -217,7 +217,7 @@ def check_digests(
     base: Mapping[str, str],
     digests: Mapping[str, str],
     names: Iterable[str],
-    moved: Collection[str],
+    written: Collection[str],
     advice: str,
 ) -> None:
     """Check that the fingerprints of a model equal the fingerprints of a base.
@@ -227,15 +227,15 @@ def check_digests(
         base: fingerprints of the base, by parameter name.
         digests: fingerprints of the model, for parameters that the base has.
         names: names of all parameters of the model.
-        moved: names of parameters that are not compared, because forward writes them.
+        written: names of parameters that are not compared, because forward writes them.
         advice: what the user can do, for the message.
 
     Raises:
         CheckpointError: parameters are missing, unexpected or different. The message names them.
     """
-    missing = [name for name in base if name not in digests and name not in moved]
-    unexpected = [name for name in names if name not in base and name not in moved]
-    changed = [name for name, digest in digests.items() if base.get(name, digest) != digest and name not in moved]
+    missing = [name for name in base if name not in digests and name not in written]
+    unexpected = [name for name in names if name not in base and name not in written]
+    changed = [name for name, digest in digests.items() if base.get(name, digest) != digest and name not in written]
     for fault, parameters in (("lacks", missing), ("also has", unexpected), ("differs in", changed)):
         if parameters:
             raise CheckpointError(
@@ -312,7 +312,7 @@ def take_over(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
         CheckpointError: the checkpoint has another base, another spec, other sites, or values that do not fit.
     """
     advice = "adapt a model with the same weights as the saved run"
-    check_base(checkpoint, run.parameters_by_name(), run.fingerprints(), run.moved_parameters(), advice)
+    check_base(checkpoint, run.parameters_by_name(), run.fingerprints(), run.written_parameters(), advice)
     ours, theirs = run.plan.spec.to_dict(), checkpoint.plan.spec.to_dict()
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
@@ -441,23 +441,23 @@ class RunSource:
         run: the run, or the checkpoint that was read.
         plan, frontend: the plan of the run, and the front end that captured its model.
         base: fingerprints of its base by parameter name.
-        moved: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        written: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
         changed_buffers: names of these tensors that differ from the base.
     """
 
     def __init__(self, source: Run | str | PathLike[str], name: str, call: str) -> None:
         self.base: Mapping[str, str]
-        self.moved: Collection[str]
+        self.written: Collection[str]
         self.run: Run | Checkpoint
         if isinstance(source, Run):
             source.check_ready(call, keeps=True)
             self.run, self.name = source, f"{name}, a cascade"
-            self.base, self.moved = source.fingerprints(), source.moved_parameters()
+            self.base, self.written = source.fingerprints(), source.written_parameters()
             self.changed_buffers = source.changed_buffers()
         elif isinstance(source, (str, PathLike)):
             self.run = read(source)
             self.name = f"{name}, {self.run.path}"
-            self.base, self.moved = self.run.content.base, self.run.moved
+            self.base, self.written = self.run.content.base, self.run.written
             self.changed_buffers = list(self.run.content.changed_buffers)
         else:
             raise SpecError(f"{call}: {name} is a {type(source).__name__}; give a checkpoint folder or a cascade")
@@ -466,7 +466,7 @@ class RunSource:
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
         """Raise CheckpointError if the fingerprints differ from the base of this run."""
         advice = "give runs that all adapted the same base"
-        check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
+        check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.written, advice)
 
     def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
         """Return the run as one summand. A running stage that has trained counts as ended, as in `release`.

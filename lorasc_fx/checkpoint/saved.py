@@ -407,7 +407,7 @@ class SavedCascade(CascadeModule):
             run_of(self).inputs = checkpoint.content.inputs
 
 
-def take_over(cascade: SavedCascade, checkpoint: reader.Checkpoint, undo: Undo) -> None:
+def load_into(cascade: SavedCascade, checkpoint: reader.Checkpoint, undo: Undo) -> None:
     """Apply a checkpoint to a new cascade, as part of a transaction."""
     reader.restore(run_of(cascade), checkpoint, undo)
     undo(partial(setattr, cascade, "_loaded", cascade._loaded))

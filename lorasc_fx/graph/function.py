@@ -100,7 +100,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
         if "tensors" in node.kwargs or not _keeps_forward(called):
             return _Call(called.forward)
         options = dict(node.kwargs)
-        method = called.placement(options.pop("at"), max(map(_entries, node.args)))
+        method = called.function_at(options.pop("at"), max(map(_entries, node.args)))
         node.kwargs = options
         return _Call(method)
     if node.op != "call_function":

@@ -39,7 +39,7 @@ class LowRankAdapter:
         pairs: factors by weight name, in fp64 on the CPU. `b @ a` is added to the weight in its stored orientation. The
             scale is folded into `b`.
         base: fingerprints of the base by parameter name. Empty for an adapter of peft.
-        moved: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        written: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
         plan: the plan of the run. None for an adapter of peft.
         dtypes: dtypes of the branches of the run, by weight name.
     """
@@ -47,7 +47,7 @@ class LowRankAdapter:
     name: str
     pairs: Mapping[str, Factors]
     base: Mapping[str, str]
-    moved: Collection[str] = ()
+    written: Collection[str] = ()
     plan: Plan | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class LowRankAdapter:
         """Raise CheckpointError if the fingerprints differ from this adapter's base. An adapter of peft has none."""
         if self.base:
             advice = "give a run or an adapter of this base"
-            check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.moved, advice)
+            check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.written, advice)
 
 
 def low_rank_pairs(
@@ -126,7 +126,7 @@ def low_rank_pairs(
         change = _change_of_run(source_run, part, tensors)
         dtypes = branch_dtypes(source_run.run)
         adapter = LowRankAdapter(
-            source_run.name, change.pairs, source_run.base, source_run.moved, source_run.plan, dtypes
+            source_run.name, change.pairs, source_run.base, source_run.written, source_run.plan, dtypes
         )
     if change.refused:
         by_reason: dict[str, list[str]] = {}

@@ -213,7 +213,7 @@ def begin_stage(
             assert isinstance(branch, LoraBranch)
             factors = branch.exact_factors(values, site.scale).map(state.cut)
         state = replace(state, initial=None if factors is None else InitialFactors(factors))
-        computed = branch.start(site, values, StageWeight(state, spec, stage, noisy, parameter.device))
+        computed = branch.values_from(site, values, StageWeight(state, spec, stage, noisy, parameter.device))
         values |= {name: value.to(values[name]) for name, value in computed.items()}
         if branch.magnitude:
             magnitude = state.cut(values[branch.magnitude], Side.OUT).cpu().double().clone()

@@ -262,9 +262,9 @@ class MovesWithA(Pair):
 
 
 class MovesFromItsWeight(Pair):
-    """It is correct until `start`, in which a method may read the weight."""
+    """It is correct until `values_from`, in which a method may read the weight."""
 
-    def start(self, site: lx.Site, values: Mapping[str, Tensor], weight: StartWeight) -> dict[str, Tensor]:
+    def values_from(self, site: lx.Site, values: Mapping[str, Tensor], weight: StartWeight) -> dict[str, Tensor]:
         return {"own_B": torch.full_like(values["own_B"], float(weight.exact().std()))}
 
 

@@ -36,7 +36,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "read tensors": (reader, "load"),
     "unpack": (reader, "install"),
     "unpack gradients": (reader, "gradients_of"),
-    "load into a cascade": (_MODULES["lorasc_fx.adapt"], "take_over"),
+    "load into a cascade": (_MODULES["lorasc_fx.adapt"], "load_into"),
     "write an adapter": (peft_writer, "write_tensors"),
     "write a tensor": (safetensors_files, "write_tensors"),
     # stages
