@@ -264,8 +264,8 @@ CONFLICTS = (
         "Set restart_factors='both' or optimizer_state='reset'",
     ),
     Conflict(
-        ("adapter", "restart_factors"),
-        lambda adapter, factors: ADAPTERS[adapter].magnitude and factors == "none",
+        ("restart_factors", "adapter"),
+        lambda factors, adapter: ADAPTERS[adapter].magnitude and factors == "none",
         "magnitudes restart from the norms of the weight, without a delta",
         "Set restart_factors='both' or adapter='lora'",
     ),

@@ -141,6 +141,9 @@ def _checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
     checkpoint = Checkpoint(path, content, plan, advice)
     with checkpoint.refusing():
         check_branches(content, plan)
+        for name, digest in fingerprints(checkpoint.bases).items():
+            if content.base.get(name, digest) != digest:
+                raise ValueError(f"{sanitized(repr(f'slow/{name}/base'))} differs from its fingerprint in {MANIFEST}")
     return checkpoint
 
 

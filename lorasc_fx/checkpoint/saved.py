@@ -85,19 +85,21 @@ def write_version(
     version = temporary = root
     created: Path | None = None  # the folder to delete if anything fails
     with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(contextlib.ExitStack())
         try:
             # Check on all ranks that the cascade can be saved, before any rank writes.
             with group.agreed("save"):
                 if not group.is_alone:
                     check_between_steps(run, "save")
                 if takes_part:
-                    stack.enter_context(run.exclusive("save", sharded=True, keeps=True))
+                    reading.enter_context(run.exclusive("save", sharded=True, keeps=True))
                     check_finite(run)
             rng = gathered_random_states(group, "save")
             # Copy the state into host memory. The first rank locks the folder and creates a temporary one.
             with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
                 if takes_part:
                     tensors, manifest = contents(Content.of(run, optimizers, schedulers, extra, rng), run)
+                reading.close()  # the copies are written without holding the locks of the weights
                 if is_first:
                     make_folder(root)
                     if stack.enter_context(one_writer(root / ".lock", root)):

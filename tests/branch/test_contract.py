@@ -76,7 +76,7 @@ def adapted(name: str, kind: str, **more: Any) -> tuple[nn.Module, lx.Cascade, T
     torch.manual_seed(SEED)
     model, x = KINDS[kind]()
     model, x = model.double(), x.double() if x.is_floating_point() else x
-    spec = lx.CascadeSpec(adapter=name, rank=2, **more)
+    spec = lx.CascadeSpec(**{"adapter": name, "rank": 2} | more)
     return copy.deepcopy(model), lx.adapt(model, (x,), spec=spec), x
 
 

@@ -67,6 +67,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "restart_factors, start": {"restart_factors": "B", "start": "olora"},
     "restart_factors, rank": {"restart_factors": "none", "rank": (4, 2)},
     "restart_factors, optimizer_state": {"restart_factors": "none", "optimizer_state": "kept"},
+    "restart_factors, adapter": {"restart_factors": "none", "adapter": "dora"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
     "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
@@ -110,7 +111,7 @@ RULES: list[tuple[Any, dict[str, Any], str]] = [
     (lx.TrainRule, {"pattern": "a", "slow": 1}, ".slow is 1"),
 ]
 DATA: list[tuple[dict[Any, Any], str, tuple[str, ...]]] = [
-    ({"rnak": 4}, "unknown-name", ("rnak", "nearest: 'rank', 'ranks'", f"known: {FIELDS}")),
+    ({"rnak": 4}, "unknown-name", ("rnak", "nearest: 'rank'", f"known: {FIELDS}")),
     ({"noise": {"strenght": 1}}, "unknown-name", ("noise", "strenght", "strength")),
     ({"rules": [{"patern": "conv"}]}, "unknown-name", ("rules", "patern", "pattern")),
     ({"rules": [{"rank": 4}]}, "invalid-value", ("rules", "pattern", KINDS)),
