@@ -349,7 +349,7 @@ folded = FoldBranches()(plain).graph_module
 ```
 
 The fold finds each branch by the parameters that its nodes read and by what they compute. If they were changed, a
-`VerifyError` says where. DoRA, VeRA, MiSS, OFT, LoKr, grouped products of experts, and `merged` methods on module calls
+`VerifyError` says where. DoRA, VeRA, OFT, LoKr, grouped products of experts, and `merged` methods on module calls
 have no plain nodes; `InlineBranches` raises and names the method and the weight. A pass that builds a new graph module
 must run in the same `Pipeline`, because the new module does not hold the branches.
 

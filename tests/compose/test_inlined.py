@@ -113,7 +113,7 @@ def test_training_goes_on(dialect: str, options: dict[str, Any]) -> None:
         assert torch.equal(result(IDS), expected(IDS))
 
 
-@pytest.mark.parametrize("adapter", ["lora-xs", "delora", "hira", "shira"])
+@pytest.mark.parametrize("adapter", ["lora-xs", "delora", "hira", "miss", "shira"])
 def test_a_method_with_a_plain_formula(adapter: str) -> None:
     inserted = adapted(adapter=adapter, targets=("linear",))
     plain = inlined(inserted)
@@ -127,6 +127,7 @@ def test_a_method_with_a_plain_formula(adapter: str) -> None:
     [
         ("dora", "aten", "one.weight (DoraBranch) cannot be written as plain nodes: it scales the rows"),
         ("vera", "aten", "one.weight (VeraBranch) cannot be written as plain nodes: it computes with a tensor"),
+        ("lokr", "aten", "one.weight (LokrBranch) cannot be written as plain nodes: torch.fx cannot record"),
         ("oft", "aten", "torch.fx cannot record the formula of this method (Proxy object cannot be iterated)"),
         ("hira", "modules", "node one calls a module, so its weight is not in the graph"),
     ],
