@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
     schedule: Callable[[torch.optim.Optimizer, Cascade], StageSchedule]
 
 
-def lora(steps: int, adapter: str = "lora", **options: Any) -> Recipe:
+def lora(steps: int, adapter: str = "lora", **options: object) -> Recipe:
     """Plain LoRA, or another adapter method: a single stage with a learning rate that decays to 0.
 
     Evidence (docs/evidence.md): this is the baseline of the other recipes. It is better than them by about 2 points on
@@ -85,7 +85,7 @@ def lora_cycles(steps: int, stages: int = 3, **options: Any) -> Recipe:
     return _recipe("lora_cycles", fixed, "lora", options, steps, stages, decays=True)
 
 
-def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: Any) -> Recipe:
+def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: object) -> Recipe:
     """The rule of the LoRASC paper: half of each stage is merged, the next stage starts from the slow weights.
 
     The learning rate is constant after a warm-up.

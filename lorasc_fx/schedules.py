@@ -208,7 +208,7 @@ class StageSchedule(LRScheduler):
             self.stage += 1
         return before == self.stage
 
-    def _before_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before_step(self, _optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         """Restart the schedule if the stage changed after the last `step`. A hook of the optimizer."""
         if not self._same_stage():
             self.since = 0

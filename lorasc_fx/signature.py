@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.errors import CaptureError
 
 
-def is_opaque_leaf(value: Any) -> bool:
+def is_opaque_leaf(value: object) -> bool:
     """Whether a value must be a pytree leaf although its type is registered, because its flatten function raises.
 
     Pass this as `is_leaf` to the functions of torch's pytree. Some caches of transformers are such values.
@@ -52,7 +52,7 @@ def register_cache_pytrees(model: nn.Module) -> None:
 
 
 def bind(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments in canonical form: positional if possible, the others in the order of the signature.
 
@@ -67,7 +67,7 @@ def bind(
 
 
 def _without_nones(
-    signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[Any] | None = None
+    signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[object] | None = None
 ) -> inspect.BoundArguments:
     """Drop arguments whose default and value are None, and sort those that go to `**kwargs` by name.
 
@@ -99,7 +99,7 @@ def signature_of(model: nn.Module) -> inspect.Signature:
 
 
 def bind_inputs(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs in canonical form, like `bind`.
 
@@ -125,12 +125,12 @@ def bind_inputs(
         ) from fault
 
 
-def leaves(args: Any, kwargs: Any) -> list[Any]:
+def leaves(args: object, kwargs: object) -> list[Any]:
     """Return the pytree leaves of arguments in canonical form. Placeholders of a graph have this order."""
     return pytree.tree_leaves((args, kwargs), is_leaf=is_opaque_leaf)
 
 
-def requires_grad(leaves: Sequence[Any]) -> tuple[bool, ...]:
+def requires_grad(leaves: Sequence[object]) -> tuple[bool, ...]:
     """Return for each leaf whether it is a tensor that requires gradients."""
     return tuple([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves])
 
@@ -138,7 +138,7 @@ def requires_grad(leaves: Sequence[Any]) -> tuple[bool, ...]:
 def copy_inputs(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return copies of arguments, for a run that must not change the originals. Key-value caches grow in place."""
 
-    def copy_leaf(leaf: Any) -> Any:
+    def copy_leaf(leaf: object) -> Any:
         if isinstance(leaf, torch.Tensor):
             copied_leaf = leaf.detach().clone().requires_grad_(leaf.requires_grad)
             if leaf.is_leaf:
@@ -181,7 +181,7 @@ class Calls:
         # For each way to pass arguments: indices of the positional arguments, and names and indices of the others.
         self._orders: dict[Hashable, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Call:
         """Return a call in canonical form.
 
         Raises:
@@ -208,7 +208,7 @@ class Calls:
         return Call(bound, named, leaves, key)
 
     def _order(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]
+        self, args: Sequence[object], kwargs: Mapping[str, object], values: Sequence[object]
     ) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
         """Return the canonical order as indices into `values`, which are the values of args and kwargs."""
         names = dict(zip(kwargs, range(len(args), len(values)), strict=True))
@@ -221,14 +221,14 @@ _LEAVES = {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}
 """Types that are always pytree leaves."""
 
 
-def _leaf(leaf: Any) -> Hashable:
+def _leaf(leaf: object) -> Hashable:
     """Return the part of the key for one leaf."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, leaf.device, leaf.dim())
     return (type(leaf), leaf) if isinstance(leaf, Hashable) else (type(leaf), id(leaf))
 
 
-def _autocast(leaves: list[Any]) -> Hashable:
+def _autocast(leaves: list[object]) -> Hashable:
     """Return the device types of the leaves for which autocast is enabled, with its dtypes."""
     kinds: set[str] = set()
     for leaf in leaves:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +35,7 @@ def adapt(
     args: Sequence[object] = (),
     kwargs: Mapping[str, object] | None = None,
     *,
-    spec: CascadeSpec | Any = None,
+    spec: CascadeSpec | object = None,
     frontend: str = "auto",
     base: str | PathLike[str] = "memory",
 ) -> Cascade:

@@ -71,7 +71,7 @@ class Adapters:
         """The names of the adapters, in the order in which they were added."""
         return tuple(name for name in self._by_name if name is not None)
 
-    def check_names(self, names: Sequence[Any]) -> None:
+    def check_names(self, names: Sequence[object]) -> None:
         """Raise StateError if one of these is neither the name of an adapter nor None."""
         for name in names:
             if name not in self._by_name:
@@ -102,7 +102,7 @@ class Adapters:
         finally:
             kept._by_name = {}  # the traceback of an error must not keep the slots in use
 
-    def check_new(self, name: Any) -> None:
+    def check_new(self, name: object) -> None:
         """Raise an error if an adapter with this name cannot be added.
 
         Raises:
@@ -266,7 +266,7 @@ class Adapters:
         return Trained(parameters, scale)
 
 
-def check_name(name: Any) -> None:
+def check_name(name: object) -> None:
     """Raise SpecError unless this can be the name of an adapter."""
     if not isinstance(name, str) or not name:
         hint = ". None is the base, which a bank always has" if name is None else ""

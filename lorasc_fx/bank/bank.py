@@ -83,8 +83,8 @@ class AdapterBank:
         self,
         model: nn.Module,
         adapters: Mapping[str, Source] | None = None,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
         *,
         max_rank: int | None = None,
         capacity: int | None = None,
@@ -231,7 +231,7 @@ class AdapterBank:
 
     # ---- calls
 
-    def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, adapter: str | Sequence[str | None] | None = None, **kwargs: object) -> Any:
         """Run the model with an adapter, or with one adapter for each row of the batch.
 
         A batch with several adapters runs in one pass, which is fastest if the rows are sorted by adapter. If a branch
@@ -254,7 +254,7 @@ class AdapterBank:
         with self._using(adapter) as adapters:
             return self._computed(args, kwargs, adapter, adapters)
 
-    def generate(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: object, adapter: str | Sequence[str | None] | None = None, **kwargs: object) -> Any:
         """Run `generate` of a transformers model with an adapter, or with one adapter for each prompt.
 
         This runs the Python code of the model, with any cache. Hooks on a copy of its modules add the adapters, and the
@@ -279,7 +279,7 @@ class AdapterBank:
             hooked_model: Any = self._hooked(*adapters.factors(adapter))
             return hooked_model.generate(*args, **kwargs)
 
-    def compile(self, **options: Any) -> None:
+    def compile(self, **options: object) -> None:
         """Compile all graphs by torch.compile, the present ones and those captured later.
 
         A graph is compiled once for calls with one adapter, and once for calls with an adapter for each row. Other
@@ -341,11 +341,11 @@ class AdapterBank:
         check_splits(self.model, call.args, call.kwargs, len(adapter), graph.splits)
         return by_group(partial(self._group, adapters), adapter, call.args, call.kwargs)
 
-    def _group(self, adapters: Adapters, name: str | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _group(self, adapters: Adapters, name: str | None, args: object, kwargs: Mapping[str, object]) -> Any:
         """Run the rows of one adapter in a batch with several adapters."""
         return self._computed(args, kwargs, name, adapters)
 
-    def _hooked(self, tensors: Mapping[Key, torch.Tensor], scale: Any) -> nn.Module:
+    def _hooked(self, tensors: Mapping[Key, torch.Tensor], scale: object) -> nn.Module:
         """Return a copy of the model whose modules add these factors, as returned by `Adapters.factors`."""
 
         def factors(weight: str) -> GivenFactors:
@@ -475,7 +475,7 @@ class AdapterBank:
         self._checksums = current
         return self._digests
 
-    def _using(self, adapter: Any) -> AbstractContextManager[Adapters]:
+    def _using(self, adapter: object) -> AbstractContextManager[Adapters]:
         """Context manager: check the argument `adapter` of a call, and keep its adapters until the end of the call.
 
         Raises:

@@ -119,7 +119,7 @@ class BankGraph:
                 self.cached[key] = self.tensors_from(*adapters.factors(name))
         return self.cached[key]
 
-    def tensors_from(self, factors: Mapping[Key, torch.Tensor], scale: Any) -> list[torch.Tensor]:
+    def tensors_from(self, factors: Mapping[Key, torch.Tensor], scale: object) -> list[torch.Tensor]:
         """Return factors and scales in the order of the graph's inputs."""
         scales: dict[Any, torch.Tensor] = {}
         tensors = []

@@ -60,7 +60,7 @@ def segments(adapters: Sequence[str | None]) -> Sequence[str | None]:
     return adapters[:: math.gcd(*(len(list(run)) for _, run in itertools.groupby(adapters)))]
 
 
-def row_count(values: Sequence[Any]) -> int | None:
+def row_count(values: Sequence[object]) -> int | None:
     """Return the number of rows of a call: the size of axis 0 of its first tensor."""
     return next((len(leaf) for leaf in values if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
 
@@ -68,7 +68,7 @@ def row_count(values: Sequence[Any]) -> int | None:
 def layout_of(
     graph: fx.GraphModule,
     model: nn.Module,
-    inputs: Sequence[Any],
+    inputs: Sequence[object],
     tensors: Callable[[int | Sequence[int]], list[torch.Tensor]],
 ) -> Layout:
     """Find the rows in a graph. The values and the Python state of the model are restored.
@@ -223,12 +223,12 @@ def _branch_input(branch: Branch, args: Sequence[Any], at: Placement) -> _Projec
     return _projected(x, x.dim() - (at is not Placement.LOOKUP))
 
 
-def _has_rows(leaf: Any, count: int) -> bool:
+def _has_rows(leaf: object, count: int) -> bool:
     """Whether a value is a tensor with `count` rows on axis 0."""
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
 
 
-def tensors_in(output: Any) -> list[torch.Tensor]:
+def tensors_in(output: object) -> list[torch.Tensor]:
     """Return the tensors of an output, in order."""
     return [leaf for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf) if isinstance(leaf, torch.Tensor)]
 
@@ -260,7 +260,7 @@ def check_splits(
     def part_of(leaf: Any) -> Any:
         return leaf[torch.tensor(order, device=leaf.device)] if _has_rows(leaf, count) else leaf
 
-    def run(args: Any, kwargs: Mapping[str, Any], *, evaluate: bool) -> tuple[list[torch.Tensor], list[str]]:
+    def run(args: object, kwargs: Mapping[str, object], *, evaluate: bool) -> tuple[list[torch.Tensor], list[str]]:
         """Return the outputs, and the names of the buffers that forward writes."""
         with isolation(model, args, kwargs, grad=False) as (inputs, named):
             if evaluate:

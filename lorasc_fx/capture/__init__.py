@@ -185,7 +185,7 @@ def not_captured(model: nn.Module, reasons: Mapping[str, str]) -> CaptureError:
     )
 
 
-def open_model(model: Any) -> nn.Module:
+def open_model(model: object) -> nn.Module:
     """Return the module to adapt: the model itself, or the graph module of an ExportedProgram.
 
     Raises:

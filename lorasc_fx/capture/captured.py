@@ -70,7 +70,7 @@ class Conditions:
     grad: bool | None = None
     requires_grad: tuple[bool, ...] | None = None
 
-    def accepts_gradients(self, leaves: list[Any]) -> bool:
+    def accepts_gradients(self, leaves: list[object]) -> bool:
         """Whether the inputs have the same requires_grad flags as at the capture.
 
         Dynamo traces this method, so it uses simple loops only.
@@ -81,7 +81,7 @@ class Conditions:
                     return False
         return True
 
-    def accepts_sizes(self, leaves: list[Any]) -> bool:
+    def accepts_sizes(self, leaves: list[object]) -> bool:
         """Whether the inputs have the constant sizes of the graph, and at least 2 for each dynamic size.
 
         torch.export assumes that a dynamic size is neither 0 nor 1, and adds no guard for that. A call with such a size
@@ -95,7 +95,7 @@ class Conditions:
                         return False
         return True
 
-    def assert_sizes(self, proxies: list[Any]) -> None:
+    def assert_sizes(self, proxies: list[object]) -> None:
         """Add asserts on input sizes to the graph that torch.fx is tracing, because it will contain this graph."""
         for proxy, sizes in zip(proxies, self.sizes, strict=False):
             for axis, fixed in enumerate(sizes or ()):
@@ -104,7 +104,7 @@ class Conditions:
                     size: Any = proxy.size(axis)
                     traced_assert(size == fixed, message)
 
-    def accepts(self, leaves: list[Any]) -> bool:
+    def accepts(self, leaves: list[object]) -> bool:
         """Whether the graph is valid for these inputs: their sizes, requires_grad flags and the export guards."""
         if not (self.accepts_gradients(leaves) and self.accepts_sizes(leaves)):
             return False
@@ -116,7 +116,7 @@ class Conditions:
             return False
         return True
 
-    def varying_axes(self, leaves: list[Any]) -> set[Axis]:
+    def varying_axes(self, leaves: list[object]) -> set[Axis]:
         """Return the axes that are dynamic in this graph, or whose constant size differs from these inputs.
 
         Sizes of 0 and 1 do not count, because a dynamic size does not cover them.
@@ -215,7 +215,7 @@ def with_owner(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.Graph
     return module
 
 
-def _put(module: nn.Module, name: str, value: Any) -> None:
+def _put(module: nn.Module, name: str, value: object) -> None:
     """Store a value in a module as a child, parameter, buffer or plain attribute, by its type."""
     # A Parameter is a Tensor too, so it must come first.
     stores = ((nn.Module, module._modules), (nn.Parameter, module._parameters), (torch.Tensor, module._buffers))

@@ -139,7 +139,7 @@ class _GradientOfWeight(torch.autograd.Function):
         return _nan(weight.dtype, weight.device).expand(weight.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: torch.Tensor) -> None:
         ctx.read, *factors = inputs
         ctx.save_for_backward(*factors)  # backward raises if they were changed after the read
 
@@ -157,7 +157,7 @@ def _nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.full((), torch.nan, dtype=dtype, device=device)
 
 
-def form_of_function(func: Any) -> FunctionForm | WeightForm | None:
+def form_of_function(func: object) -> FunctionForm | WeightForm | None:
     """Return the row of the table for a function that `__torch_function__` gets, or None. It may be a method."""
     if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)):
         func = func.__name__.strip("_")
@@ -198,20 +198,20 @@ class _Parameters(dict[str, Any]):
         reader: computes the effective weights.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], sites: Mapping[str, str], reader: EffectiveWeights) -> None:
+    def __init__(self, parameters: Mapping[str, object], sites: Mapping[str, str], reader: EffectiveWeights) -> None:
         super().__init__(parameters)
         self.sites = dict(sites)
         # Weak, because the dict may stay in a module for longer than the cascade lives.
         self.reader: ReferenceType[EffectiveWeights] = ref(reader)
 
-    def _read(self, leaf: str, value: Any) -> Any:
+    def _read(self, leaf: str, value: object) -> Any:
         reader = self.reader() if leaf in self.sites else None
         return value if reader is None else reader.read(self.sites[leaf], value)
 
     def __getitem__(self, leaf: str) -> Any:
         return self._read(leaf, super().__getitem__(leaf))
 
-    def __setitem__(self, leaf: str, value: Any) -> None:
+    def __setitem__(self, leaf: str, value: object) -> None:
         """Set a parameter. If the value is an effective weight, set the parameter that it was computed from.
 
         functional_call does this: it reads all parameters, replaces them, and writes the old values.
@@ -222,7 +222,7 @@ class _Parameters(dict[str, Any]):
             value = reader.parameters[self.sites[leaf]]
         super().__setitem__(leaf, value)
 
-    def get(self, leaf: str, default: Any = None) -> Any:
+    def get(self, leaf: str, default: object = None) -> Any:
         """Return the current value."""
         return self._read(leaf, super().get(leaf, default))
 
@@ -234,7 +234,7 @@ class _Parameters(dict[str, Any]):
         """Return the current values, each computed lazily."""
         return (value for _, value in self.items())
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return (dict, (dict(self),))
 
 
@@ -345,7 +345,7 @@ class EffectiveWeights:
                 call.values[name] = self._computed(name)
             return call.values[name]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call the model with effective weights."""
         self.open()
         with _running(self) as call:

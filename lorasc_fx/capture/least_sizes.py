@@ -46,7 +46,7 @@ def least_sizes(
     }
     sizes = {expr: leaves[index].shape[axis] for (index, axis), expr in dynamic.items() if expr.is_Symbol}
 
-    def is_correct(smaller: dict[Any, int]) -> bool:
+    def is_correct(smaller: dict[object, int]) -> bool:
         """Whether the graph agrees with the model if these symbols have these sizes."""
         shrunk = list(leaves)
         for (index, axis), expr in dynamic.items():

@@ -35,8 +35,8 @@ _RESERVED = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(n
 
 def capture_export(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     dynamic: Collection[Axis] = (),
 ) -> tuple[fx.GraphModule, Conditions]:
     """Return the model's ATen graph, and the calls that it is valid for. Raises any exception of torch.export."""
@@ -137,7 +137,7 @@ class _Wrapper(nn.Module):
         self.training = model.training
 
 
-def _explicit(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> inspect.Signature:
+def _explicit(signature: inspect.Signature, kwargs: Mapping[str, object]) -> inspect.Signature:
     """Return the signature with a keyword-only parameter for each argument of a call that goes to `**kwargs`.
 
     torch 2.13 cannot match a tree of shapes with `**kwargs`.
@@ -157,7 +157,7 @@ def _wrapped(model: nn.Module, signature: inspect.Signature) -> nn.Module:
     if not reserved and signature == signature_of(model):
         return model
 
-    def forward(self: _Wrapper, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: _Wrapper, *args: object, **kwargs: object) -> Any:
         return self.inside(*args, **kwargs)
 
     # torch.export names the inputs by the signature of forward.
@@ -167,7 +167,7 @@ def _wrapped(model: nn.Module, signature: inspect.Signature) -> nn.Module:
 
 
 def _dynamic_shapes(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Collection[Axis]
+    signature: inspect.Signature, args: tuple[object, ...], kwargs: Mapping[str, object], dynamic: Collection[Axis]
 ) -> Any:
     """Return the argument `dynamic_shapes` of torch.export.export. None makes every size constant."""
     if not dynamic:
@@ -175,7 +175,7 @@ def _dynamic_shapes(
     arguments = signature.bind(*args, **kwargs).arguments
     indices = itertools.count()  # tree_map visits the leaves in order
 
-    def dimensions(leaf: Any) -> Any:
+    def dimensions(leaf: object) -> Any:
         index = next(indices)
         if not isinstance(leaf, torch.Tensor):
             return None

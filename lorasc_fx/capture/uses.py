@@ -47,7 +47,7 @@ class Uses:
     graph: fx.GraphModule
 
 
-def uses_in_a_run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Uses:
+def uses_in_a_run(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> Uses:
     """Run the model once, and return the weights that it uses.
 
     Model, inputs and random generators are left unchanged.
@@ -154,7 +154,7 @@ class _Watcher(ObserverMode, TorchFunctionMode):
             if weight not in self._kinds[rule] or kind == "conv":
                 self._kinds[rule][weight] = kind or ""
 
-    def _follow(self, output: Any, record: dict[int, set[str]], weights: set[str]) -> None:
+    def _follow(self, output: object, record: dict[int, set[str]], weights: set[str]) -> None:
         """Record the weights of the output tensors in `_sources` or `_scaled`."""
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor):

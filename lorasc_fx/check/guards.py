@@ -101,7 +101,7 @@ class StateHolder:
     sized: bool = True
     ordered: bool = False
 
-    def entry(self, key: Any) -> str:
+    def entry(self, key: object) -> str:
         """Return the expression for an entry, such as `layers.0.scale` or `sizes['q']`."""
         return f"{self.name}.{key}".lstrip(".") if self.attributes else f"{self.name}[{key!r}]"
 
@@ -123,7 +123,7 @@ class StateHolder:
             return {key: value for key, value in self.store.items() if not self.attributes or key not in STORES}
         return self.store.copy()
 
-    def structure(self, skipped: frozenset[Any]) -> Any:
+    def structure(self, skipped: frozenset[object]) -> Any:
         """Return the keys of a dict without the skipped ones, the elements of a set, or the length of a list."""
         if self.ordered:
             return range(len(self.store))
@@ -172,7 +172,7 @@ def attribute_tensors(model: nn.Module, holders: Iterable[StateHolder] | None = 
     return list(tensors.values())
 
 
-def _parts(value: Any) -> tuple[Any, ...]:
+def _parts(value: object) -> tuple[Any, ...]:
     """Return the items of a tuple, with nested tuples flattened, or a 1-tuple of any other value."""
     return tuple(part for item in value for part in _parts(item)) if type(value) is tuple else (value,)
 
@@ -234,7 +234,7 @@ class _Walk:
             inner += [(f"{prefix}{key}", child, of_model) for key, child in children.items()]
         self._waiting += reversed(inner)  # reversed, because the stack is popped from its end
 
-    def _object(self, name: str, value: Any, of_model: bool) -> Iterator[StateHolder]:
+    def _object(self, name: str, value: object, of_model: bool) -> Iterator[StateHolder]:
         """Yield the state of an object other than a module, and push the objects in it onto the stack."""
         if isinstance(value, tuple):
             self._waiting += reversed([(f"{name}[{index}]", part, of_model) for index, part in enumerate(value)])
@@ -259,7 +259,7 @@ class _Walk:
             if slots := tuple(slot for kind in type(value).__mro__ for slot in _slots_of(kind)):
                 yield from self._followed(StateHolder(name, value, slots, True, False, of_model))
 
-    def _attributes(self, name: str, value: Any, of_model: bool) -> Iterator[StateHolder]:
+    def _attributes(self, name: str, value: object, of_model: bool) -> Iterator[StateHolder]:
         if hasattr(value, "__dict__"):
             yield from self._followed(StateHolder(name, vars(value), tuple(vars(value)), True, of_model=of_model))
 
@@ -292,7 +292,7 @@ def _read_by(kind: type[nn.Module]) -> frozenset[str] | None:
     return frozenset(names)
 
 
-def _code(member: Any) -> types.CodeType | None:
+def _code(member: object) -> types.CodeType | None:
     """Return the code of a method, property, class method or static method. None for any other member of a class."""
     function = getattr(member, "fget", getattr(member, "__func__", member))
     return getattr(function, "__code__", None)
@@ -309,7 +309,7 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return tuple(slot for slot in ((slots,) if isinstance(slots, str) else slots) if not slot.startswith("__"))
 
 
-def _is_followed(value: Any) -> bool:
+def _is_followed(value: object) -> bool:
     """Whether the attributes of an object are guarded: its class is not of an opaque package, or it is a namespace."""
     if isinstance(value, (torch.Tensor, type, enum.Enum, types.ModuleType)):
         return False
@@ -340,7 +340,7 @@ def _alike(value: Any, before: Any, depth: int = MAX_DEPTH) -> bool:
     return _is_followed(before) and hasattr(before, "__dict__") and _alike(vars(value), vars(before), depth - 1)
 
 
-def same_value(value: Any, before: Any) -> bool:
+def same_value(value: object, before: object) -> bool:
     """Whether two values are equal. Unlike `_alike`, this compares the values of tensors."""
     if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor) and value is not before:
         alike = type(value) is type(before) and value.shape == before.shape and value.dtype == before.dtype
@@ -380,7 +380,7 @@ class Guards:
     def __init__(
         self,
         model: nn.Module,
-        without: Collection[tuple[str, Any]] = (),
+        without: Collection[tuple[str, object]] = (),
         written: Collection[torch.Tensor] = (),
     ) -> None:
         registered = {id(value) for value in (*model.parameters(), *model.buffers(), *written)}
@@ -416,7 +416,7 @@ class Guards:
             if None not in skipped:
                 self._guard(holder, frozenset(skipped), registered)
 
-    def _guard(self, holder: StateHolder, skipped: frozenset[Any], registered: set[int]) -> None:
+    def _guard(self, holder: StateHolder, skipped: frozenset[object], registered: set[int]) -> None:
         """Record a holder and its entries."""
         store = holder.store
         values = {

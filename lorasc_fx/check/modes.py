@@ -34,7 +34,7 @@ def is_data_dependent(graph: fx.Graph) -> bool:
 
 
 def same_in_current_mode(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], captured: Guards
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], captured: Guards
 ) -> tuple[Guards, Observed] | None:
     """Compare a run in the current mode with one in the mode of a capture. The model is left unchanged.
 
@@ -59,7 +59,7 @@ def same_in_current_mode(
 
 
 def _record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], guards: Guards
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], guards: Guards
 ) -> tuple[_Operators, Observed] | None:
     """Run the model, and return its operators and results. None if a graph could not replace this run."""
     operators = _Operators(model)
@@ -90,7 +90,7 @@ class _Operators(ObserverMode, TorchDispatchMode):
         self._tensors = WeakTensorKeyDictionary()
         self._storages: dict[int, str] = {}
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> Any:
         """Run the model, and record its operators."""
         inputs = {f"input {index}": leaf for index, leaf in enumerate(leaves(args, kwargs))}
         for name, value in [*self._model.named_parameters(), *self._model.named_buffers(), *inputs.items()]:
@@ -111,7 +111,7 @@ class _Operators(ObserverMode, TorchDispatchMode):
                 self._tensors[value] = (len(self.calls), index)
         return output
 
-    def described(self, values: Any) -> Any:
+    def described(self, values: object) -> Any:
         """Describe a pytree: its structure, and each leaf."""
         flat, spec = pytree.tree_flatten(values, is_leaf=is_opaque_leaf)
         return spec, [self._tensor(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in flat]

@@ -131,11 +131,11 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
         self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
         return func(*args, **(kwargs or {}))
 
-    def before_layer(self, module: nn.Module, args: Any) -> None:
+    def before_layer(self, module: nn.Module, args: object) -> None:
         """Forward pre-hook of quantized layers."""
         self._inside += 1
 
-    def after_layer(self, module: nn.Module, args: Any, output: torch.Tensor | None) -> None:
+    def after_layer(self, module: nn.Module, args: object, output: torch.Tensor | None) -> None:
         """Forward hook of quantized layers. The output is None if the layer raised."""
         self._inside -= 1
         self.products.append((args, output))
@@ -161,8 +161,8 @@ def _products_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None
 def observe(
     call: Callable[..., Any],
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     gradients: bool = True,
     keep_values: bool = False,
 ) -> Observed:
@@ -217,7 +217,7 @@ def observe(
     )
 
 
-def _custom_functions(nodes: set[Any]) -> tuple[set[str], bool]:
+def _custom_functions(nodes: set[object]) -> tuple[set[str], bool]:
     """Return a phrase for each custom autograd.Function among the nodes, and whether one is a reentrant checkpoint."""
     custom = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
     # A graph can hold control flow ops such as torch.cond, although each is an autograd.Function of torch.
@@ -245,7 +245,7 @@ def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
     observers: set[str] = set()
 
     def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             output = hook(*args, **kwargs)
             if output is None:
                 observers.add(name)
@@ -345,7 +345,7 @@ def _tensor_difference(value: torch.Tensor | Digest, expected: torch.Tensor | Di
     return f"off by {gap / scale:.1e} of its scale" if gap > allowed * scale else None
 
 
-def _types(value: Any) -> Any:
+def _types(value: object) -> Any:
     """Return the type of a value, with the types of all items if it is a container."""
     if isinstance(value, Mapping):
         return (type(value).__name__, tuple((str(key), _types(item)) for key, item in value.items()))
@@ -354,7 +354,7 @@ def _types(value: Any) -> Any:
     return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: object) -> list[torch.Tensor]:
     """Return the tensors in a value, each once. Searches containers, and attributes of objects such as dataclasses."""
     tensors: list[torch.Tensor] = []
     seen: set[int] = set()

@@ -101,7 +101,9 @@ def trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
     return undo.enter(restored_attributes(model))
 
 
-def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad: bool = True) -> Preflight:
+def run_preflight(
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], grad: bool = True
+) -> Preflight:
     """Run the model on example inputs, and observe the runs. The model is left unchanged.
 
     Args:
@@ -169,7 +171,11 @@ def run_preflight(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def check_agrees(
-    graph: Callable[..., Any], preflight: Preflight, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    graph: Callable[..., Any],
+    preflight: Preflight,
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
 ) -> None:
     """Compare a graph with its model on one call: types, outputs, buffers, arguments after the call, and gradients.
 
@@ -198,7 +204,7 @@ def check_agrees(
         raise Disagreement(difference)
 
 
-def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
     """Whether a graph computes the same as its model on one call without gradients. True if the graph raises."""
     with trial(model, grad=False):
         computed, _ = attempt(observe, graph, model, args, kwargs, keep_values=True)
@@ -216,7 +222,7 @@ def generators() -> tuple[Any, Any]:
     return random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in state]
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed_value: int = 0) -> None:
+def _run(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], seed_value: int = 0) -> None:
     """Run the model under a seed. Its attributes are left as forward sets them; buffers and parameters are restored."""
     inputs, named = copy_inputs(args, kwargs)
     with restored_values(model):

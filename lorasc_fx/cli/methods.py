@@ -27,7 +27,7 @@ class Method(NamedTuple):
 _PLAIN: dict[str, Any] = {"pace": 1.0, "restart": "slow", "noise": Noise(), "average": False}
 
 
-def _plain(**changes: Any) -> Callable[[CascadeSpec, int], CascadeSpec]:
+def _plain(**changes: object) -> Callable[[CascadeSpec, int], CascadeSpec]:
     return lambda spec, stages: replace(spec, **_PLAIN | changes)
 
 

@@ -111,7 +111,7 @@ class Task:
             return self._tokens([self._prompt(each) for each in inputs], side="left")
         return self._tokens(inputs) if self.kind == "text" else self._pixels(inputs)
 
-    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+    def collate(self, rows: Sequence[Mapping[str, object]]) -> Batch:
         """Return the arguments of the model for rows of the data, and `labels` of a classifier's rows."""
         if self.kind == "language":
             return self._tokens([self._complete(row) for row in rows])
@@ -143,7 +143,7 @@ class Task:
         )  # fmt: skip
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def _prompt(self, prompt: Any) -> str:
+    def _prompt(self, prompt: object) -> str:
         """Return the text that a language model continues."""
         if not self.chat:
             if not isinstance(prompt, str):
@@ -160,7 +160,7 @@ class Task:
         text: str = self.processor.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         return text
 
-    def _pixels(self, images: Sequence[Any]) -> Batch:
+    def _pixels(self, images: Sequence[object]) -> Batch:
         """Return images as [batch, 3, height, width]: by the model's processor, or resized and mapped to -1..1."""
         opened = [_opened(image) for image in images]
         if self.processor is not None:

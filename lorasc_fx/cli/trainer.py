@@ -46,7 +46,7 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
         self._count, self._stages = count, stages
         super().__init__(**more)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: object = None) -> torch.optim.Optimizer:
         """Create the optimizer of `optim` for the cascade's groups."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -71,7 +71,7 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
             )  # fmt: skip
         return self.lr_scheduler
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **more: Any) -> Any:
+    def _get_dataloader(self, *args: object, is_training: bool = False, **more: object) -> Any:
         """Keep the last batch of evaluations, which `dataloader_drop_last` would drop too."""
         drops = self.args.dataloader_drop_last
         try:
@@ -98,7 +98,7 @@ class ClassifierTrainer(StagedTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-def logits_of(output: Any) -> torch.Tensor:
+def logits_of(output: object) -> torch.Tensor:
     """Return the logits in a model's output, which is a tensor [batch, classes] or an object with a tensor `logits`."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
@@ -131,7 +131,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def catching(self) -> Iterator[None]:
         """Save and stop at the first Ctrl-C inside the block. A second one raises KeyboardInterrupt."""
 
-        def stop(*_: Any) -> None:
+        def stop(*_: object) -> None:
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
@@ -142,7 +142,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         finally:
             signal.signal(signal.SIGINT, previous)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Note the running stage."""
         self._stage = self._cascade.stage
 
@@ -165,7 +165,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             )
 
 
-def arguments_of(config: Config, task: Task, **more: Any) -> TrainingArguments:
+def arguments_of(config: Config, task: Task, **more: object) -> TrainingArguments:
     """Return the Trainer's arguments: defaults for the kind of task, then `[train]`, then `more`.
 
     Raises:

@@ -73,8 +73,8 @@ class Compiler:
         self,
         model: nn.Module,
         decided: Decided,
-        args: Any,
-        kwargs: Any,
+        args: object,
+        kwargs: object,
         dynamic: Collection[Axis] = (),
         existing: Sequence[Variant] = (),
     ) -> NewVariant:
@@ -194,8 +194,8 @@ class Compiler:
         stage: int,
         values: Mapping[str, torch.Tensor],
         max_rank: int,
-        args: Any,
-        kwargs: Any,
+        args: object,
+        kwargs: object,
     ) -> tuple[fx.GraphModule, tuple[AdapterInput, ...], dict[Axis, int]]:
         """Return the variant's graph with LoRA factors for its sites as inputs, these inputs, and the smallest sizes.
 

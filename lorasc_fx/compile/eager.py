@@ -136,12 +136,12 @@ class EagerModel:
         self.update(decided, beside)
 
     @disable_dynamo  # dynamo would trace the model without branches
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model. Before a call in a new mode, or with a weight that has no branch yet, the call is examined."""
         self.prepare(args, kwargs)
         return self._compute(args, kwargs)
 
-    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def prepare(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Adapt weights that no earlier call used, and compare the gradients in a new mode of the model.
 
         While there are weights that no call has used, each call costs an extra forward of the model.
@@ -183,7 +183,7 @@ class EagerModel:
             run.grow(grown)
         self.update(grown, uses.beside)
 
-    def _choose_reads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _choose_reads(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Choose the first way to read weights with which all branches get the right gradients.
 
         Raises:
@@ -222,7 +222,7 @@ class EagerModel:
 
     # ---- Comparison with the eager model with merged weights
 
-    def _wrong_gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    def _wrong_gradients(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, ...]:
         """Return the weights whose branches get other gradients than in the model with merged weights."""
         weights = {name: value for name, value in self.weights.parameters.items() if not is_quantized(value)}
         dtypes = {weight.dtype for weight in weights.values()}
@@ -237,7 +237,7 @@ class EagerModel:
         return tuple(sorted(wrong))
 
     def _differing(
-        self, args: Any, kwargs: Any, weights: Mapping[str, nn.Parameter], probe: int, allowed: float
+        self, args: object, kwargs: object, weights: Mapping[str, nn.Parameter], probe: int, allowed: float
     ) -> set[str]:
         """Return the weights whose branches get other gradients for one delta of each weight."""
         model, branches = self.model, {name: self.weights.branches[name] for name in weights}
@@ -280,7 +280,7 @@ class EagerModel:
                 if not _gap(factor.grad, slope) <= allowed * (_norm(slope) + floor)
             }
 
-    def _check_frozen(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor], fault: Exception) -> None:
+    def _check_frozen(self, args: object, kwargs: object, merged: Mapping[str, torch.Tensor], fault: Exception) -> None:
         """Raise CaptureError if the backward pass of the model raises only because some parameters are frozen."""
         with requiring_grad(self.model, None):
             if attempt(self._run, args, kwargs, merged)[1] is None:

@@ -199,7 +199,7 @@ class Variants:
                     "too-many-variants",
                 )
 
-    def compiled(self, training: bool, leaves: list[Any]) -> Variant | None:
+    def compiled(self, training: bool, leaves: list[object]) -> Variant | None:
         """Return the newest valid variant while torch.compile traces a call, or None. Dynamo can trace this.
 
         Args:
@@ -279,6 +279,6 @@ def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return cascade.forward(*args, **kwargs)
 
 
-def _kind(leaf: Any) -> Any:
+def _kind(leaf: object) -> Any:
     """Return dtype and number of axes of a tensor, or any other leaf itself."""
     return (leaf.dtype, leaf.dim()) if isinstance(leaf, torch.Tensor) else leaf

@@ -34,8 +34,8 @@ from lorasc_fx.util.undo import Block, isolated
 def pt2(
     cascade: Cascade,
     path: str | PathLike[str],
-    args: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     folded: bool = True,
     view: Literal["slow", "averaged"] = "slow",
@@ -81,8 +81,8 @@ def pt2(
 def onnx(
     cascade: Cascade,
     path: str | PathLike[str],
-    args: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     folded: bool = True,
     view: Literal["slow", "averaged"] = "slow",
@@ -161,8 +161,8 @@ def onnx(
 
 def program(
     cascade: Cascade,
-    args: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     folded: bool = True,
     view: Literal["slow", "averaged"] = "slow",
@@ -180,7 +180,7 @@ def program(
     return _program(cascade, args, kwargs, folded, view, rank, "export.program")[0]
 
 
-def _rank_of(adapters: Any, max_rank: int | None, folded: bool, view: str, call: str) -> int | None:
+def _rank_of(adapters: object, max_rank: int | None, folded: bool, view: str, call: str) -> int | None:
     """Return the rank of the adapters if they are inputs of the graph, otherwise None.
 
     Raises:
@@ -207,8 +207,8 @@ def _rank_of(adapters: Any, max_rank: int | None, folded: bool, view: str, call:
 
 def _program(
     cascade: Cascade,
-    args: Sequence[Any] | None,
-    kwargs: Mapping[str, Any] | None,
+    args: Sequence[object] | None,
+    kwargs: Mapping[str, object] | None,
     folded: bool,
     view: Literal["slow", "averaged"],
     rank: int | None,
@@ -310,8 +310,8 @@ def _lifted(
 def _dynamic_shapes(
     module: nn.Module,
     variant: Variant,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     static: Iterable[str],
 ) -> Any:
     """Return the `dynamic_shapes` of torch.export, by the names of the module's arguments.
@@ -336,7 +336,7 @@ def _dynamic_shapes(
 
 
 def _with_user_keywords(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], by_name: Mapping[str, Any]
+    signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object], by_name: Mapping[str, object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a bound call in which the arguments in `by_name` are keywords, as in the user's call.
 

@@ -79,7 +79,7 @@ class CallTemplate(StoredCall):
     inputs: int
 
     @classmethod
-    def of(cls, node: fx.Node, inputs: Sequence[Any]) -> CallTemplate:
+    def of(cls, node: fx.Node, inputs: Sequence[object]) -> CallTemplate:
         """Return the template of a node that a branch node with these arguments is about to replace."""
 
         def numbered(argument: fx.Node) -> Any:
@@ -157,7 +157,7 @@ class Kept:
                 templates[branch.weight_name] += (template,)
         return cls(record, dict(templates))
 
-    def __deepcopy__(self, memo: Any) -> Kept:
+    def __deepcopy__(self, memo: object) -> Kept:
         return self
 
 

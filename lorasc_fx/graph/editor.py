@@ -132,7 +132,7 @@ class GraphEditor:
         self.modified = True
         return node
 
-    def replace_op(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
+    def replace_op(self, base: fx.Node, key: str, args: tuple[object, ...], options: Mapping[str, object]) -> fx.Node:
         """Replace an op by `branches.KEY(x, weight, bias, at="merged", op=...)`. A name reads the attribute.
 
         The call of `base` is stored in the metadata of the new node, from which a fold restores it.

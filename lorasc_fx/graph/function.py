@@ -115,7 +115,7 @@ def _keeps_forward(branch: Branch) -> bool:
     return getattr(branch.forward, "__func__", None) is Branch.forward
 
 
-def _entries(argument: Any) -> float:
+def _entries(argument: object) -> float:
     """Return the number of entries of a node's tensor, or inf if it is unknown or differs between calls."""
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
     static = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)

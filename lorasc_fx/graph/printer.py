@@ -6,7 +6,6 @@ Symbolic sizes are renamed s0, s1, ... in order of appearance, so that two trace
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +21,7 @@ def text(graph: fx.Graph | fx.GraphModule) -> str:
     return "\n".join(lines) + "\n"
 
 
-def type_text(value: Any, symbols: dict[str, str]) -> str:
+def type_text(value: object, symbols: dict[str, str]) -> str:
     """Return dtype and shape of a tensor, such as `float32[s0, 4]`, or "" for another value.
 
     Args:
@@ -47,7 +46,7 @@ def _line(node: fx.Node, symbols: dict[str, str]) -> str:
     return f"%{node.name}{suffix} = {node.op}{target}({', '.join(arguments)})"
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     """Return an argument as text, with `%name` for each node."""
     if isinstance(value, fx.Node):
         return f"%{value.name}"

@@ -94,12 +94,12 @@ class CascadeCallback(StageEnds, pytorch.Callback):  # type: ignore[misc, name-d
         if transition.has_begun(run):
             transition.next_stage(run, trainer.optimizers, idle=True)
 
-    def _place_evaluated(self, *args: Any) -> None:
+    def _place_evaluated(self, *args: object) -> None:
         """Place the weights for an evaluation in the model, unless the user has placed some."""
         if self._evaluated[0] != "trained" and run_of(self.cascade).placed is None:
             self._place(self._evaluated[0])
 
-    def _restore_trained(self, *args: Any) -> None:
+    def _restore_trained(self, *args: object) -> None:
         """Restore the weights of the training after an evaluation."""
         self._place(None)
 

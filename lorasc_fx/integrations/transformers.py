@@ -187,7 +187,9 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         ):
             self.cascade.transition(kwargs["optimizer"])
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: object, state: object, control: object, *, metrics: dict[str, float], **kwargs: object
+    ) -> None:
         """Pass the loss of the fast weights to the plateau rule."""
         if self.plateau is None or not self._trainer.is_in_train:
             return
@@ -342,7 +344,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         trainer._load_from_checkpoint = functools.partial(Trainer._load_from_checkpoint, trainer)
         trainer._load_best_model = functools.partial(Trainer._load_best_model, trainer)
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, model: object) -> None:
         if model is not self.cascade:
             raise StateError(
                 f"CascadeCallback: the Trainer's model is a {type(model).__name__}, not the callback's cascade. "
@@ -424,12 +426,12 @@ def _replace_fused_head(cascade: Cascade) -> None:
     temperature = inspect.getclosurevars(fused).nonlocals["temperature"]
 
     def forward(
-        *args: Any,
+        *args: object,
         fused_lm_head: bool = False,
         labels: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: Any = None,
-        **kwargs: Any,
+        num_items_in_batch: object = None,
+        **kwargs: object,
     ) -> Any:
         plain = type(cascade).forward
         if not fused_lm_head:
@@ -484,7 +486,7 @@ class _Reference(torch.nn.Module):
         self.config = callback.cascade.config
         self._callback = callback
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Call the cascade while the weights of the base are placed in the model."""
         with self._callback._placing("base"):
             return self._callback.cascade(*args, **kwargs)

@@ -40,7 +40,7 @@ def state_dict(
     *,
     optimizer: Optimizers | None = None,
     scheduler: Stateful | Sequence[Stateful] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the state dict of a cascade, for `torch.distributed.checkpoint.save` or `async_save`.
 

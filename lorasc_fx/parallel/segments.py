@@ -66,7 +66,7 @@ class Segment:
     outputs: tuple[fx.Node, ...]
     last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
-    def run(self, interpreter: fx.Interpreter, values: Iterable[Any]) -> tuple[Any, ...]:
+    def run(self, interpreter: fx.Interpreter, values: Iterable[object]) -> tuple[Any, ...]:
         """Return the values of `outputs`, given the values of `inputs`. The interpreter computes each node."""
         computed: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
 
@@ -210,7 +210,7 @@ class Unit(nn.Module):
         super().__init__()
         self.holders = nn.ModuleList(holders)
 
-    def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: Any) -> tuple[Any, ...]:
+    def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: object) -> tuple[Any, ...]:
         """Return the outputs of the segment, without views of weights, because FSDP frees these after the forward."""
         storages = {local(parameter).untyped_storage()._cdata for parameter in self.parameters()}
         outputs: tuple[Any, ...] = segment.run(interpreter, values)
@@ -236,7 +236,7 @@ class Shards(nn.Module):
         """Return the module of a unit, which FSDP has extended by `unshard` and `reshard`."""
         return self if name == ROOT else self.units[self.names[name]]
 
-    def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: Any) -> Any:
+    def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: object) -> Any:
         """Return the value of the output node of a graph. Missing inputs at the end get their defaults."""
         outputs: tuple[Any, ...] = ()
         arguments = [*inputs, *(node.args[0] for node in graph.placeholders[len(inputs) :])]
@@ -272,7 +272,7 @@ class SplitGraph:
         """The graph module before the split, in a list."""
         return [self.graph.module]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Return the output of the graph.
 
         Raises:
@@ -284,7 +284,7 @@ class SplitGraph:
             )
         return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *leaves(args, kwargs)))
 
-    def run(self, interpreter: fx.Interpreter, *inputs: Any) -> Any:
+    def run(self, interpreter: fx.Interpreter, *inputs: object) -> Any:
         """Return the value of the output node for the leaves of the arguments of a call."""
         with disabled(self.branches) if self.before_call() else contextlib.nullcontext():
             try:
@@ -311,7 +311,7 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
     """
     modules, depth = dict(model.named_modules()), Counter[str]()  # depth of nested calls for each unit
 
-    def call(names: list[str], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(names: list[str], function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         try:
             for name in names:
                 depth[name] += 1

@@ -220,7 +220,7 @@ def _config(data: object, known: type) -> AdapterConfig:
     return config
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Return tuples as lists, which peft expects, and anything else unchanged."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
@@ -231,7 +231,7 @@ _ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, 
 """What peft raises for an adapter that does not fit the model."""
 
 
-def _mirror(model: nn.Module, config: Any) -> Mirror:
+def _mirror(model: nn.Module, config: object) -> Mirror:
     """Return what peft makes of the model with the configuration of an adapter."""
     try:
         return Mirror(model, config)

@@ -55,7 +55,7 @@ METHOD_CONFIGS = {
 """The mapping by peft_type. DoRA is an option of LORA."""
 
 
-def is_config(spec: Any) -> bool:
+def is_config(spec: object) -> bool:
     """Return whether an object is a configuration of peft that `spec_of` supports."""
     return getattr(spec, "peft_type", None) in METHOD_CONFIGS
 
@@ -122,7 +122,7 @@ def _options(config: Any, method: MethodConfig) -> dict[str, Any]:
     return {"adapter": method.adapter, "adapter_options": options}
 
 
-def _start_of(config: Any) -> str:
+def _start_of(config: object) -> str:
     """Return the initial factors of a configuration by the name of the spec's option."""
     start = getattr(config, "init_lora_weights", True)
     return start.partition("_niter_")[0] if isinstance(start, str) else "lora"

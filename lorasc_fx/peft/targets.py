@@ -74,7 +74,7 @@ class Calls(TorchFunctionMode):
         if path not in self.first and any(id(value) in self._names for value in module._parameters.values()):
             self.first[path] = copy_inputs(args, kwargs)
 
-    def leave(self, path: str, module: nn.Module, output: Any) -> None:
+    def leave(self, path: str, module: nn.Module, output: object) -> None:
         """Record the end of a call."""
         self._stack.pop()
 
@@ -94,7 +94,7 @@ class Calls(TorchFunctionMode):
         return output
 
 
-def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
+def calls_of(model: nn.Module, names: Iterable[str], args: tuple[object, ...], kwargs: Mapping[str, object]) -> Calls:
     """Run the model once, without side effects, and record the reads of these parameters."""
     parameters = dict(model.named_parameters())
     calls = Calls({id(parameters[name]): name for name in names})
@@ -105,7 +105,7 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwar
 
 
 def targets_of(
-    model: nn.Module, sites: Iterable[Site], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, sites: Iterable[Site], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
     """Return peft's targets for the weight of each site, and the reason for each weight that peft cannot adapt.
 
