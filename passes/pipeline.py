@@ -1,6 +1,7 @@
 """Run several passes as one transaction.
 
-The passes run in the given order, which must fulfil their contracts: the facts that they require, provide and remove.
+The passes run in the given order, or in an order that is derived from their contracts: a topological sort over the
+facts that they require, provide and remove. Ties keep the given order.
 
 A pipeline may also contain foreign passes, any callables on a GraphModule. If such a pass returns a new graph module
 without the record, the pipeline copies the record to it.
@@ -8,8 +9,8 @@ without the record, the pipeline copies the record to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -29,15 +30,21 @@ class Pipeline:
 
     Args:
         passes: instances of `CascadePass`, or callables on a GraphModule.
+        order: `given`, or `solved` to sort the passes by their contracts. The attribute `passes` has the result.
 
     Raises:
-        PassOrderError: there is no pass.
+        PassOrderError: there is no pass, or no order can be derived: the contracts form a cycle, a pass occurs twice,
+            or a pass is not a `CascadePass`.
     """
 
-    def __init__(self, passes: Sequence[AnyPass]) -> None:
+    def __init__(self, passes: Sequence[AnyPass], order: Literal["given", "solved"] = "given") -> None:
         self.passes: tuple[AnyPass, ...] = tuple(passes)
         if not self.passes:
             raise PassOrderError("the pipeline is empty; give at least one pass", code="invalid-value")
+        if order == "solved":
+            self.passes = _solved(self.passes)
+        elif order != "given":
+            raise PassOrderError(f"order is {order!r}; give 'given' or 'solved'", code="invalid-value")
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Run all passes on one copy of the graph.
@@ -114,6 +121,53 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
     after = editor.resume(result)
     after.modified |= changed
     return after
+
+
+def _solved(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
+    """Return the passes in an order that fulfils their contracts, near the given order."""
+    import networkx as nx  # noqa: PLC0415 - its import takes longer than that of this package
+
+    contracts = [pass_ for pass_ in passes if isinstance(pass_, CascadePass)]
+    foreign = next((name_of(pass_) for pass_ in passes if not isinstance(pass_, CascadePass)), None)
+    if foreign is not None:
+        raise PassOrderError(
+            f"order='solved' needs contracts, but {foreign} is not a CascadePass. Give the passes in their order, or "
+            f"make {foreign} a CascadePass"
+        )
+    names = [pass_.name for pass_ in contracts]
+    if len(set(names)) < len(names):
+        raise PassOrderError(
+            f"order='solved': a pass occurs twice ({', '.join(names)}). Give the passes in their order without 'solved'"
+        )
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(contracts)))
+    graph.add_edges_from(_before(contracts))
+    try:
+        return tuple(contracts[index] for index in nx.lexicographical_topological_sort(graph))
+    except nx.NetworkXUnfeasible:
+        cycle = [earlier for earlier, _ in nx.find_cycle(graph)]
+        chain = " -> ".join(names[index] for index in [*cycle, cycle[0]])
+        raise PassOrderError(
+            f"the contracts of these passes form a cycle: {chain}. Run one of them separately"
+        ) from None
+
+
+def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs (index, later index) of passes whose order follows from their contracts.
+
+    A pass runs after a provider of a fact that it requires, and before a pass that removes such a fact.
+    """
+    for later, pass_ in enumerate(passes):
+        for earlier, candidate in enumerate(passes):
+            if earlier == later:
+                continue
+            shared = pass_.requires & candidate.provides
+            kept = pass_.provides & shared  # facts that the pass both requires and provides
+            # Two passes that only keep a fact have no order. Both run after the pass that provides it first.
+            if shared - kept or (shared and not candidate.requires & shared):
+                yield earlier, later
+            if candidate.requires & (pass_.requires & pass_.removes - candidate.removes):
+                yield earlier, later
 
 
 def _check_order(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:

@@ -485,8 +485,8 @@ The insertion freezes all weights of its result, as peft does, except those unde
 flags; the frozen ones are new and share their memory. A fold makes them trainable again.
 
 The branches of a graph module keep what other code loses if it builds the module again, such as `torch.load`,
-`deepcopy` and `symbolic_trace`, so a fold works on the result too. A Pipeline raises if the order of its passes does
-not fulfil what they require.
+`deepcopy` and `symbolic_trace`, so a fold works on the result too. A Pipeline runs passes in the given order;
+`Pipeline(passes, order="solved")` sorts them by what they require, provide and remove.
 """
 
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-CORE = ("torch", "safetensors")
+CORE = ("torch", "networkx", "safetensors")
 
 
 def sources() -> list[Path]:
@@ -113,7 +113,7 @@ def module_name(path: Path) -> str:
 
 def test_import_brings_only_the_core_dependencies() -> None:
     # What torch itself picks up where it is installed (numpy, and a few more) is torch's own affair.
-    torchs = "import torch, torch.export, torch.fx, torch._dynamo, safetensors.torch"
+    torchs = "import torch, torch.export, torch.fx, torch._dynamo, networkx, safetensors.torch"
     alone, face, inside = loaded_by(torchs, "import lorasc_fx", every_module_inside())
     assert "lorasc_fx" in face - alone
     owners = importlib.metadata.packages_distributions()

@@ -177,8 +177,8 @@ def test_the_page_is_what_the_packages_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), told
 
 
-def test_the_core_is_two_packages() -> None:
-    assert [each.name for each in groups()["core"]] == ["torch", "safetensors"]
+def test_the_core_is_three_packages() -> None:
+    assert [each.name for each in groups()["core"]] == ["torch", "networkx", "safetensors"]
 
 
 def test_every_dependency_has_a_lower_bound() -> None:

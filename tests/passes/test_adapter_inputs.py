@@ -16,6 +16,8 @@ from lorasc_fx.passes import (
     BindAdapter,
     FoldBranches,
     InsertBranches,
+    MatchSites,
+    Pipeline,
     adapter_inputs,
     adapter_values,
 )
@@ -232,3 +234,11 @@ def test_the_verifier_reports_wrong_inputs() -> None:
     lifted.recompile()
     with raises(lx.PassError, "graph-not-verified", "does not read the adapter inputs of first.weight"):
         BindAdapter()(lifted)
+
+
+def test_solved_order() -> None:
+    torch.manual_seed(0)
+    traced = fx.symbolic_trace(Net().double())
+    passes = [AdapterInputs(2), InsertBranches(), MatchSites(lx.CascadeSpec(rank=2))]
+    lifted = Pipeline(passes, order="solved")(traced).graph_module
+    assert len(adapter_inputs(lifted)) == 6

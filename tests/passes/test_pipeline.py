@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +63,44 @@ def test_insertion_transition_and_fold_restore_the_graph() -> None:
     assert record_of(staged.graph_module).plan.stage == 3
 
 
+@pytest.mark.parametrize("order", [*itertools.permutations([MatchSites(SPEC), InsertBranches(), FoldBranches()])])
+def test_any_permutation_is_solved(order: tuple[CascadePass, ...]) -> None:
+    pipeline = Pipeline(order, order="solved")
+    assert [pass_.name for pass_ in pipeline.passes] == ["match-sites", "insert-branches", "fold-branches"]
+    original = CASE.own()
+    assert text(pipeline(original).graph_module) == text(original)
+
+
+def test_a_solved_order_is_near_the_given_one() -> None:
+    passes = [contract("c"), contract("a"), contract("b", {"fact"}), contract("d"), contract("e", set(), {"fact"})]
+    assert [pass_.name for pass_ in Pipeline(passes, order="solved").passes] == ["c", "a", "d", "e", "b"]
+    staged = Pipeline([FoldBranches(), StageTransition(), InsertBranches(), MatchSites(SPEC)], order="solved")
+    assert [pass_.name for pass_ in staged.passes][-2:] == ["stage-transition", "fold-branches"]
+
+
 def nothing(graph_module: fx.GraphModule) -> None:
     """A pass without a contract."""
+
+
+CYCLE = [
+    contract("one", {"a"}, {"b"}),
+    contract("two", {"b"}, {"c"}),
+    contract("free"),
+    contract("three", {"c"}, {"a"}),
+]
+UNSOLVABLE: dict[str, list[Any]] = {
+    "one -> two -> three -> one": CYCLE,
+    "nothing is not a CascadePass": [MatchSites(SPEC), nothing],
+    "twice": [InsertBranches(), FoldBranches(), InsertBranches()],
+}
+
+
+@pytest.mark.parametrize("message", UNSOLVABLE)
+def test_passes_without_an_order(message: str) -> None:
+    with raises(PassOrderError, "pass-order", message):
+        Pipeline(UNSOLVABLE[message], order="solved")
+    with raises(PassOrderError, "invalid-value", "'any'"):
+        Pipeline([MatchSites(SPEC)], order="any")  # type: ignore[arg-type]
 
 
 def test_facts_of_the_graph_count() -> None:
