@@ -149,7 +149,14 @@ SLOW = {
         f"contract/test_docs.py::test_page_runs[docs/{page}.md]"
         for page in ("from-peft", "images", "llm", "loops", "method")
     ),
+    "contract/test_docs.py::test_page_runs[docs/serving.md]",
     "contract/test_docs.py::test_page_runs[docs/text.md]",
+    "cli/test_app.py::test_a_new_process",
+    "cli/test_language.py::test_a_model_learns_to_count[chat]",
+    "cli/test_language.py::test_a_model_learns_to_count[pairs]",
+    "cli/test_language.py::test_the_loss_is_that_of_the_completion[chat]",
+    "cli/test_language.py::test_the_loss_is_that_of_the_completion[plain]",
+    "cli/test_language.py::test_stop_packing_and_checkpointing",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[hf_patchtst]",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[gpt2]",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[mixtral]",
@@ -162,6 +169,7 @@ SLOW = {
     "accelerator/test_operations.py::test_methods_of_a_model[llama]",
     "contract/test_docs.py::test_page_runs[docs/start.md]",
     "durability/test_kills.py::test_a_training_outlives_a_full_disk",
+    "export/test_adapter_inputs.py::test_adapters_are_exchanged_without_lorasc_fx[stated]",
     "export/test_graphs.py::test_onnx_is_the_released_model_of_any_batch[stated]",
 }
 """Single rows, and tests, that take long."""
