@@ -30,7 +30,7 @@ from lorasc_fx.branch import Placement
 from lorasc_fx.errors import PassError, SpecError, nearest
 from lorasc_fx.quantized import quantized_linear
 from lorasc_fx.spec import KINDS
-from lorasc_fx.util.torch_private import CustomOpDef, OpOverload, OpOverloadPacket, grouped_mm
+from lorasc_fx.util.torch_private import CustomOpDef, OpOverload, grouped_mm
 
 
 @dataclass(frozen=True)
@@ -501,11 +501,7 @@ def register_form(form: RegisteredForm) -> RemovableHandle:
     Raises:
         SpecError: the row is incomplete, its name is taken, or another row has its target.
     """
-    if isinstance(form, (FunctionForm, WeightForm)):
-        if not isinstance(form.targets, tuple) or not form.targets:
-            raise SpecError(
-                f"{form.name}: targets is {form.targets!r}. Give a tuple of functions, ops or names of methods."
-            )
+    if not isinstance(form, ModuleForm):
         # `torch.library.custom_op` returns a wrapper; graphs call the op inside it.
         ops = (target._opoverload if isinstance(target, CustomOpDef) else target for target in form.targets)
         form = replace(form, targets=tuple(ops))
@@ -522,36 +518,20 @@ def forms_missing(names: Iterable[str]) -> dict[str, str]:
 
 
 def _check(form: RegisteredForm) -> None:
-    """Raise SpecError if a form to register is incomplete or collides with another one."""
-    if not isinstance(form, (FunctionForm, ModuleForm, WeightForm)):
-        raise SpecError(f"form is {type(form).__name__}. Give a FunctionForm, a ModuleForm or a WeightForm.")
-    if not isinstance(form.name, str) or not form.name:
-        raise SpecError(f"the form's name is {form.name!r}. Give a readable name, such as 'my.linear'.")
-    if any(form.name == row.name for row in FORMS):
-        raise SpecError(f"{form.name} is the name of a built-in form. Choose another name.")
-    if registered_named(form.name) is not None:
-        raise SpecError(f"{form.name} is registered already. Call remove() on its handle first.")
+    """Raise SpecError if the name or a target of a form is taken, or its kind or a parameter does not exist."""
+    if is_form(form.name):
+        raise SpecError(
+            f"{form.name!r} is the name of another form. Choose another name, or call remove() on its handle."
+        )
     kinds = KINDS if isinstance(form, WeightForm) else BESIDE_KINDS
     if form.kind not in kinds:
         raise SpecError(
             f"{form.name}: kind is {form.kind!r}{nearest(str(form.kind), kinds)}. Allowed: {', '.join(kinds)}.",
             code="unknown-name",
         )
-    if not isinstance(form, ModuleForm):
-        _check_targets(form)
+    if isinstance(form, ModuleForm):
         return
-    for row in FORMS:
-        if isinstance(row, ModuleForm) and form.module.forward is row.module.forward:
-            raise SpecError(
-                f"{form.name}: {form.module.__name__} has the same forward as {row.name}, a built-in form. Such "
-                "modules are adapted without registration."
-            )
-
-
-def _check_targets(form: FunctionForm | WeightForm) -> None:
-    """Raise SpecError for a wrong name of a parameter, or a target that another row has."""
-    named = [form.weight] + ([form.x] if isinstance(form, FunctionForm) else [])
-    for name in named:
+    for name in (form.weight, form.x) if isinstance(form, FunctionForm) else (form.weight,):
         if name not in form.parameters:
             hint = nearest(name, form.parameters)
             raise SpecError(
@@ -559,27 +539,13 @@ def _check_targets(form: FunctionForm | WeightForm) -> None:
                 code="unknown-name",
             )
     for target in targets_of(form):
-        for row, origin in ((built_in_form(target), "built-in"), (registered_form(target), "registered")):
-            if row is not None:
-                raise SpecError(f"{form.name}: {_shown(target)} is already a target of the {origin} form {row.name}.")
-        if _is_torch_op(target) and _name(target) in CONTRACTIONS:
-            raise SpecError(
-                f"{form.name}: {_shown(target)} needs no form. Its branch is added to the weight before the op."
-            )
+        row = built_in_form(target) or registered_form(target)
+        if row is not None:
+            raise SpecError(f"{form.name}: {_shown(target)} is already a target of the form {row.name}.")
         schema = getattr(target, "_schema", None)
         arguments = tuple(argument.name for argument in schema.arguments) if schema is not None else form.parameters
         if arguments[: len(form.parameters)] != form.parameters:
             raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}.")
-
-
-def _is_torch_op(target: Any) -> bool:
-    """Whether torch defines a target. Names of methods count, because graphs call methods of tensors."""
-    if isinstance(target, OpOverload):
-        return target.namespace in ("aten", "prims")
-    if isinstance(target, OpOverloadPacket):
-        return target._qualified_op_name.startswith(("aten::", "prims::"))
-    module = getattr(target, "__module__", None) or ""
-    return isinstance(target, str) or module.split(".")[0] in ("torch", "_operator", "builtins", "")
 
 
 def _name(target: Any) -> str:

@@ -30,7 +30,6 @@ from lorasc_fx.graph.branch_calls import (
     ReplacedCall,
     branch_nodes,
     call_template,
-    made_by,
     replaced_call,
     use_of,
 )
@@ -284,36 +283,6 @@ def _branches_fit_plan(subject: Subject) -> Iterator[str]:
             yield f"branch {key} does not belong to a site of the plan"
 
 
-def _metadata_matches_op(subject: Subject) -> Iterator[str]:
-    """A branch node has the stamp of a pass, and the shape and dtype of its op in its metadata."""
-    for node in subject.branches:
-        if not made_by(node):
-            yield f"branch node {node.name} was not created by a pass of lorasc_fx"
-        base, value, use = next(iter(node.args), None), node.meta.get("val"), use_of(node)
-        site = subject.record.plan.site(use.weight) if use is not None else None
-        if call_template(node) is None:
-            if isinstance(base, fx.Node) and _shape(value) != _shape(base.meta.get("val")):
-                expected = _shape(base.meta.get("val"))
-                yield f"branch node {node.name} has metadata {_shape(value)}, but {base.name} has {expected}"
-        # A merged branch has no op left to compare with, so its channels are compared with the weight.
-        elif site is not None and isinstance(value, torch.Tensor):
-            outputs, axis = site.matrix_shape[0], len(site.shape) - 1 if site.kind == "conv" else 1
-            if value.dim() < axis or value.shape[-axis] != outputs:
-                yield f"branch node {node.name} has metadata {_shape(value)}, but {site.weight} has {outputs} outputs"
-
-
-def _helper_nodes_are_read(subject: Subject) -> Iterator[str]:
-    """A node that a pass created for a branch, such as the weight of a module call that it replaced, has users."""
-    for node in subject.module.graph.nodes:
-        if made_by(node) and node not in subject.branches and not node.users:
-            yield f"node {node.name} was created by {made_by(node)} for a branch, but has no users"
-
-
-def _shape(value: Any) -> tuple[str, torch.dtype] | None:
-    """Return shape and dtype of a tensor, or None for another value."""
-    return (str(tuple(value.shape)), value.dtype) if isinstance(value, torch.Tensor) else None
-
-
 def _branches_are_called_here(subject: Subject) -> Iterator[str]:
     """Each inserted branch is still called by a node of this graph, and not from inside another module."""
     called = {branch.weight_name for branch in subject.branches.values()}
@@ -417,8 +386,6 @@ RULES: tuple[Check, ...] = (
     _every_use_has_a_branch,
     _branches_fit_plan,
     _slow_states_fit_plan,
-    _metadata_matches_op,
-    _helper_nodes_are_read,
     _branches_are_called_here,
     _factors_are_read_by_branches,
     _adapter_inputs_fit_record,
