@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,19 +193,6 @@ _DECLARED = {"aten", "prim", "prims"}
 """Namespaces of ops whose schemas declare the arguments that the op writes into."""
 _STATISTICS = {"running_mean", "running_var"}
 """Arguments that batch norm ops write into although their schemas do not declare it."""
-_ADDRESSES = (
-    torch.Tensor.numpy,
-    torch.Tensor.__array__,
-    torch.Tensor.data_ptr,
-    torch.Tensor.untyped_storage,
-    torch.Tensor.storage,
-    torch.Tensor._typed_storage,
-    torch.Tensor.__dlpack__,
-    torch.Tensor.apply_,
-    torch.Tensor.map_,
-    torch.Tensor.map2_,
-)
-"""Functions that give Python access to the memory of a tensor, or write into it without an op."""
 
 
 class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
@@ -252,19 +238,6 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
             if isinstance(value, torch.Tensor) and has_storage(value):
                 for name, tensor in self._watched.pop(_storage_of(value), {}).items():
                     self.copies[name] = tensor.to("cpu", copy=True)
-
-
-class _CopyBeforeAccess(ObserverMode, TorchFunctionMode):
-    """Copies tensors before Python gets access to their memory."""
-
-    def __init__(self, writes: _CopyBeforeWrite) -> None:
-        super().__init__()
-        self._writes = writes
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ADDRESSES:
-            self._writes.copy_written(args[0])
-        return func(*args, **(kwargs or {}))
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -369,7 +342,6 @@ def restored_values(undo: Block, model: nn.Module) -> None:
     undo(restore)
     if copied_lazily:
         undo.enter(eager())
-        undo.enter(_CopyBeforeAccess(writes))
         undo.enter(writes)
 
 
