@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,12 @@ from tests.kit.state import weight_state
 from tests.passes.kit import branches_of, deltas, fill, weights_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_op() -> None:
+    """Define the op of the example again, because a test of the docs that ran before may have defined another one."""
+    importlib.reload(own_form)
 
 
 @torch.library.custom_op("my::skewed", mutates_args=())
