@@ -12,18 +12,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS
+from lorasc_fx.branch import METHODS, products
 
 from .measure import Turn, alternate, least, peak_memory, ratios, reset_peak_memory, saved_bytes
 from .models import COMPILED, STARTED, WORKS, Work, by_name, decoder, narrow
@@ -89,6 +91,49 @@ def steps(work: Work, rounds: int) -> Rows:
     seconds = alternate(turns, rounds, _device(rivals["ours"].model))
     pairs = [*((name, "frozen") for name in ("ours", "peft", "full", "folded")), ("ours", "peft")]
     yield {"model": work.title, **ratios(seconds, pairs)}
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    with mock.patch.object(products, "onednn_is_faster", return_value=False):
+        yield
+
+
+@contextmanager
+def _without_grouped() -> Iterator[None]:
+    from lorasc_fx.branch.placements import MatrixOps
+
+    beside = MatrixOps.grouped
+    table = {name: function for name, function in products._FROZEN.items() if "grouped" not in name}
+
+    def grouped(*args: Any, weight: Any = None, **options: Any) -> torch.Tensor:
+        return beside(*args, **options)
+
+    with mock.patch.object(products, "_FROZEN", table), mock.patch.object(MatrixOps, "grouped", staticmethod(grouped)):
+        yield
+
+
+@_table(
+    "CPU seconds of a step without a kernel over those of a step with it: *oneDNN* instead of MKL for frozen products,"
+    " and a backward of the *grouped* products of frozen experts that computes no gradient of them. Ratio of the minima"
+    " (median of the ratios within a round).",
+    threads=1,
+)
+def kernels(work: Work, rounds: int) -> Rows:
+    """Compare steps with and without each kernel."""
+    model, batch, turns = work.build(), work.batch(), dict[str, Turn]()
+    left_out = {"with all": nullcontext, "without oneDNN": _without_onednn, "without grouped": _without_grouped}
+
+    def step(rival: Rival, without: Callable[[], AbstractContextManager[None]]) -> None:
+        with without():
+            rival.step()
+
+    for name, without in left_out.items():
+        with without():
+            rival = make("ours", work, copy.deepcopy(model), batch)
+        turns[name] = Turn(rival.prepare, partial(step, rival, without))
+    seconds = alternate(turns, rounds)
+    yield {"model": work.title, **ratios(seconds, [(name, "with all") for name in list(left_out)[1:]])}
 
 
 @_table(
