@@ -65,7 +65,7 @@ def test_rows_of_another_machine_are_dropped(tmp_path: Path) -> None:
     [
         (["steps", "--device", "cuda"], "finds no GPU here"),
         (["calls", "--device", "cuda"], "there is no table 'calls' for cuda"),
-        (["stepps"], "there is no table 'stepps' for cpu; there are steps, memory"),
+        (["stepps"], "there is no table 'stepps' for cpu; there are steps, kernels"),
         (["steps", "--models", "bert"], "there is no model 'bert'"),
     ],
 )
