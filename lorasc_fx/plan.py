@@ -238,8 +238,6 @@ class Plan:
 
 def _check_site(site: Site) -> None:
     """Raise ValueError if the fields of a site from a file contradict each other."""
-    if math.prod(max(size, 1) for size in site.shape) > MAX_ENTRIES:
-        raise ValueError(f"shape is {site.shape}, which is larger than any weight")
     if site.kind == "experts" and len(site.shape) != 3:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
     if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):

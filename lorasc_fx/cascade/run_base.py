@@ -58,11 +58,11 @@ def stand_ins(description: Description, device: torch.device) -> tuple[tuple[Any
 
 def is_description(value: object) -> bool:
     """Whether plain data from a file is a valid description of the arguments of a call."""
-    pair = value.get("tuple") if isinstance(value, dict) else None
-    kinds = ["tuple", "dict"]
-    if not isinstance(pair, list) or [next(iter(part), "") for part in pair if isinstance(part, dict)] != kinds:
+    try:
+        args, kwargs = _built(value, None, torch.device("meta"))
+        return isinstance(args, tuple) and isinstance(kwargs, dict)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False
-    return _is_valid(value)
 
 
 def _described(value: Any) -> Description:
@@ -83,44 +83,19 @@ def _described(value: Any) -> Description:
     raise TypeError(f"a {type(value).__name__} cannot be described")
 
 
-def _built(description: Description, source: torch.Generator, device: torch.device) -> Any:
+def _built(description: Any, source: torch.Generator | None, device: torch.device) -> Any:
     """Return a value that fits a description. `source` draws floating-point tensors, in order."""
     if "tensor" in description:
         shape, dtype = description["tensor"], getattr(torch, description["dtype"])
         if "fill" in description:
             return torch.full(shape, description["fill"], dtype=dtype, device=device)
-        return torch.randn(shape, generator=source).to(device, dtype)
+        return torch.randn(shape, generator=source, device=device if source is None else "cpu").to(device, dtype)
     if "dict" in description:
         return {key: _built(part, source, device) for key, part in description["dict"].items()}
     if "value" in description:
         return description["value"]
-    kind, parts = next(iter(description.items()))
-    built = [_built(part, source, device) for part in parts]
-    return tuple(built) if kind == "tuple" else built
-
-
-def _is_valid(description: object) -> bool:
-    """Whether plain data is a description of any value."""
-    if not isinstance(description, dict):
-        return False
-    if "tensor" in description:
-        dtype = getattr(torch, str(description.get("dtype")), None)
-        return (
-            isinstance(dtype, torch.dtype)
-            and not dtype.is_complex
-            and description.keys() == {"tensor", "dtype"} | (set() if dtype.is_floating_point else {"fill"})
-            and isinstance(description["tensor"], list)
-            and all(type(size) is int and size >= 0 for size in description["tensor"])
-            and type(description.get("fill", 0)) is int
-        )
-    kind, value = next(iter(description.items()), ("", None))
-    if len(description) != 1:
-        return False
-    if kind == "value":
-        return value is None or type(value) in (bool, int, str, float)
-    if kind == "dict":
-        return isinstance(value, dict) and all(map(_is_valid, value.values()))
-    return kind in ("list", "tuple") and isinstance(value, list) and all(map(_is_valid, value))
+    ((kind, parts),) = description.items()
+    return {"tuple": tuple, "list": list}[kind](_built(part, source, device) for part in parts)
 
 
 class BaseValues(Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -46,9 +45,6 @@ from lorasc_fx.state import Learner, Part, ViewName, check_finite, host
 from lorasc_fx.util.decode import decode
 from lorasc_fx.util.fingerprint import data_of, fingerprints
 from lorasc_fx.util.undo import Undo
-
-_MIN_BRANCH_LIMIT = 1 << 18
-"""Number of elements that a branch may always have, even if its weight is small."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +256,7 @@ def check_plan(
     Raises:
         CheckpointError: a site does not fit. The message names the weight.
     """
-    plan, spec, same_model = checkpoint.plan, checkpoint.plan.spec, "build the same model that was adapted"
+    plan, same_model = checkpoint.plan, "build the same model that was adapted"
 
     def fault(problem: str, advice: str) -> CheckpointError:
         return CheckpointError(f"{checkpoint.path / MANIFEST}: {problem}; {advice}", code="sites-differ")
@@ -277,16 +273,6 @@ def check_plan(
         shape = tuple(parameters[site.weight].shape)
         if site.shape != shape:
             raise fault(f"{site.weight} is {site.shape} in the plan, but {shape} in the model", checkpoint.advice)
-    # A later call may add a site for any other weight. A forged rank must not make its branch very large.
-    options = spec.site_options()
-    rank = max(options.rank, *options.ranks, *(rule.rank or 0 for rule in spec.rules), 0)
-    for name in matrices.keys() - plan.by_weight.keys():
-        size = parameters[name].shape
-        if rank * (size[0] + math.prod(size[1:])) > max(_MIN_BRANCH_LIMIT, 64 * parameters[name].numel()):
-            raise fault(
-                f"with rank {rank} of the spec, a branch would be more than 64 times as large as the weight {name}",
-                checkpoint.advice,
-            )
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
