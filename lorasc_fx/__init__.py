@@ -13,8 +13,8 @@ from lorasc_fx import export, integrations, parallel, passes, recipes
 from lorasc_fx import plan as plan
 from lorasc_fx import schedules as schedules
 from lorasc_fx.adapt import adapt, load
-from lorasc_fx.adapt.materialize import materialize
 from lorasc_fx.adapt.merge import from_peft, merge
+from lorasc_fx.adapt.start import materialize
 from lorasc_fx.bank import AdapterBank
 from lorasc_fx.branch import register_branch
 from lorasc_fx.checkpoint.saved import save
