@@ -324,8 +324,8 @@ class Run(RunBase):
         if self.base_file is not None:
             self.base_file.check(call)
         self.check_weights(call)
-        waiting = self.pending.waiting(self.trainable())
-        if self.slow.group.any(bool(waiting)) and ends_stage:
+        waiting = self.pending.waiting(self.trainable()) if ends_stage else []
+        if self.slow.group.any(bool(waiting)):
             waiting = waiting or ["a parameter on another process"]
             raise StateError(
                 f"{call}: gradients are pending on {named(waiting, 1)}, and they belong to the stage that ends. "
