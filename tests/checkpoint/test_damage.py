@@ -464,12 +464,6 @@ def site(**fields: Any) -> Edit:
     return content(lambda each: each["plan"]["sites"][0].update(fields))
 
 
-def without_mid(each: Any) -> None:
-    each["plan"]["spec"]["rank"] = 2**31 - 1
-    each["plan"]["sites"].pop()
-    each["branch"].pop("mid.weight")
-
-
 def branch_of_bias(each: Any) -> None:
     each["plan"]["sites"][0]["weight"] = "body.bias"
     for table in ("branch", "slow"):
@@ -477,11 +471,6 @@ def branch_of_bias(each: Any) -> None:
 
 
 PLANS: dict[str, tuple[Edit, Edit, tuple[object, ...]]] = {
-    "a branch larger than anything": (  # which the plan leaves out: refused before it is made
-        content(without_mid),
-        lambda each: [each.pop(f"branch/mid.weight/{factor}") for factor in ("lora_A", "lora_B")],
-        ("sites-differ", f"{2**31 - 1}"),
-    ),
     "another shape": (  # with factors that fit it, as only the model tells: W0 is not in a checkpoint
         site(shape=[4, 6]),
         lambda each: each.update({"branch/body.weight/lora_A": torch.ones(1, 6)}),
