@@ -197,7 +197,6 @@ class ProcessGroup:
 
         Args:
             data: a uint8 vector. Its length may differ between ranks.
-            call: name of the public function, for error messages.
 
         Returns:
             The bytes of each rank, in the order of ranks, in host memory.
@@ -230,7 +229,6 @@ class ProcessGroup:
         """Check that all ranks have equal values.
 
         Args:
-            call: name of the public function, for error messages.
             facts: values by a description for error messages. Ranks exchange a digest, and the values only if digests
                 differ.
 
@@ -266,9 +264,6 @@ class ProcessGroup:
         """Context manager: wait for all ranks at the end of the block, and raise on all ranks if one raised.
 
         A collective inside the block must be called by every rank or by none.
-
-        Args:
-            call: name of the public function, for error messages.
 
         Raises:
             StateError: the block raised on another rank.

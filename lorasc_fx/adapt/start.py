@@ -105,7 +105,6 @@ class Setup:
             model, plan, frontend, loads: see `Setup`.
             inputs: args and kwargs.
             base: the argument of `adapt`.
-            undo: restores the model.
             checkpoint: the checkpoint to load, if any.
         """
         meta = MetaModel(base, groups_of(model), checkpoint) if is_on_meta(model) else None
@@ -125,7 +124,6 @@ class Setup:
         """Capture a graph for the example inputs, start the run, and return the cascade.
 
         Args:
-            undo: restores the model.
             into: a cascade that gets a new run, instead of a new cascade.
         """
         model, plan, weights = self.model, self.plan, named_weights(self.model)
@@ -242,7 +240,6 @@ def check_new(model: nn.Module, on_meta: bool = False, in_bank: bool = False) ->
     """Check that a model can be adapted: it must not be adapted, sharded, offloaded, or without values.
 
     Args:
-        model: the model.
         on_meta: whether it may be on the meta device.
         in_bank: whether it may be in use by a bank.
 
@@ -331,7 +328,6 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
     Args:
         model: the model to change.
         patterns: patterns of the places to untie.
-        undo: restores the model.
         strict: whether each pattern must match a tied parameter.
 
     Returns:

@@ -636,7 +636,6 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
 
     Args:
         branch: the branch with its initial values.
-        site: its site.
         weight: returns the weight at the start of the stage. Called only if the delta depends on it.
 
     Raises:

@@ -74,7 +74,6 @@ def noise_size(
     rank must call it at the same point.
 
     Args:
-        noise: options of the noise.
         weight: this rank's slice of [out, ...], or of [in, out] if `transposed`. With an axis of experts before if
             `stacked`.
         stacked, transposed: layout of the weight.
@@ -133,7 +132,6 @@ def add_noise(out: torch.Tensor, pieces: Iterable[tuple[Region, torch.Tensor]], 
     This works piece by piece, so that no temporary tensor has the size of the weight.
 
     Args:
-        out: the weight.
         pieces: result of `draw`.
         size: result of `noise_size`, which broadcasts to the weight.
     """

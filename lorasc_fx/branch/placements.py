@@ -100,7 +100,6 @@ class MatrixOps:
         """Return `W + s B A` in the layout of the weight.
 
         Args:
-            branch: the branch.
             weight: the weight, or the matrix of one expert.
             expert: index of this expert in the stack, an int or a scalar tensor. None for the full weight.
         """
@@ -156,7 +155,6 @@ class MatrixOps:
         output is undefined, as for the base op.
 
         Args:
-            branch: the branch.
             base: output of the grouped product, [rows, out].
             x: [rows, in], sorted by expert.
             offs: [experts], the end of the rows of each expert.

@@ -60,8 +60,6 @@ class Graphs:
         """Return the graph for these arguments, captured if necessary, and the bound call.
 
         Args:
-            args, kwargs: arguments of the call.
-            name: name of the caller, for messages.
             dynamic: whether to return a graph with dynamic sizes, if the model allows it. Height, width and depth of
                 images and video are dynamic only if they have varied: padding is computed from them, which makes
                 torch.export slow.
@@ -78,9 +76,7 @@ class Graphs:
         """Split all graphs, the present ones and those captured later.
 
         Args:
-            split: splits a graph.
             gathered: returns a context manager in which modules of the model can run with gathered weights.
-            undo: collects undo steps.
         """
         undo(self.variants.restorer())
         undo(partial(vars(self).update, split=self.split, gathered=self.gathered))
@@ -123,7 +119,6 @@ class Graphs:
         """Capture the graph of a call and return it. If another thread has captured it meanwhile, return that graph.
 
         Args:
-            call: the call that needs a graph.
             dynamic: axes to make dynamic, in addition to axes whose sizes have varied.
         """
         grad = torch.is_grad_enabled()  # read before `inference_mode(False)`, which enables gradients

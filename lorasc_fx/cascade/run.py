@@ -41,7 +41,6 @@ class Run(RunBase):
 
         Args:
             trained: the parameters trained in full, by name.
-            undo: collects undo steps.
             rules: the spec's train_rules for some of these parameters, by name.
             empty: whether slow state and branches are loaded next. Then branches need no initial values.
         """
@@ -78,7 +77,6 @@ class Run(RunBase):
         """Keep W0 of new sites and start their stage. `adapt` and each new graph end with this.
 
         Args:
-            undo: collects undo steps.
             empty: as for `begin`.
             adapted: weights with a new branch, some of which may have had noise already.
 
@@ -211,7 +209,6 @@ class Run(RunBase):
         Args:
             base_file: the files with W0, if W0 is not kept in memory.
             fingerprints: fingerprints of the full parameters, by name.
-            undo: collects undo steps.
             empty: as for `begin`.
         """
         undo(self.restorer())
@@ -297,7 +294,6 @@ class Run(RunBase):
         """Raise StateError if the call is not allowed now: after `release`, inside `weights` or inside a backward.
 
         Args:
-            call: name of the method, for messages.
             sharded: whether the call supports sharded weights.
             ends_stage: whether it ends the running stage. Then no gradient may be pending.
             on_meta: whether it supports a model on the meta device.

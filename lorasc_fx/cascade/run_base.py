@@ -512,7 +512,6 @@ class WeightValues:
         """Whether the weight in the model has this value already. Without noise, slow weights usually do.
 
         Args:
-            name: name of the weight.
             weight: the local tensor in the model.
             noisy: whether the weights of the model have noise now.
         """

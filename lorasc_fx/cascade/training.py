@@ -315,7 +315,6 @@ def treated_state(
 
     Args:
         states: the optimizer state of each parameter, which is not changed.
-        parameters: parameters to treat.
         how: `reset` for the state of a parameter that was never stepped, `kept` for the current state. A number in
             (0, 1) is the share of entries to prune by magnitude (ReLoRA, 2307.05695).
     """
@@ -380,7 +379,6 @@ def groups(
 
     Args:
         spec: the spec, with `lr_ratio`.
-        branches: the branches.
         trained: parameters trained in full, each with its rule of train_rules, if any.
         lr: learning rate of A.
         options: more options for every group.

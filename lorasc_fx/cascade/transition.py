@@ -67,7 +67,6 @@ def next_stage(
     """End the running stage and start the next one; see `Cascade.transition`.
 
     Args:
-        run: the run of the cascade.
         optimizers: the optimizers that together hold all trained parameters; empty if there are none.
         idle: whether the next stage waits. Then the parameters hold the slow weights, without noise.
         schedulers: learning rate schedulers, stepped at the end. If one raises, the transition is rolled back.
@@ -127,9 +126,7 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
     """Start a stage: write its weights, the initial values of its branches, and the optimizer's state.
 
     Args:
-        run: the run of the cascade.
         planned: plan, slow weights and optimizer state of the stage.
-        undo: collects the undo steps.
         keep: whether branches keep the factors that the spec says (A, or both).
     """
     branches = run.branches_by_weight()
@@ -172,7 +169,6 @@ def install_slow(
     """Replace the slow weights inside the running stage. Trained branches and the noise are kept.
 
     Args:
-        run: the run of the cascade.
         after: the new slow weights.
         names: names of the weights and parameters trained in full that change. Only these are written, because the
             first write to a weight copies its W0.

@@ -324,7 +324,6 @@ def check_quantized(call: str, slow: SlowWeights, how: Requantize, modules: bool
     """Check the argument `quantized` of a fold, and return the names of the quantized weights that the fold changes.
 
     Args:
-        call: name of the caller, for messages.
         slow: the slow weights to fold.
         how: the argument `quantized` of the call.
         modules: whether the fold writes into modules, which can be quantized again. Otherwise it returns tensors.
@@ -424,7 +423,6 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
     """Move or cast the model and the branches of a run. If anything raises, nothing is changed.
 
     Args:
-        run: the run.
         graphs: its graphs, which are dropped.
         cascade: the module that has the model and the branches as children.
         fn: moves or casts one tensor.

@@ -134,7 +134,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], fin
     """Check that a saved state fits an optimizer, and shard its tensors like the parameters.
 
     Args:
-        optimizer: the optimizer.
         saved: the state. Its tensors are replaced by shards.
         finite: whether nan is an error.
         complete: whether a missing option is an error, because the same version of torch has saved it.
@@ -522,8 +521,6 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
     """Return the state in a checkpoint.
 
     Args:
-        content: the content.
-        plan: its plan.
         taker: state of the cascade that is restored, with the same weights. The result gets its W0, shards and dtypes.
             Without it, W0 is on the meta device, with the shapes in the plan.
 

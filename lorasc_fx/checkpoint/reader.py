@@ -188,7 +188,6 @@ def check_base(
     device only the names are compared.
 
     Args:
-        checkpoint: the checkpoint.
         parameters: parameters of the model, by name.
         digests: fingerprints of their W0, if they are known.
         written: names of further parameters that forward writes.
@@ -249,7 +248,6 @@ def check_plan(
     """Check that the sites of a checkpoint's plan are weights of the model, before a cascade is built from it.
 
     Args:
-        checkpoint: the checkpoint.
         matrices: all names of each weight matrix, by its first name.
         parameters: parameters of the model, by first name.
 
@@ -356,8 +354,6 @@ def folded_run(run: Run, call: str, view: str) -> FoldedWeights:
     """Return the folded weights of a cascade. A running stage that has trained counts as ended.
 
     Args:
-        run: the run of the cascade.
-        call: name of the user's call, for messages.
         view: `slow` or `averaged`.
 
     Raises:

@@ -63,7 +63,6 @@ def start_weight(
     branch (docs/algorithm.md, "start of stage t").
 
     Args:
-        state: state of the weight.
         spec, stage: of the plan.
         noisy: whether to add the noise N_t if the spec has noise.
         device: device of the result, by default the device of W0.
@@ -271,7 +270,6 @@ def end_stage(
     keeps the value that the stage started from. The noise of the stage is added to the state if `noise.keep` is set.
 
     Args:
-        state: state of the weight in the stage.
         learner: the branch, or the parameter trained in full. None for a weight that only has noise.
         spec: of the plan.
         history: the history of the weight with this stage.
@@ -547,7 +545,6 @@ class SlowWeights:
         """Write a weight into `out`, rounded once to the dtype of `out`.
 
         Args:
-            name: name of the weight.
             view: the weights to compute.
             out: local tensor in the shape of the weight.
             learner: the branch, or the current value of a parameter trained in full. Without it, fast weights are the
@@ -579,7 +576,6 @@ class SlowWeights:
         """Return the state after the slow update of the running stage (docs/algorithm.md, row "slow update").
 
         Args:
-            plan: plan of the stage that ends.
             learners: branches, and parameters trained in full, by weight name.
 
         Raises:
@@ -625,7 +621,6 @@ class SlowWeights:
         """Start a stage: return its state, and the initial values of its branches.
 
         Args:
-            plan: plan of the stage that starts.
             branches: branches of the model, by weight name.
             restart: whether all branches get new initial values. Otherwise only branches whose initial values depend on
                 the weight (PiSSA, DoRA) get them.

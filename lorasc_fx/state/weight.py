@@ -641,7 +641,6 @@ class WeightState(Tree):
         """Return a copy of the state for the slice of the weight on this rank.
 
         Args:
-            shard: the slice.
             mapped: whether W0 is memory-mapped from a file. Then its slice is a view of the file.
         """
         target = replace(self, shard=shard)
