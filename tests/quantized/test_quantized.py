@@ -243,7 +243,10 @@ def test_ranks_beyond_the_matrix_are_dropped_without_loss(options: dict[str, Any
 @BOTH
 def test_kept_factors_beside_a_quantized_weight(width: str) -> None:
     """A stage without a restart changes neither the outputs nor the quantized weight."""
-    model, spec = net(width), lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, restart_pairs=False, exclude=("head",))
+    model, spec = (
+        net(width),
+        lx.CascadeSpec(rank=4, lora_alpha=6.0, pace=0.5, restart_factors="none", exclude=("head",)),
+    )
     slow, cascade = numbers(model), lx.adapt(model, (inputs(),), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-2))
     for _ in range(3):
