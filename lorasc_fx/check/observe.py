@@ -1,7 +1,8 @@
 """Run a model or its graph once, record the results (outputs, buffers, gradients), and compare the records of two runs.
 
 Gradients are not stored. Each is reduced to a few random projections when it is computed. Projections are linear, so a
-gradient may be accumulated in parts, as reentrant checkpointing does.
+gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass is needed if the autograd graphs
+of both runs are equal, because then the gradients are equal too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from lorasc_fx.check.autograd_graph import CUSTOM_OP, Description, describe
 from lorasc_fx.check.guards import attribute_tensors
 from lorasc_fx.check.isolation import detached_in_place, restored_values, written_by
 from lorasc_fx.check.process_state import ObserverMode, seed
@@ -72,6 +74,7 @@ class Observed:
         recomputes: whether the model sets hooks on saved tensors, as gradient checkpointing does.
         reads_grad_state: whether its Python code reads `requires_grad`, `grad_fn` or `is_leaf` of tensors.
         observers: names of modules with forward hooks of the user that return None.
+        autograd: description of the autograd graph. None if a part of the graph cannot be read, or may change.
         gradients: projections of the gradients of weights and inputs. None if no backward was run, or it raised.
         backward_error: the exception of the backward pass, as one line, or "".
     """
@@ -83,6 +86,7 @@ class Observed:
     recomputes: bool
     reads_grad_state: bool
     observers: tuple[str, ...]
+    autograd: Description | None
     gradients: Mapping[str, torch.Tensor] | None
     backward_error: str = ""
 
@@ -114,12 +118,13 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
     Attributes:
         recomputes: whether an op runs under hooks on saved tensors that the model has set.
         reads_grad_state: whether `requires_grad`, `grad_fn` or `is_leaf` of a tensor is read.
+        hooks: whether hooks may be set on tensors or autograd nodes.
         products: arguments and output of each call of a quantized layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recomputes = self.reads_grad_state = False
+        self.recomputes = self.reads_grad_state = self.hooks = False
         self.products: list[tuple[Any, torch.Tensor | None]] = []
         self._inside = 0  # depth of calls of quantized layers
         self._hooks_before = saved_tensors_hooks(True)
@@ -129,6 +134,8 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
         self.recomputes |= saved_tensors_hooks(True) != self._hooks_before
         getter_of = getattr(func, "__self__", None)  # the attribute, if func is its `__get__`
         self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
+        # A model that reads grad_fn may set hooks on the node, which this mode does not see.
+        self.hooks |= func is torch.Tensor.register_hook or getter_of is torch.Tensor.grad_fn
         return func(*args, **(kwargs or {}))
 
     def before_layer(self, module: nn.Module, args: object) -> None:
@@ -163,16 +170,22 @@ def observe(
     model: nn.Module,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
+    reference: Observed | None = None,
+    backward: bool = False,
     gradients: bool = True,
     keep_values: bool = False,
 ) -> Observed:
-    """Run once in the current gradient mode, and backward if gradients are on. Return the record of the run.
+    """Run once in the current gradient mode, and return the record of the run.
+
+    Backward runs only if the autograd graph cannot be read, or differs from the one of `reference`.
 
     Args:
         call: the model, or its graph.
         model: the model, whose state is recorded and then restored.
         args, kwargs: arguments of the call. They are copied.
-        gradients: whether to run backward.
+        reference: the record that the new one will be compared with.
+        backward: run backward in any case.
+        gradients: whether gradients are recorded, if gradients are on.
         keep_values: keep the values of large outputs instead of digests.
     """
     inputs, named = copy_inputs(args, kwargs)
@@ -189,14 +202,18 @@ def observe(
         functions, reentrant = _custom_functions(backward_nodes(tensors) - use.nodes_of_products())
         if reseeded:  # dynamo would keep the seed as a constant
             functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
+        # Describe the autograd graph. Run backward only if the description is not enough.
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         differentiates = gradients and torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(tensors_in((inputs, named)))}
         parameters = dict(model.named_parameters())
+        # A description contains neither hooks nor the order of writes, so backward must run if the model uses them.
+        readable = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
         roots = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-        projections, fault = None, None
-        if differentiates:
-            projections, fault = attempt(projected_gradients, roots, leaves | parameters)
+        autograd = describe(roots, parameters, leaves) if readable else None
+        same = autograd is not None and (reference is None or autograd == reference.autograd)
+        run_backward = differentiates and not same
+        projections, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
     # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
     if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
@@ -212,6 +229,7 @@ def observe(
         use.recomputes or reentrant,
         use.reads_grad_state,
         tuple(sorted(observers)),
+        autograd,
         projections,
         one_line(fault) if fault is not None else "",
     )
@@ -225,8 +243,7 @@ def _custom_functions(nodes: set[object]) -> tuple[set[str], bool]:
     custom = [node for node in custom if not modules[node].startswith("torch._higher_order_ops.")]
     reentrant = [node for node in custom if getattr(node, "_forward_cls", None) is CheckpointFunction]
     names = {type(node).__name__.removesuffix("Backward") for node in custom if node not in reentrant}
-    # Nodes of ops of `torch.library`, which a graph keeps.
-    names = {name for name in names if not name.startswith("GeneratedBackwardFor_")}
+    names = {name for name in names if not name.startswith(CUSTOM_OP)}
     phrases = {f"the autograd.Function {name}, whose backward a traced graph does not keep" for name in names}
     return phrases, bool(reentrant)
 

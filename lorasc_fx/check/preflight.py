@@ -54,7 +54,7 @@ class Preflight:
     """The results of the preflight.
 
     Args:
-        seen: the run that graphs are compared with. It is replaced by another run if values are missing.
+        seen: the run that graphs are compared with. It is replaced by another run if gradients or values are missing.
         changing: names of attributes that forward sets to a different value in each call.
         draws: whether forward draws from the random generators of Python or numpy without seeding them.
         assigned: (holder, key) of the Python state that forward sets in each call, even if to an equal value.
@@ -184,12 +184,12 @@ def check_agrees(
     """
     grad = preflight.grad is not False
 
-    def run(call: Callable[..., Any], keep_values: bool) -> Observed:
+    def run(call: Callable[..., Any], keep_values: bool, **options: Any) -> Observed:
         with trial(model, grad):
-            return observe(call, model, args, kwargs, keep_values=keep_values)
+            return observe(call, model, args, kwargs, keep_values=keep_values, **options)
 
     try:
-        computed = run(graph, preflight.seen.has_all_values)
+        computed = run(graph, preflight.seen.has_all_values, reference=preflight.seen)
     except OUT_OF_MEMORY:
         raise
     except Exception as fault:
@@ -197,10 +197,18 @@ def check_agrees(
     difference = difference_of(computed, preflight.seen)
     if difference is not None and not (computed.has_all_values and preflight.seen.has_all_values):
         # The digests differ. The values may still agree up to rounding, so run again and keep them.
-        preflight.seen, computed = run(model, True), run(graph, True)
+        preflight.seen = run(model, True)
+        computed = run(graph, True, reference=preflight.seen)
         difference = difference_of(computed, preflight.seen)
+    if difference is None and preflight.seen.autograd is not None and computed.autograd != preflight.seen.autograd:
+        # The autograd graphs differ, so the graph has run backward, but the model has not. Run it with backward too.
+        preflight.seen = run(model, computed.has_all_values, backward=True)
+        difference = difference_of(computed, preflight.seen)
+    if difference is None:
+        return
     # The graph is wrong only if the model is deterministic under one seed.
-    if difference is not None and difference_of(run(model, preflight.seen.has_all_values), preflight.seen) is None:
+    again = run(model, preflight.seen.has_all_values, backward=True)
+    if difference_of(again, preflight.seen) is None:
         raise Disagreement(difference)
 
 

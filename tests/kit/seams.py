@@ -11,6 +11,7 @@ from typing import Any
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.cascade import run_base, transition
 from lorasc_fx.cascade.run import Run
+from lorasc_fx.check import observe
 from lorasc_fx.checkpoint import reader, saved
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
@@ -26,6 +27,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "capture": (compiler, "capture"),
     "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
+    "backward": (observe, "projected_gradients"),
     "outside use": (_MODULES["lorasc_fx.compile.eager"].EagerModel, "_wrong_gradients"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
