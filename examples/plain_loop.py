@@ -12,14 +12,14 @@ from torchvision.transforms.v2.functional import resize
 
 import lorasc_fx as lx
 from experiments.data import digits
-from experiments.models import efficientnet_lite0
+from experiments.models import efficientnet
 
 
 def main(steps: int = 40, stages: int = 3) -> float:
     pixels, labels = digits()
     images = resize(pixels.expand(-1, 3, -1, -1), [64, 64]).float() / 127.5 - 1
     model = timm.create_model("tf_efficientnet_lite0")
-    model.load_state_dict(efficientnet_lite0(model))
+    model.load_state_dict(efficientnet().state_dict())
     model.reset_classifier(10)
     model.eval()  # batch norm keeps its pretrained statistics
 
