@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from lorasc_fx.cli import main
 from tests.kit import tiny
+
+logging.get_verbosity()  # makes its handler, which would otherwise write to the closed stream of the first test
 
 MODULE = """
 from datasets import Dataset
