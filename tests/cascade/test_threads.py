@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.util.undo import PROCESS
 from tests.kit.errors import raises
 from tests.kit.state import branches_of, lock_of
 
@@ -92,6 +93,24 @@ def test_a_new_variant_and_a_transition(seed: int) -> None:
     together(lambda: cascade.eval()(x), lambda: cascade.transition(None), lambda: cascade.folded_graph((x,)))
     assert cascade.stage == 2
     cascade.transition(None)
+    torch.testing.assert_close(cascade.release()[0].weight, base + delta)
+
+
+def test_a_transition_waits_for_a_capture() -> None:
+    """A capture replaces parameters by tensors without values, and a check of the weights would read them.
+
+    It waits without the lock of the cascade, which the capture needs to add its graph.
+    """
+    cascade, base, delta = moved_cascade(0)
+    thread = threading.Thread(target=cascade.transition, args=(None,), daemon=True)
+    with PROCESS:
+        thread.start()
+        thread.join(timeout=0.5)
+        assert cascade.stage == 1
+        assert lock_of(cascade).acquire(timeout=1)
+        lock_of(cascade).release()
+    thread.join(timeout=60)
+    assert cascade.stage == 2
     torch.testing.assert_close(cascade.release()[0].weight, base + delta)
 
 

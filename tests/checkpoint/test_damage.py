@@ -29,6 +29,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.checkpoint.content import random_state
+from lorasc_fx.checkpoint.files import unpack
 from lorasc_fx.errors import LorascWarning
 from tests.errors.models import inputs
 from tests.errors.state import assert_same, of, unchanged
@@ -326,6 +327,11 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key in keys:
         yield (*path, key)
         yield from places(value[key], (*path, key))
+
+
+def test_equal_keys_of_a_table_are_refused() -> None:
+    with pytest.raises(ValueError, match="two equal keys"):
+        unpack({"$dict": [[1, 0.5], [True, 0.25]]}, {})
 
 
 def edit_of_manifest(rng: random.Random, manifest: Any) -> str:
