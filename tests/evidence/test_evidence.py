@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.evidence import __main__ as runner
 from experiments.evidence import page, tasks, train
-from experiments.evidence.__main__ import Cell, Results
+from experiments.evidence import runs as runner
 from experiments.evidence.methods import METHODS
+from experiments.evidence.runs import Cell, Results
 from experiments.evidence.tasks import IGNORED, Part, Tail, Task, measure, part_of
 from tests.kit import tiny
 
@@ -196,6 +196,11 @@ def test_the_archive_has_the_numbers_of_the_second_edition() -> None:
     means = found[found["budget"] == "lm-long"].pivot_table(index=["task", "size"], columns="method", values="accuracy")
     assert means.loc[("lm-r8", 200), "lora"] == pytest.approx(89.0, abs=0.06)
     assert means.loc[("lm-extract", 200), "lora"] == pytest.approx(68.5, abs=0.06)
+
+
+def test_processes_can_import_what_they_run() -> None:
+    """A process of multiprocessing does not import the `__main__` of a package."""
+    assert runner._made.__module__ == "experiments.evidence.runs"
 
 
 def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:
