@@ -211,10 +211,6 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-OF_USERS = ("lightning",)
-"""No extra has it: who trains by its Trainer has it."""
-
-
 def test_nothing_imports_what_is_not_listed() -> None:
     linked = ROOT / "lorasc_fx" / "passes"
     files = [path for path in (ROOT / "lorasc_fx").rglob("*.py") if linked not in path.parents]
@@ -224,7 +220,7 @@ def test_nothing_imports_what_is_not_listed() -> None:
     foreign = {
         f"{path.relative_to(ROOT)}: {name}"
         for path in files
-        for name in imported(path) - set(sys.stdlib_module_names) - {"lorasc_fx", "passes", *OF_USERS}
+        for name in imported(path) - set(sys.stdlib_module_names) - {"lorasc_fx", "passes"}
         if not {canonicalize_name(owner) for owner in owners.get(name, ())} & listed
     }
     assert not foreign, f"not in pyproject.toml: {sorted(foreign)}"

@@ -30,8 +30,6 @@ def test_every_public_name_has_a_place() -> None:
         assert set(module.__all__) - homes <= {*site_pages.MODULES, "integrations"}, module.__name__
     for name in NAMES:
         module, _, own = name.rpartition(".")
-        if module == "lorasc_fx.integrations.lightning" and importlib.util.find_spec("lightning") is None:
-            continue
         assert hasattr(module_of("", module), own), name
     assert {"lorasc_fx.adapt", "lorasc_fx.integrations.transformers.CascadeCallback"} <= set(NAMES)
     assert [name.removeprefix("lorasc_fx.") for name in NAMES[:4]] == [*site_pages.FIRST]

@@ -6,7 +6,6 @@ was saved. It returns the losses that it has seen and the cascade.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import CheckpointSaver, NativeScaler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import lorasc_fx as lx
@@ -179,48 +177,12 @@ def by_trainer(how: dict[str, Any], **more: Any) -> Loop:
     return run
 
 
-def by_lightning(spec: lx.CascadeSpec, folder: Path, at: int) -> Done:
-    """Lightning's Trainer, in epochs of one batch, as it resumes between epochs."""
-
-    import lightning
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    class Module(lightning.LightningModule):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.losses = adapted(spec, 0.0), list[float]()
-
-        def forward(self, x: Tensor, labels: Tensor) -> Any:
-            return self.net(x, labels)
-
-        def training_step(self, batch: Any, _index: int) -> Tensor:
-            loss: Tensor = self(batch["x"], batch["labels"])["loss"]
-            self.losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=0.02)
-
-    logging.getLogger("lightning.pytorch").setLevel("ERROR")
-    module: Any = Module()
-    cascade = module.net
-    saved = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer = lightning.Trainer(
-        max_epochs=END, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[lx.integrations.lightning.CascadeCallback(cascade, steps=4), saved],
-    )  # fmt: skip
-    batches = DataLoader([{name: row[name] for name in ("x", "labels")} for row in rows(4)], 4)  # type: ignore[arg-type]
-    trainer.fit(module, batches, ckpt_path=str(folder / f"step={at}.ckpt") if at else None)
-    return module.losses, cascade
-
-
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 LOOPS: dict[str, Loop] = {
     "plain": by_steps(Steps),
     "accelerate": by_steps(Accelerated),
     "accelerate, bf16": by_steps(AcceleratedHalf),
     "timm": by_steps(Timm),
-    "lightning": by_lightning,
     "trainer": by_trainer({"steps": 3}),
     "trainer, bf16": by_trainer({"steps": 3}, bf16=True),
     "trainer, epochs": by_trainer({"epochs": 1}),

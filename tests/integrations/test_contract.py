@@ -27,7 +27,6 @@ def of_no_other_loop() -> None:
     GradientState._reset_state()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of lightning, about itself
 @pytest.mark.parametrize(("loop", "fields"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)])
 def test_a_resumed_run_has_the_same_bits(loop: str, fields: str, tmp_path: Path) -> None:
     """Stop in a stage, in a step, and right after a transition, with dropout and shuffled data."""
