@@ -1,11 +1,10 @@
-"""Helpers for training loops: ending stages on a plateau, learning rate restarts, and resumable data loading."""
+"""Helpers for training loops: learning rate restarts and resumable data loading."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -14,74 +13,9 @@ from torch.utils.data import DataLoader
 from lorasc_fx.branch import generator
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
-from lorasc_fx.util.decode import Check, check, is_integer, is_number
+from lorasc_fx.util.decode import is_integer, is_number
 
-__all__ = ["Plateau", "StageSchedule", "shuffled_batches"]
-
-
-@dataclass(eq=False)
-class Plateau:
-    """Decides when to end a stage: after more than `patience` consecutive reports without an improvement.
-
-    The rule is the one of torch's ReduceLROnPlateau. The best value is reset at the start of each stage::
-
-        plateau = lx.schedules.Plateau(patience=2)
-        for stage in cascade.stages(5, optimizer):
-            for epoch in range(20):
-                ...
-                if plateau.over(validation_loss):
-                    break
-
-    Args:
-        patience: number of consecutive reports without an improvement to tolerate, 0 or more. Default: 2.
-        threshold: smallest change that counts as an improvement, relative to the best value (`rel`) or absolute
-            (`abs`). Default: 1e-4.
-        mode: `min` (default) if lower is better, `max` if higher is better.
-        threshold_mode: `rel` (default) or `abs`.
-
-    Raises:
-        SpecError: an invalid value.
-    """
-
-    patience: Annotated[int, Check(lambda reports: reports >= 0, "give a number of reports, 0 or more")] = 2
-    threshold: Annotated[float, Check(lambda share: share >= 0, "give a finite number of 0 or more")] = 1e-4
-    mode: Literal["min", "max"] = "min"
-    threshold_mode: Literal["rel", "abs"] = "rel"
-    best: float | None = field(default=None, init=False)
-    waited: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        check(self, "Plateau")
-
-    def over(self, metric: Any) -> bool:
-        """Report a metric and return whether the stage is over.
-
-        If this returns True, the best value and the count are reset for the next stage.
-
-        Args:
-            metric: a number, or a tensor with one entry. inf and nan are not improvements.
-        """
-        value = float(metric)
-        better = self.best is None
-        if self.best is not None:
-            margin = self.threshold * (self.best if self.threshold_mode == "rel" else 1.0)
-            better = value < self.best - margin if self.mode == "min" else value > self.best + margin
-        if math.isfinite(value) and better:
-            self.best, self.waited = value, 0
-        else:
-            self.waited += 1
-        if self.waited <= self.patience:
-            return False
-        self.best, self.waited = None, 0
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the number of reports since then, for `lx.save(extra=...)`."""
-        return {"best": self.best, "waited": self.waited}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
-        self.best, self.waited = state["best"], state["waited"]
+__all__ = ["StageSchedule", "shuffled_batches"]
 
 
 class StageSchedule(LRScheduler):
@@ -135,8 +69,8 @@ class StageSchedule(LRScheduler):
             raise SpecError(f"StageSchedule: decay is {decay!r}; give 'cosine' or 'linear'")
         if isinstance(base, ReduceLROnPlateau):
             raise SpecError(
-                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric. End stages with "
-                "lorasc_fx.schedules.Plateau, or give a scheduler that needs no metric",
+                "StageSchedule: base is a ReduceLROnPlateau, whose step needs a metric. Give a "
+                "scheduler that needs no metric",
                 code="conflicting-options",
             )
         if base is not None and base.optimizer is not optimizer:

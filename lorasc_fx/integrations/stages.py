@@ -10,7 +10,6 @@ from typing import Literal, get_args
 from lorasc_fx.cascade import run_of
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
-from lorasc_fx.schedules import Plateau
 from lorasc_fx.util.decode import is_integer
 
 __all__ = ["Evaluated", "StageEnds"]
@@ -23,7 +22,7 @@ class StageEnds:
 
     Args:
         cascade: the cascade that the trainer trains.
-        epochs, steps, stages, plateau: the rules. At most one is given; the default is epochs=1.
+        epochs, steps, stages: the rules. At most one is given; the default is epochs=1.
         evaluate: the weights for evaluations, or several of them.
 
     Raises:
@@ -39,9 +38,8 @@ class StageEnds:
         steps: int | None,
         stages: int | None,
         evaluate: Evaluated | Sequence[Evaluated],
-        plateau: Plateau | int | None = None,
     ) -> None:
-        rules = {"epochs": epochs, "steps": steps, "stages": stages, "plateau": plateau}
+        rules = {"epochs": epochs, "steps": steps, "stages": stages}
         chosen = [name for name, value in rules.items() if value is not None]
         if len(chosen) > 1:
             raise SpecError(
@@ -49,8 +47,8 @@ class StageEnds:
                 "Give only one",
                 code="conflicting-options",
             )
-        for name, count in (("epochs", epochs), ("steps", steps), ("stages", stages)):
-            if count is not None and (not is_integer(count, 1)):
+        for name, count in rules.items():
+            if count is not None and not is_integer(count, 1):
                 raise SpecError(f"CascadeCallback: {name} is {count!r}. Give a whole number of 1 or more")
         views = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
         if not views or len({*views}) < len(views) or not {*views} <= {*get_args(Evaluated)}:
@@ -62,7 +60,6 @@ class StageEnds:
         self.cascade, self.evaluate, self._evaluated = cascade, evaluate, views
         self.epochs, self.steps, self.stages = epochs if chosen else 1, steps, stages
         self._last_steps: set[int] = set()
-        self.plateau = plateau if plateau is None or isinstance(plateau, Plateau) else Plateau(plateau)
         self._view: str | None = None
         self._placed: contextlib.AbstractContextManager[object] | None = None
         if "trained" in views:

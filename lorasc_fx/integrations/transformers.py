@@ -22,7 +22,6 @@ from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
 from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
-from lorasc_fx.schedules import Plateau
 from lorasc_fx.util.environment import require
 
 require("loops", "transformers", "accelerate")
@@ -32,9 +31,6 @@ from transformers.trainer_utils import has_length  # noqa: E402
 from transformers.utils.generic import find_labels  # noqa: E402
 
 __all__ = ["CascadeCallback"]
-
-_PLATEAU = "lorasc_fx.plateau"
-"""Key of the plateau's state in `TrainerState.stateful_callbacks`."""
 
 _TIME = "_model_preparation_time"
 """Suffix of an entry in `output.metrics` that is a duration and not a metric of the weights."""
@@ -64,8 +60,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         stages: number of stages. The steps of the training are divided evenly among them.
         epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
         steps: optimizer steps per stage.
-        plateau: end a stage when `eval_fast_loss` stops improving: a `schedules.Plateau`, or its patience. (The loss of
-            the slow weights cannot be used: they do not change within a stage.)
         evaluate: the weights for evaluations and predictions: `slow`, `fast`, or `trained` (the current weights,
             including noise). With several, such as `("slow", "fast")`, each is evaluated in a separate pass, and the
             first one gives the predictions and `eval_loss`.
@@ -82,12 +76,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         stages: int | None = None,
         epochs: int | None = None,
         steps: int | None = None,
-        plateau: Plateau | int | None = None,
         evaluate: Evaluated | Sequence[Evaluated] = "slow",
     ) -> None:
-        super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, plateau=plateau, evaluate=evaluate)
+        super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, evaluate=evaluate)
         self._trainer: Any = None
-        self._reached_plateau = False
         self._stage = cascade.stage
         self._reference: _Reference | None = None
         self._user_reference = False  # whether the user has given another reference model
@@ -153,30 +145,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "optimizer steps instead",
                 code="invalid-data",
             )
-        if self.plateau is not None and args.eval_strategy == "no":
-            raise SpecError(
-                "CascadeCallback: plateau needs evaluations, but eval_strategy is 'no'. Set eval_strategy='steps' or "
-                "'epoch' in the training arguments",
-                code="conflicting-options",
-            )
         if self.stages is not None:
             self._divide(self.stages, state.max_steps)
         run = run_of(self.cascade)
         run.begin_loop([kwargs["optimizer"]], "CascadeCallback")
         transition.end_idle(run)
-        if self.plateau is not None and (saved := state.stateful_callbacks.get(_PLATEAU)) is not None:
-            self.plateau.load_state_dict(saved["plateau"])
-            self._reached_plateau = saved["over"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End a stage on a plateau.
-
-        This waits for the next step, so that the Trainer first saves the weights that it has evaluated.
-        """
-        if self._reached_plateau:
-            self.cascade.transition(kwargs["optimizer"])
-            self._reached_plateau = False
-            self._store_plateau(state)
+        """Remember the stage of this step for the logs."""
         self._stage = self.cascade.stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -186,22 +162,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             self.epochs is not None and epoch_ends and int(state.epoch) % self.epochs == 0
         ):
             self.cascade.transition(kwargs["optimizer"])
-
-    def on_evaluate(
-        self, args: object, state: object, control: object, *, metrics: dict[str, float], **kwargs: object
-    ) -> None:
-        """Pass the loss of the fast weights to the plateau rule."""
-        if self.plateau is None or not self._trainer.is_in_train:
-            return
-        name = "eval_fast_loss"
-        if name not in metrics:
-            raise SpecError(
-                f"CascadeCallback: plateau needs {name}, but the evaluation reports {', '.join(sorted(metrics))}. "
-                "Give the Trainer a single eval_dataset that has labels",
-                code="trainer-not-supported",
-            )
-        self._reached_plateau = self.plateau.over(metrics[name]) or self._reached_plateau
-        self._store_plateau(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fold the stage that is still running.
@@ -220,11 +180,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                     transition.restart(run, optimizers)
         else:
             transition.next_stage(run, optimizers, idle=True)
-
-    def _store_plateau(self, state: Any) -> None:
-        """Store the plateau in the Trainer's state, which is part of its checkpoints."""
-        if self.plateau is not None:
-            state.stateful_callbacks[_PLATEAU] = {"over": self._reached_plateau, "plateau": self.plateau.state_dict()}
 
     # ---- wrappers of the Trainer's methods
 
@@ -281,15 +236,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         Its metrics also have the metrics of every pass, under the name of the weights.
         """
         self._replace_references()
-        views: dict[str, bool | None] = dict.fromkeys(self._evaluated, prediction_loss_only)
-        if self.plateau is not None and self._trainer.is_in_train:
-            views.setdefault("fast", True)  # the plateau needs only the loss
         result: Any = None
-        for view, loss_only in views.items():
+        for view in self._evaluated:
             sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
             self._send_weights()
             with self._placing(view):
-                output = original(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
+                output = original(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
             if result is None:
                 result = output
             elif sums is not None:

@@ -187,7 +187,6 @@ LOOPS: dict[str, Loop] = {
     "trainer, bf16": by_trainer({"steps": 3}, bf16=True),
     "trainer, epochs": by_trainer({"epochs": 1}),
     "trainer, accumulated": by_trainer({"steps": 2}, gradient_accumulation_steps=2, num_train_epochs=3),
-    "trainer, plateau": by_trainer({"plateau": 0}, learning_rate=0.5, **EVALUATED),
     "trainer, best": by_trainer(
         {"steps": 3}, learning_rate=0.3, load_best_model_at_end=True, metric_for_best_model="eval_loss", **EVALUATED
     ),

@@ -110,23 +110,6 @@ class Spy(TrainerCallback):  # type: ignore[misc]
         self.trainer.spied += 1
 
 
-@pytest.mark.filterwarnings("ignore:stage . ended, and no branch has moved:lorasc_fx.errors.LorascWarning")
-def test_a_plateau_ends_a_stage(tmp_path: Path) -> None:
-    """A learning rate of 0 is one: the fast weights stand still, and no evaluation after the first finds less."""
-    cascade, stages = adapted(lx.CascadeSpec(rank=2)), []
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_about: Any) -> None:
-            stages.append(cascade.stage)
-
-    more = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "num_train_epochs": 2}
-    trainer = trainer_of(cascade, tmp_path, {"plateau": 1}, Watch(), **more)
-    trainer.train()
-    assert stages == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
-    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert all(entry["eval_fast_loss"] == pytest.approx(entry["eval_loss"], abs=1e-6) for entry in found)
-
-
 def test_a_second_training_goes_on(tmp_path: Path) -> None:
     """The first one was cut short: its stage is folded, and no noise is left; the second begins with a stage."""
     cascade = adapted(lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2)))
@@ -322,16 +305,11 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
 
 FOREIGN = torch.optim.SGD(net().parameters(), lr=0.1)
 OPTION = "trainer-not-supported"
-STEPS = {"eval_strategy": "steps", "eval_steps": 1}
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
     "neftune": ({}, {"neftune_noise_alpha": 5.0}, {}, (OPTION, "neftune_noise_alpha", 5.0)),
     "cast evaluation": ({}, {"bf16_full_eval": True}, {}, (OPTION, "bf16_full_eval", True)),
     "no length": ({}, {"max_steps": 3}, {"train_dataset": Stream()}, ("invalid-data", "epochs", "1")),
     "more stages than steps": ({"stages": 4}, {"max_steps": 3}, {}, ("invalid-value", "stages is 4", "3 optimizer")),
-    "no evaluations": ({"plateau": 2}, {}, {}, ("conflicting-options",)),
-    "which loss": (
-        {"plateau": 2}, STEPS, {"eval_dataset": {"a": rows(4), "b": rows(5)}}, (OPTION, "eval_fast_loss")
-    ),
     "another optimizer": (
         {}, {}, {"optimizers": (FOREIGN, torch.optim.lr_scheduler.ConstantLR(FOREIGN))},
         ("optimizer-lacks-parameters",),
