@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
 
 import lorasc_fx as lx
 
@@ -32,7 +34,8 @@ def main(steps: int = 20, stages: int = 3, batch: int = 32) -> float:
     optimizer = torch.optim.AdamW(model.param_groups(lr=5e-3))
 
     # Each process gets a part of one global batch, so the result does not depend on the number of processes.
-    batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
+    loader = DataLoader(data, batch // count, sampler=DistributedSampler(data, count, rank))
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # each epoch has the same order
     loss = torch.zeros((), device=device)
     for stage in model.stages(stages, optimizer):  # every process computes the same transition
         for _ in range(steps):

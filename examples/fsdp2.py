@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import lorasc_fx as lx
 
@@ -50,7 +52,8 @@ def main(steps: int = 15, stages: int = 3, batch: int = 32) -> float:
         print(f"{sharded} of {total} parameters are on this process")
 
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=5e-3))
-    batches = iter(lx.schedules.shuffled_batches(data, batch, share=(rank, count)))
+    loader = DataLoader(data, batch // count, sampler=DistributedSampler(data, count, rank))
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # each epoch has the same order
     loss = torch.zeros((), device=device)
     for stage in cascade.stages(stages, optimizer):  # each process folds its shards
         for _ in range(steps):

@@ -1,21 +1,19 @@
-"""Helpers for training loops: learning rate restarts and resumable data loading."""
+"""A learning rate schedule that restarts at each stage."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
-from lorasc_fx.branch import generator
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
 from lorasc_fx.util.decode import is_integer, is_number
 
-__all__ = ["StageSchedule", "shuffled_batches"]
+__all__ = ["StageSchedule"]
 
 
 class StageSchedule(LRScheduler):
@@ -161,69 +159,3 @@ def _put(optimizer: torch.optim.Optimizer, rates: list[float | torch.Tensor]) ->
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def shuffled_batches(
-    data: Any, batch_size: int, *, seed: int = 0, start: int = 0, share: tuple[int, int] = (0, 1), **options: Any
-) -> DataLoader[Any]:
-    """Return an infinite DataLoader over a shuffled data set, which can start at any step.
-
-    The batch of a step depends only on (seed, step), so a run can be resumed in the middle of an epoch. Save the number
-    of finished steps with `lx.save(extra=...)`, and pass it as `start`. The number of workers makes no difference, and
-    no global generator is used. Each epoch has another order, and drops the last batch if it is incomplete.
-
-    Args:
-        data: a data set with `__len__` and `__getitem__`.
-        batch_size: number of examples per batch, over all processes.
-        seed: seed of the order, 0 or more. Default: 0.
-        start: number of finished steps. Default: 0.
-        share: (rank, count) if `count` processes share each batch. This process gets every count-th example of the
-            batch, starting with example `rank`. A run can be resumed with the same batches and another count.
-            Default: (0, 1).
-        options: further options of DataLoader (num_workers, collate_fn, ...), except batch_sampler, sampler, shuffle,
-            drop_last and generator.
-
-    Raises:
-        SpecError: a value is invalid, the data set is smaller than a batch, or an option would change the order.
-    """
-    for name, value, minimum in (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0)):
-        if not is_integer(value, minimum):
-            raise SpecError(f"shuffled_batches: {name} is {value!r}; give an integer of {minimum} or more")
-    refused = [name for name in ("batch_sampler", "sampler", "shuffle", "drop_last", "generator") if name in options]
-    if refused:
-        raise SpecError(
-            f"shuffled_batches: remove {refused[0]}, because seed and start determine the order",
-            code="conflicting-options",
-        )
-    rank, count = share
-    if not 0 <= rank < count or batch_size % count:
-        raise SpecError(
-            f"shuffled_batches: share is {share!r} for a batch of {batch_size}. Give (rank, number of processes), "
-            "with a number that divides the batch size"
-        )
-    if len(data) < batch_size:
-        raise SpecError(
-            f"shuffled_batches: the data set has {len(data)} examples, which is less than a batch of {batch_size}",
-            code="invalid-data",
-        )
-    # The loader draws a seed for its workers. Without this it would advance torch's global generator.
-    worker_seeds = generator(seed, start, "workers", "")
-    return DataLoader(
-        data, batch_sampler=_Batches(len(data), batch_size, seed, start, share), generator=worker_seeds, **options
-    )
-
-
-class _Batches:
-    """Infinite batch sampler: yields the indices of each batch, or of this process's share. Starts at step `start`."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, share: tuple[int, int]) -> None:
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
-        self.rank, self.count = share
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, position = divmod(self.start, self.size // self.batch_size)
-        while True:
-            order = torch.randperm(self.size, generator=generator(self.seed, epoch, "order", "")).tolist()
-            for begin in range(position * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
-                yield order[begin + self.rank : begin + self.batch_size : self.count]
-            epoch, position = epoch + 1, 0

@@ -441,8 +441,7 @@ def save(
         folder: the checkpoint folder. Every rank must be able to access it.
         optimizer, scheduler: are saved with the cascade, if they are given. One, or a list of several.
         extra: numbers, texts, lists, tuples, dicts and tensors, in any nesting. Examples: the number of steps done
-            (which determines the position in the stage and in `shuffled_batches`), the state of a GradScaler, averaged
-            weights.
+            (which determines the position in the stage and in the data), the state of a GradScaler, averaged weights.
         keep: number of versions to keep.
 
     Returns:

@@ -14,10 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
-from lorasc_fx.schedules import shuffled_batches
 from tests.checkpoint.runs import Run, Training, X, adamw, interrupted, whole
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
@@ -288,50 +286,3 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = f"torch {written['torch']} (now 9.9.0), python {written['python']} (now 3.99.0)"
     with warns("other-versions", version, said):
         run.resumed(tmp_path)
-
-
-# ---- the order of the data
-
-DATA = TensorDataset(torch.arange(11))
-
-
-def batches(count: int, **options: Any) -> list[list[int]]:
-    loader = iter(shuffled_batches(DATA, 3, **options))
-    return [next(loader)[0].tolist() for _ in range(count)]
-
-
-def test_each_epoch_has_another_order() -> None:
-    found = batches(9, seed=1)
-    epochs = [[each for batch in found[start : start + 3] for each in batch] for start in (0, 3, 6)]
-    assert all(len(set(epoch)) == 9 and set(epoch) < set(range(11)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert batches(9, seed=1) == found
-    assert batches(9, seed=2) != found
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_from_any_step_on(workers: int) -> None:
-    found = batches(9, seed=1)
-    for start in range(8) if not workers else (4,):
-        before = torch.get_rng_state()
-        assert batches(9 - start, seed=1, start=start, num_workers=workers) == found[start:]
-        assert torch.get_rng_state().equal(before)
-
-
-# fmt: off
-REFUSED = [
-    (partial(shuffled_batches, DATA, 0), ("invalid-value", "batch_size", "0", "1")),
-    (partial(shuffled_batches, DATA, True), ("invalid-value", "batch_size", "True", "1")),
-    (partial(shuffled_batches, DATA, 3, seed=-1), ("invalid-value", "-1", "0")),
-    (partial(shuffled_batches, DATA, 3, start=1.0), ("invalid-value", "1.0", "0")),
-    (partial(shuffled_batches, DATA, 3, share=(0, 2)), ("invalid-value", "0", "2", "3")),
-    (partial(shuffled_batches, DATA, 12), ("invalid-data", "11", "12")),
-    (partial(shuffled_batches, DATA, 3, shuffle=True), ("conflicting-options",)),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("call", "sentence"), REFUSED)
-def test_what_shuffled_batches_refuses(call: Any, sentence: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *sentence):
-        call()

@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 import lorasc_fx as lx
 from tests.errors.models import Net, inputs
 from tests.errors.state import of, of_optimizer, of_slow, raw
+from tests.kit.data import batches_from
 from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS, seam
 
@@ -78,7 +79,7 @@ def train(folder: str, die: str = "", after: int = 0, keep: int = 2, saves: bool
             with journal.open("a") as file:
                 file.write(f"{cascade.stage} {done}\n")
 
-    batches = iter(lx.schedules.shuffled_batches(data(), 4, seed=5, start=done))
+    batches = batches_from(done, data(), 4)
     left = STAGES + 1 - cascade.stage
     for stage in cascade.stages(left, optimizer, scheduler) if left else ():
         save()

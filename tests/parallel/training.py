@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
+from tests.kit.data import batches_from
 
 SPECS: dict[str, dict[str, Any]] = {
     "fresh": {"noise": {"strength": 0.1, "keep": True}},
@@ -66,7 +67,7 @@ def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
 
 
 def batches(start: int, rank: int, count: int) -> Iterator[Any]:
-    return iter(lx.schedules.shuffled_batches(data(), ROWS, seed=3, start=start, share=(rank, count)))
+    return batches_from(start, data(), ROWS, rank, count)  # type: ignore[arg-type]
 
 
 def step(model: nn.Module, optimizer: Any, done: int, share: tuple[int, int]) -> None:
