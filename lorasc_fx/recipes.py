@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lorasc_fx.errors import SpecError
 from lorasc_fx.facade import Cascade
@@ -39,7 +40,7 @@ class Recipe(NamedTuple):
     """
 
     spec: CascadeSpec
-    schedule: Callable[[torch.optim.Optimizer, Cascade], StageSchedule]
+    schedule: Callable[[torch.optim.Optimizer, Cascade], LRScheduler]
 
 
 def lora(steps: int, adapter: str = "lora", **options: object) -> Recipe:
@@ -131,9 +132,9 @@ def _recipe(
     lengths = [end - start for start, end in itertools.pairwise(ends)]
     warmup = min(WARMUP, min(lengths) - 1)
 
-    def schedule(optimizer: torch.optim.Optimizer, cascade: Cascade) -> StageSchedule:
+    def schedule(optimizer: torch.optim.Optimizer, cascade: Cascade) -> LRScheduler:
         if decays:
             return StageSchedule(optimizer, cascade, lengths, warmup=warmup)
-        return StageSchedule(optimizer, None, warmup=warmup)
+        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
     return Recipe(CascadeSpec(**fixed, adapter=adapter, **options), schedule)

@@ -93,8 +93,6 @@ class StagesConfig:
     """Number of stages. The optimizer steps of the training are divided evenly among them."""
     warmup: CountOrZero = 10
     """Steps of linear warm-up at the start of each stage."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """Shape of the decay of the learning rate within each stage."""
     floor: Share = 0.0
     """Learning rate at the end of each stage, as a share of the full one. 1 means no decay."""
 

@@ -67,7 +67,7 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
                 getattr(optimizer, "optimizer", optimizer),  # accelerate has wrapped it
                 self.model,
                 [max(1, end - start) for start, end in pairwise(ends)],
-                warmup=stages.warmup, floor=stages.floor, decay=stages.decay,
+                warmup=stages.warmup, floor=stages.floor,
             )  # fmt: skip
         return self.lr_scheduler
 
