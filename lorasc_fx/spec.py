@@ -20,80 +20,6 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.util.decode import Check, Conflict, check, checks_names, choice, decode
 
 
-class FactorStart(abc.ABC):
-    """Computes the initial factors of a branch at the start of a stage (`CascadeSpec.start`)."""
-
-    from_weight: ClassVar[bool] = True
-    """Whether the factors are computed from the weight. It then holds the residual `W - s B_0 A_0` during the stage."""
-
-    @abc.abstractmethod
-    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return B_0 [..., out, k] and A_0 [..., k, in], with k at most `rank`.
-
-        If k is smaller than the rank, the remaining rows of A are initialized as in LoRA, and the remaining columns of
-        B are zero.
-
-        Args:
-            matrix: the weight [..., out, in]. Leading axes are independent matrices (stacked experts).
-            rank: rank of the branch.
-            scale: scale s of the branch. The branch adds `s B_0 A_0`.
-        """
-
-
-class LoraStart(FactorStart):
-    """LoRA (2106.09685): B = 0, and A is random. The weight is not changed."""
-
-    from_weight: ClassVar[bool] = False
-
-    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factors of rank 0, because nothing is computed from the weight."""
-        return matrix[..., :0], matrix[..., :0, :]
-
-
-class PissaStart(FactorStart):
-    """PiSSA (2404.02948): the r largest singular triplets, so `s B_0 A_0` is the nearest matrix of rank r."""
-
-    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `U_r sqrt(v_r / s)` and `sqrt(v_r / s) V_r^T`, with `W = U diag(v) V^T`."""
-        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return split_evenly(u[..., :rank], values[..., :rank], vh[..., :rank, :], scale)
-
-
-class MiloraStart(FactorStart):
-    """MiLoRA (2406.09044): the r smallest singular triplets, which are orthogonal to the principal ones."""
-
-    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors like `PissaStart`, from the last r columns of U, values v and rows of V^T."""
-        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return split_evenly(u[..., -rank:], values[..., -rank:], vh[..., -rank:, :], scale)
-
-
-class OloraStart(FactorStart):
-    """OLoRA (2406.01775): the first r columns of Q and rows of R of `W = Q R`."""
-
-    def initial_factors(self, matrix: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `Q[:, :r]` and `R[:r]`. The scale is not divided out, as in peft."""
-        q, r = torch.linalg.qr(matrix)
-        return q[..., :rank], r[..., :rank, :]
-
-
-def split_evenly(
-    u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return b and a with `scale * b @ a = u diag(values) vh`. Each gets the square root of values / scale."""
-    root = (values / scale).sqrt()
-    return u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
-
-
-STARTS: Mapping[str, FactorStart] = {
-    "lora": LoraStart(),
-    "pissa": PissaStart(),
-    "olora": OloraStart(),
-    "milora": MiloraStart(),
-}
-"""Strategies by the value of `CascadeSpec.start`."""
-
-
 def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:
     """Return the scale s of a branch: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` as in rsLoRA (2312.03732)."""
     return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -172,7 +98,7 @@ PEFT_OPTIONS = {
     "lora_dropout": "dropout",
     "rank_pattern": "rules, of lorasc_fx.Rule",
     "alpha_pattern": "rules, of lorasc_fx.Rule",
-    "init_lora_weights": f"start: {', '.join(map(repr, STARTS))}",
+    "init_lora_weights": "start: 'lora' or 'pissa'",
     "loraplus_lr_ratio": "lr_ratio",
     "use_dora": "adapter='dora'",
     "ensure_weight_tying": "nothing: tied weights stay tied",
@@ -344,6 +270,7 @@ Redraw = Literal["stage", "step"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 RestartFactors = Literal["both", "B", "none"]
+Start = Literal["lora", "pissa"]
 OnNonFinite = Literal["raise", "skip"]
 PlacementOption = Literal["auto", "beside", "merged", "weight"]
 Adapter = Annotated[
@@ -555,10 +482,8 @@ class CascadeSpec:
         restart_factors: which factors restart at a transition: `both` (default), `B` alone (A is kept if the rank is
             the same), or `none`: A and B continue to train with their optimizer state, and a stage only ends a cycle
             of the slow rule.
-        start: factors at the start of a stage. `lora` (default): A random, and B = 0. The others compute the
-            factors from the weight W, and the weight holds the residual `W - s B A` while the stage trains: the largest
-            singular triplets (`pissa`, 2404.02948), the smallest ones (`milora`, 2406.09044), or the first columns and
-            rows of the QR decomposition (`olora`, 2406.01775).
+        start: factors at the start of a stage. `lora` (default): A random, and B = 0. `pissa` (2404.02948): the largest
+            singular triplets of the weight W, which holds the residual `W - s B A` while the stage trains.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
         slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
@@ -593,7 +518,7 @@ class CascadeSpec:
     restart: Restart = "slow"
     noise: Noise = field(default_factory=Noise)
     restart_factors: RestartFactors = "both"
-    start: Annotated[str, choice(STARTS)] = "lora"
+    start: Start = "lora"
     optimizer_state: (
         Literal["reset", "kept"]
         | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept', or the share in (0, 1) to prune")]
@@ -623,9 +548,9 @@ class CascadeSpec:
         )
 
     @property
-    def factor_start(self) -> FactorStart:
-        """The strategy object of the option `start`."""
-        return STARTS[self.start]
+    def decomposes(self) -> bool:
+        """Whether a stage computes its factors from the weight, which then holds the residual `W - s B_0 A_0`."""
+        return self.start == "pissa"
 
     @property
     def method(self) -> type[Any]:

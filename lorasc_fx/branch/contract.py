@@ -131,7 +131,7 @@ class InitialFactors(Tree):
     """Initial values of a branch whose delta was not zero at the start of a stage, in fp64 in host memory.
 
     Args:
-        factors: the delta that was subtracted from the weight (PiSSA, OLoRA, MiLoRA), or None.
+        factors: the delta that was subtracted from the weight (PiSSA), or None.
         magnitude: the initial row norms [out] of DoRA, or None.
     """
 

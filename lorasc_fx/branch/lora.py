@@ -221,7 +221,7 @@ class LoraBranch(LowRankBranch):
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
         """Return `factors` if the start of the spec computes them from the weight."""
-        return ("factors",) if running and spec.factor_start.from_weight else ()
+        return ("factors",) if running and spec.decomposes else ()
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
         """Return the learning rate of a factor: for B, multiplied by `lr_ratio` (LoRA+, 2402.12354)."""

@@ -119,7 +119,7 @@ class Run(RunBase):
         spec, quantized = self.plan.spec, next(iter(quantized_in(new)), None)
         for is_used, option, value, advice in (
             (spec.noise.is_on, f"noise.strength is {spec.noise.strength}", "noise", "noise.strength=0"),
-            (spec.factor_start.from_weight, f"start is {spec.start!r}", "the residual", "start='lora'"),
+            (spec.decomposes, f"start is {spec.start!r}", "the residual", "start='lora'"),
         ):
             if is_used and quantized is not None:
                 raise SpecError(

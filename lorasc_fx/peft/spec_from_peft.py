@@ -97,8 +97,8 @@ def _problems(config: Any, method: MethodConfig) -> list[str]:
         if name not in known and (value or isinstance(value, bool)) and value != getattr(default, name, None)
     ]
     start = getattr(config, "init_lora_weights", True)
-    if start is not True and _start_of(config) not in ("pissa", "olora"):
-        problems.append(f"init_lora_weights={start!r} (give True, 'pissa' or 'olora')")
+    if start is not True and _start_of(config) != "pissa":
+        problems.append(f"init_lora_weights={start!r} (give True or 'pissa')")
     if method.adapter == "oft" and not config.oft_block_size:
         problems.append(f"r={config.r!r} (give the size of the blocks, oft_block_size)")
     named = config.target_modules is not None or getattr(config, "target_parameters", None)

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 
 from lorasc_fx.branch.contract import Factors
-from lorasc_fx.spec import split_evenly
 from lorasc_fx.util.environment import has_fp64
 from lorasc_fx.util.undo import Block, isolated
 
@@ -187,9 +186,13 @@ def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q_b @ u, values, vh @ q_a.mT
 
 
-def truncated(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int) -> Factors:
-    """Return the factors of the `rank` largest singular values of an SVD. Each factor gets the roots of the values."""
-    return Factors(*split_evenly(u[..., :rank], values[..., :rank], vh[..., :rank, :], 1.0))
+def truncated(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int, scale: float = 1.0) -> Factors:
+    """Return b and a such that `scale * b @ a` has the `rank` largest singular values of an SVD.
+
+    Each factor gets the square root of values / scale.
+    """
+    root = (values[..., :rank] / scale).sqrt()
+    return Factors(u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :])
 
 
 def _row_major(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,10 @@ Source: docs/algorithm.md, "One site".
 During a stage the user's parameters hold `W_t`. A transition computes the next `SlowWeights`, writes its values, and
 then stores it in the run.
 
-PiSSA (2404.02948) and OLoRA (2406.01775) subtract initial factors from the weight. During the stage the parameter holds
-the residual `W_t - s B_0 A_0`, so that the branch changes nothing at the start. The delta of the stage is
-`s (B A - B_0 A_0)`. It is kept as one pair of twice the rank, `[B - B_0, B_0] [A; A - A_0]`. Both of its terms are as
-small as the change, and exactly zero before the first step.
+PiSSA (2404.02948) subtracts initial factors from the weight. During the stage the parameter holds the residual
+`W_t - s B_0 A_0`, so that the branch changes nothing at the start. The delta of the stage is `s (B A - B_0 A_0)`. It is
+kept as one pair of twice the rank, `[B - B_0, B_0] [A; A - A_0]`. Both of its terms are as small as the change, and
+exactly zero before the first step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import is_quantized, quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, full_tensor, local, local_like, shard_of
 from lorasc_fx.spec import CascadeSpec, TrainRule
-from lorasc_fx.state.fold import Scratch, arithmetic, cast, exact_products
+from lorasc_fx.state.fold import Scratch, arithmetic, cast, exact_products, truncated
 from lorasc_fx.state.weight import History, KeptNoise, StageEnd, ViewName, WeightState
 
 Learner = Branch | torch.Tensor
@@ -206,7 +206,7 @@ def begin_stage(
         if decomposes:
             assert isinstance(branch, LoraBranch)
             exact = StageWeight(state, spec, stage, noisy, parameter.device).exact()
-            values |= decomposed(exact, branch, site, values, spec, state.shard.group)
+            values |= decomposed(exact, branch, site, values, state.shard.group)
         if pairs or decomposes:
             # The fold has added kept factors to the weight. So they are subtracted, like all other initial factors.
             assert isinstance(branch, LoraBranch)
@@ -318,10 +318,9 @@ def decomposed(
     branch: LoraBranch,
     site: Site,
     values: Mapping[str, torch.Tensor],
-    spec: CascadeSpec,
     group: ProcessGroup,
 ) -> dict[str, torch.Tensor]:
-    """Decompose a weight into initial factors by `spec.start` (PiSSA, OLoRA and others).
+    """Decompose a weight into initial factors, the largest singular triplets (PiSSA, 2404.02948).
 
     If the branch has a larger rank than the matrix, the remaining rows of A keep LoRA's values. The remaining columns
     of B are zero.
@@ -331,7 +330,6 @@ def decomposed(
         branch: the branch of the weight, which is not changed.
         site: its site in the new stage.
         values: LoRA's initial factors of the stage.
-        spec: its `start` chooses the decomposition.
         group: the processes that get the same factors. A decomposition does not have the same bits on all machines.
 
     Returns:
@@ -343,7 +341,7 @@ def decomposed(
     """
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
-            f"start is {spec.start!r}, which decomposes the weight, but {branch.weight_name} holds inf or nan. "
+            f"start='pissa' decomposes the weight, but {branch.weight_name} holds inf or nan. "
             f"Give exclude=({branch.weight_name!r},) or start='lora'",
             code="non-finite",
         )
@@ -355,9 +353,10 @@ def decomposed(
     downs = a.split(site.rank) if branch.slices else (a,)
     with exact_products(matrix):
         for part, up, down in zip(matrices, ups, downs, strict=True):
-            initial_b, initial_a = spec.factor_start.initial_factors(part, site.rank, site.scale)
-            up[..., : initial_b.shape[-1]] = initial_b
-            down[..., : initial_a.shape[-2], :] = initial_a
+            u, singular, vh = torch.linalg.svd(part, full_matrices=False)
+            initial = truncated(u, singular, vh, site.rank, site.scale)
+            up[..., : initial.rank] = initial.b
+            down[..., : initial.rank, :] = initial.a
     return {name: group.broadcast(value).to(values[name]) for name, value in ((UP, b), (DOWN, a))}
 
 

@@ -356,7 +356,7 @@ def collapsed(side: Side) -> None:
 
 
 @simulated_only
-@pytest.mark.parametrize("start", ["lora", "dora", "pissa", "milora", "olora"])
+@pytest.mark.parametrize("start", ["lora", "dora", "pissa"])
 def test_without_fp64(start: str) -> None:
     more: dict[str, Any] = {"adapter": "dora"} if start == "dora" else {"start": start}
     with without_fp64():

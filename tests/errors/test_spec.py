@@ -64,7 +64,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "lr_ratio, train_A": {"lr_ratio": 16, "train_A": False},
     "train_rules, train": {"train_rules": (lx.TrainRule("head", lr=0.1),)},
     "average, noise.keep": {"average": True, "noise": KEPT},
-    "restart_factors, start": {"restart_factors": "B", "start": "olora"},
+    "restart_factors, start": {"restart_factors": "B", "start": "pissa"},
     "restart_factors, rank": {"restart_factors": "none", "rank": (4, 2)},
     "restart_factors, optimizer_state": {"restart_factors": "none", "optimizer_state": "kept"},
     "restart_factors, adapter": {"restart_factors": "none", "adapter": "dora"},

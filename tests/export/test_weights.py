@@ -161,7 +161,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "trained, not slowly": {"train": ("*.bias",), "slow_train": False},
     "collapsed": {"rank": 3},
     "pissa": {"start": "pissa", "noise": KEPT},
-    "olora, fast": {"start": "olora", "restart": "fast"},
+    "pissa, fast": {"start": "pissa", "restart": "fast"},
     "dora": {"adapter": "dora", "noise": lx.Noise(0.2)},
     "dora, collapsed": {"rank": 4, "adapter": "dora", "start": "pissa"},
     "by the step": {"noise": lx.Noise(0.2, redraw="step")},

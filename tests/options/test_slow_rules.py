@@ -102,7 +102,6 @@ INPUT = batches(1, 6, 12)[0]
 PACES = (1.0, 0.5)
 SPECS: dict[str, dict[str, Any]] = {
     "ranks, pissa": {"rank": (3, 2), "start": "pissa"},
-    "ranks, olora": {"rank": (3, 2), "start": "olora"},
     "ranks, dora": {"rank": (3, 2), "adapter": "dora"},
     "ranks, fixed": {"rank": (3, 2), "train_A": False},
     "ranks, plus": {"rank": (3, 2), "lr_ratio": 4.0},
@@ -111,9 +110,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "fixed, dora": {"rank": 2, "train_A": False, "adapter": "dora"},
     "average, pissa": {"rank": 2, "average": True, "start": "pissa"},
     "plus, dora": {"rank": 2, "lr_ratio": 4.0, "adapter": "dora"},
-    "olora, dora, ranks": {"rank": (1, 3), "start": "olora", "adapter": "dora"},
-    "olora, average": {"rank": 2, "start": "olora", "average": True},
-    "all": {"rank": (3, 2), "average": True, "train_A": False, "start": "olora", "noise": lx.Noise(0.1)},
+    "pissa, dora, ranks": {"rank": (1, 3), "start": "pissa", "adapter": "dora"},
+    "pissa, average": {"rank": 2, "start": "pissa", "average": True},
+    "all": {"rank": (3, 2), "average": True, "train_A": False, "start": "pissa", "noise": lx.Noise(0.1)},
 }
 
 

@@ -52,7 +52,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "pairs": {"rank": 4, "restart_factors": "none", "noise": {"strength": 0.1}},
     "tokens": {"rules": ({"pattern": "table.*", "tokens": (1, 4, 6)},), "noise": {"strength": 0.1}},
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
-    "dora, olora": {"adapter": "dora", "start": "olora", "exclude": ("table.*",)},
+    "dora, pissa": {"adapter": "dora", "start": "pissa", "exclude": ("table.*",)},
     "frozen A": {"train_A": False, "average": True},
     "ranks": {
         "rank": [3, 1, 2],

@@ -53,9 +53,9 @@ def files(tmp_path: Path) -> str:
     [
         (2, [name for name in sharding.SPECS if name not in METHODS], "", ()),
         (2, [name for name in sharding.SPECS if name in METHODS], "", ()),
-        (4, ["fast", "dora, olora"], "", ()),
+        (4, ["fast", "dora, pissa"], "", ()),
         (4, ["fresh", "fast"], "", (2, 2)),  # two replicas of two shards
-        (2, ["averaged", "fast", "dora, olora"], "memory", ()),
+        (2, ["averaged", "fast", "dora, pissa"], "memory", ()),
         (2, ["fresh"], "file", ()),
     ],
 )
@@ -111,7 +111,7 @@ def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> l
         ("fresh", 1, (2,), False),
         ("ranks", 2, (1,), False),  # lora_A is cut by its inputs
         ("averaged", 2, (1, 4), True),
-        ("dora, olora", 2, (2,), True),
+        ("dora, pissa", 2, (2,), True),
     ],
 )
 def test_a_checkpoint_is_resharded(
@@ -149,7 +149,7 @@ def test_checkpoints_of_replicas_hold_each_shard_once(tmp_path: Path, files: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, olora", 4, (2,))])
+@pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, pissa", 4, (2,))])
 def test_a_checkpoint_of_dcp_is_resharded(
     tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
 ) -> None:

@@ -60,7 +60,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": ["v_proj"], "use_dora": True},
     "pissa": {"target_modules": ["v_proj"], "init_lora_weights": "pissa", "r": 4},
     "pissa, fast": {"target_modules": ["v_proj"], "init_lora_weights": "pissa_niter_4", "r": 4},
-    "olora": {"target_modules": ["v_proj"], "init_lora_weights": "olora", "r": 4},
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Stages that start from the weight: held against peft's own (`start="pissa"`, `"olora"`), and against the formula.
+"""Stages that start from the weight: held against peft's own `start="pissa"`, and against the formula.
 
 peft decomposes in fp32 only and refuses fp64, so trajectories in fp64 are compared with peft's adapter on factors and a
 residual made here, by torch.linalg; its own starts, and a chain of them, are compared in fp32.
@@ -22,24 +22,19 @@ from tests.kit.errors import raises
 from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
 from tests.kit.state import weight_states
 
-STARTS = pytest.mark.parametrize("start", ["pissa", "olora", "milora"])
 RANK = 3
 PLAIN: dict[str, Any] = {"rank": RANK, "lora_alpha": 4.5, "pace": 1.0}
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def split(matrix: torch.Tensor, start: str, rank: int = RANK, scale: float = SCALE) -> Pair:
-    """Return (B_0, A_0) of a matrix [out, in] by the formulas of the papers."""
-    if start == "olora":
-        q, r = torch.linalg.qr(matrix)
-        return q[:, :rank], r[:rank]
+def split(matrix: torch.Tensor, rank: int = RANK, scale: float = SCALE) -> Pair:
+    """Return (B_0, A_0) of a matrix [out, in] by the formula of the paper."""
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = slice(-rank, None) if start == "milora" else slice(rank)
-    root = (values[kept] / scale).sqrt()
-    return u[:, kept] * root, root[:, None] * vh[kept]
+    root = (values[:rank] / scale).sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-def adapted(model: nn.Module, x: Any, start: str, **options: Any) -> lx.Cascade:
+def adapted(model: nn.Module, x: Any, start: str = "pissa", **options: Any) -> lx.Cascade:
     spec = lx.CascadeSpec(**{**PLAIN, "start": start, **options})
     given = {"kwargs": x} if isinstance(x, dict) else {"args": (x,)}
     return lx.adapt(model, **given, spec=spec)
@@ -62,13 +57,12 @@ def delta(start: Pair, end: Pair) -> torch.Tensor:
     return SCALE * (b @ a - b0 @ a0)
 
 
-@STARTS
-def test_the_start_is_the_formula(start: str) -> None:
+def test_the_start_is_the_formula() -> None:
     model, (x,) = mlp(), batches(1, 4, 5)
     base, before = weights(model), model(x)
-    cascade = adapted(model, x, start)
+    cascade = adapted(model, x)
     for name, (b, a) in pairs(cascade).items():
-        b0, a0 = split(base[name], start, min(RANK, *base[name].shape))
+        b0, a0 = split(base[name], min(RANK, *base[name].shape))
         count = b0.shape[1]
         torch.testing.assert_close(b[:, :count] @ a[:count], b0 @ a0, rtol=0, atol=1e-14)
         assert not b[:, count:].any()  # a rank that the matrix has not starts as in LoRA
@@ -78,14 +72,13 @@ def test_the_start_is_the_formula(start: str) -> None:
     assert (cascade(x) - before).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_stages_equal_a_chain_of_pefts_models(start: str) -> None:
+def test_stages_equal_a_chain_of_pefts_models() -> None:
     """For each stage, call `merge_and_unload` and a new `get_peft_model` with peft's start, in fp32."""
     model, calls = mlp().float(), [call.float() for call in batches(6, 4, 5)]
-    cascade = adapted(copy.deepcopy(model), calls[0], start, targets=("0", "2"))
+    cascade = adapted(copy.deepcopy(model), calls[0], targets=("0", "2"))
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.05))
     for stage in range(3):
-        config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=["0", "2"], init_lora_weights=start)
+        config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=["0", "2"], init_lora_weights="pissa")
         theirs = peft.get_peft_model(model, config)
         held = [value for value in theirs.parameters() if value.requires_grad]
         losses = [train(each, torch.optim.SGD(own, lr=0.05), calls) for each, own in ((theirs, held),)]
@@ -98,14 +91,13 @@ def test_stages_equal_a_chain_of_pefts_models(start: str) -> None:
         torch.testing.assert_close(ours.get_parameter(name), value, rtol=0, atol=2e-6, msg=name)
 
 
-@STARTS
 @pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_slow_and_fast_weights_are_the_formula(start: str, restart: str) -> None:
+def test_slow_and_fast_weights_are_the_formula(restart: str) -> None:
     """`S_t = S_{t-1} + pace (F_t - S_{t-1})`, `F_t = start + s (B A - B_0 A_0)`; noise in between leaves nothing."""
     model, calls, pace = mlp(), batches(4, 4, 5), 0.4
     base = weights(model)
     options = {"pace": pace, "restart": restart, "noise": lx.Noise(0.2)}
-    cascade = adapted(model, calls[0], start, **options)
+    cascade = adapted(model, calls[0], **options)
     optimizer = optimizer_of(cascade, "sgd")
     slow = {name: torch.zeros_like(value) for name, value in base.items()}
     begin = dict(slow)
@@ -113,7 +105,7 @@ def test_slow_and_fast_weights_are_the_formula(start: str, restart: str) -> None
         first = pairs(cascade)
         for name, (b, a) in first.items():
             count = min(RANK, *base[name].shape)
-            own = split(base[name] + begin[name], start, count)
+            own = split(base[name] + begin[name], count)
             torch.testing.assert_close(b[:, :count] @ a[:count], own[0] @ own[1], rtol=0, atol=1e-13)
         train(cascade, optimizer, calls)
         fast = {name: begin[name] + delta(first[name], pair) for name, pair in pairs(cascade).items()}
@@ -130,13 +122,12 @@ def test_slow_and_fast_weights_are_the_formula(start: str, restart: str) -> None
             torch.testing.assert_close(value, base[name] + slow[name], rtol=0, atol=1e-13)
 
 
-@STARTS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_an_untrained_stage_changes_nothing(start: str, dtype: torch.dtype) -> None:
+def test_an_untrained_stage_changes_nothing(dtype: torch.dtype) -> None:
     """Bit for bit, even after two untrained stages. While a stage runs, outputs are equal up to rounding."""
     model, (x,) = mlp().to(dtype), batches(1, 4, 5)
     base, before = weights(model), model(x.to(dtype)).double()
-    cascade = adapted(model, x.to(dtype), start, noise=lx.Noise(0.0))
+    cascade = adapted(model, x.to(dtype), noise=lx.Noise(0.0))
     assert (cascade(x.to(dtype)).double() - before).abs().max() < 20 * torch.finfo(dtype).eps
     assert any(not torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
     with cascade.weights("fast"):
@@ -148,12 +139,11 @@ def test_an_untrained_stage_changes_nothing(start: str, dtype: torch.dtype) -> N
     assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
 
 
-@STARTS
 @pytest.mark.parametrize("redraw", ["stage", "step"])
-def test_noise_lies_on_the_residual(start: str, redraw: str) -> None:
+def test_noise_lies_on_the_residual(redraw: str) -> None:
     """The noise equals the noise of a cascade with LoRA's start. Its scale comes from the whole weight."""
     x, noise = batches(1, 4, 5)[0], lx.Noise(0.3, redraw=redraw)
-    cascade, plain = (adapted(mlp(), x, each, noise=noise) for each in (start, "lora"))
+    cascade, plain = (adapted(mlp(), x, each, noise=noise) for each in ("pissa", "lora"))
     for _ in range(2):
         expected = weights(plain.model)
         for name, (b, a) in pairs(cascade).items():
@@ -187,9 +177,8 @@ def gpt2() -> nn.Module:
 
 
 @pytest.mark.slow
-@STARTS
 @pytest.mark.parametrize("build", [lambda: Odd().double(), gpt2], ids=["odd", "gpt2"])
-def test_every_kind_of_site(start: str, build: Callable[[], nn.Module]) -> None:
+def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
     """Slices, tables, stacks, weights stored as [in, out]: outputs stay, each matrix loses its leading part, and what
     is trained is folded."""
     torch.manual_seed(4)
@@ -198,7 +187,7 @@ def test_every_kind_of_site(start: str, build: Callable[[], nn.Module]) -> None:
     with torch.no_grad():
         before = model(ids)
     before = getattr(before, "logits", before)
-    cascade = lx.adapt(model, (ids,), spec=lx.CascadeSpec(**PLAIN, start=start))
+    cascade = lx.adapt(model, (ids,), spec=lx.CascadeSpec(**PLAIN, start="pissa"))
     assert {site.kind for site in cascade.sites} >= {"embedding", "linear"}
     with torch.no_grad():
         after = cascade(ids)
@@ -213,7 +202,7 @@ def test_every_kind_of_site(start: str, build: Callable[[], nn.Module]) -> None:
             matrices = list(zip(value.split(site.slices), residual.split(site.slices), strict=True))
         for pair in matrices:
             own, left = (each.mT if site.layout == "in_out" else each for each in pair)
-            b, a = split(own, start, min(RANK, *own.shape))
+            b, a = split(own, min(RANK, *own.shape))
             torch.testing.assert_close(left, own - SCALE * b @ a, rtol=0, atol=1e-12, msg=site.weight)
     optimizer = optimizer_of(cascade, "sgd")
     for _ in range(2):
@@ -229,12 +218,11 @@ def test_every_kind_of_site(start: str, build: Callable[[], nn.Module]) -> None:
     torch.testing.assert_close(released, trained, rtol=0, atol=1e-12)
 
 
-@STARTS
-def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
+def test_an_adapter_of_peft(tmp_path: Path) -> None:
     """Export with twice the rank, for the original base, as peft converts such a run."""
     model, calls = mlp(), batches(5, 4, 5)
     base = copy.deepcopy(model)
-    cascade = adapted(model, calls[0], start, targets=("0", "2"), pace=0.5, rank=1, lora_alpha=SCALE)
+    cascade = adapted(model, calls[0], targets=("0", "2"), pace=0.5, rank=1, lora_alpha=SCALE)
     train(cascade, optimizer_of(cascade), calls)
     for view in ("fast", "slow"):
         written = lx.export.peft(cascade, tmp_path / view, view=view)
@@ -249,16 +237,16 @@ def test_an_adapter_of_peft(start: str, tmp_path: Path) -> None:
         ours.load_state_dict(state)
         torch.testing.assert_close(theirs(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
         assert (ours(calls[0]) - base(calls[0])).abs().max() > 1e-3
-    spec = lx.CascadeSpec(targets=("0", "2"), rank=1, lora_alpha=SCALE, start=start)
+    spec = lx.CascadeSpec(targets=("0", "2"), rank=1, lora_alpha=SCALE, start="pissa")
     again = lx.from_peft(tmp_path / "slow", copy.deepcopy(base), args=(calls[0],), spec=spec)
     torch.testing.assert_close(again(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
     for path in ("0", "2"):
         whole = ours.get_submodule(path).weight.detach()
-        b0, a0 = split(whole, start, 1)  # out of the sum, not out of the base
+        b0, a0 = split(whole, 1)  # out of the sum, not out of the base
         torch.testing.assert_close(again.model.get_submodule(path).weight, whole - SCALE * b0 @ a0, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("more", [{"start": "pissa"}, {"start": "olora"}, {"adapter": "dora"}], ids=str)
+@pytest.mark.parametrize("more", [{"start": "pissa"}, {"adapter": "dora"}], ids=str)
 def test_a_second_loop_continues(more: dict[str, Any]) -> None:
     """Between two loops no stage runs and nothing counts as trained, so together they equal one loop."""
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -277,10 +265,9 @@ def test_a_second_loop_continues(more: dict[str, Any]) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
-@STARTS
-def test_a_cast_does_not_count_as_training(start: str) -> None:
+def test_a_cast_does_not_count_as_training() -> None:
     x = batches(1, 4, 5)[0]
-    base, cascade = weights(mlp().float()), adapted(mlp(), x, start, lora_alpha=RANK * 1.3)
+    base, cascade = weights(mlp().float()), adapted(mlp(), x, lora_alpha=RANK * 1.3)
     cascade.float()
     assert (cascade(x.float()) - mlp().float()(x.float())).abs().max() < 2e-6
     with cascade.weights("fast"):
@@ -293,7 +280,7 @@ def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
     x = batches(1, 4, 5)[0]
     runs = []
     for seed in (1, 2):
-        cascade = adapted(mlp(), x, "pissa", targets=("0", "2"), seed=seed)
+        cascade = adapted(mlp(), x, targets=("0", "2"), seed=seed)
         train(cascade, optimizer_of(cascade), batches(5, 4, 5, seed=seed))
         runs.append(cascade)
     total = mlp()
@@ -306,7 +293,7 @@ def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
         total.load_state_dict({**total.state_dict(), **expected})
         torch.testing.assert_close(merged(x), total(x), rtol=0, atol=1e-12)
         for path in ("0", "2"):
-            b0, a0 = split(expected[f"{path}.weight"], "pissa")
+            b0, a0 = split(expected[f"{path}.weight"])
             residual = expected[f"{path}.weight"] - SCALE * b0 @ a0
             torch.testing.assert_close(merged.model.get_submodule(path).weight, residual, rtol=0, atol=1e-12)
 
@@ -317,6 +304,6 @@ def test_weights_without_a_decomposition_are_refused() -> None:
         model[2].weight[1, 2] = float("inf")
     held = {name: value.clone() for name, value in model.state_dict().items()}
     with raises(lx.SpecError, "non-finite", "start", "pissa", "2.weight"):
-        adapted(model, batches(1, 4, 5)[0], "pissa")
+        adapted(model, batches(1, 4, 5)[0])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, held[name], rtol=0, atol=0)
