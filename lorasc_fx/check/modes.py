@@ -64,7 +64,7 @@ def _record(
     """Run the model, and return its operators and results. None if a graph could not replace this run."""
     operators = _Operators(model)
     with trial(model, torch.is_grad_enabled()):
-        seen, _ = attempt(observe, operators.run, model, args, kwargs, gradients=False, keep_values=True)
+        seen, _ = attempt(observe, operators.run, model, args, kwargs, gradients=False)
         operators.calls.append(generators())
         if seen is None or not guards.hold() or Preflight(seen).obstacles:
             return None

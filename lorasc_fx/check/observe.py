@@ -1,12 +1,14 @@
 """Run a model or its graph once, record the results (outputs, buffers, gradients), and compare the records of two runs.
 
 Gradients are not stored. Each is reduced to a few random projections when it is computed. Projections are linear, so a
-gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass is needed if the autograd graphs
-of both runs are equal, because then the gradients are equal too.
+gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass runs if the autograd graphs of
+both runs have the same nodes and edges.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +19,13 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorasc_fx.check.autograd_graph import CUSTOM_OP, Description, describe
 from lorasc_fx.check.guards import attribute_tensors
 from lorasc_fx.check.isolation import detached_in_place, restored_values, written_by
 from lorasc_fx.check.process_state import ObserverMode, seed
-from lorasc_fx.check.projections import PROJECTIONS, backward_nodes, projected_gradients
+from lorasc_fx.check.projections import PROJECTIONS, autograd_edges, backward_nodes, projected_gradients
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.environment import OUT_OF_MEMORY
-from lorasc_fx.util.fingerprint import checksum
 from lorasc_fx.util.torch_private import FakeTensor, saved_tensors_hooks
 from lorasc_fx.util.undo import Block, isolated
 
@@ -41,25 +41,8 @@ MAX_ROUNDING = 0.1
 """Maximum relative rounding difference for any dtype, because ROUNDING times the eps of bfloat16 exceeds 1."""
 ARGUMENT = "an argument after the call"
 """Subject of a difference in an argument, such as a cache into which forward writes."""
-LARGE = 1 << 26
-"""Size in bytes from which an output is replaced by a digest, to save memory."""
-
-
-@dataclass(frozen=True)
-class Digest:
-    """Replaces a large output: its dtype, shape and a checksum of its bits."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    checksum: int
-
-    @classmethod
-    def of(cls, output: torch.Tensor) -> torch.Tensor | Digest:
-        """Return a digest of a large output. Any other output is detached and returned."""
-        dense = output.layout is torch.strided and not output.is_nested and not isinstance(output, FakeTensor)
-        if not dense or output.nbytes < LARGE:
-            return output.detach()
-        return cls(output.dtype, output.shape, checksum(output))
+CUSTOM_OP = "GeneratedBackwardFor_"
+"""Prefix of the names of the autograd nodes of ops defined by `torch.library`."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +56,25 @@ class Observed:
         functions: phrases for code that a graph cannot hold: custom autograd.Functions, and new seeds.
         recomputes: whether the model sets hooks on saved tensors, as gradient checkpointing does.
         reads_grad_state: whether its Python code reads `requires_grad`, `grad_fn` or `is_leaf` of tensors.
+        asks_grad_mode: whether it may compute something else in the other gradient mode: it reads the mode or the
+            state of tensors, differentiates, or sets hooks.
         observers: names of modules with forward hooks of the user that return None.
-        autograd: description of the autograd graph. None if a part of the graph cannot be read, or may change.
+        autograd: the edges of the autograd graph. None if they do not determine the gradients.
         gradients: projections of the gradients of weights and inputs. None if no backward was run, or it raised.
         backward_error: the exception of the backward pass, as one line, or "".
     """
 
-    output: tuple[Any, list[torch.Tensor | Digest]]
+    output: tuple[Any, list[torch.Tensor]]
     arguments: tuple[Any, list[torch.Tensor]]
     buffers: list[tuple[str, torch.Tensor]]
     functions: tuple[str, ...]
     recomputes: bool
     reads_grad_state: bool
+    asks_grad_mode: bool
     observers: tuple[str, ...]
-    autograd: Description | None
+    autograd: Counter[Any] | None
     gradients: Mapping[str, torch.Tensor] | None
     backward_error: str = ""
-
-    @property
-    def has_all_values(self) -> bool:
-        """Whether no output was replaced by a digest."""
-        return not any(isinstance(output, Digest) for output in self.output[1])
 
 
 def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
@@ -110,6 +91,8 @@ def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T 
 
 
 _GRAD_STATE = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
+_DIFFERENTIATES = (torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook, torch.Tensor.requires_grad_)
+"""Functions that do something else, or raise, without gradients."""
 
 
 class _AutogradUse(ObserverMode, TorchFunctionMode):
@@ -118,13 +101,14 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
     Attributes:
         recomputes: whether an op runs under hooks on saved tensors that the model has set.
         reads_grad_state: whether `requires_grad`, `grad_fn` or `is_leaf` of a tensor is read.
+        asks_grad_mode: whether the gradient mode is read, or a function of `_DIFFERENTIATES` is called.
         hooks: whether hooks may be set on tensors or autograd nodes.
         products: arguments and output of each call of a quantized layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recomputes = self.reads_grad_state = self.hooks = False
+        self.recomputes = self.reads_grad_state = self.asks_grad_mode = self.hooks = False
         self.products: list[tuple[Any, torch.Tensor | None]] = []
         self._inside = 0  # depth of calls of quantized layers
         self._hooks_before = saved_tensors_hooks(True)
@@ -136,6 +120,7 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
         self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
         # A model that reads grad_fn may set hooks on the node, which this mode does not see.
         self.hooks |= func is torch.Tensor.register_hook or getter_of is torch.Tensor.grad_fn
+        self.asks_grad_mode |= func in _DIFFERENTIATES
         return func(*args, **(kwargs or {}))
 
     def before_layer(self, module: nn.Module, args: object) -> None:
@@ -157,8 +142,19 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
 
 
 @isolated
-def _products_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None:
-    """Context manager: register the hooks of `use` on the quantized layers of the model."""
+def _use_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None:
+    """Context manager: let `use` observe torch functions, reads of the gradient mode, and quantized layers."""
+    undo.enter(use)
+    is_grad_enabled = torch.is_grad_enabled
+
+    def read() -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        # `torch.no_grad()` reads the mode to restore it. The hooks of a cascade read it too.
+        use.asks_grad_mode |= caller != "torch.autograd.grad_mode" and not caller.startswith("lorasc_fx.")
+        return is_grad_enabled()
+
+    undo(partial(setattr, torch, "is_grad_enabled", is_grad_enabled))
+    torch.is_grad_enabled = read
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             undo(module.register_forward_pre_hook(use.before_layer).remove)
@@ -173,11 +169,10 @@ def observe(
     reference: Observed | None = None,
     backward: bool = False,
     gradients: bool = True,
-    keep_values: bool = False,
 ) -> Observed:
     """Run once in the current gradient mode, and return the record of the run.
 
-    Backward runs only if the autograd graph cannot be read, or differs from the one of `reference`.
+    Backward runs only if the edges of the autograd graph say too little, or differ from those of `reference`.
 
     Args:
         call: the model, or its graph.
@@ -186,13 +181,13 @@ def observe(
         reference: the record that the new one will be compared with.
         backward: run backward in any case.
         gradients: whether gradients are recorded, if gradients are on.
-        keep_values: keep the values of large outputs instead of digests.
     """
     inputs, named = copy_inputs(args, kwargs)
     with restored_values(model):
         seed()  # so that dropout draws the same numbers in each observed run
         stateful = attribute_tensors(model)
-        with _AutogradUse() as use, _watched_hooks(model) as observers, _products_observed(model, use):
+        use = _AutogradUse()
+        with _watched_hooks(model) as observers, _use_observed(model, use):
             output = call(*inputs, **named)
         reseeded = torch.initial_seed() != 0  # `seed` has set it to 0
         tensors = tensors_in(output)
@@ -202,15 +197,14 @@ def observe(
         functions, reentrant = _custom_functions(backward_nodes(tensors) - use.nodes_of_products())
         if reseeded:  # dynamo would keep the seed as a constant
             functions.add("torch.seed or torch.manual_seed in forward, and a traced graph would keep one seed")
-        # Describe the autograd graph. Run backward only if the description is not enough.
         without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
         differentiates = gradients and torch.is_grad_enabled() and not without_values
         leaves = {f"input {index}": tensor for index, tensor in enumerate(tensors_in((inputs, named)))}
         parameters = dict(model.named_parameters())
-        # A description contains neither hooks nor the order of writes, so backward must run if the model uses them.
+        # The edges show neither hooks nor the order of writes, so backward must run if the model uses them.
         readable = differentiates and not (backward or use.hooks or use.recomputes or written_by(model))
         roots = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-        autograd = describe(roots, parameters, leaves) if readable else None
+        autograd = autograd_edges(roots, leaves | parameters) if readable else None
         same = autograd is not None and (reference is None or autograd == reference.autograd)
         run_backward = differentiates and not same
         projections, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
@@ -219,15 +213,15 @@ def observe(
         for value in (*vars(call).values(), *call._buffers.values()):
             if isinstance(value, torch.Tensor):
                 detached_in_place(value)
-    outputs = [tensor.detach() if keep_values else Digest.of(tensor) for tensor in tensors]
     arguments = (inputs, named)
     return Observed(
-        (_types(output), outputs),
+        (_types(output), [tensor.detach() for tensor in tensors]),
         (_types(arguments), [tensor.detach() for tensor in tensors_in(arguments)]),
         buffers,
         tuple(sorted(functions)),
         use.recomputes or reentrant,
         use.reads_grad_state,
+        use.asks_grad_mode or use.reads_grad_state or bool(functions),
         tuple(sorted(observers)),
         autograd,
         projections,
@@ -342,12 +336,10 @@ def _gradient_difference(
     return f"the gradient of {worst} is off by {errors[worst]:.1e} of its scale{more}"
 
 
-def _tensor_difference(value: torch.Tensor | Digest, expected: torch.Tensor | Digest) -> str | None:
-    """Return the difference of two tensors or digests as a phrase, or None if they agree up to rounding."""
+def _tensor_difference(value: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Return the difference of two tensors as a phrase, or None if they agree up to rounding."""
     if value.shape != expected.shape or value.dtype != expected.dtype:
         return f"{value.dtype} {tuple(value.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
-    if isinstance(value, Digest) or isinstance(expected, Digest):
-        return None if value == expected else "different in its bits"
     without_values = isinstance(value, FakeTensor) and isinstance(expected, FakeTensor)
     if without_values or value.is_nested or value.is_sparse or value.numel() == 0 or torch.equal(value, expected):
         return None

@@ -54,7 +54,7 @@ class Preflight:
     """The results of the preflight.
 
     Args:
-        seen: the run that graphs are compared with. It is replaced by another run if gradients or values are missing.
+        seen: the run that graphs are compared with. It is replaced by another run if gradients are missing.
         changing: names of attributes that forward sets to a different value in each call.
         draws: whether forward draws from the random generators of Python or numpy without seeding them.
         assigned: (holder, key) of the Python state that forward sets in each call, even if to an equal value.
@@ -142,19 +142,16 @@ def run_preflight(
                 _run(model, args, kwargs, seed_value=1)
                 again = generators()
                 draws = any(states[index] != again[index] for index in moved)
-            # Does the result depend on the gradient mode?
-            attributes.restore()
-            with torch.set_grad_enabled(not grad):
-                flipped, _ = attempt(observe, model, model, args, kwargs)  # some models raise in one of the modes
-            if flipped is not None and not seen.has_all_values and difference_of(flipped, seen, gradients=False):
-                # The digests differ. The values may still agree up to rounding.
-                seen = observe(model, model, args, kwargs, keep_values=True)
+            # Does the result depend on the gradient mode? A run without gradients does not show the gradients.
+            mode = None
+            if seen.asks_grad_mode or not grad:
+                attributes.restore()
                 with torch.set_grad_enabled(not grad):
-                    flipped, _ = attempt(observe, model, model, args, kwargs, keep_values=True)
-            depends = flipped is None or difference_of(flipped, seen, gradients=False) is not None
-            if not depends and flipped is not None and not grad:
-                seen = flipped  # the run with gradients
-            mode = grad if depends else None
+                    flipped, _ = attempt(observe, model, model, args, kwargs)  # some models raise in one of the modes
+                if flipped is None or difference_of(flipped, seen, gradients=False) is not None:
+                    mode = grad
+                elif not grad:
+                    seen = flipped
             return Preflight(seen, tuple(changing), draws, frozenset(assigned), tuple(written), mode)
     except (*OUT_OF_MEMORY, CaptureError):
         raise
@@ -184,30 +181,25 @@ def check_agrees(
     """
     grad = preflight.grad is not False
 
-    def run(call: Callable[..., Any], keep_values: bool, **options: Any) -> Observed:
+    def run(call: Callable[..., Any], **options: Any) -> Observed:
         with trial(model, grad):
-            return observe(call, model, args, kwargs, keep_values=keep_values, **options)
+            return observe(call, model, args, kwargs, **options)
 
     try:
-        computed = run(graph, preflight.seen.has_all_values, reference=preflight.seen)
+        computed = run(graph, reference=preflight.seen)
     except OUT_OF_MEMORY:
         raise
     except Exception as fault:
         raise Disagreement(f"it raises {one_line(fault)}") from fault
     difference = difference_of(computed, preflight.seen)
-    if difference is not None and not (computed.has_all_values and preflight.seen.has_all_values):
-        # The digests differ. The values may still agree up to rounding, so run again and keep them.
-        preflight.seen = run(model, True)
-        computed = run(graph, True, reference=preflight.seen)
-        difference = difference_of(computed, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and computed.autograd != preflight.seen.autograd:
         # The autograd graphs differ, so the graph has run backward, but the model has not. Run it with backward too.
-        preflight.seen = run(model, computed.has_all_values, backward=True)
+        preflight.seen = run(model, backward=True)
         difference = difference_of(computed, preflight.seen)
     if difference is None:
         return
     # The graph is wrong only if the model is deterministic under one seed.
-    again = run(model, preflight.seen.has_all_values, backward=True)
+    again = run(model, backward=True)
     if difference_of(again, preflight.seen) is None:
         raise Disagreement(difference)
 
@@ -215,11 +207,11 @@ def check_agrees(
 def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
     """Whether a graph computes the same as its model on one call without gradients. True if the graph raises."""
     with trial(model, grad=False):
-        computed, _ = attempt(observe, graph, model, args, kwargs, keep_values=True)
+        computed, _ = attempt(observe, graph, model, args, kwargs)
     if computed is None:
         return True
     with trial(model, grad=False):
-        expected, _ = attempt(observe, model, model, args, kwargs, keep_values=True)
+        expected, _ = attempt(observe, model, model, args, kwargs)
     return expected is not None and difference_of(computed, expected, gradients=False) is None
 
 

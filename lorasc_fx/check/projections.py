@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,34 @@ def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
                 nodes.add(node)
                 waiting.append(node)
     return nodes
+
+
+_VIEWS = {f"{name}Backward0" for name in ("Alias", "Expand", "ReshapeAlias", "Slice", "UnsafeView", "View")}
+"""Nodes of views, of which a traced graph has more or fewer than the model, for example for `x[:]`."""
+
+
+def autograd_edges(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> Counter[Any]:
+    """Count the edges of the autograd graph of some tensors. Two runs with equal values and edges have equal gradients.
+
+    An edge is the name of a node, the name of the node or leaf that its gradient goes to, and the index of the output
+    there. Views are skipped. Hooks are not shown.
+    """
+    names = {id(leaf): name for name, leaf in leaves.items()}
+
+    def after(edges: Sequence[tuple[Any, int]]) -> Iterator[tuple[str, int]]:
+        for edge in edges:
+            node, index = edge
+            while type(node).__name__ in _VIEWS:
+                node, index = node.next_functions[0]
+            if node is not None:
+                leaf = getattr(node, "variable", None)
+                yield type(node).__name__ if leaf is None else names.get(id(leaf), ""), index
+
+    edges = Counter(("", *edge) for edge in after([(output.grad_fn, output.output_nr) for output in outputs]))
+    for node in backward_nodes(outputs):
+        if (name := type(node).__name__) not in _VIEWS:
+            edges.update((name, *edge) for edge in after(node.next_functions))
+    return edges
 
 
 def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from lorasc_fx.capture.effective import EffectiveWeights, Reads
 from lorasc_fx.capture.uses import Uses, uses_in_a_run
 from lorasc_fx.check.isolation import isolation
 from lorasc_fx.check.observe import attempt, one_line
-from lorasc_fx.check.process_state import no_fastpath, own_warnings, quiet
+from lorasc_fx.check.process_state import quiet
 from lorasc_fx.check.projections import backward_of_projection, requiring_grad, without_gradients
 from lorasc_fx.compile.variants import Growable, NewVariant, Variant
 from lorasc_fx.errors import CaptureError, NoSites, SpecError, named
@@ -139,7 +139,7 @@ class EagerModel:
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model. Before a call in a new mode, or with a weight that has no branch yet, the call is examined."""
         self.prepare(args, kwargs)
-        return self._compute(args, kwargs)
+        return self.weights(*args, **kwargs)
 
     def prepare(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Adapt weights that no earlier call used, and compare the gradients in a new mode of the model.
@@ -158,10 +158,6 @@ class EagerModel:
             with torch.inference_mode(False):
                 self._choose_reads(args, kwargs)
             self._compared.add(mode)
-
-    def _compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        with no_fastpath, own_warnings:
-            return self.weights(*args, **kwargs)
 
     def update(self, decided: Decided, beside: frozenset[str]) -> None:
         """Let reads compute the branches of a plan. The arguments are those of the class."""
@@ -294,7 +290,7 @@ class EagerModel:
     def _run(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor]:
         """Run forward and backward with merged weights, or None for adapted ones. Return the floating-point outputs."""
         with isolation(self.model, args, kwargs, _with_values(self.model, merged or {})) as (inputs, by_name):
-            output = self._compute(inputs, by_name) if merged is None else self.model(*inputs, **by_name)
+            output = self.weights(*inputs, **by_name) if merged is None else self.model(*inputs, **by_name)
             leaves = pytree.tree_leaves(output, is_leaf=is_opaque_leaf)
             outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
             backward_of_projection([leaf for leaf in outputs if leaf.requires_grad])

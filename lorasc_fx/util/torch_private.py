@@ -33,8 +33,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
 __all__ = ["disable_dynamo", "higher_order"]
 
-autograd_nodes: Any = torch._C._functions
-"""The classes of the autograd nodes of torch's own ops."""
 current_autograd_node: Callable[[], Any] = torch._C._current_autograd_node
 """Returns the node whose backward runs. Checkpointing recomputes a region there."""
 current_backward: Callable[[], int] = torch._C._current_graph_task_id
