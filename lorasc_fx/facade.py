@@ -1,8 +1,6 @@
 """The class `lorasc_fx.Cascade`: a cascade with the methods that other libraries expect of a model.
 
-Users pass a cascade instead of a model to peft, timm, transformers, accelerate and the Hugging Face Hub. Some functions
-of these libraries would silently do the wrong thing with it, for example save a state dict that the model cannot load.
-Such callers are found on the call stack by module and function name, so that the libraries are not imported.
+Users pass a cascade instead of a model to peft, timm, transformers, accelerate and the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -19,54 +17,14 @@ from typing import Any, Self
 from torch import nn
 
 from lorasc_fx.cascade import graphs_of, run_of
-from lorasc_fx.cascade.guards import callers
 from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
-from lorasc_fx.errors import StateError
 from lorasc_fx.util.environment import module_of
 
 __all__ = ["Cascade"]
 
 _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 """Modules whose methods add layers of peft to a model, or enable and disable them."""
-
-_CALLERS = {
-    # They average all parameters of a model, and start with a deep copy of it.
-    "copy": (
-        "torch.optim.swa_utils",
-        "timm.utils.model_ema",
-        "ultralytics.utils.torch_utils",
-        "lightning.pytorch.callbacks.stochastic_weight_avg",
-        "pytorch_lightning.callbacks.stochastic_weight_avg",
-    ),
-    # accelerate's FSDP plugin reads `_no_split_modules` before it shards a model.
-    "shard": ("accelerate.utils.dataclasses.set_auto_wrap_policy",),
-    # They save the state dict of the model that they were given.
-    "save": ("transformers.trainer._save", "accelerate.accelerator.save_model"),
-    # They shard the parameters, or train copies of them.
-    "train": (
-        "deepspeed.runtime.engine.forward",
-        "torch.distributed.fsdp.fully_sharded_data_parallel.forward",
-    ),
-    # A pipeline calls `generate` or the model itself, depending on its task. Both must use the same weights.
-    "evaluate": ("transformers.pipelines.base.forward",),
-}
-"""Modules, or functions of modules, that may not use a cascade like a model, by what they do to it."""
-
-_REFUSED = {
-    "copy": "an average of parameters ({caller}) copies a cascade: it would average W_t with its noise, and B and A "
-    "separately. Give it cascade.model, and update it from cascade.model inside "
-    '`with cascade.weights("slow"):` or "fast". Or set average=True in the spec',
-    "shard": "accelerator.prepare: accelerate's FSDP plugin would shard modules that the cascade's graphs never call, "
-    "and parameters that a transition must write. Create the Accelerator without fsdp_plugin, call "
-    "lorasc_fx.parallel.fsdp.shard(cascade), then accelerator.prepare_model(cascade, evaluation_mode=True), which adds "
-    "no wrapper, and accelerator.prepare(optimizer, loader)",
-    "train": "forward: {caller} wraps the cascade and has sharded or copied its parameters, so a transition could not "
-    "write them. Call lorasc_fx.parallel.fsdp.shard(cascade) instead, in your own training loop (with accelerate: "
-    "prepare the data, not the cascade), or wrap the cascade in DistributedDataParallel",
-}
-"""Error messages for refused callers, with the keys of `_CALLERS`."""
-
 
 SENDS_WEIGHTS = (
     "trl.generation.vllm_generation",
@@ -137,32 +95,6 @@ class Cascade(SavedCascade):
             )
         return value
 
-    def _called_by(self, event: str) -> bool:
-        """Whether one of the callers in `_CALLERS[event]` is on the call stack.
-
-        Raises:
-            StateError: the caller is refused (see `_REFUSED`).
-        """
-        caller = "fully_shard" if event == "train" and hasattr(type(self), "_get_fsdp_state") else ""
-        # Walk the stack only if one of the modules is imported.
-        imported = any(name in sys.modules or name.rpartition(".")[0] in sys.modules for name in _CALLERS[event])
-        for frame in callers() if imported and not caller else ():
-            module = frame.f_globals.get("__name__")
-            if module in _CALLERS[event] or f"{module}.{frame.f_code.co_name}" in _CALLERS[event]:
-                caller = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else str(module)
-                break
-        if caller and event in _REFUSED:
-            raise StateError(_REFUSED[event].format(caller=caller), code="wrapper-not-supported")
-        if caller and event == "save" and not run_of(self).released:
-            run_of(self).warned.once(
-                "unfolded-save",
-                "a trainer saves an unfolded cascade as a model. Only cascade.load_state_dict can read this file; the "
-                "user's model cannot. With a Trainer of transformers or trl, use "
-                "lorasc_fx.integrations.transformers.CascadeCallback. Otherwise save the model that cascade.release() "
-                "returns",
-            )
-        return bool(caller)
-
     # ---- Methods of models of transformers and sentence-transformers that compute
 
     generate = _with_fast_weights("generate")
@@ -180,12 +112,6 @@ class Cascade(SavedCascade):
         if sys._getframe(1).f_globals.get("__name__") in SENDS_WEIGHTS:
             return fast_parameters(run_of(self), "named_parameters")
         return super().named_parameters(prefix, recurse, remove_duplicate)
-
-    @property
-    def _no_split_modules(self) -> Any:
-        """The attribute of the user's model, for accelerate. Its FSDP plugin is refused (see `_REFUSED`)."""
-        self._called_by("shard")
-        return self.__getattr__("_no_split_modules")
 
     # ---- Methods of PeftModel
 

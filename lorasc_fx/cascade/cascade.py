@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from types import MethodType
 from typing import Any, Literal, Self
 
 import torch
@@ -51,7 +50,7 @@ class CascadeModule(nn.Module):
         self.training = run.model.training
         self._run, self._graphs, self._joined, self._usage = run, graphs, joined, UsageWatch()
         # Set last, so that it is finalized last: it checks whether anything but the cascade refers to the model.
-        self._drop_warning = DropWarning(run)
+        self._drop_warning = DropWarning(run, self._usage)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute.
@@ -71,8 +70,8 @@ class CascadeModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's model that the cascade does not have, such as `config` or `device`.
 
-        A method of the model is called without branches, and warns if it computes with an adapted weight in a stage.
-        Submodules are not available, because calling one would silently compute without branches.
+        A method of the model is called without branches. Submodules are not available, because calling one would
+        silently compute without branches.
 
         Raises:
             AttributeError: neither the cascade nor the model has the attribute, or it is a submodule.
@@ -92,8 +91,7 @@ class CascadeModule(nn.Module):
                 f"you want, use cascade.model.{name}. With a transformers Trainer, pass "
                 "callbacks=[lorasc_fx.integrations.transformers.CascadeCallback(cascade)]"
             )
-        of_model = isinstance(value, MethodType) and value.__self__ is model
-        return self._usage.method(value) if of_model else value
+        return value
 
     # ---- calls
 
@@ -130,18 +128,9 @@ class CascadeModule(nn.Module):
             variant, count = graphs.variants.symbolic(self.training)
             variant.conditions.assert_sizes(call.leaves)
             return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
-        if not torch.is_grad_enabled() and run.is_noisy and self._called_by("evaluate"):
-            with self.weights("fast"):
-                return self.forward(*args, **kwargs)
-        self._usage.check_call(run, self)
-        return (graphs.variants.find(call) or graphs.capture(call)).run(call)
-
-    def _called_by(self, event: str) -> bool:
-        """Whether the caller is another library that needs special treatment for this event. May raise StateError.
-
-        This class does not know any library. The subclass `lorasc_fx.Cascade` has the table (`facade`).
-        """
-        return False
+        variant = graphs.variants.find(call) or graphs.capture(call)
+        run.check_call(self.training)
+        return variant.run(call)
 
     # ---- the plan and the graphs
 
@@ -442,7 +431,7 @@ class CascadeModule(nn.Module):
             # Register all undo steps before the first change, because the steps below change these fields.
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
-            undo(partial(self._usage.arm, self._run, self))
+            undo(partial(self._usage.arm, self._run))
             write_fold(self._run, quantized, view, undo)
             self._flags.restore(self.model)
             restore_structure(self.model, self._joined, undo)
@@ -477,11 +466,9 @@ class CascadeModule(nn.Module):
         """Support the `copy` module but not pickling, because graphs read the live model.
 
         Raises:
-            StateError: the caller is not Python's `copy` module, copies for an average of parameters
-                (`torch.optim.swa_utils`), or makes a deep copy of sharded weights.
+            StateError: the caller is not Python's `copy` module, or makes a deep copy of sharded weights.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
-            self._called_by("copy")
             if sys._getframe(1).f_code.co_name == "deepcopy":
                 self._run.check_copy()
             return super().__reduce_ex__(protocol)
@@ -519,9 +506,9 @@ def replace_run(cascade: CascadeModule, run: Run, graphs: Graphs, undo: Undo) ->
 
 
 def watch_model(cascade: CascadeModule, undo: Undo) -> None:
-    """Warn from now on if the user's model is called, saved or copied instead of the cascade."""
+    """Warn from now on if the user's model is called, or its state dict is read, instead of the cascade's."""
     undo(cascade._usage.disarm)
-    cascade._usage.arm(cascade._run, cascade)
+    cascade._usage.arm(cascade._run)
 
 
 _SHOWN = 8

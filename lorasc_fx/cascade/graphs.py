@@ -65,7 +65,6 @@ class Graphs:
                 torch.export slow.
         """
         self.run.check_alive(name)
-        self.run.replicas.check(self.run.trainable)
         call = self.compiler.calls.bind(tuple(args), kwargs)
         axes = _axes_of(call) | self.variants.varying(call) if dynamic else frozenset[Axis]()
         return self.variants.find(call, axes) or self.capture(call, axes), call

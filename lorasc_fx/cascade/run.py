@@ -112,7 +112,6 @@ class Run(RunBase):
         if not unsaved:
             self.note_kept()
         self._watch()
-        self.replicas.check(self.trainable)
 
     def _check_quantized(self, new: Mapping[str, nn.Parameter]) -> None:
         """Raise SpecError if the spec writes noise or residuals into weights, and a new weight is quantized."""
@@ -197,7 +196,6 @@ class Run(RunBase):
         Hooks on parameters are removed, because FSDP does not call them.
         """
         self.slow = slow
-        self.warned.forget("model-called-inside-stage")  # from now on such a call raises, see `UsageWatch`
         self.pending.disarm()
         self.note_weights()
 
@@ -240,9 +238,22 @@ class Run(RunBase):
 
     # ---- checks before a call
 
-    def check_ranks(self, call: str, group: object) -> None:
-        """Raise StateError if the ranks of a process group have different runs (weights, spec, stage or versions)."""
-        ProcessGroup.of(group).check_equal(call, self.facts(self._checksums))
+    def check_call(self, training: bool) -> None:
+        """Check a call of the cascade: DistributedDataParallel around it, and noise in eval mode without gradients.
+
+        Raises:
+            StateError: as for `Replicas.check`, or the ranks of the wrapper have different runs.
+        """
+        if not torch.is_grad_enabled():
+            if self.is_noisy and not training:
+                self.warned.once(
+                    "evaluated-with-noise",
+                    f"the cascade was called in eval mode inside stage {self.plan.stage}, and its weights have noise. "
+                    'Evaluate inside `with cascade.weights("slow"):` (or "fast"), or after `release`',
+                )
+        elif (group := self.replicas.check(self.trainable)) is not None:
+            # The wrapper has broadcast the parameters of rank 0, but not its W0, so compare the runs.
+            ProcessGroup.of(group).check_equal("DistributedDataParallel", self.facts(self._checksums))
 
     def check_alive(self, call: str, *, on_meta: bool = False) -> None:
         """Raise StateError after `release`, and while the model is on the meta device unless `on_meta` allows it."""

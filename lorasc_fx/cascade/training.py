@@ -42,10 +42,6 @@ class Warned(Fresh):
             self._codes.add(code)
             warn(message, code)
 
-    def forget(self, code: str) -> None:
-        """Allow this warning once more."""
-        self._codes.discard(code)
-
     def accept(self, code: str) -> None:
         """Never give warnings with this code: they do not apply to this cascade."""
         self._codes.add(code)
@@ -59,7 +55,6 @@ class PendingWatch(Fresh):
     """
 
     def __init__(self) -> None:
-        self.at_backward: Callable[[], None] | None = None  # called once, when the next gradient is accumulated
         self._handles: list[Any] = []
         self._versions: dict[int, int] = {}  # recorded versions, by the id of the parameter
         # Weak references, because a parameter's hook refers to this watch, and Python cannot collect such a cycle.
@@ -70,7 +65,7 @@ class PendingWatch(Fresh):
         for parameter in parameters:
             if id(parameter) not in self._watched:
                 self._watched[id(parameter)] = parameter
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self.note))
 
     @property
     def accumulated(self) -> bool:
@@ -103,12 +98,6 @@ class PendingWatch(Fresh):
             and self._versions.get(id(parameter)) == parameter._version
             and bool(local(parameter.grad).any())
         ]
-
-    def _accumulated(self, parameter: nn.Parameter) -> None:
-        if self.at_backward is not None:
-            check, self.at_backward = self.at_backward, None
-            check()
-        self.note(parameter)
 
     def note(self, parameter: nn.Parameter) -> None:
         """Record that the current gradient of a parameter waits for a step."""
@@ -143,54 +132,34 @@ class StepWatch(Fresh):
 
 
 class Replicas(Fresh):
-    """Checks that DistributedDataParallel knows all trained parameters. It averages the gradients of no others.
-
-    The wrapper is found while its forward runs, even if there are other wrappers around it.
-    """
+    """Checks that DistributedDataParallel averages the gradients of all trained parameters."""
 
     def __init__(self) -> None:
-        # Weak references to wrappers.
-        self._wrapper: Callable[[], Any] = lambda: None  # the wrapper of the last call
-        self._outdated: Callable[[], Any] = lambda: None  # a wrapper whose buffers no longer fit
-        self._compared: Callable[[], Any] = lambda: None  # the wrapper whose ranks were compared
+        # The shapes of the parameters at the first call of each wrapper, by id.
+        self._shapes = weakref.WeakKeyDictionary[nn.Module, dict[int, torch.Size]]()
 
-    def check(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> None:
-        """Raise StateError if a parameter was added or changed its shape after the model was wrapped."""
+    def check(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> Any:
+        """Check the wrapper whose forward runs. Return its process group at its first call, otherwise None.
+
+        Raises:
+            StateError: a parameter was added, or changed its shape, after the model was wrapped.
+        """
         wrapper = DistributedDataParallel._active_ddp_module
         if wrapper is None:
-            return
-        if self._outdated() is wrapper:
-            raise StateError(
-                "DistributedDataParallel wrapped the cascade before a stage changed the ranks of its branches, so its "
-                "gradient buffers have the old shapes. Wrap the cascade again: DistributedDataParallel(cascade)",
-                code="wrapper-not-supported",
-            )
-        wrapped = {id(parameter) for parameter in wrapper._module_parameters}
-        late = [name for name, parameter in trainable().items() if id(parameter) not in wrapped]
+            return None
+        is_new = wrapper not in self._shapes
+        if is_new:
+            self._shapes[wrapper] = {id(parameter): parameter.shape for parameter in wrapper._module_parameters}
+        shapes = self._shapes[wrapper]
+        late = [name for name, parameter in trainable().items() if shapes.get(id(parameter)) != parameter.shape]
         if late:
             raise StateError(
-                f"{named(late)} came with a graph that was captured after DistributedDataParallel had wrapped the "
-                "cascade, so their gradients would not be averaged over the processes. Wrap the cascade again. Or call "
-                "it once in each mode and with each kind of arguments before you wrap it",
+                f"{named(late)} came with a new graph, or has another rank, since DistributedDataParallel has wrapped "
+                "the cascade, so its gradients would not be averaged over the processes. Wrap the cascade again, after "
+                "a call in each mode and with each kind of arguments",
                 code="wrapper-not-supported",
             )
-        self._wrapper = weakref.ref(wrapper)
-
-    def new_group(self) -> Any:
-        """Return the process group of the running wrapper the first time it is seen, otherwise None."""
-        wrapper = DistributedDataParallel._active_ddp_module
-        if wrapper is None or self._compared() is wrapper:
-            return None
-        self._compared = weakref.ref(wrapper)
-        return wrapper.process_group
-
-    def restorer(self) -> Callable[[], None]:
-        """Return a function that undoes `outdate`."""
-        return partial(setattr, self, "_outdated", self._outdated)
-
-    def outdate(self) -> None:
-        """Record that parameters no longer have the shapes of the current wrapper's gradient buffers."""
-        self._outdated = self._wrapper
+        return wrapper.process_group if is_new else None
 
 
 _COPIES = {"lookahead_slow_buff"}

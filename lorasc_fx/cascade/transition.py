@@ -130,14 +130,10 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
         keep: whether branches keep the factors that the spec says (A, or both).
     """
     branches = run.branches_by_weight()
-    resized = any(branches[site.weight].resized(site) for site in planned.plan.sites)
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
     planned = replace(planned, slow=after, parameters=run.present(after.states), factors=factors, gradients={})
     write_planned(run, planned, undo)
     run.note_kept()
-    if resized:  # DistributedDataParallel has gradient buffers of the old shapes
-        undo(run.replicas.restorer())
-        run.replicas.outdate()
 
 
 def end_idle(run: Run) -> None:

@@ -345,7 +345,6 @@ class SavedCascade(CascadeModule):
                 `with cascade.weights(...)` or inside a backward.
             NonFiniteBranch: a branch holds inf or nan.
         """
-        self._called_by("save")
         state: Any = OrderedDict() if destination is None else destination
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)

@@ -84,7 +84,6 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._reference: _Reference | None = None
         self._user_reference = False  # whether the user has given another reference model
         vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by this name whether to shift labels
-        run_of(cascade).warned.accept("unfolded-save")  # save_model writes the folded model, so do not warn
         vars(cascade)["_hf_peft_config_loaded"] = True  # without it, a Trainer refuses to train a quantized model
 
     @property

@@ -252,7 +252,7 @@ TASKS = (
         ("StateError", "NonFiniteBranch"),
         "gradients-pending inside-backward inside-weights released unknown-stage not-available "
         "optimizer-lacks-parameters optimizer-differs backward-not-supported non-finite weights-changed-outside "
-        "stage-not-ended quantized-not-supported no-branch-moved non-finite-left-out dropout-not-applied "
+        "stage-not-ended quantized-not-supported no-branch-moved non-finite-left-out "
         "evaluated-with-noise model-called-inside-stage model-saved-inside-stage training-not-kept "
         "running-stage-folded",
     ),
@@ -272,7 +272,7 @@ TASKS = (
     Task(
         "Trainers and several processes",
         (),
-        "trainer-not-supported wrapper-not-supported sharded rank-failed ranks-differ unfolded-save",
+        "trainer-not-supported wrapper-not-supported sharded rank-failed ranks-differ",
     ),
     Task(
         "Running passes on a graph",
@@ -292,16 +292,14 @@ WARNINGS = {
     "checkpoints load only onto its new values",
     "model-called-inside-stage": "The user's model was called inside a stage, without the running branches and perhaps "
     "with noise. Call the cascade. Calls of submodules are not noticed",
-    "model-saved-inside-stage": "The user's model was copied, pickled, or its `state_dict()` was read inside a stage, "
-    "without the running branches and perhaps with noise",
+    "model-saved-inside-stage": "The `state_dict()` of the user's model was read inside a stage, without the running "
+    "branches and perhaps with noise. Copies and pickles are not noticed",
     "no-branch-moved": "A stage ended and no branch has changed: the loop calls the model instead of the cascade, or "
     "makes no optimizer step",
     "running-stage-folded": "The running stage was folded, and only the share `pace` of its change is kept. It was the "
     "first stage and neither `stages` nor `transition` was called, or `lorasc-fx` folded a run inside a stage",
     "training-not-kept": "A cascade was garbage collected while its model is alive. The training of its running stage "
     "is lost, or the model keeps the noise of the stage. Call `release` or `lx.save` before",
-    "unfolded-save": "A trainer, or accelerate's `save_model`, wrote the state dict of a cascade as if it were the "
-    "model's state dict",
 }
 """Meanings of warnings that need more words than in `errors.CODES`."""
 

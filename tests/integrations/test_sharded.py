@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -171,21 +171,6 @@ def refused(rank: int, count: int, port: int, folder: str) -> None:
         cascade = adapted(SPEC, 0.0, torch.float64)  # as `accelerate launch --use_fsdp` starts it
         with raises(lx.SpecError, "trainer-not-supported", "use_fsdp", "DistributedDataParallel"):
             Trainer(model=cascade, args=arguments(Path(folder)), callbacks=[CascadeCallback(cascade)])
-    for version in (1, 2):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        with on_a_gpu():
-            accelerator = accelerate.Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=version))
-            for sharded in (False, True):
-                cascade = adapted(SPEC, 0.0, torch.float64)
-                if sharded:
-                    fsdp.shard(cascade)
-                optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-                held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-                with raises(lx.StateError, "wrapper-not-supported", "fsdp_plugin", "prepare_model", "fsdp.shard"):
-                    accelerator.prepare(cascade, optimizer)
-                assert held == {id(each) for group in optimizer.param_groups for each in group["params"]}
-                assert held <= {id(each) for each in cascade.parameters()}
-                assert cascade(torch.ones(2, 6, dtype=torch.float64))["logits"].shape == (2, 4)
 
 
 def test_sharding_by_other_libraries_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ from tests.integrations.kit import (
     values_of,
     with_weights,
 )
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.kit.models import lora_of
 
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2), train=("head.bias",))
@@ -402,19 +401,3 @@ def test_a_trainer_of_the_model_that_was_adapted(tmp_path: Path) -> None:
     with raises(lx.StateError, "trainer-not-supported", "Trainer(model=cascade", "CascadeCallback"):
         Trainer(model=cascade.model, args=arguments(tmp_path), train_dataset=rows()).train()
     Trainer(model=cascade.model, args=arguments(tmp_path), eval_dataset=rows(7)).evaluate()
-
-
-def test_a_loop_without_the_callback_warns_of_an_unfolded_save(tmp_path: Path) -> None:
-    """By `save_model` and in a checkpoint. With the callback neither warns, as the other tests show."""
-    trainer = Trainer(model=adapted(PLAIN), args=arguments(tmp_path / "a", max_steps=1), train_dataset=rows())
-    trainer.train()
-    more = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    other = Trainer(model=adapted(PLAIN), args=arguments(tmp_path / "b", **more), train_dataset=rows())
-    accelerator = accelerate.Accelerator(cpu=True)
-    for call in (
-        lambda: trainer.save_model(str(tmp_path / "saved")),
-        other.train,
-        lambda: accelerator.save_model(accelerator.prepare(adapted(PLAIN)), str(tmp_path)),
-    ):
-        with warns("unfolded-save"):
-            call()

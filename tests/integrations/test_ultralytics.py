@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lorasc_fx as lx
-from tests.kit.errors import raises
 from tests.kit.state import branches_of
 
 pytest.importorskip(
@@ -16,7 +15,6 @@ pytest.importorskip(
 )
 
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils.torch_utils import ModelEMA
 
 from examples.ultralytics_trainer import CascadeTrainer, CascadeWrapper, main
 
@@ -75,5 +73,3 @@ def test_images_of_a_batch_go_through_the_cascade_and_an_average_is_refused() ->
     found = {name for name, branch in branches_of(cascade).items() if branch.lora_B.grad.any()}
     assert found == reached & branches_of(cascade).keys()
     assert len(found) > 50
-    with raises(lx.StateError, "wrapper-not-supported", 'weights("slow")'):
-        ModelEMA(cascade)
