@@ -172,13 +172,11 @@ class Plan:
         spec: the spec given to `adapt`.
         sites: adapted weights, in the order in which they were found.
         stage: number of the running stage; the first is 1.
-        step: number of optimizer steps in this stage, if noise.redraw is "step". Otherwise 0.
     """
 
     spec: CascadeSpec
     sites: tuple[Site, ...] = ()
     stage: Count = 1
-    step: Annotated[int, Check(lambda step: 0 <= step < 2**31, "give 0 or more")] = 0
 
     def site(self, weight: str) -> Site | None:
         """Return the site of a weight by the name of the weight, or None."""
@@ -198,14 +196,13 @@ class Plan:
     def at_stage(self, stage: int) -> Plan:
         """Return the plan at the start of another stage, with the ranks of that stage."""
         sites = tuple(site.at_stage(stage) for site in self.sites)
-        return replace(self, stage=stage, step=0, sites=sites)
+        return replace(self, stage=stage, sites=sites)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         sites = [asdict(site) for site in self.sites]
-        step = {"step": self.step} if self.step else {}
         return json.dumps(
-            {"format": FORMAT, "stage": self.stage, **step, "spec": self.spec.to_dict(), "sites": sites}, indent=1
+            {"format": FORMAT, "stage": self.stage, "spec": self.spec.to_dict(), "sites": sites}, indent=1
         )
 
     @classmethod

@@ -8,16 +8,13 @@ own choice (docs/method.md, "What the paper leaves open").
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-
 from lorasc_fx.errors import SpecError, nearest
-from lorasc_fx.util.decode import Check, Conflict, check, checks_names, choice, decode
+from lorasc_fx.util.decode import Check, Conflict, check, checks_names, decode
 
 
 def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -31,56 +28,6 @@ ADAPTERS: dict[str, type[Any]] = {}
 `lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
 checks names before the branches, which need the spec, can be imported.
 """
-
-
-class Distribution(abc.ABC):
-    """Distribution of the noise before it is scaled (`Noise.distribution`)."""
-
-    by_rows: ClassVar[bool] = False
-    """Whether each row of the noise is scaled by the norm of its row of the weight.
-
-    Otherwise all entries are scaled by the standard deviation of the weight.
-    """
-
-    @abc.abstractmethod
-    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Convert fp32 numbers that are uniform in [-1/2, 1/2] to unscaled noise, in place."""
-
-
-class Uniform(Distribution):
-    """U(-1/2, 1/2), as in NoisyTune (2202.12024)."""
-
-    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the numbers unchanged."""
-        return numbers
-
-
-class Normal(Distribution):
-    """N(0, 1/12), which has the variance of the uniform distribution."""
-
-    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return normal numbers of variance 1/12."""
-        return _normal(numbers).mul_(12**-0.5)
-
-
-class Filter(Distribution):
-    """N(0, 1), scaled by `|W_i| / sqrt(n)` in row i with n entries, as in Flat-LoRA (2409.14396)."""
-
-    by_rows: ClassVar[bool] = True
-
-    def from_uniform(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Return normal numbers of variance 1."""
-        return _normal(numbers)
-
-
-def _normal(numbers: torch.Tensor) -> torch.Tensor:
-    """Convert fp32 numbers that are uniform in [-1/2, 1/2] to standard normal numbers, in place."""
-    # Slightly less than 2, because erfinv is infinite at -1 and 1.
-    return numbers.mul_(2 - 2**-23).erfinv_().mul_(2**0.5)
-
-
-DISTRIBUTIONS: Mapping[str, Distribution] = {"uniform": Uniform(), "normal": Normal(), "filter": Filter()}
-"""Strategies by the value of `Noise.distribution`."""
 
 
 PEFT_OPTIONS = {
@@ -107,22 +54,6 @@ PEFT_OPTIONS = {
     "inference_mode": "nothing: call release() for inference",
 }
 """The counterpart of each option of peft's LoraConfig, for the error about an unknown option."""
-
-NOISE_CONFLICTS = (
-    Conflict(
-        ("keep", "redraw"),
-        lambda keep, redraw: keep and redraw == "step",
-        "a stage has several draws, so there is no single noise to keep",
-        "Set keep=False or redraw='stage'",
-    ),
-    Conflict(
-        ("keep", "distribution"),
-        lambda keep, distribution: keep and distribution == "filter",
-        "kept noise is stored with one scale per weight, but this distribution has one scale per row",
-        "Set keep=False or distribution='normal'",
-    ),
-)
-"""Conflicts between options of `Noise`."""
 
 RULE_CONFLICTS = tuple(
     Conflict(
@@ -208,12 +139,6 @@ CONFLICTS = (
         "Set keep=False or adapter='lora'",
     ),
     Conflict(
-        ("adapter", "noise.redraw", "noise.strength"),
-        lambda adapter, redraw, strength: ADAPTERS[adapter].magnitude and redraw != "stage" and strength,
-        "the row norms of a stage would depend on its last draw only",
-        "Set redraw='stage' or adapter='lora'",
-    ),
-    Conflict(
         ("adapter", "average"),
         lambda adapter, average: ADAPTERS[adapter].magnitude and average,
         "the averaged weights have different row scales, which one list of experts cannot represent",
@@ -266,7 +191,7 @@ KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 PLACEMENTS = ("beside", "merged", "weight")
 """Values of `Site.placement`: where a branch computes (docs/design.md, "Placements")."""
 
-Redraw = Literal["stage", "step"]
+Distribution = Literal["uniform", "normal"]
 Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 RestartFactors = Literal["both", "B", "none"]
@@ -310,38 +235,27 @@ class Noise:
     Args:
         strength: lambda in docs/algorithm.md, relative to the standard deviation of the weight. 0 (default) turns noise
             off. NoisyTune (2202.12024) uses 0.15.
-        distribution: `uniform` (default) as above, the form of NoisyTune. `normal` has the same variance. `filter`
-            scales each row i with n entries by its norm: `strength * |W_i| / sqrt(n) * N(0, 1)` (Flat-LoRA,
-            2409.14396). Flat-LoRA takes the norms of the weight with its branch, and increases the strength from 0.
-            Here the weight at the start of the stage defines the norms, and the strength is constant.
+        distribution: `uniform` (default) as above, the form of NoisyTune, or `normal`, N(0, 1/12) of the same variance.
         keep: if True, the noise of each stage stays in the slow weights. If False (default), the fold removes it
             exactly.
         where: `sites` (default) for the adapted weights only, or `all` for every weight matrix except those trained
             in full.
-        redraw: draw the noise once per `stage` (default), or again after each optimizer `step` (Flat-LoRA). Each draw
-            costs one fold, because the weights are computed again from W0.
     """
 
     strength: Annotated[
         float, Check(lambda strength: strength >= 0, "it scales a standard deviation: give a number of 0 (off) or more")
     ] = 0.0
-    distribution: Annotated[str, choice(DISTRIBUTIONS)] = "uniform"
+    distribution: Distribution = "uniform"
     keep: bool = False
     where: Where = "sites"
-    redraw: Redraw = "stage"
 
     def __post_init__(self) -> None:
-        check(self, "noise", conflicts=NOISE_CONFLICTS)
+        check(self, "noise")
 
     @property
     def is_on(self) -> bool:
         """Whether noise is added at all."""
         return self.strength > 0
-
-    @property
-    def follows_steps(self) -> bool:
-        """Whether the noise is drawn again after each optimizer step."""
-        return self.is_on and self.redraw == "step"
 
     def on_others(self, names: Iterable[str]) -> list[str]:
         """Return which of these weights without a branch get noise: all if `where` is "all", otherwise none."""

@@ -54,8 +54,7 @@ class InsertBranches(CascadePass):
 
     Raises:
         NoSites: no weight was matched as a site.
-        PassError: the branches are inserted already and get their tensors as inputs, or the spec redraws noise in each
-            step.
+        PassError: the branches are inserted already and get their tensors as inputs.
     """
 
     name: ClassVar[str] = "insert-branches"
@@ -139,12 +138,6 @@ def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
 
     `added` are the weights with a new branch. The record of the graph keeps the weights without noise.
     """
-    if plan.spec.noise.follows_steps:
-        raise PassError(
-            "insert-branches: noise.redraw='step' redraws noise in each training step, which a graph alone cannot do; "
-            "use lx.adapt",
-            code="requirement-not-met",
-        )
     # Add a slow state for each new branch, and for the other weights that get noise.
     named, slow = named_weights(graph.owner), graph.record.slow
     branches = {branch.weight_name: branch for branch in graph.branches.values()}

@@ -1,10 +1,10 @@
-"""Counter-based random noise on frozen weights, drawn once per stage or per optimizer step.
+"""Counter-based random noise on frozen weights, drawn once per stage.
 
-Formulas (docs/algorithm.md, row "noise"): `N = strength * std(W) * U(-1/2, 1/2)` as in NoisyTune (2202.12024), a normal
-distribution of the same variance, or `N_ij = strength * |W_i| / sqrt(n) * N(0, 1)` as in Flat-LoRA (2409.14396).
+Formulas (docs/algorithm.md, row "noise"): `N = strength * std(W) * U(-1/2, 1/2)` as in NoisyTune (2202.12024), or a
+normal distribution of the same variance.
 
-Each random number is a function of (seed, stage, step, weight name, position), so a sharded rank computes only the
-numbers of its slice. A weight is divided into blocks with two keys each. The number at position p of a block is a hash
+Each random number is a function of (seed, stage, weight name, position), so a sharded rank computes only the numbers of
+its slice. A weight is divided into blocks with two keys each. The number at position p of a block is a hash
 of the two keys and of entry p of a fixed table. Uniform numbers are computed with integers, so all devices have the
 same bits.
 
@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 
 from lorasc_fx.shards import UNSHARDED, ShardSpec
-from lorasc_fx.spec import DISTRIBUTIONS, Noise
+from lorasc_fx.spec import Noise
 
 BLOCK, MAX_AXIS = 32768, 1024
 """Maximum number of entries of a block, and of one of its axes. Other values would change the noise of a seed."""
@@ -64,39 +64,12 @@ def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) 
     return noise.strength * std
 
 
-def noise_size(
-    noise: Noise, weight: torch.Tensor, stacked: bool, transposed: bool, shard: ShardSpec
-) -> torch.Tensor | float:
-    """Return the factor by which to multiply the numbers of `draw`.
-
-    For a distribution with `by_rows`, it is `strength * |W_i| / sqrt(n)` for each row i with n entries, in a shape that
-    broadcasts to the weight. Otherwise it is the `amplitude`. If the weight is sharded, this all-reduces, and every
-    rank must call it at the same point.
-
-    Args:
-        weight: this rank's slice of [out, ...], or of [in, out] if `transposed`. With an axis of experts before if
-            `stacked`.
-        stacked, transposed: layout of the weight.
-        shard: which slice of the full weight this is.
-    """
-    if not DISTRIBUTIONS[noise.distribution].by_rows:
-        return amplitude(noise, weight, shard)
-    row_axis = (1 if stacked else 0) + (1 if transposed else 0)
-    column_axes = [axis for axis in range(1 if stacked else 0, weight.dim()) if axis != row_axis]
-    norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=column_axes, keepdim=True)
-    shape = weight.shape
-    if shard.axis in column_axes:
-        norms, shape = shard.group.sum_tensor(norms.square()).sqrt(), shard.full_shape(shape)
-    return norms.mul_(noise.strength / math.sqrt(max(1, math.prod(shape[axis] for axis in column_axes))))
-
-
 def draw(
     noise: Noise,
     seed: int,
     stage: int,
     name: str,
     shape: torch.Size,
-    step: int = 0,
     shard: ShardSpec = UNSHARDED,
     device: torch.device = CPU,
 ) -> Iterator[tuple[Region, torch.Tensor]]:
@@ -108,7 +81,6 @@ def draw(
         noise: options of the noise. Only the distribution is used.
         seed, stage, name: key of the random numbers: seed of the spec, number of the stage, name of the weight.
         shape: shape of this rank's slice of the weight.
-        step: number of optimizer steps in this stage if noise.redraw is "step", otherwise 0. A part of the key.
         shard: which slice of the full weight this is. The numbers are the same as in a draw of the full weight.
         device: device that computes. All devices draw the same uniform numbers. Normal ones may differ in the last
             bits.
@@ -117,27 +89,24 @@ def draw(
     offsets = [shard.start if axis == shard.axis else 0 for axis in range(len(full))]
     if not math.prod(shape):
         return
-    purpose = f"noise of step {step}" if step else "noise"
-    numbers = _UniformNumbers(generator(seed, stage, purpose, name), full, device)
-    distribution = DISTRIBUTIONS[noise.distribution]
+    numbers = _UniformNumbers(generator(seed, stage, "noise", name), full, device)
     regions = _large_regions(shape) if device.type != "cpu" else _block_regions(offsets, shape, numbers.block)
     for region in regions:
         bounds = [(offset + part.start, offset + part.stop) for offset, part in zip(offsets, region, strict=True)]
-        yield region, distribution.from_uniform(numbers.within(bounds))
+        uniform = numbers.within(bounds)
+        yield region, uniform if noise.distribution == "uniform" else _normal(uniform)
 
 
-def add_noise(out: torch.Tensor, pieces: Iterable[tuple[Region, torch.Tensor]], size: torch.Tensor | float) -> None:
-    """Add noise to a weight in place: `out += noise * size`.
+def _normal(numbers: torch.Tensor) -> torch.Tensor:
+    """Convert fp32 numbers that are uniform in [-1/2, 1/2] to normal ones of variance 1/12, in place."""
+    # Slightly less than 2, because erfinv is infinite at -1 and 1.
+    return numbers.mul_(2 - 2**-23).erfinv_().mul_(2**0.5).mul_(12**-0.5)
 
-    This works piece by piece, so that no temporary tensor has the size of the weight.
 
-    Args:
-        pieces: result of `draw`.
-        size: result of `noise_size`, which broadcasts to the weight.
-    """
-    sizes = size.expand(out.shape) if isinstance(size, torch.Tensor) else None
+def add_noise(out: torch.Tensor, pieces: Iterable[tuple[Region, torch.Tensor]], size: float) -> None:
+    """Add the noise of `draw` to a weight in place, piece by piece: `out += size * noise`."""
     for region, numbers in pieces:
-        out[region].add_(numbers.to(out).mul_(sizes[region] if sizes is not None else size))
+        out[region].add_(numbers.to(out).mul_(size))
 
 
 class _UniformNumbers:

@@ -143,11 +143,9 @@ class Run(RunBase):
             )
 
     def _watch(self) -> None:
-        """Watch gradients, and with noise.redraw="step" the optimizer steps, after which noise is drawn again."""
+        """Watch gradients."""
         if not self.is_sharded:  # FSDP has other hooks
             self.pending.arm(self.trainable().values())
-        if self.plan.spec.noise.follows_steps:
-            self.steps.arm(self._redraw)
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Set the state of a deep copy. Its watches start empty, so they are armed for the copied parameters."""
@@ -163,32 +161,10 @@ class Run(RunBase):
         with self.lock, commit() as block:
             write_planned(self, planned, block)
 
-    def _redraw(self, optimizer: torch.optim.Optimizer) -> None:
-        """Draw new noise after a step of the optimizer that trains the branches (`noise.redraw = "step"`).
-
-        W_t is computed again from W0, S and the noise of (seed, stage, step, weight), and rounded once. So rounding
-        errors do not accumulate, and the training device needs no copy of the weights without noise.
-        """
-        # The watch sees the steps of every optimizer in the process. One parameter is enough to recognize ours.
-        factor = next((branch.get_parameter(branch.zeros[0]) for branch in self.by_key.values()), None)
-        trains = any(parameter is factor for group in optimizer.param_groups for parameter in group["params"])
-        if self.slow.idle or not trains:
-            return
-        after = replace(self.plan, step=self.plan.step + 1)
-        if self.placed is not None:  # the end of the block restores W_t, with the noise of this step
-            self.plan = after
-            return
-        with PROCESS, self.lock, commit() as undo:
-            if self.base_file is not None:
-                self.base_file.check("noise.redraw")
-            self.check_weights("noise.redraw")
-            self.commit(Planned(after, self.slow, self.weights_by_name()), undo)
-
     def detach(self) -> None:
         """End the run: remove all hooks, and drop the reference to base files."""
         self.released, self.base_file = True, None
         self.pending.disarm()
-        self.steps.disarm()
 
     def take_shards(self, slow: SlowWeights) -> None:
         """Use these slow weights, which are for this rank's shards. Called after FSDP has sharded the parameters.

@@ -19,7 +19,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, Decided, fill
 from lorasc_fx.branch.noise import PIECE, WORKSPACE
-from lorasc_fx.cascade.training import PendingWatch, Replicas, StepWatch, Warned, put_state
+from lorasc_fx.cascade.training import PendingWatch, Replicas, Warned, put_state
 from lorasc_fx.errors import StateError
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
@@ -154,7 +154,6 @@ class RunBase:
         self.lock = Lock()  # held while weights are read or written, but not while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
-        self.steps = StepWatch()
         self.replicas = Replicas()
         self.warned = Warned()
         self.placed: str | int | None = None  # inside `weights(...)`: the view or the stage that is in place
@@ -396,7 +395,7 @@ class RunBase:
         sites = {f"site {site['weight']}": json.dumps(site) for site in plan["sites"]}
         digests = {f"weight {name}": str(digest)[:12] for name, digest in weights.items()}
         digests |= {f"factor {name}": str(checksum(value)) for name, value in self.branches.named_parameters()}
-        return {**code, **spec, "stage": f"{self.plan.stage}, step {self.plan.step}", **sites, **digests}
+        return {**code, **spec, "stage": str(self.plan.stage), **sites, **digests}
 
     def note_frozen(self) -> None:
         """Record new checksums of untrained parameters after a move or a cast. Their fingerprints are not changed."""

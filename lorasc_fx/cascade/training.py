@@ -6,12 +6,11 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import SpecError, StateError, named, warn
@@ -102,33 +101,6 @@ class PendingWatch(Fresh):
     def note(self, parameter: nn.Parameter) -> None:
         """Record that the current gradient of a parameter waits for a step."""
         self._versions[id(parameter)] = parameter._version
-
-
-class StepWatch(Fresh):
-    """Calls a method after each step of any optimizer in the process, compiled or not.
-
-    A step that a loss scaler skips does not count. One global hook serves the whole process and is never removed: torch
-    iterates over its hooks during a step, and would raise if garbage collection removed one meanwhile.
-    """
-
-    _armed: ClassVar[weakref.WeakKeyDictionary[StepWatch, weakref.WeakMethod[Any]]] = weakref.WeakKeyDictionary()
-    """The method of each watch, in the order of `arm`: the same on all ranks, because methods communicate."""
-    _hook: ClassVar[Any] = None
-
-    def arm(self, method: Callable[[torch.optim.Optimizer], None]) -> None:
-        """Call this bound method after each optimizer step, until its object is garbage collected."""
-        StepWatch._hook = StepWatch._hook or register_optimizer_step_post_hook(StepWatch._step)
-        StepWatch._armed[self] = weakref.WeakMethod(method)
-
-    def disarm(self) -> None:
-        """Stop calling the method."""
-        StepWatch._armed.pop(self, None)
-
-    @staticmethod
-    def _step(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        for method in tuple(StepWatch._armed.values()):
-            if (call := method()) is not None:
-                call(optimizer)
 
 
 class Replicas(Fresh):

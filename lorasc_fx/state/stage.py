@@ -34,7 +34,7 @@ from lorasc_fx.branch import (
     draw,
 )
 from lorasc_fx.branch.lora import DOWN, UP, LoraBranch
-from lorasc_fx.branch.noise import add_noise, noise_size
+from lorasc_fx.branch.noise import add_noise
 from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import is_quantized, quantized_in
@@ -55,7 +55,6 @@ def start_weight(
     stage: int,
     noisy: bool = True,
     device: torch.device | None = None,
-    step: int = 0,
 ) -> torch.Tensor:
     """Return the weight that a stage trains on, in the shape of the weight, rounded once to its dtype.
 
@@ -66,7 +65,6 @@ def start_weight(
         spec, stage: of the plan.
         noisy: whether to add the noise N_t if the spec has noise.
         device: device of the result, by default the device of W0.
-        step: number of optimizer steps in the stage, if noise is drawn again after each.
 
     Raises:
         SpecError: as for `write_start`.
@@ -74,7 +72,7 @@ def start_weight(
     start = torch.empty(
         state.base.shape, dtype=state.base.dtype, device=state.base.device if device is None else device
     )
-    write_start(start, state, spec, stage, noisy, step)
+    write_start(start, state, spec, stage, noisy)
     return start
 
 
@@ -84,12 +82,11 @@ def write_start(
     spec: CascadeSpec,
     stage: int,
     noisy: bool,
-    step: int,
     scratch: Scratch | None = None,
 ) -> None:
     """Write the weight that `start_weight` returns into `out`.
 
-    The noise depends on (seed, stage, step, weight name) and is drawn block by block. If `out` is narrower than the
+    The noise depends on (seed, stage, weight name) and is drawn block by block. If `out` is narrower than the
     arithmetic, the exact weight is computed in `scratch`.
 
     Raises:
@@ -97,7 +94,7 @@ def write_start(
     """
     dtype = arithmetic(state.base.dtype)
     if state.base.dtype not in (out.dtype, dtype):  # the parameter was cast since: round to the dtype of W0 first
-        out.copy_(start_weight(state, spec, stage, noisy, out.device, step))
+        out.copy_(start_weight(state, spec, stage, noisy, out.device))
         return
     if not noisy or not spec.noise.is_on or state.full:
         state.write(out, "fast", dtype, state.residual)
@@ -105,9 +102,8 @@ def write_start(
     # Initial factors are subtracted last, because the noise depends on the standard deviation of the full weight.
     exact = out if out.dtype == dtype else (scratch or Scratch()).like(out, dtype)
     state.write(exact, "fast", dtype)
-    size = noise_size(spec.noise, exact, state.stacked, state.transposed, state.shard)
-    largest = size if isinstance(size, float) else float(size.max()) if size.numel() else 0.0
-    if not math.isfinite(largest):
+    size = amplitude(spec.noise, exact, state.shard)
+    if not math.isfinite(size):
         raise SpecError(
             f"noise.strength is {spec.noise.strength}, and the standard deviation of {state.name} is not finite: it "
             "holds inf or nan, or numbers whose squares overflow. So its noise is undefined. "
@@ -115,14 +111,14 @@ def write_start(
         )
     if state.initial is not None:
         state.write(exact, "fast", dtype, state.residual)
-    if largest:
+    if size:
         address = (spec.noise, spec.seed, stage, state.name)
-        add_noise(exact, draw(*address, exact.shape, step, state.shard, exact.device), size)
+        add_noise(exact, draw(*address, exact.shape, state.shard, exact.device), size)
     if exact is not out:
         out.copy_(exact)
     # A check of all entries takes a pass over the weight, so it is skipped unless the noise could overflow the dtype.
     limits = torch.finfo(out.dtype)
-    if largest > limits.max * limits.eps / 64 and not bool(torch.isfinite(out).all()):
+    if size > limits.max * limits.eps / 64 and not bool(torch.isfinite(out).all()):
         raise SpecError(
             f"noise.strength is {spec.noise.strength}: in stage {stage} the noise makes {state.name} overflow "
             f"{out.dtype}. Give a smaller strength, or exclude=({state.name!r},)"
@@ -527,7 +523,7 @@ class SlowWeights:
         if self.idle:
             self.write_value(name, "fast", out)
         else:
-            write_start(out, self.states[name], plan.spec, plan.stage, True, plan.step, scratch)
+            write_start(out, self.states[name], plan.spec, plan.stage, True, scratch)
 
     def value(
         self, name: str, view: ViewName, like: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None

@@ -334,7 +334,7 @@ class WeightState(Tree):
         delta = delta.view(self.base.shape) if delta is not None else None
         accumulate(out, base, dtype, delta, None if pair is None else (pair.b, pair.a), self.stacked)
         for kept in self.noises:
-            drawn = draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, 0, self.shard, out.device)
+            drawn = draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, self.shard, out.device)
             add_noise(out, drawn, kept.amplitude)
 
     def terms(

@@ -20,7 +20,6 @@ from tests.accelerator.kit import DEVICE, MODELS, OTHER, Mlp, Side, assert_same,
 SPECS: dict[str, dict[str, Any]] = {
     "plain": {},
     "noise": {"noise": lx.Noise(0.1)},
-    "noise of each step": {"noise": lx.Noise(0.1, redraw="step")},
     "noise that stays": {"noise": lx.Noise(0.1, keep=True, distribution="normal")},
     "dora": {"adapter": "dora"},
     "pissa": {"start": "pissa"},

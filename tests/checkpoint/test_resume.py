@@ -46,8 +46,6 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "pissa, fast": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", restart="fast"),
     "dora": lx.CascadeSpec(rank=1, pace=0.4, adapter="dora", noise=lx.Noise(0.2)),
     "dora, dense collapse": lx.CascadeSpec(rank=4, pace=0.4, adapter="dora", start="pissa"),
-    "noise by the step": lx.CascadeSpec(rank=1, pace=0.4, noise=lx.Noise(0.3, redraw="step")),
-    "filter noise by the step": lx.CascadeSpec(rank=1, noise=lx.Noise(0.3, distribution="filter", redraw="step")),
     "rules, rslora": lx.CascadeSpec(rank=1, lora_alpha=3.3, use_rslora=True, rules=(lx.Rule("head", 2, 0.7),), seed=5),
 }
 STOPS = (0, 1, 3, 4, 6, 8, 10)

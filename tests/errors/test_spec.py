@@ -58,7 +58,7 @@ MISSPELT = {
     "on_nonfinite": ("skipp", "skip"),
     "optimizer_state": ("rest", "reset"),
 }
-KEPT, REDRAWN = lx.Noise(0.1, keep=True), lx.Noise(0.1, redraw="step")
+KEPT = lx.Noise(0.1, keep=True)
 CONFLICTING: dict[str, dict[str, Any]] = {
     "dropout, placement": {"dropout": 0.1, "placement": "merged"},
     "lr_ratio, train_A": {"lr_ratio": 16, "train_A": False},
@@ -70,7 +70,6 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "restart_factors, adapter": {"restart_factors": "none", "adapter": "dora"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
-    "adapter, noise.redraw, noise.strength": {"adapter": "dora", "noise": REDRAWN},
     "adapter, average": {"adapter": "dora", "average": True},
     "adapter, placement": {"adapter": "dora", "placement": "beside"},
     "adapter, lora_alpha": {"adapter": "vera", "lora_alpha": 4.0},
@@ -86,7 +85,6 @@ NOISE: list[tuple[str, Any, str]] = [
     ("strength", math.nan, "nan"),
     ("strength", "0.1", "'0.1'"),
     ("distribution", "norml", "nearest: 'normal'"),
-    ("redraw", "steps", "nearest: 'step'"),
     ("where", "site", "nearest: 'sites'"),
     ("keep", 1, "1"),
 ]
@@ -143,9 +141,6 @@ def refusals() -> Iterator[Refusal]:
     for field, value, told in NOISE:
         for make in (partial(lx.Noise, **{field: value}), partial(Spec.from_dict, {"noise": {field: value}})):
             yield make, "invalid-value", (f"noise.{field} is {value!r}; ", told)
-    for name, value in (("redraw", "step"), ("distribution", "filter")):
-        told = f"noise.keep=True cannot be combined with noise.{name}={value!r}"
-        yield partial(lx.Noise, keep=True, **{name: value}), "conflicting-options", (told,)
     for kind, given, told in RULES:
         name = "rules" if kind is lx.Rule else "train_rules"
         yield partial(kind, **given), "invalid-value", (name, told)

@@ -164,7 +164,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "pissa, fast": {"start": "pissa", "restart": "fast"},
     "dora": {"adapter": "dora", "noise": lx.Noise(0.2)},
     "dora, collapsed": {"rank": 4, "adapter": "dora", "start": "pissa"},
-    "by the step": {"noise": lx.Noise(0.2, redraw="step")},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasc_fx.spec import CONFLICTS, NOISE_CONFLICTS, RULE_CONFLICTS
+from lorasc_fx.spec import CONFLICTS, RULE_CONFLICTS
 from lorasc_fx.util.decode import Conflict
 
 PAGE = Path(__file__).parents[2] / "docs" / "method.md"
@@ -14,9 +14,7 @@ HEAD = "| options | why | what to do |\n|---|---|---|\n"
 def table() -> str:
     """Return the table. Options that are refused for one reason with one method share a row."""
     named = [(conflict, "") for conflict in CONFLICTS]
-    named += [(conflict, "noise.") for conflict in NOISE_CONFLICTS] + [
-        (conflict, "Rule.") for conflict in RULE_CONFLICTS
-    ]
+    named += [(conflict, "Rule.") for conflict in RULE_CONFLICTS]
     rows: dict[str, list[tuple[Conflict, str]]] = {}
     for conflict, prefix in named:
         rows.setdefault(conflict.why, []).append((conflict, prefix))

@@ -11,7 +11,6 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
-from tests.kit.errors import warns
 from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
@@ -127,24 +126,6 @@ def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -
     cascade.transition(None)
     torch.testing.assert_close(cascade(-x), expected(-x), rtol=0, atol=1e-12)
     assert {branch.rank for branch in branches(cascade).values()} == {1}
-
-
-def test_a_site_that_comes_between_two_steps_leaves_their_count() -> None:
-    """The number of steps is a part of the key of noise that is redrawn at each step."""
-    x = torch.ones(4, 5).double()
-    spec = lx.CascadeSpec(rank=1, noise=lx.Noise(0.1, redraw="step"))
-    cascade = lx.adapt(Late(python=True).double().train(), (x,), spec=spec)
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    for _ in range(2):
-        train(cascade, optimizer, [x, x])
-        cascade.transition(optimizer)
-    train(cascade, optimizer, [x, x])
-    before = cascade.plan
-    assert (before.stage, before.step) == (3, 2)
-    with warns("late-sites", "1"):
-        cascade(-x)
-    assert len(cascade.sites) == 2
-    assert (cascade.plan.stage, cascade.plan.step) == (3, 2)
 
 
 @pytest.mark.parametrize(("adapter", "zero"), [("lora", "lora_B"), ("vera", "vera_lambda_b")])

@@ -105,7 +105,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "ranks, dora": {"rank": (3, 2), "adapter": "dora"},
     "ranks, fixed": {"rank": (3, 2), "train_A": False},
     "ranks, plus": {"rank": (3, 2), "lr_ratio": 4.0},
-    "ranks, redrawn": {"rank": (3, 2), "noise": lx.Noise(0.1, redraw="step")},
     "fixed, pissa": {"rank": 2, "train_A": False, "start": "pissa"},
     "fixed, dora": {"rank": 2, "train_A": False, "adapter": "dora"},
     "average, pissa": {"rank": 2, "average": True, "start": "pissa"},

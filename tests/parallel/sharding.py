@@ -44,7 +44,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "exclude": ("head.*",),
         "optimizer_state": 0.5,
         "average": True,
-        "noise": {"strength": 0.1, "redraw": "step", "distribution": "filter"},
+        "noise": {"strength": 0.1, "distribution": "normal"},
         "train_rules": ({"pattern": "norm.*", "slow": False},),
     },
     "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_factors": "B"},
@@ -237,7 +237,7 @@ def narrow(rank: int, count: int) -> dict[str, Tensor]:
 
 # ---- experts
 
-EXPERTS = {2: "uniform", 3: "filter"}
+EXPERTS = {2: "uniform", 3: "normal"}
 """Distribution of the noise by the number of experts: a multiple of the ranks, and another number."""
 
 

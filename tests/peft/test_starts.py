@@ -139,19 +139,15 @@ def test_an_untrained_stage_changes_nothing(dtype: torch.dtype) -> None:
     assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
 
 
-@pytest.mark.parametrize("redraw", ["stage", "step"])
-def test_noise_lies_on_the_residual(redraw: str) -> None:
+def test_noise_lies_on_the_residual() -> None:
     """The noise equals the noise of a cascade with LoRA's start. Its scale comes from the whole weight."""
-    x, noise = batches(1, 4, 5)[0], lx.Noise(0.3, redraw=redraw)
-    cascade, plain = (adapted(mlp(), x, each, noise=noise) for each in ("pissa", "lora"))
-    for _ in range(2):
-        expected = weights(plain.model)
-        for name, (b, a) in pairs(cascade).items():
-            residual = expected[name] - SCALE * b @ a
-            torch.testing.assert_close(weights(cascade.model)[name], residual, rtol=0, atol=1e-14)
-        assert (cascade(x) - plain(x)).abs().max() < 1e-14
-        for each in (cascade, plain):
-            torch.optim.SGD(each.param_groups(lr=0.0)).step()
+    x = batches(1, 4, 5)[0]
+    cascade, plain = (adapted(mlp(), x, each, noise=lx.Noise(0.3)) for each in ("pissa", "lora"))
+    expected = weights(plain.model)
+    for name, (b, a) in pairs(cascade).items():
+        residual = expected[name] - SCALE * b @ a
+        torch.testing.assert_close(weights(cascade.model)[name], residual, rtol=0, atol=1e-14)
+    assert (cascade(x) - plain(x)).abs().max() < 1e-14
 
 
 class Odd(nn.Module):
