@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from experiments import data
 from experiments.models import minilm
 from lorasc_fx.cli.compare import compare, planned
 from lorasc_fx.cli.config import load_config
-from lorasc_fx.cli.run_folder import CONFIG
 from lorasc_fx.cli.task import Task
+from lorasc_fx.cli.train import CONFIG
 from lorasc_fx.errors import LorascError
 
 HERE = Path(__file__).resolve().parent
@@ -30,8 +32,11 @@ def main(arguments: list[str]) -> int:
     start = time.monotonic()
     path = Path(arguments[0]) if arguments else HERE / "compare.toml"
     try:
-        model = f"model.name=hf:{minilm()}"
+        model = f"model.path={minilm()}"
         config = load_config(path, [model])
+        texts, labels = data.rotten_tomatoes()
+        Path(config.data.path).parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict({"text": list(texts), "label": list(labels)}).to_parquet(config.data.path)
         folder = Path(config.output)
         if folder.exists():
             print(f"{folder} exists: its finished runs are reused (delete the folder to train them again).")

@@ -132,7 +132,7 @@ def main() -> int:
     python = os.path.relpath(sys.executable)
     print(
         f"\nNext ({time.monotonic() - start:.0f} s since the start)\n"
-        f"  {python} -m lorasc_fx sites hf:{FOLDER}/model   list the weights that can be adapted\n"
+        f"  {python} -m lorasc_fx sites {FOLDER}/model   list the weights that can be adapted\n"
         f"  {python} -m examples.trainer   train stages in the Trainer of transformers\n"
         "  make compare   compare LoRA and LoRASC on film reviews, with three seeds and paired differences"
     )

@@ -19,8 +19,6 @@ from lorasc_fx.errors import LorascError, SpecError, nearest, path_of
 from lorasc_fx.util.environment import missing, version
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lorasc_fx.facade import Cascade
 
 COMMANDS = {
@@ -78,27 +76,22 @@ def _command(arguments: list[str]) -> int:
     return code
 
 
-def load(run: str | PathLike[str], model: nn.Module | None = None) -> Cascade:
-    """Load the cascade of a run of `lorasc-fx train`.
+def load(run: str | PathLike[str]) -> Cascade:
+    """Load the cascade of a run of `lorasc-fx train`. Its model is built from the folder that the run names.
 
     It has an attribute `preprocessing`, which converts inputs in the same way as the run:
     `cascade(**cascade.preprocessing(texts))`, or paths of images instead of texts. Its `classes` are the names of the
     classes.
 
-    Args:
-        run: the run folder.
-        model: the model that was adapted. By default, it is built from the configuration of the run.
-
     Raises:
-        SpecError: the model cannot be built, or the configuration builds it by a user's function, which is not called
-            here.
+        SpecError: the model cannot be built.
         MissingExtra: the packages of the extra `cli` are not installed.
         StateError, CheckpointError: the folder has no run, or an error of `lorasc_fx.load`.
     """
     _require_extra()
     from lorasc_fx.cli.train import open_run
 
-    cascade, task = open_run(path_of(run), model, safe=True)
+    cascade, task = open_run(path_of(run))
     cascade.preprocessing = task
     return cascade
 

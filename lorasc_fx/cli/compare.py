@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from tyro.conf import Positional
 
-from lorasc_fx.cli.config import Config, load_config, write_config
-from lorasc_fx.cli.methods import METHODS
-from lorasc_fx.cli.run_folder import CONFIG, check_output, check_same
+from lorasc_fx.cli.config import METHODS, Config, load_config, write_config
 from lorasc_fx.cli.task import Task
+from lorasc_fx.cli.train import CONFIG, check_output, check_same
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import NonFiniteBranch, SpecError, StateError
+from lorasc_fx.spec import Noise
 from lorasc_fx.util.environment import module_of
 
 
@@ -104,16 +104,21 @@ def planned(config: Config) -> list[Run]:
     ]
 
 
+def configured(run: Run, config: Config) -> Config:
+    """Return the configuration of a run."""
+    spec = replace(config.spec, seed=config.spec.seed + run.seed)
+    if run.method != "lorasc":
+        spec = replace(spec, pace=1.0, restart="slow", noise=Noise(), average=False)
+    stages = replace(config.stages, count=1) if run.method == "lora" else config.stages
+    train = config.train | {"seed": config.train.get("seed", 0) + run.seed, "learning_rate": run.lr}
+    return replace(config, spec=spec, stages=stages, train=train)
+
+
 def _make(run: Run, config: Config, folder: Path, task: Task) -> Result | None:
     """Train and evaluate one run. Return None if Ctrl-C has stopped it."""
-    task.config = replace(
-        config,
-        output=str(folder / "weights" / run.name),
-        spec=replace(config.spec, seed=config.spec.seed + run.seed),
-        train=config.train | {"seed": config.train.get("seed", 0) + run.seed, "learning_rate": run.lr},
-    )
+    task.config = replace(configured(run, config), output=str(folder / "weights" / run.name))
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
-    trainer, cascade, callback = trainer_of(task, arguments, run.method, saves=False)
+    trainer, cascade, callback = trainer_of(task, arguments, saves=False)
     trained = [value for value in cascade.parameters() if value.requires_grad]
     result: Result = {
         "lr": run.lr, "parameters": sum(value.numel() for value in trained), "seconds": 0.0, "loss": math.inf,
@@ -164,7 +169,7 @@ def tables(config: Config, results: Results) -> Iterator[str]:
             for name, runs in best.items()
         ],
     )
-    yield "\n".join(f"- {name}: {METHODS[name].about}" for name in best)
+    yield "\n".join(f"- {name}: {METHODS[name]}" for name in best)
     rows = [
         [name, *_difference(runs, best[first])]
         for name, runs in best.items()

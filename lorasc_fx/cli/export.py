@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 import lorasc_fx as lx
 from lorasc_fx.checkpoint.reader import folded_checkpoint, read
-from lorasc_fx.cli.run_folder import TASK, check_output
+from lorasc_fx.cli.train import TASK, check_output, open_run
 from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.export.safetensors_files import fold_files
 
@@ -36,8 +36,6 @@ def export(
         uniform_rank: for peft: pad all weights with zeros to the same rank, for loaders that ignore rank patterns.
         view: the slow weights, or their average over stages (needs spec.average).
     """
-    from lorasc_fx.cli.train import open_run
-
     if to != "peft" and (max_rank is not None or uniform_rank):
         raise SpecError(f"--max-rank and --uniform-rank are for --to peft, not for {to}", code="conflicting-options")
     check_output(output, folder=to == "peft" or (to == "safetensors" and output.suffix != ".safetensors"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,9 @@ import torch
 from torch import nn
 from tyro.conf import Positional
 
-from lorasc_fx.cli.config import Config
-from lorasc_fx.cli.data import INPUT, LABEL, read_examples, read_table
-from lorasc_fx.cli.models import reading
-from lorasc_fx.cli.run_folder import TASK
+from lorasc_fx.cli.data import INPUT, read_inputs, read_table
 from lorasc_fx.cli.task import Task
-from lorasc_fx.cli.train import task_of
-from lorasc_fx.cli.trainer import logits_of
+from lorasc_fx.cli.train import TASK, task_of
 from lorasc_fx.errors import SpecError, StateError
 
 BATCH = 32
@@ -38,36 +33,22 @@ def predict(
 
     Args:
         run: folder of a run that has ended.
-        data: the inputs, named like data.name: text:FILE with one text per line, imagefolder:DIR, csv:FILE, ...
+        data: the inputs, a path like data.path: a `.txt` file with one text per line, a folder of images, a table.
         overrides: keys of the run's configuration with other values, such as data.text_column=review.
         max_new_tokens: maximum length of a generated text.
     """
     config, _ = task_of(run, overrides)
-    task, model = _trained(run, config)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if not any(run.glob("*.safetensors")):
+        raise StateError(
+            f"{run} has not ended: finish it with lorasc-fx train {run}/config.toml --resume", code="stage-not-ended"
+        )
+    task = Task.read(replace(config, model=replace(config.model, path=str(run))), run / TASK)
+    model = task.model().to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if task.kind == "language":
         _generate(task, model, data, max_new_tokens)
     else:
         _classify(task, model, data)
     return 0
-
-
-def _trained(run: Path, config: Config) -> tuple[Task, nn.Module]:
-    """Return the task and the model of a run that has ended, with its folded weights."""
-    if not any(run.glob("*.safetensors")):
-        raise StateError(
-            f"{run} has not ended: finish it with lorasc-fx train {run}/config.toml --resume", code="stage-not-ended"
-        )
-    is_folder = config.model.name.startswith("hf:")
-    source = replace(config.model, name=f"hf:{run}" if is_folder else config.model.name, weights="")
-    task = Task.read(replace(config, model=source), run / TASK)
-    model = task.source.build(task.classes)
-    if not is_folder:
-        with reading(str(run)):
-            from safetensors.torch import load_file
-
-            model.load_state_dict(load_file(run / "model.safetensors"))
-    return task, model
 
 
 def _prompt(row: Mapping[str, Any], text_column: str, data: str) -> Any:
@@ -81,26 +62,17 @@ def _prompt(row: Mapping[str, Any], text_column: str, data: str) -> Any:
     raise SpecError(f"{data}: the columns are {', '.join(row)}; give messages, prompt or {text_column}")
 
 
-def _classify(task: Task, model: nn.Module, data: str) -> None:
-    """Print name, class and probability of each input, and the accuracy to standard error."""
-    table = read_examples(task.config.data, task.kind, data, labelled=False)
+def _classify(task: Task, model: Any, data: str) -> None:
+    """Print name, class and probability of each input."""
+    table = read_inputs(task.config.data, task.kind, data)
     names = [f"{data}:{number}" for number in range(1, len(table) + 1)]
     if task.kind == "image":
         stored = table.cast_column(INPUT, datasets.Image(decode=False))[INPUT]
         names = [each["path"] or name for each, name in zip(stored, names, strict=True)]
-    predicted = []
     for start in range(0, len(table), BATCH):
         batch = _on_device(task(table[start : start + BATCH][INPUT]), model)
-        for share in logits_of(model(**batch)).float().softmax(-1):
-            predicted.append(task.classes[int(share.argmax())])
-            print(f"{names[len(predicted) - 1]}\t{predicted[-1]}\t{share.max():.4f}")
-    if LABEL in table.column_names:
-        classes = getattr(table.features[LABEL], "names", None)
-        labels = [classes[label] if classes else str(label) for label in table[LABEL]]
-        right = [found == label for found, label in zip(predicted, labels, strict=True) if label in task.classes]
-        if right:
-            accuracy = sum(right) / len(right)
-            print(f"accuracy {accuracy:.3f}: {sum(right)} of {len(right)} labelled examples", file=sys.stderr)
+        for number, share in enumerate(model(**batch).logits.float().softmax(-1), start=start):
+            print(f"{names[number]}\t{task.classes[int(share.argmax())]}\t{share.max():.4f}")
 
 
 def _generate(task: Task, model: Any, data: str, max_new_tokens: int) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from tyro.conf import Positional
 
 import lorasc_fx as lx
 from lorasc_fx.cli.config import Config, ModelConfig
 from lorasc_fx.cli.task import Task
-from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import KINDS, CascadeSpec
 
 
@@ -21,30 +17,20 @@ def sites(
     exclude: tuple[str, ...] = (),
     train: tuple[str, ...] = (),
     rank: int = 8,
-    input: tuple[int, ...] = (),
 ) -> int:
     """List every weight matrix of a model: adapted, refused (with the reason), or not reached by the graph.
 
     Args:
-        model: hf:FOLDER, timm:NAME, or python:package.module:function.
+        model: folder of a model of transformers.
         targets: kinds of weights (linear, conv, ...) or globs on weight names.
         exclude: globs on names of weights that are never changed.
         train: globs on names of parameters that are trained in full.
         rank: rank of the branches.
-        input: shape of the input, such as --input 2 3 64 64. Required if the model does not specify it.
     """
     spec = CascadeSpec(targets=targets, exclude=exclude, train=train, rank=rank)
     task = Task(Config(model=ModelConfig(model)), {"classes": (), "chat": False})
-    built = task.source.build().eval()
-    call: dict[str, Any] = {"kwargs": task.example()} if task.processor is not None and not input else {}
-    if not call:
-        shape = input or (2, *getattr(built, "pretrained_cfg", {}).get("input_size", ()))
-        if len(shape) < 2 or min(shape) < 1:
-            raise SpecError(
-                f"the shape of the input of {model} is unknown or invalid; give one, such as --input 2 3 64 64"
-            )
-        call["args"] = (torch.rand(shape),)
-    cascade = lx.adapt(built, **call, spec=spec)
+    built = task.model().eval()
+    cascade = lx.adapt(built, kwargs=task.example(), spec=spec)
     for site in cascade.sites:
         print(f"{site.weight}\t{site.kind}\t{' × '.join(map(str, site.shape))}\trank {site.rank}\t{site.parameters:,}")
     for refusal in cascade.refusals:

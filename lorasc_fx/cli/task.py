@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike
@@ -12,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.image_utils import load_image
+from transformers.models.auto import modeling_auto
 
+from lorasc_fx.cli.classifier import freeze_batch_norms, mean_pooled, reading
 from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.data import INPUT, LABEL, load_splits
-from lorasc_fx.cli.models import ModelSource, reading
 from lorasc_fx.errors import SpecError
-from lorasc_fx.util.environment import module_of
 
 Batch = dict[str, Tensor]
 MAX_LENGTH = 1024
 """Maximum number of tokens if the configuration gives none."""
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Arguments of every `from_pretrained`: nothing is downloaded, and no code of a folder runs."""
 
 
 class Task:
@@ -30,21 +32,32 @@ class Task:
 
     Args:
         config: the configuration.
-        record: what `write` has stored in a run folder. By default it comes from the data and the model.
+        record: what `write` has stored in a run folder. By default it comes from the data.
 
     Attributes:
-        classes: names of the classes, in the order of the logits. Empty for a language model.
+        kind: `language` (a causal language model), `text` or `image` (classifiers).
+        processor: the tokenizer or image processor.
 
     Raises:
-        SpecError: the model is unknown or cannot be read.
+        SpecError: the folder of the model cannot be read.
     """
 
     def __init__(self, config: Config, record: Mapping[str, Any] | None = None) -> None:
         record = record or {}
-        self.config, self.source = config, ModelSource(config.model)
-        self.kind, self.processor = self.source.kind, self.source.processor
+        self.config, self.folder = config, config.model.path
         self._classes, self._chat = record.get("classes"), record.get("chat")
-        self._argument: str = record.get("argument", "pixel_values")
+        if not Path(self.folder, "config.json").is_file():
+            raise SpecError(
+                f"model.path is {self.folder!r}: there is no such folder with a config.json, and nothing is downloaded",
+                code="unreadable-file",
+            )
+        with reading(self.folder):
+            self._settings = transformers.AutoConfig.from_pretrained(self.folder, **_LOCAL)
+            self.kind = _kind_of(self._settings)
+            auto: Any = transformers.AutoImageProcessor if self.kind == "image" else transformers.AutoTokenizer
+            self.processor: Any = auto.from_pretrained(self.folder, **_LOCAL)
+        if self.kind != "image" and self.processor.pad_token is None:
+            self.processor.pad_token = self.processor.eos_token
 
     @classmethod
     def read(cls, config: Config, path: Path) -> Task:
@@ -53,9 +66,8 @@ class Task:
             return cls(config, json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
-        """Store what later commands need of the data and the model."""
-        record = {"classes": self.classes, "chat": self.chat, "argument": self._argument}
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        """Store what later commands need of the data."""
+        path.write_text(json.dumps({"classes": self.classes, "chat": self.chat}) + "\n", encoding="utf-8")
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -64,7 +76,7 @@ class Task:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names of the classes, in the order of the logits. Empty for a language model."""
         if self._classes is None:
             self._classes = () if self.kind == "language" else self.data["train"].features[LABEL].names
         return tuple(self._classes)
@@ -76,24 +88,40 @@ class Task:
             self._chat = self.kind == "language" and isinstance(self.data["train"][0].get("prompt"), list)
             if self._chat and self.processor.chat_template is None and not self.config.train.get("chat_template_path"):
                 raise SpecError(
-                    f"{self.config.data.name} has messages, but the tokenizer of {self.config.model.name} has no chat "
-                    "template; give train.chat_template_path, or a data set with columns prompt and completion",
+                    f"{self.config.data.path} has messages, but the tokenizer of {self.folder} has no chat template; "
+                    "give train.chat_template_path, or a data set with columns prompt and completion",
                     code="invalid-data",
                 )
         return bool(self._chat)
 
     def model(self) -> nn.Module:
-        """Build the model, with a new head for the classes."""
-        if self.source.library == "timm" and not self.config.model.weights:
-            print(
-                f"lorasc-fx: WARNING: {self.config.model.name} starts from RANDOM weights, because model.weights is "
-                "empty and nothing is downloaded; give model.weights=FILE.safetensors",
-                file=sys.stderr,
-            )
-        model = self.source.build(self.classes)
-        if self.source.library != "hf":
-            self._argument = next(iter(inspect.signature(model.forward).parameters))
-        return model
+        """Build the model, with a new head for the classes. Without classes it keeps the head that it has.
+
+        Raises:
+            SpecError: the model cannot be built.
+        """
+        chosen = self.config.model.dtype
+        options: dict[str, Any] = {
+            **_LOCAL, "use_safetensors": True, "dtype": chosen if chosen == "auto" else getattr(torch, chosen)
+        }  # fmt: skip
+        auto: Any = transformers.AutoModelForCausalLM
+        if self.kind != "language":
+            labels = dict(enumerate(self.classes))
+            if labels:
+                options |= {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+            options["ignore_mismatched_sizes"] = True
+            auto = transformers.AutoModelForSequenceClassification
+        if self.kind == "image":
+            auto = transformers.AutoModelForImageClassification
+        elif self.kind == "text" and not _classifies(self._settings):
+            self._settings.update({key: options.pop(key) for key in ("id2label", "label2id") if key in options})
+            auto, options["config"] = mean_pooled(self._settings), self._settings
+        with reading(self.folder):
+            model: Any = auto.from_pretrained(self.folder, **options)
+        if self.kind == "text" and model.config.pad_token_id is None:  # a causal model classifies the last token
+            model.config.pad_token_id = self.processor.pad_token_id
+        freeze_batch_norms(model)
+        return model  # type: ignore[no-any-return]  # transformers has no types
 
     def __call__(self, inputs: Sequence[Any]) -> Batch:
         """Convert inputs to arguments of the model, as in training.
@@ -107,23 +135,26 @@ class Task:
         """
         if isinstance(inputs, (str, PathLike)) or not len(inputs):
             raise SpecError(f"inputs are {inputs!r}; give a list of texts, or of images")
-        if self.kind == "language":
-            return self._tokens([self._prompt(each) for each in inputs], side="left")
-        return self._tokens(inputs) if self.kind == "text" else self._pixels(inputs)
+        if self.kind == "image":
+            with reading("image"):
+                return self._pixels([load_image(str(each) if isinstance(each, PathLike) else each) for each in inputs])
+        is_language = self.kind == "language"
+        encoded = self.processor(
+            [self._prompt(each) for each in inputs] if is_language else list(inputs), truncation=True,
+            max_length=self.max_length, padding=True, padding_side="left" if is_language else "right",
+            return_tensors="pt", add_special_tokens=not (is_language and self.chat),
+        )  # fmt: skip
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def collate(self, rows: Sequence[Mapping[str, object]]) -> Batch:
-        """Return the arguments of the model for rows of the data, and `labels` of a classifier's rows."""
-        if self.kind == "language":
-            return self._tokens([self._complete(row) for row in rows])
-        batch = self([row[INPUT] for row in rows])
-        return batch | ({"labels": torch.tensor([row[LABEL] for row in rows])} if LABEL in rows[0] else {})
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Return the arguments of a classifier for rows of the data, and `labels`."""
+        return self([row[INPUT] for row in rows]) | {"labels": torch.tensor([row[LABEL] for row in rows])}
 
     def example(self) -> Batch:
         """Return arguments of the model for two inputs, without the data."""
-        if self.kind != "image":
-            return self(["an example", "another example"])
-        transforms = module_of("vision", "torchvision.transforms.v2.functional")
-        return self([transforms.to_pil_image(torch.zeros(3, *[self.config.data.image_size] * 2))] * 2)
+        if self.kind == "image":
+            return self._pixels([torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()] * 2)
+        return self(["an example", "another example"])
 
     @property
     def max_length(self) -> int:
@@ -136,12 +167,8 @@ class Task:
             )
         return self.config.data.max_length or min(limit, MAX_LENGTH)
 
-    def _tokens(self, texts: Sequence[str], side: str = "right") -> Batch:
-        encoded = self.processor(
-            list(texts), truncation=True, max_length=self.max_length, padding=True, padding_side=side,
-            return_tensors="pt", add_special_tokens=not (self.kind == "language" and self.chat),
-        )  # fmt: skip
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    def _pixels(self, images: list[Any]) -> Batch:
+        return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
 
     def _prompt(self, prompt: object) -> str:
         """Return the text that a language model continues."""
@@ -153,27 +180,14 @@ class Task:
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
 
-    def _complete(self, row: Mapping[str, Any]) -> str:
-        """Return the text of an example of a language model, with its completion."""
-        if not self.chat:
-            return str(row["text"] if "text" in row else row["prompt"] + row["completion"])
-        text: str = self.processor.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
-        return text
 
-    def _pixels(self, images: Sequence[object]) -> Batch:
-        """Return images as [batch, 3, height, width]: by the model's processor, or resized and mapped to -1..1."""
-        opened = [_opened(image) for image in images]
-        if self.processor is not None:
-            return {"pixel_values": self.processor(opened, return_tensors="pt")["pixel_values"]}
-        transforms = module_of("vision", "torchvision.transforms.v2.functional")
-        size = [self.config.data.image_size] * 2
-        pixels = [transforms.pil_to_tensor(transforms.resize(image, size)) for image in opened]
-        return {self._argument: torch.stack(pixels) / 127.5 - 1}
+def _kind_of(settings: Any) -> str:
+    """Return what a model of transformers reads and predicts."""
+    if {*(settings.architectures or ())} & {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+        return "language"
+    return "image" if type(settings) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else "text"
 
 
-def _opened(image: Any) -> Any:
-    """Return an image of PIL in RGB."""
-    if isinstance(image, (str, PathLike)):
-        with reading(str(image)):
-            return module_of("vision", "torchvision.datasets.folder").default_loader(str(image))
-    return image.convert("RGB")
+def _classifies(settings: Any) -> bool:
+    """Whether the folder of a text model has a classifier, and not only an encoder."""
+    return any(name.endswith("ForSequenceClassification") for name in settings.architectures or ())

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from torch import nn
 from transformers import set_seed
 from tyro.conf import Positional
 
 import lorasc_fx as lx
-from lorasc_fx.cli.config import Config, load_config, write_config
-from lorasc_fx.cli.run_folder import CASCADE, CONFIG, TASK, check_folder
+from lorasc_fx.cli.config import Config, load_config, to_dict, write_config
 from lorasc_fx.cli.task import Task
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import SpecError, StateError
+
+CONFIG, TASK, CASCADE = "config.toml", "task.json", "cascade"
+"""Files of a run folder beside those of the Trainer: the model, `checkpoint-N`, and `all_results.json`."""
 
 
 def train(
@@ -34,7 +36,17 @@ def train(
     """
     settings = load_config(config, overrides)
     run = Path(settings.output)
-    check_folder(run, settings, resume=resume)
+    check_output(run, folder=True)
+    saved = any(run.glob("checkpoint-*"))
+    if resume and not saved:
+        raise StateError(f"{run} has no checkpoint to resume; remove --resume", code="no-checkpoint")
+    if not resume and (saved or (run / CASCADE).exists()):
+        raise StateError(
+            f"{run} already has a run. Give --resume to continue it, delete the folder, or give another output=FOLDER",
+            code="path-in-the-way",
+        )
+    if resume:
+        check_same(run, settings)
     task = Task(settings)
     arguments = arguments_of(settings, task)
     trainer, cascade, callback = trainer_of(task, arguments)
@@ -60,28 +72,43 @@ def train(
     return 0
 
 
-def open_run(run: Path, model: nn.Module | None = None, *, safe: bool = False) -> tuple[lx.Cascade, Task]:
-    """Build the model of a run again, and load its cascade.
-
-    Args:
-        run: the run folder.
-        model: the model that was adapted. By default it is built from the configuration of the run.
-        safe: whether to refuse to call a function that the configuration names.
+def check_output(path: Path, *, folder: bool) -> None:
+    """Check that a file or folder can be written, before the long work starts.
 
     Raises:
-        StateError: the folder has no run.
-        SpecError: the model would be built by a user's function, and `safe` is set.
+        SpecError: there is a folder instead of a file or the reverse.
+        OSError: it cannot be created or written.
     """
+    if path.exists() and path.is_dir() != folder:
+        kind, expected = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise SpecError(f"{path} is {kind}, but the output is {expected}; give another path", code="path-in-the-way")
+    within = path.absolute() if folder else path.absolute().parent
+    with tempfile.TemporaryFile(dir=next(place for place in (within, *within.parents) if place.exists())):
+        pass
+
+
+def check_same(run: Path, config: Config) -> None:
+    """Check that a folder has a run with the settings that are about to be trained.
+
+    Raises:
+        StateError: a setting differs.
+    """
+    old, new = (json.loads(json.dumps(to_dict(each))) for each in (load_config(run / CONFIG), config))
+    for table in ("model", "data", "stages", "train", "spec"):
+        for key in {**old[table], **new[table]}:
+            if (was := old[table].get(key)) != (wanted := new[table].get(key)):
+                raise StateError(
+                    f"{run} has a run with {table}.{key} = {was!r}, but now it is {wanted!r}. Resume with the same "
+                    "value, delete the folder, or give another output=FOLDER",
+                    code="spec-differs",
+                )
+
+
+def open_run(run: Path) -> tuple[lx.Cascade, Task]:
+    """Build the model of a run again, and load its cascade. Raises like `task_of`."""
     config, task = task_of(run)
-    if model is None and safe and config.model.name.startswith("python:"):
-        raise SpecError(
-            f"{run}: model.name is {config.model.name}. For safety, this function is not called here. Build the model "
-            f"yourself, after transformers.set_seed({config.train.get('seed', 0)}), and call "
-            "lorasc_fx.cli.load(folder, model)",
-            code="no-base",
-        )
     set_seed(config.train.get("seed", 0))
-    return lx.load(run / CASCADE, task.model() if model is None else model), task
+    return lx.load(run / CASCADE, task.model()), task
 
 
 def task_of(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, Task]:

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import lorasc_fx as lx
+from lorasc_fx.cli.classifier import reading
 from lorasc_fx.cli.config import Config, StagesConfig
-from lorasc_fx.cli.methods import METHODS
-from lorasc_fx.cli.models import reading
 from lorasc_fx.cli.task import Task
 from lorasc_fx.errors import SpecError, StateError, nearest
 from lorasc_fx.integrations.transformers import CascadeCallback
@@ -31,7 +30,7 @@ _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup
 
 
 class StagedTrainer(Trainer):  # type: ignore[misc]
-    """Trains the groups of a cascade with the learning rate of its stages, and evaluates all examples.
+    """Trains the groups of a cascade with the learning rate of its stages.
 
     Args:
         count: number of stages.
@@ -71,18 +70,9 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
             )  # fmt: skip
         return self.lr_scheduler
 
-    def _get_dataloader(self, *args: object, is_training: bool = False, **more: object) -> Any:
-        """Keep the last batch of evaluations, which `dataloader_drop_last` would drop too."""
-        drops = self.args.dataloader_drop_last
-        try:
-            self.args.dataloader_drop_last = drops and is_training
-            return super()._get_dataloader(*args, is_training=is_training, **more)
-        finally:
-            self.args.dataloader_drop_last = drops
-
 
 class ClassifierTrainer(StagedTrainer):
-    """Computes the cross-entropy and the accuracy of any model that returns logits, or an object with `.logits`."""
+    """Computes the cross-entropy and the accuracy of a classifier."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more, compute_metrics=_accuracy)
@@ -92,22 +82,9 @@ class ClassifierTrainer(StagedTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss, and the logits with `return_outputs`."""
-        labels = inputs["labels"]
-        logits = logits_of(model(**{name: value for name, value in inputs.items() if name != "labels"}))
-        loss = F.cross_entropy(logits, labels)
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        loss = F.cross_entropy(logits, inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
-
-
-def logits_of(output: object) -> torch.Tensor:
-    """Return the logits in a model's output, which is a tensor [batch, classes] or an object with a tensor `logits`."""
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise SpecError(
-            f"the model returns a {type(output).__name__}; it must return logits [batch, classes], or an object with "
-            "`.logits`",
-            code="wrong-function-result",
-        )
-    return logits
 
 
 def _accuracy(found: Any) -> dict[str, float]:
@@ -197,33 +174,29 @@ def arguments_of(config: Config, task: Task, **more: object) -> TrainingArgument
             raise SpecError(f"train.{name} is not a key of {arguments.__name__}{hint}", code="unknown-name")
         if hints[name] in (bool, int, float):
             decode(hints[name], value, ("train", name))
+    if config.train.get("dataloader_drop_last"):
+        raise SpecError("train.dataloader_drop_last would also drop examples from evaluations; remove it")
     with reading("[train]"):
         return arguments(**defaults | config.train | {"output_dir": config.output} | more)
 
 
-def trainer_of(
-    task: Task, arguments: TrainingArguments, method: str = "lorasc", *, saves: bool = True
-) -> tuple[Any, lx.Cascade, RunCallback]:
-    """Return a Trainer for a method of METHODS, its cascade, and its callback.
+def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) -> tuple[Any, lx.Cascade, RunCallback]:
+    """Return a Trainer, its cascade, and its callback.
 
     Args:
         task: the model and the data.
         arguments: the Trainer's arguments.
-        method: name of the method.
         saves: whether the end of a stage evaluates and saves, unless `[train]` has a strategy for it.
     """
-    config, data, row = task.config, task.data, METHODS[method]
+    config, data = task.config, task.data
     set_seed(arguments.seed)
     model = task.model().to(arguments.device).train()
-    rows = data["train"].select(range(min(arguments.per_device_train_batch_size, len(data["train"]))))
-    batch: dict[str, Any] = {
-        name: value.to(arguments.device) for name, value in task.collate(rows).items() if name != "labels"
-    }
+    batch: dict[str, Any] = {name: value.to(arguments.device) for name, value in task.example().items()}
     batch |= {"use_cache": False} if task.kind == "language" else {}
-    cascade = lx.adapt(model, kwargs=batch, spec=row.spec(config.spec, config.stages.count))
+    cascade = lx.adapt(model, kwargs=batch, spec=config.spec)
     evaluates = saves and "eval_strategy" not in config.train
     callback = RunCallback(cascade, evaluates=evaluates, saves=saves and "save_strategy" not in config.train)
-    count = config.stages.count if row.staged else 1
+    count = config.stages.count
     options: dict[str, Any] = {
         "model": cascade, "args": arguments, "count": count, "processing_class": task.processor,
         "stages": None if any(name in config.train for name in _SCHEDULE) else config.stages,
@@ -232,7 +205,7 @@ def trainer_of(
     }  # fmt: skip
     if task.kind != "language":
         return ClassifierTrainer(**options, data_collator=task.collate), cascade, callback
-    with reading(config.data.name):
+    with reading(config.data.path):
         trainer = _sft_trainer()(**options)
     if not arguments.packing:
         _check_dropped(len(data["train"]) - len(trainer.train_dataset), len(data["train"]), task.max_length)

@@ -18,36 +18,17 @@ from tests.kit import tiny
 
 logging.get_verbosity()  # makes its handler, which would otherwise write to the closed stream of the first test
 
-MODULE = """
-from datasets import Dataset
-from PIL import Image
-from sklearn.datasets import load_digits
-from torch import nn
-
-def build(classes: int = 10) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes),
-    )
-
-def digits():
-    found = load_digits()
-    images = [Image.fromarray((image * 15.9).astype("uint8")) for image in found.images[:300]]
-    return Dataset.from_dict({"image": images, "label": found.target[:300].tolist()})
-
-def boom():
-    raise ValueError("of the user")
-
-def nothing():
-    return None
-"""
-
 IMAGES = """
-model.name = "python:tiny_module:build"
-data = { name = "python:tiny_module:digits", train = 64, validation = 32, test = 100, image_size = 12 }
+model.path = "resnet"
+data = { path = "digits.parquet", train = 64, validation = 32, test = 100 }
 stages = { count = 3, warmup = 1 }
-spec = { targets = ["conv"], train = ["7.*"], rank = 2, noise = { strength = 0.1 } }
 compare = { seeds = [0, 1], lrs = [0.01], keep_weights = ["lorasc"] }
+
+[spec]
+targets = ["*embedder.conv*", "*.shortcut.conv*"]
+train = ["classifier.*"]
+rank = 2
+noise = { strength = 0.1 }
 
 [train]
 max_steps = 12
@@ -59,16 +40,16 @@ disable_tqdm = true
 """
 
 TEXTS = """
-model.name = "hf:bert"
-data = { name = "csv:said.csv", train = 40, validation = 8, test = 12 }
+model.path = "bert"
+data = { path = "said.csv", train = 40, validation = 8, test = 12 }
 stages = { count = 2, floor = 1.0 }
 spec = { targets = ["linear"], train = ["head.*"], pace = 1.0, rank = 4 }
 train = { max_steps = 60, per_device_train_batch_size = 8, learning_rate = 0.02, use_cpu = true, disable_tqdm = true }
 """
 
 LANGUAGE = """
-model.name = "hf:llama"
-data = { name = "json:chat.jsonl", test = 6 }
+model.path = "llama"
+data = { path = "chat.jsonl", test = 6 }
 stages = { count = 2, warmup = 1 }
 spec = { targets = ["linear"], pace = 1.0, rank = 8 }
 
@@ -90,21 +71,27 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return an empty working folder with `tiny_module.py` and `tiny.toml` in it."""
+    """Return a working folder with an image classifier in `resnet`, `digits.parquet`, and `tiny.toml`."""
     import datasets
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-    (tmp_path / "tiny_module.py").write_text(MODULE)
-    (tmp_path / "tiny.toml").write_text(IMAGES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    sys.modules.pop("tiny_module", None)
+    digits = load_digits()
+    images = [Image.fromarray((image * 15.9).astype("uint8")) for image in digits.images[:300]]
+    datasets.Dataset.from_dict({"image": images, "label": digits.target[:300].tolist()}).to_parquet("digits.parquet")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 6, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 5}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained("resnet")
+    ViTImageProcessor(size={"height": 12, "width": 12}).save_pretrained("resnet")
+    (tmp_path / "tiny.toml").write_text(IMAGES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(threads)
-    sys.modules.pop("tiny_module", None)
 
 
 @pytest.fixture

@@ -29,11 +29,11 @@ def test_a_model_learns_to_count(language: Path, capsys: Capture, kind: str) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = f"runs/{kind}"
-    assert main(["train", "language.toml", f"data.name=json:{kind}.jsonl", f"output={run}"]) == 0
+    assert main(["train", "language.toml", f"data.path={kind}.jsonl", f"output={run}"]) == 0
     assert "loss: validation 0." in capsys.readouterr().out
     Path("asked.txt").write_text("count from one\ncount from four\n")
-    assert answers(run, "text:asked.txt", capsys) == ["two three four five", "five six seven eight"]
-    assert answers(run, f"json:{kind}.jsonl", capsys)[1].startswith("three four" if kind != "plain" else "")
+    assert answers(run, "asked.txt", capsys) == ["two three four five", "five six seven eight"]
+    assert answers(run, f"{kind}.jsonl", capsys)[1].startswith("three four" if kind != "plain" else "")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run).eval(), AutoTokenizer.from_pretrained(run)
     cascade = load(run).eval()
     batch = cascade.preprocessing(["count from two", "from three"])
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_completion(language: Path, kind: str) -> None:
 
     row = json.loads(Path(f"{kind}.jsonl").read_text().splitlines()[0])
     Path("one.jsonl").write_text((json.dumps(row) + "\n") * 3)
-    sizes = ["data.name=json:one.jsonl", "data.train=1", "data.validation=1", "data.test=1"]
+    sizes = ["data.path=one.jsonl", "data.train=1", "data.validation=1", "data.test=1"]
     assert main(["train", "language.toml", *sizes, "train.learning_rate=1e-30", "train.max_steps=2"]) == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained("llama").eval(), AutoTokenizer.from_pretrained("llama")
     start, end = "count from one", "two three four five"
@@ -99,13 +99,13 @@ def test_files_of_a_language_model(language: Path) -> None:
 def test_mistakes_with_language_models(language: Path, fails: Callable[..., None], capsys: Capture) -> None:
     train = ["train", "language.toml"]
     Path("asked.jsonl").write_text('{"messages": [{"role": "user", "content": "count"}]}\n' * 9)
-    fails([*train, "data.name=json:asked.jsonl"], "example 1 does not end with a message of the role 'assistant'")
+    fails([*train, "data.path=asked.jsonl"], "example 1 does not end with a message of the role 'assistant'")
     Path("other.csv").write_text("question,answer\na,b\n")
-    fails([*train, "data.name=csv:other.csv"], "the columns are question, answer; a language model needs messages")
+    fails([*train, "data.path=other.csv"], "the columns are question, answer; a language model needs messages")
     fails([*train, "train.lerning_rate=3"], "train.lerning_rate is not a key of SFTConfig; nearest: 'learning_rate'")
     fails(["compare", "language.toml", "compare.methods=['lora']"], "the model is a language model")
     fails([*train, "data.max_length=6"], "have no completion within 6 tokens (data.max_length); give")
     shutil.copytree("llama", "plain")
     Path("plain/chat_template.jinja").unlink()
-    fails([*train, "model.name=hf:plain"], "the tokenizer of hf:plain has no chat template")
-    assert main([*train, "data.name=json:pairs.jsonl", "data.max_length=4", "train.max_steps=2", "output=cut"]) == 0
+    fails([*train, "model.path=plain"], "the tokenizer of plain has no chat template")
+    assert main([*train, "data.path=pairs.jsonl", "data.max_length=4", "train.max_steps=2", "output=cut"]) == 0

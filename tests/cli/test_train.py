@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def build() -> Any:
-    return sys.modules["tiny_module"].build()
+    """Return the base of a run with the seed 0, with a head of 10 classes."""
+    from transformers import AutoModelForImageClassification, set_seed
+
+    set_seed(0)
+    labels = {number: str(number) for number in range(10)}
+    more: dict[str, Any] = {"ignore_mismatched_sizes": True, "label2id": {name: n for n, name in labels.items()}}
+    return AutoModelForImageClassification.from_pretrained("resnet", id2label=labels, **more)
 
 
 def test_a_run_and_its_folder(place: Path, capsys: Capture, fails: Callable[..., None]) -> None:
@@ -59,14 +64,15 @@ def test_a_run_and_its_folder(place: Path, capsys: Capture, fails: Callable[...,
     assert " test 0." in said.splitlines()[-1]
     assert sorted(losses("runs/tiny")) == [*range(1, 13)]
     assert [line["step"] for line in history("runs/tiny") if "eval_accuracy" in line] == [4, 8, 12]  # ends of stages
-    model = build().eval()
-    model.load_state_dict(weights("runs/tiny"), strict=True)
-    fresh = build().state_dict()
-    assert torch.equal(model[1].running_mean, fresh["1.running_mean"])  # batch norms stay in eval mode
-    task = load("runs/tiny", build_base()).preprocessing
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained("runs/tiny").eval()
+    moving = "resnet.embedder.embedder.normalization.running_mean"
+    assert torch.equal(weights("runs/tiny")[moving], build().state_dict()[moving])  # batch norms stay in eval mode
+    task = load("runs/tiny").preprocessing
     batch = task.collate(task.data["test"])
     with torch.no_grad():
-        logits = model(batch["input"])
+        logits = model(batch["pixel_values"]).logits
     accuracy = (logits.argmax(1) == batch["labels"]).double().mean().item()
     assert results("runs/tiny")["test_accuracy"] == pytest.approx(accuracy)
     assert results("runs/tiny")["test_loss"] == pytest.approx(F.cross_entropy(logits, batch["labels"]).item(), rel=1e-5)
@@ -76,14 +82,6 @@ def test_a_run_and_its_folder(place: Path, capsys: Capture, fails: Callable[...,
     assert main(["train", "tiny.toml", "spec.rank=3", "output=second"]) == 0
     assert losses("second") == losses("runs/tiny")
     assert same(weights("second"), weights("runs/tiny"))
-
-
-def build_base() -> Any:
-    """Return the base of a run with the seed 0."""
-    from transformers import set_seed
-
-    set_seed(0)
-    return build()
 
 
 @pytest.mark.parametrize("stop", [3, 4])
@@ -104,7 +102,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(
         assert main(["train", "tiny.toml", "output=parts"]) == 130
     again = f"Stopped after step {stop}; continue with: lorasc-fx train parts/config.toml --resume"
     assert again in capsys.readouterr().out
-    assert main(["predict", "parts", "imagefolder:images"]) == 2
+    assert main(["predict", "parts", "images"]) == 2
     assert "parts has not ended" in capsys.readouterr().err
     assert main(["train", "parts/config.toml", "--resume"]) == 0
     assert losses("parts") == losses("whole")
@@ -118,15 +116,11 @@ def test_a_diverged_run_gives_back_ctrl_c(place: Path, fails: Callable[..., None
 
 
 def test_options_of_the_trainer(place: Path) -> None:
-    """Accumulated batches give the steps of a whole batch; drop_last keeps all evaluated examples; its own schedule."""
+    """Accumulated batches give the steps of a whole batch; the Trainer's own schedule."""
     assert main(["train", "tiny.toml"]) == 0
     halves = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"]
     assert main(["train", "tiny.toml", "output=halves", *halves]) == 0
     assert [*losses("halves").values()] == pytest.approx([*losses("runs/tiny").values()], rel=1e-5)
-    last = ["train.dataloader_drop_last=true", "train.per_device_eval_batch_size=30"]
-    assert main(["train", "tiny.toml", "output=last", *last]) == 0
-    for name in ("test_loss", "test_accuracy", "validation_accuracy"):
-        assert results("last")[name] == pytest.approx(results("runs/tiny")[name])
     assert main(["train", "tiny.toml", "output=linear", "train.lr_scheduler_type='linear'", "train.optim='sgd'"]) == 0
     rates = [line["learning_rate"] for line in history("linear") if "learning_rate" in line]
     assert rates == pytest.approx([0.01 * (1 - step / 12) for step in range(12)])
