@@ -63,12 +63,10 @@ class Rival:
         self.loss().backward()
 
 
-def adapted(
-    work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], base: Any = "memory", **options: Any
-) -> lx.Cascade:
+def adapted(work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], **options: Any) -> lx.Cascade:
     """Return the model adapted by lorasc-fx. `options` are fields of the spec."""
     spec = lx.CascadeSpec(**{"targets": work.targets, "rank": RANK, "lora_alpha": float(RANK), **options})
-    return lx.adapt(model, kwargs=dict(batch), spec=spec, base=base)
+    return lx.adapt(model, kwargs=dict(batch), spec=spec)
 
 
 def wrapped(work: Work, model: nn.Module, **options: Any) -> Any:
@@ -100,11 +98,11 @@ def _folded(work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> 
     return cascade.release().requires_grad_(False)
 
 
-def make(name: str, work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor], base: Any = "memory") -> Rival:
+def make(name: str, work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Rival:
     """Return the variant of this name, which takes the model over."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: model.requires_grad_(False),
-        "ours": lambda: adapted(work, model, batch, base),
+        "ours": lambda: adapted(work, model, batch),
         "peft": lambda: wrapped(work, model),
         "full": lambda: model.requires_grad_(True),
         "folded": lambda: _folded(work, model, batch),

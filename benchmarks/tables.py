@@ -140,7 +140,7 @@ def kernels(work: Work, rounds: int) -> Rows:
     "MiB that autograd keeps between forward and backward, without parameters and buffers; two columns have adapter"
     " dropout. *Peak* is that of a process that trains only this model, with interpreter and libraries (on a GPU:"
     " memory that torch allocates). lorasc-fx copies W0 when the first stage ends, so *ours* is measured in the second"
-    " stage. *base=FOLDER* is lorasc-fx with W0 in files, whose mapped pages count.",
+    " stage.",
     devices=("cpu", "cuda"),
 )
 def memory(work: Work, rounds: int) -> Rows:
@@ -150,37 +150,31 @@ def memory(work: Work, rounds: int) -> Rows:
     row = {name: _mib(saved_bytes(rival.loss, rival.model)) for name, rival in rivals.items()}
     del rivals
     found: dict[str, int] = {}
-    for name in ("frozen", "full", "peft", "ours", "ours, base=FOLDER"):
+    for name in ("frozen", "full", "peft", "ours"):
         found |= _in_child("peaks", work.name, name)
     yield {"model": work.title, **row, **{f"peak: {name}": _mib(size) for name, size in found.items()}}
 
 
 def peaks(name: str, variant: str) -> dict[str, int]:
     """Return the peak bytes of three steps of a variant; of ours, in the first stage and in the second."""
-    from safetensors.torch import save_model
-
     work = by_name(name)
     model, batch, found = work.build(), work.batch(), dict[str, int]()
     on_gpu = _device(model) == "cuda"
-    with tempfile.TemporaryDirectory() as folder:
-        kind, _, in_files = variant.partition(", ")
-        if in_files:
-            save_model(model, f"{folder}/model.safetensors")
-        rival = make(kind, work, model, batch, folder if in_files else "memory")
+    rival = make(variant, work, model, batch)
 
-        def peak() -> int:
-            torch.cuda.reset_peak_memory_stats() if on_gpu else reset_peak_memory()
-            for _ in range(3):
-                rival.prepare()
-                rival.step()
-            return torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    def peak() -> int:
+        torch.cuda.reset_peak_memory_stats() if on_gpu else reset_peak_memory()
+        for _ in range(3):
+            rival.prepare()
+            rival.step()
+        return torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
 
-        found[variant] = peak()
-        if isinstance(rival.model, lx.Cascade):
-            first = found.pop(variant)
-            rival.model.zero_grad(set_to_none=True)
-            rival.model.transition(None)
-            found = {variant: peak(), **({} if in_files else {"ours, first stage": first})}
+    found[variant] = peak()
+    if isinstance(rival.model, lx.Cascade):
+        first = found.pop(variant)
+        rival.model.zero_grad(set_to_none=True)
+        rival.model.transition(None)
+        found = {variant: peak(), "ours, first stage": first}
     return found
 
 

@@ -14,7 +14,6 @@ from lorasc_fx import plan as plan
 from lorasc_fx import schedules as schedules
 from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.merge import from_peft, merge
-from lorasc_fx.adapt.start import materialize
 from lorasc_fx.bank import AdapterBank
 from lorasc_fx.branch import register_branch
 from lorasc_fx.checkpoint.saved import save
@@ -63,7 +62,6 @@ __all__ = [
     "from_peft",
     "integrations",
     "load",
-    "materialize",
     "merge",
     "parallel",
     "passes",

@@ -117,7 +117,7 @@ class Cascade(SavedCascade):
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trainable parameters of model and branches. `print(cascade)` shows more details."""
-        run_of(self).check_alive("print_trainable_parameters", on_meta=True)
+        run_of(self).check_alive("print_trainable_parameters")
         trainable = run_of(self).trained_entries
         total = sum(parameter.numel() for parameter in self.parameters())
         share = 100 * trainable / max(total, 1)
@@ -149,7 +149,7 @@ class Cascade(SavedCascade):
             StateError: the cascade was released.
             MissingExtra: timm is not installed.
         """
-        run_of(self).check_alive("group_matcher", on_meta=True)
+        run_of(self).check_alive("group_matcher")
         model: Any = self.model
         if hasattr(model, "group_matcher"):
             matcher = model.group_matcher(coarse)
@@ -170,7 +170,7 @@ class Cascade(SavedCascade):
         Raises:
             StateError: the cascade was released.
         """
-        run_of(self).check_alive("no_weight_decay", on_meta=True)
+        run_of(self).check_alive("no_weight_decay")
         patterns: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
         names = {f"model.{name}": name for name, _ in self.model.named_parameters()} | self._weight_names()
         return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in patterns)}

@@ -327,7 +327,7 @@ class ShardSpec:
         # The axis of the mesh over which the tensor is sharded: the second one for HSDP.
         mesh_axis = next((index for index, placement in enumerate(tensor.placements) if hasattr(placement, "dim")), 0)
         handle = mesh.get_group(mesh_axis)
-        group = ProcessGroup.of(handle) if tensor.is_meta else ProcessGroup(handle, tensor.device)
+        group = ProcessGroup(handle, tensor.device)
         if axis is None:
             return cls(0, tensor.shape[0], tensor.shape[0], group, 0)
         total = tensor.shape[axis]

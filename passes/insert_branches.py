@@ -145,7 +145,7 @@ def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     if names:
         names |= dict.fromkeys(plan.spec.noise.on_others(_without_branch(graph, plan)))
     parameters = {name: named.parameters[name] for name in names}
-    slow = slow.with_weights(parameters, plan, {name: value.detach() for name, value in parameters.items()})
+    slow = slow.with_weights(parameters, plan, "device")
     # Initialize the factors of the new branches.
     slow, factors = slow.begin_stage(plan, {weight: branches[weight] for weight in added})
     with torch.no_grad():

@@ -23,6 +23,7 @@ from lorasc_fx.peft.spec_from_peft import is_config, spec_of
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import LIBRARIES, quantized_in
 from lorasc_fx.spec import CascadeSpec
+from lorasc_fx.state import BaseMemory
 from lorasc_fx.util.undo import AllOrNothing
 
 __all__ = ["adapt", "load"]
@@ -37,13 +38,12 @@ def adapt(
     *,
     spec: CascadeSpec | object = None,
     frontend: str = "auto",
-    base: str | PathLike[str] = "memory",
+    base: BaseMemory = "memory",
 ) -> Cascade:
     """Add low-rank branches to a model and train them in stages, without changing its source code.
 
     Args:
-        model: an nn.Module, a GraphModule or an ExportedProgram. A model on the meta device is adapted without
-            allocating memory. The cascade can only show its plan until `materialize` loads the values.
+        model: an nn.Module, a GraphModule or an ExportedProgram, with all its values.
         args, kwargs: example inputs. Their types matter, their sizes do not. The model runs on them a few times, and is
             compared with its graph. These runs have no side effects.
         spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
@@ -57,9 +57,6 @@ def adapt(
             - `pinned`: like `memory`, but in page-locked memory, from which copies to an accelerator are faster.
             - `device`: a copy on the device of the weight, made just before it is first written. Transitions and
               `weights` then copy nothing from the host.
-            - a path: a safetensors file, or a folder with `model.safetensors` or its shards. The file is memory-mapped.
-              It must contain the values of the model, and must not change.
-            - `file`: like a path, with the folder from which transformers has loaded the model.
 
     Returns:
         The cascade. The model's parameters have the values of the start of stage 1 (with noise, if any). They are
@@ -68,11 +65,9 @@ def adapt(
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
         SpecError: the spec leaves no weight to adapt, is not a CascadeSpec, or unties a parameter that has no tie; or
-            `base="file"`, and the model was not loaded from a folder.
-        CheckpointError: the file at the path `base` has other values for an adapted weight. The model is left
-            unchanged.
-        StateError: the model is already adapted.
-        CaptureError: the model raises on the inputs, or no front end works.
+            `base` is unknown, or is `pinned` on a machine without an accelerator.
+        StateError: the model is already adapted, or its parameters are already sharded.
+        CaptureError: the model has tensors on the meta device, or raises on the inputs, or no front end works.
     """
     if (from_peft := is_config(spec)) or spec is None:
         plan = Plan(CascadeSpec())
@@ -86,7 +81,7 @@ def adapt(
     opened = open_model(model)
     if from_peft:
         plan = Plan(spec_of(spec, opened))
-    check_new(opened, on_meta=True)
+    check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
         cascade = Setup.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
         _log_too_large_ranks(cascade.plan)
@@ -101,7 +96,7 @@ def load(
     args: Sequence[object] = (),
     kwargs: Mapping[str, object] | None = None,
     *,
-    base: str | PathLike[str] = "memory",
+    base: BaseMemory = "memory",
 ) -> Cascade:
     """Load the newest checkpoint of a folder into a base model, and return the cascade at that point of the run.
 
@@ -116,14 +111,12 @@ def load(
     Args:
         folder: a folder written by `lorasc_fx.save`, or a checkpoint that was read from one. For the folder of a run of
             `lorasc-fx train`, use `lorasc_fx.cli.load`.
-        model, args, kwargs, base: as for `adapt`. The model must have the weights that were adapted, or be on the meta
-            device and get them by `materialize`. Parameters that are trained in full, such as a new head, may have any
-            values, because they are overwritten by the checkpoint.
+        model, args, kwargs, base: as for `adapt`. The model must have the weights that were adapted. Parameters that
+            are trained in full, such as a new head, may have any values, because the checkpoint overwrites them.
 
     Raises:
         CheckpointError: the folder has no checkpoint, the checkpoint is damaged, or the base model differs. The model
             is left unchanged.
-        SpecError: `base="file"`, and the model was not loaded from a folder.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else read(folder)
     if checkpoint.frontend not in ("auto", *FRONTENDS):
@@ -133,7 +126,7 @@ def load(
             code="unknown-name",
         )
     opened = open_model(model)
-    check_new(opened, on_meta=True)
+    check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
         inputs = (args, kwargs)
         start = Setup.of(opened, checkpoint.plan, checkpoint.frontend, inputs, base, undo, checkpoint, loads=True)
@@ -153,9 +146,8 @@ def load(
             raise CheckpointError(
                 f"{checkpoint.path}: its plan does not fit this model: {fault}", code="sites-differ"
             ) from fault
-        if start.meta is None:
-            load_into(cascade, checkpoint, undo)
-            check_loaded(cascade, checkpoint.path)
+        load_into(cascade, checkpoint, undo)
+        check_loaded(cascade, checkpoint.path)
         return cascade
 
 

@@ -30,7 +30,7 @@ from lorasc_fx.peft.adapter_reader import Adapter, read_adapter, spec_of
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import dense
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Expert, History, Part, SlowWeights, StageEnd, WeightState, summing
+from lorasc_fx.state import BaseMemory, Expert, History, Part, SlowWeights, StageEnd, WeightState, summing
 from lorasc_fx.util.decode import is_number
 from lorasc_fx.util.fingerprint import fingerprints
 from lorasc_fx.util.undo import AllOrNothing, Undo
@@ -167,7 +167,7 @@ def merge(
     kwargs: Mapping[str, object] | None = None,
     *,
     weights: Sequence[float] | None = None,
-    base: str | PathLike[str] = "memory",
+    base: BaseMemory = "memory",
 ) -> Cascade:
     """Return a cascade for the weighted sum of several runs on one base model: `W = W0 + sum_i w_i S_i`.
 
@@ -281,7 +281,7 @@ def from_peft(
     *,
     spec: CascadeSpec | None = None,
     frontend: str = "auto",
-    base: str | PathLike[str] = "memory",
+    base: BaseMemory = "memory",
 ) -> Cascade:
     """Adapt a model that already has a LoRA adapter trained by peft. The adapter becomes the first expert.
 

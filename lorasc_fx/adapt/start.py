@@ -1,43 +1,29 @@
-"""Start a cascade. These steps are common to `adapt`, `load`, `merge` and `materialize`."""
+"""Start a cascade. These steps are common to `adapt`, `load` and `merge`."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 from weakref import WeakSet, ref
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade import Flags, Graphs, graphs_of, replace_run, run_of, watch_model
+from lorasc_fx.cascade import Flags, Graphs, graphs_of, run_of, watch_model
 from lorasc_fx.cascade.guards import Joined
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import MetaModel
-from lorasc_fx.check.isolation import device_of, is_on_meta, written_by
-from lorasc_fx.checkpoint.base import (
-    MEMORIES,
-    BaseFile,
-    DeferredValues,
-    check_attributes,
-    groups_of,
-    open_base,
-    with_values,
-)
-from lorasc_fx.checkpoint.reader import Checkpoint, check_base
-from lorasc_fx.checkpoint.saved import load_into
+from lorasc_fx.check.isolation import written_by
+from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.compile import Compiler
-from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named, path_of
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade, cascade_class
 from lorasc_fx.graph import matches, named_weights, shared_memory, trained_by
 from lorasc_fx.graph.patterns import check_patterns, rules_of
@@ -45,10 +31,9 @@ from lorasc_fx.graph.weights import Memory, Weights
 from lorasc_fx.parameters import exchange, holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import wrap_layers
-from lorasc_fx.shards import local_like
 from lorasc_fx.signature import Calls, bind_inputs, signature_of
 from lorasc_fx.state import BaseMemory
-from lorasc_fx.util.undo import PROCESS, AllOrNothing, Undo
+from lorasc_fx.util.undo import PROCESS, Undo
 
 log = logging.getLogger("lorasc_fx")
 
@@ -65,14 +50,12 @@ class Setup:
         plan: an empty plan with a spec, or a saved plan.
         frontend: name of a front end, or `auto`.
         args, kwargs: example inputs.
-        source: the file that stores W0, or None to store it in memory.
-        memory: kind of memory for W0, if there is no file.
+        memory: kind of memory for W0.
         joined: the places whose parameters were tied, see `settle_ties`.
         loads: whether values of a checkpoint or of a sum are loaded afterwards. Inputs may then be left out, and the
             first call captures the graph.
         written: names of the parameters that forward writes into, from a checkpoint. They are used until a capture
             finds these parameters.
-        meta: state of a model on the meta device that `materialize` needs.
     """
 
     model: nn.Module
@@ -80,12 +63,10 @@ class Setup:
     frontend: str
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] | None = None
-    source: BaseFile | None = None
     memory: BaseMemory = "memory"
     joined: Joined = ()
     loads: bool = False
     written: Collection[str] = ()
-    meta: MetaModel | None = None
 
     @classmethod
     def of(
@@ -94,38 +75,40 @@ class Setup:
         plan: Plan,
         frontend: str,
         inputs: tuple[Sequence[object], Mapping[str, object] | None],
-        base: str | PathLike[str],
+        base: object,
         undo: Undo,
         checkpoint: Checkpoint | None = None,
         loads: bool = False,
     ) -> Self:
-        """Prepare the layers, ties and W0 of a model, which must have passed `check_new`.
+        """Prepare the layers and ties of a model, which must have passed `check_new`.
 
         Args:
             model, plan, frontend, loads: see `Setup`.
             inputs: args and kwargs.
             base: the argument of `adapt`.
             checkpoint: the checkpoint to load, if any.
+
+        Raises:
+            SpecError: `base` is unknown, or is `pinned` on a machine without an accelerator.
         """
-        meta = MetaModel(base, groups_of(model), checkpoint) if is_on_meta(model) else None
-        if meta is not None:
-            check_attributes(model)
+        memory: BaseMemory | None = next((name for name in get_args(BaseMemory) if name == base), None)
+        if memory is None:
+            raise SpecError(f"base is {base!r}. Give 'memory', 'pinned' or 'device'")
+        if memory == "pinned" and not torch.accelerator.is_available():
+            raise SpecError(
+                "base='pinned' needs an accelerator, and this machine has none. Pinned memory only makes copies to an "
+                "accelerator faster: give base='memory'"
+            )
         wrap_layers(model, undo)
         if not loads:
             weights = named_weights(model)
             check_patterns(plan.spec, weights.matrices, weights.names)
-        source = open_base(base, model) if meta is None else None
         joined = settle_ties(model, plan.spec.untie, undo, strict=not loads)
         written = checkpoint.written if checkpoint is not None else ()
-        memory: BaseMemory = next((name for name in MEMORIES if name == base), "memory")
-        return cls(model, plan, frontend, *inputs, source, memory, joined, loads, written, meta)
+        return cls(model, plan, frontend, *inputs, memory, joined, loads, written)
 
-    def cascade(self, undo: Undo, into: Cascade | None = None) -> Cascade:
-        """Capture a graph for the example inputs, start the run, and return the cascade.
-
-        Args:
-            into: a cascade that gets a new run, instead of a new cascade.
-        """
+    def cascade(self, undo: Undo) -> Cascade:
+        """Capture a graph for the example inputs, start the run, and return the cascade."""
         model, plan, weights = self.model, self.plan, named_weights(self.model)
         no_inputs = self.loads and not self.args and self.kwargs is None
         bound = None if no_inputs else bind_inputs(model, self.args, self.kwargs if self.kwargs is not None else {})
@@ -150,20 +133,9 @@ class Setup:
             example = (tuple(self.args), dict(self.kwargs or {}))
         # Start the run.
         written = partial(written_by, model, frozenset(self.written).intersection(weights.parameters))
-        run = Run(
-            model,
-            decided,
-            self.frontend,
-            base_file=self.source,
-            memory=self.memory,
-            meta=self.meta,
-            written=written,
-        )
+        run = Run(model, decided, self.frontend, memory=self.memory, written=written)
         graphs = Graphs(run, compiler, decided, example)
-        if into is None:
-            cascade = cascade_class(model, compiler.calls.signature)(run, graphs, flags, self.joined)
-        else:
-            replace_run(cascade := into, run, graphs, undo)
+        cascade = cascade_class(model, compiler.calls.signature)(run, graphs, flags, self.joined)
         watch_model(cascade, undo)
         run.begin(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
         for parameter in weights.parameters.values():
@@ -236,11 +208,10 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights:
         )
 
 
-def check_new(model: nn.Module, on_meta: bool = False, in_bank: bool = False) -> None:
+def check_new(model: nn.Module, in_bank: bool = False) -> None:
     """Check that a model can be adapted: it must not be adapted, sharded, offloaded, or without values.
 
     Args:
-        on_meta: whether it may be on the meta device.
         in_bank: whether it may be in use by a bank.
 
     Raises:
@@ -267,16 +238,16 @@ def check_new(model: nn.Module, on_meta: bool = False, in_bank: bool = False) ->
                 f"{name} has no shape yet, because its module is lazy. Call the model once before adapt.",
                 code="meta-model",
             )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta and not on_meta:
+        if tensor.is_meta:
             raise CaptureError(
-                f"{name} is on the meta device and has no values. Load the weights of the model first.",
+                f"{name} is on the meta device and has no values. Load the weights of the model before adapt.",
                 code="meta-model",
             )
+    for name, parameter in model.named_parameters():
         if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
             raise StateError(
                 f"{name} is already sharded (by FSDP, tensor parallelism or DeepSpeed ZeRO-3). Adapt the unsharded "
-                "model, which may be on the meta device, and then call lorasc_fx.parallel.fsdp.shard on the cascade.",
+                "model first, and then call lorasc_fx.parallel.fsdp.shard on the cascade.",
                 code="sharded",
             )
         if parameter.is_inference():
@@ -442,124 +413,3 @@ def is_served(parameter: nn.Parameter) -> bool:
     """Whether a bank that still exists and was not released uses the parameter."""
     served = _SERVED.get(parameter)
     return served is not None and bool(served.banks)
-
-
-def materialize(
-    cascade: Cascade,
-    files: str | PathLike[str],
-    *,
-    device: torch.device | str | None = None,
-    buffers: Mapping[str, torch.Tensor] | None = None,
-) -> Cascade:
-    """Load the values of a model that was adapted on the meta device, one tensor at a time.
-
-    Afterwards the model runs on the example inputs. Branches, noise and placements are the same as if the values had
-    been loaded before `adapt`. Values are cast to the model's dtypes. A cascade from `lorasc_fx.load` continues from
-    its checkpoint. After an error, the cascade is unchanged.
-
-    If `parallel.fsdp.shard` has sharded the cascade, every rank must call this function, and gets its local shards. A
-    rank reads its part of each tensor. For fingerprints, it also reads some of the full tensors, block by block. The
-    model does not run, because its graph was captured from shapes.
-
-    Args:
-        cascade: the cascade of a model with parameters on the meta device.
-        files: a safetensors file, or a folder with `model.safetensors`, or with its shards and their index. They must
-            contain all parameters and persistent buffers of the model, and nothing else. Tied parameters are stored
-            under one of their names. All names may have an additional prefix, or lack a common one.
-        device: device of the model. The default is the device of the example inputs, or of the shards. The inputs are
-            moved to it. Inputs on the meta device are replaced by ones.
-        buffers: values of buffers that the files do not contain, such as tables of rotary positions, by name.
-
-    Returns:
-        The cascade itself.
-
-    Raises:
-        CheckpointError: the files lack a tensor, contain an unknown one or a wrong shape, or cannot be read; a site has
-            another dtype in them, with `base="file"` in `adapt`; or they are not the base of the checkpoint.
-        SpecError: `device` is unknown or is not the device of the shards, or `buffers` has a wrong name or shape.
-        CaptureError: the model raises on the example inputs, or its graph computes something else than the model.
-        StateError: the model already has values; or another rank has failed, or reads different files.
-    """
-    run = run_of(cascade)
-    meta = run.meta
-    if meta is None:
-        raise StateError(
-            "materialize: the model already has its values. Use materialize only for a model that was adapted on the "
-            "meta device.",
-            code="not-available",
-        )
-    path, model = path_of(files), cascade.model
-    args, kwargs = graphs_of(cascade).example or ((), None)
-    if run.is_sharded:
-        target = torch.device(run.slow.group.device)
-        if device is not None and _device(device).type != target.type:
-            raise SpecError(f"materialize: device={device!r}, but the shards are on {target}. Leave device out.")
-    else:
-        target = _device(device) if device is not None else device_of(args, kwargs or {})
-
-    def real(leaf: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(leaf, device=target) if leaf.is_meta else leaf.to(target)
-
-    args, kwargs = pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
-    with torch.inference_mode(False), AllOrNothing() as undo:
-        if run.is_sharded:
-            _into_shards(cascade, path, target, buffers or {}, undo)
-        else:
-            # Load the values, and start a new run of the cascade, as `adapt` or `load` would have done.
-            DeferredValues(model, path, meta.groups, buffers or {}).put(target, undo)
-            checkpoint = meta.checkpoint
-            source = open_base(path if meta.base == "file" else meta.base, model)
-            start = Setup(model, Plan(run.plan.spec), run.frontend, args, kwargs, source, run.memory)
-            if checkpoint is not None:
-                check_base(checkpoint, named_weights(model).parameters)
-                start = replace(start, plan=checkpoint.plan, loads=True, written=checkpoint.written)
-            start.cascade(undo, into=cascade)
-        if meta.checkpoint is not None:
-            load_into(cascade, meta.checkpoint, undo)
-            check_loaded(cascade, meta.checkpoint.path)
-        graphs_of(cascade).example = (args, kwargs) if kwargs is not None else None
-        return cascade
-
-
-def _into_shards(
-    cascade: Cascade, path: Path, device: torch.device, buffers: Mapping[str, torch.Tensor], undo: Undo
-) -> None:
-    """Load the local shards of this rank, and start the run on them."""
-    run, model, meta, group = run_of(cascade), cascade.model, run_of(cascade).meta, run_of(cascade).slow.group
-    assert meta is not None
-    # Each rank fingerprints some of the full tensors, and all ranks exchange the results.
-    with group.agreed("materialize"):
-        values = DeferredValues(model, path, meta.groups, buffers)
-        names = {id(value): name for name, value in run.parameters_by_name().items()}
-        digests = values.fingerprints(names, group.rank, group.size)
-    sizes = {f"file {file.name}": f"{file.stat().st_size} bytes" for file in values.files}
-    group.check_equal("materialize", sizes)
-    fingerprints: dict[str, str] = {}
-    for text in group.gather_text(json.dumps(digests), "materialize"):
-        fingerprints |= json.loads(text)
-    with group.agreed("materialize"):
-        if meta.checkpoint is not None:
-            check_base(meta.checkpoint, run.parameters_by_name(), fingerprints)
-        values.put(device, undo)
-        # Initialize the branches: every rank computes the full initial values, and keeps its slice.
-        spec, stage = run.plan.spec, run.plan.stage
-        new = {}
-        for site in run.plan.sites:
-            initial = site.options.method.initial_values(site, spec.seed, stage)
-            for name, parameter in cascade.branches[site.key].named_parameters(recurse=False):
-                new[id(parameter)] = with_values(parameter, local_like(initial[name], parameter), device)
-        exchange(cascade.branches, lambda holder: new.get(id(holder.value)), undo)
-        source = open_base(path if meta.base == "file" else meta.base, model)
-    run.begin_sharded(source, fingerprints, undo, empty=meta.checkpoint is not None)
-
-
-def _device(requested: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(requested)
-    except (RuntimeError, TypeError) as fault:
-        raise SpecError(
-            f"materialize: device={requested!r} is not a device of torch. Use for example 'cpu' or 'cuda:0'."
-        ) from fault
-    if device.type == "meta":
-        raise SpecError("materialize: the meta device holds no values. Use for example device='cpu' or 'cuda:0'.")
-    return device

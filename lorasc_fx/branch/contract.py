@@ -570,8 +570,8 @@ class Branch(nn.Module, abc.ABC):
         return [value for name, value in self.named_parameters() if tuple(value.shape) != shapes[name]]
 
     def finite(self) -> bool:
-        """Whether no entry of the parameters on this rank is inf or nan. True on the meta device."""
-        return all(value.is_meta or bool(torch.isfinite(local(value)).all()) for value in self.parameters())
+        """Whether no entry of the parameters on this rank is inf or nan."""
+        return all(bool(torch.isfinite(local(value)).all()) for value in self.parameters())
 
     def shard_axes(self, weight: torch.Tensor, parts: int, resized: bool) -> dict[str, int]:
         """Return the axes along which FSDP shards parameters, by name, if they differ from axis 0.

@@ -659,8 +659,6 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
             code="wrong-function-result",
         )
     value = weight() if branch.uses_weight else None
-    if any(tensor.is_meta for tensor in (*branch.parameters(), *([] if value is None else [value]))):
-        return  # nothing can be computed yet
     # The other parameters may have any values, so the delta must be zero with other ones too.
     other = copy.deepcopy(branch)
     with torch.no_grad():

@@ -77,7 +77,7 @@ def capture(
     something else in the other gradient mode, the graph is valid for the current mode only.
 
     Args:
-        model: a GraphModule is not traced. A model on the meta device, or sharded, is captured on fake tensors.
+        model: a GraphModule is not traced. A sharded model is captured on fake tensors.
         args, kwargs: example inputs in canonical form (`bind_inputs`).
         frontend: `export` for a graph of torch.export, `eager` for no graph, or `auto` for the first one that works.
         dynamic: axes to make dynamic. All other sizes are constants of the graph.
@@ -119,7 +119,7 @@ class _Example:
     """The call to capture: the arguments of `capture`, and the observations of the preflight run.
 
     Args:
-        on_values: False if the model runs on fake tensors, because it is on the meta device or sharded.
+        on_values: False if the model runs on fake tensors, because it is sharded.
     """
 
     model: nn.Module
@@ -154,10 +154,7 @@ class _Example:
             log.info("%s runs eagerly", name)
             return Captured(None, EAGER, refused=tuple(reasons.items()))
         if frontend != EXPORT.name:
-            reasons[EAGER.name] = (
-                "the model must run, and has no values here (it is on the meta device, or sharded). Load its weights "
-                "before adapt"
-            )
+            reasons[EAGER.name] = "the model must run, and has no values here, because it is sharded"
         raise not_captured(self.model, reasons) from fault
 
     def _exported(self) -> Captured:

@@ -1,6 +1,6 @@
 """The cascade: the adapted model as an nn.Module, its slow weights and its stages. `compile` makes its graphs."""
 
-from lorasc_fx.cascade.cascade import CascadeModule, flags_of, graphs_of, replace_run, run_of, watch_model
+from lorasc_fx.cascade.cascade import CascadeModule, flags_of, graphs_of, run_of, watch_model
 from lorasc_fx.cascade.graphs import Graphs
 from lorasc_fx.cascade.guards import Flags
 from lorasc_fx.cascade.transition import Stage
@@ -12,7 +12,6 @@ __all__ = [
     "Stage",
     "flags_of",
     "graphs_of",
-    "replace_run",
     "run_of",
     "watch_model",
 ]

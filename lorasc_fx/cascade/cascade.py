@@ -42,10 +42,6 @@ class CascadeModule(nn.Module):
     def __init__(self, run: Run, graphs: Graphs, flags: Flags, joined: Joined = ()) -> None:
         super().__init__()
         self.model, self._flags = run.model, flags
-        self._begin(run, graphs, joined)
-
-    def _begin(self, run: Run, graphs: Graphs, joined: Joined) -> None:
-        """Set the run, its branches and its graphs. `replace_run` does so again, with another run of the model."""
         self._modules["branches"] = run.branches
         self.training = run.model.training
         self._run, self._graphs, self._joined, self._usage = run, graphs, joined, UsageWatch()
@@ -204,7 +200,7 @@ class CascadeModule(nn.Module):
         Raises:
             StateError: after `release`, before the first call, or if the model runs eagerly.
         """
-        self._run.check_alive("graph_module", on_meta=True)
+        self._run.check_alive("graph_module")
         return self._graphs.unbroken_graph()
 
     def draw(self, sites: Sequence[str] = (), radius: int = 2) -> str:
@@ -224,7 +220,7 @@ class CascadeModule(nn.Module):
             SpecError: `radius` is not a count.
             StateError: after `release`, or if the first graph has none of these branches.
         """
-        self._run.check_alive("draw", on_meta=True)
+        self._run.check_alive("draw")
         return self._graphs.compiler.draw(self._graphs.first("draw"), self.plan, sites, radius)
 
     def __str__(self) -> str:
@@ -246,7 +242,7 @@ class CascadeModule(nn.Module):
             options: more options for every group, such as `weight_decay`.
 
         Raises:
-            StateError: after `release`, or while the model is on the meta device.
+            StateError: after `release`.
         """
         return self._run.param_groups(lr, options)
 
@@ -456,7 +452,7 @@ class CascadeModule(nn.Module):
 
         The module of an exported program has one fixed mode and keeps it.
         """
-        self._run.check_alive("train", on_meta=True)
+        self._run.check_alive("train")
         self.training = self.branches.train(mode).training
         if "train" not in vars(self.model):  # torch.export replaces `train` of its modules by a function that raises
             self.model.train(mode)
@@ -496,13 +492,6 @@ def graphs_of(cascade: CascadeModule) -> Graphs:
 def flags_of(cascade: CascadeModule) -> Flags:
     """Return the flags that the user's model had before `adapt`."""
     return cascade._flags
-
-
-def replace_run(cascade: CascadeModule, run: Run, graphs: Graphs, undo: Undo) -> None:
-    """Replace the run of a cascade by a new run of the same model, whose parameters have got their values."""
-    undo(partial(vars(cascade).update, dict(vars(cascade))))
-    undo(partial(cascade._modules.update, cascade._modules.copy()))
-    cascade._begin(run, graphs, ())
 
 
 def watch_model(cascade: CascadeModule, undo: Undo) -> None:

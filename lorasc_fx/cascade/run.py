@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade.run_base import BaseValues, Planned, RunBase, write_planned
+from lorasc_fx.cascade.run_base import Planned, RunBase, write_planned
 from lorasc_fx.cascade.training import check_holds, check_rates, groups
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.plan import Reason
@@ -20,7 +19,6 @@ from lorasc_fx.quantized import quantized_in
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights
-from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.torch_private import current_backward
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
@@ -45,8 +43,7 @@ class Run(RunBase):
             empty: whether slow state and branches are loaded next. Then branches need no initial values.
         """
         self.slow = self.slow.with_trained(trained, rules or {})
-        if self.meta is None:
-            self.register_sites(undo, empty)
+        self.register_sites(undo, empty)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
         """Add the sites, refusals and branches of a new graph. With `undo` this is part of a larger transaction."""
@@ -86,7 +83,7 @@ class Run(RunBase):
         undo(self.pending.restorer())
         unsaved = self.has_unsaved_training
         self.note_finite()
-        if not self._buffers:  # on the meta device the first call finds no values
+        if not self._buffers:
             self.note_buffers()
         # Step 1: find the new weights: sites, and with noise.where="all" the other matrices as well.
         parameters, noise = self.parameters_by_name(), self.plan.spec.noise
@@ -101,8 +98,7 @@ class Run(RunBase):
         self._check_quantized(new)
         self._warn_of_hooks(started)
         # Step 3: compute the state of the stage, then write it.
-        mapped = self.base_file.mapped(new) if self.base_file is not None else {}
-        slow, branches = self.slow.with_weights(new, self.plan, mapped, self.memory), self.branches_by_weight()
+        slow, branches = self.slow.with_weights(new, self.plan, self.memory), self.branches_by_weight()
         starting = {name: branches[name] for name in started if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
         written = started if (noise.is_on or factors) and not slow.idle else {}
@@ -150,7 +146,7 @@ class Run(RunBase):
     def __setstate__(self, state: dict[str, object]) -> None:
         """Set the state of a deep copy. Its watches start empty, so they are armed for the copied parameters."""
         vars(self).update(state)
-        if self.meta is None and not self.released:
+        if not self.released:
             self._watch()
 
     def commit(self, planned: Planned, undo: Undo | None = None) -> None:
@@ -162,8 +158,8 @@ class Run(RunBase):
             write_planned(self, planned, block)
 
     def detach(self) -> None:
-        """End the run: remove all hooks, and drop the reference to base files."""
-        self.released, self.base_file = True, None
+        """End the run: remove all hooks."""
+        self.released = True
         self.pending.disarm()
 
     def take_shards(self, slow: SlowWeights) -> None:
@@ -174,25 +170,6 @@ class Run(RunBase):
         self.slow = slow
         self.pending.disarm()
         self.note_weights()
-
-    def begin_sharded(
-        self, base_file: BaseValues | None, fingerprints: Mapping[str, str], undo: Undo, empty: bool
-    ) -> None:
-        """Start a run on sharded parameters that were on the meta device and have values now; otherwise as `begin`.
-
-        Args:
-            base_file: the files with W0, if W0 is not kept in memory.
-            fingerprints: fingerprints of the full parameters, by name.
-            empty: as for `begin`.
-        """
-        undo(self.restorer())
-        rules = {name: state.rule for name, state in self.slow.trained.items() if state.rule is not None}
-        trained = self.present(self.slow.trained)
-        self.meta, self.base_file, self.digests = None, base_file, dict(fingerprints)
-        self.slow = replace(self.slow, states={}).with_trained(trained, rules)
-        self.register_sites(undo, empty)
-        parameters = self.parameters_by_name()
-        self._frozen = checksums({name: value for name, value in parameters.items() if name not in self.slow.states})
 
     def param_groups(self, lr: float, options: Mapping[str, object]) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer; see `Cascade.param_groups`."""
@@ -231,18 +208,12 @@ class Run(RunBase):
             # The wrapper has broadcast the parameters of rank 0, but not its W0, so compare the runs.
             ProcessGroup.of(group).check_equal("DistributedDataParallel", self.facts(self._checksums))
 
-    def check_alive(self, call: str, *, on_meta: bool = False) -> None:
-        """Raise StateError after `release`, and while the model is on the meta device unless `on_meta` allows it."""
+    def check_alive(self, call: str) -> None:
+        """Raise StateError after `release`."""
         if self.released:
             raise StateError(
                 f"{call}: this cascade was released. Call lorasc_fx.adapt(model, ...) to train its model further",
                 code="released",
-            )
-        if self.meta is not None and not on_meta:
-            raise StateError(
-                f"{call}: the model is on the meta device and has no values. Call "
-                "lorasc_fx.materialize(cascade, folder) first, with the folder of its safetensors files",
-                code="meta-model",
             )
 
     def check_copy(self) -> None:
@@ -275,7 +246,6 @@ class Run(RunBase):
         *,
         sharded: bool = False,
         ends_stage: bool = False,
-        on_meta: bool = False,
         keeps: bool = False,
     ) -> None:
         """Raise StateError if the call is not allowed now: after `release`, inside `weights` or inside a backward.
@@ -283,10 +253,9 @@ class Run(RunBase):
         Args:
             sharded: whether the call supports sharded weights.
             ends_stage: whether it ends the running stage. Then no gradient may be pending.
-            on_meta: whether it supports a model on the meta device.
             keeps: whether it saves or folds the training of the running stage, which is then not lost with the cascade.
         """
-        self.check_alive(call, on_meta=on_meta)
+        self.check_alive(call)
         if self.is_sharded and not sharded:
             raise StateError(
                 f"{call}: not supported for sharded weights. They support transition, stages, rewind, weights, "
@@ -304,8 +273,6 @@ class Run(RunBase):
                 f"{call}: called inside a backward, which still needs the weights. Call it after the backward",
                 code="inside-backward",
             )
-        if self.base_file is not None:
-            self.base_file.check(call)
         self.check_weights(call)
         waiting = self.pending.waiting(self.trainable()) if ends_stage else []
         if self.slow.group.any(bool(waiting)):
@@ -325,7 +292,7 @@ class Run(RunBase):
 
         False if the weights are sharded, because the answer would need communication.
         """
-        if self.released or self.placed is not None or self.is_sharded or self.meta is not None:
+        if self.released or self.placed is not None or self.is_sharded:
             return False
         if self.exchanged():  # torch.func.functional_call runs the model with other tensors
             return False
@@ -337,7 +304,7 @@ class Run(RunBase):
 
         Reads counters and flags only. None if nothing is lost, because the model has the slow weights.
         """
-        if self.released or self.meta is not None:
+        if self.released:
             return None
         losses = [f"the training of stage {self.plan.stage} is lost"] if self.has_unsaved_training else []
         if self.is_noisy:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ def _described(value: Any) -> Description:
             raise TypeError("only dense real tensors can be described")
         result: Description = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if not value.is_floating_point():
-            result["fill"] = int(value.max()) if value.numel() and not value.is_meta else 0
+            result["fill"] = int(value.max()) if value.numel() else 0
         return result
     if type(value) in (list, tuple):
         return {type(value).__name__: [_described(part) for part in value]}
@@ -98,31 +98,6 @@ def _built(description: Any, source: torch.Generator | None, device: torch.devic
     return {"tuple": tuple, "list": list}[kind](_built(part, source, device) for part in parts)
 
 
-class BaseValues(Protocol):
-    """Files with the values of W0, if it is not kept in memory. Implemented by `checkpoint.base.BaseFile`."""
-
-    def mapped(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return W0 of these parameters as memory-mapped tensors, by name."""
-
-    def check(self, call: str) -> None:
-        """Raise StateError if a file was changed since it was opened."""
-
-
-@dataclass(frozen=True)
-class MetaModel:
-    """Data for `materialize`, kept while the model of a cascade is on the meta device.
-
-    Args:
-        base: the argument `base` of `adapt`.
-        groups: all names of each tensor of the model, before any was untied.
-        checkpoint: the checkpoint to load after the values, if the cascade was loaded from one.
-    """
-
-    base: Any
-    groups: tuple[tuple[str, ...], ...]
-    checkpoint: Any = None
-
-
 class RunBase:
     """The user's model, the branches, the plan of the running stage, and the slow weights.
 
@@ -130,9 +105,7 @@ class RunBase:
         model: the user's model.
         decided: the plan of the running stage, the branches, and the weights without a branch.
         frontend: the requested front end.
-        base_file: the files with W0, if W0 is not kept in memory.
-        memory: the kind of memory for W0 otherwise.
-        meta: data for `materialize`, while the model is on the meta device.
+        memory: the kind of memory for W0.
         written: returns the names of the parameters that forward itself writes.
     """
 
@@ -142,9 +115,7 @@ class RunBase:
         decided: Decided,
         frontend: str,
         *,
-        base_file: BaseValues | None = None,
         memory: BaseMemory = "memory",
-        meta: MetaModel | None = None,
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.model, self.frontend = model, frontend
@@ -159,7 +130,7 @@ class RunBase:
         self.placed: str | int | None = None  # inside `weights(...)`: the view or the stage that is in place
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # checksums of the weights that `weights` has put in place
-        self.base_file, self.memory, self.meta, self.written = base_file, memory, meta, written
+        self.memory, self.written = memory, written
         self.grouped = False  # whether param_groups was called, so that an optimizer has the current branches
         self.looped = False  # whether stages was called
         self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
@@ -455,16 +426,16 @@ def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         name: local(buffer)
         for name, buffer in model.named_buffers()
         if buffer.is_floating_point() and buffer.dtype.itemsize > 1 and buffer.layout is torch.strided
-        if not (buffer.is_meta or buffer.is_nested)
+        if not buffer.is_nested
     }
 
 
 def _state_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the checksums of dense tensors that have values. They do not depend on the device."""
+    """Return the checksums of dense tensors. They do not depend on the device."""
     dense = {
         name: local(value.detach())
         for name, value in tensors.items()
-        if not (value.is_meta or value.is_nested) and value.layout is torch.strided
+        if not value.is_nested and value.layout is torch.strided
     }
     return checksums({name: value.cpu() for name, value in dense.items()})
 

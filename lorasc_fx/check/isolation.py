@@ -2,8 +2,8 @@
 
 Restored are buffers, parameters that forward writes into, and attributes that its Python code sets.
 
-A model on the meta device, or a sharded one, has no values to compute with. It runs on fake tensors, which have a
-shape, a dtype and the device of the inputs, but no memory. It can be run and traced as usual, except that code that
+A sharded model has no full weights to compute with. It runs on fake tensors, which have a shape, a dtype and the device
+of the inputs, but no memory. It can be run and traced as usual, except that code that
 reads a value (`.item()`) raises.
 """
 
@@ -122,7 +122,7 @@ class Attributes:
             (tensor, tensor._version, tensor.detach().clone(), tensor.grad_fn is not None)
             for _, tensor in attribute_tensors(model, holders)
             if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-            if not (tensor.is_inference() or tensor.is_meta or tensor.is_nested)
+            if not (tensor.is_inference() or tensor.is_nested)
         ]
         return cls([(holder, holder.contents()) for holder in holders if holder.restored], tensors)
 
@@ -176,7 +176,7 @@ def detached_in_place(tensor: torch.Tensor) -> torch.Tensor:
 def _same_bits(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether two tensors of one shape have the same bits, nan included. False if their bits cannot be read."""
     plain = type(tensor) is torch.Tensor and not tensor.is_quantized and tensor.layout is torch.strided
-    if not plain or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
+    if not plain or tensor.is_conj() or tensor.is_neg():
         return False
     return torch.equal(tensor.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
 
@@ -352,46 +352,35 @@ def isolated_model(undo: Block, model: nn.Module) -> None:
     undo.enter(restored_values(model))
 
 
-def is_on_meta(model: nn.Module) -> bool:
-    """Whether a parameter or buffer of the model is on the meta device."""
-    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-
-
-def device_of(args: Any, kwargs: Mapping[str, Any]) -> torch.device:
-    """Return the device of the first input tensor outside the meta device, or the CPU if there is none."""
-    tensors = (leaf for leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor) and not leaf.is_meta)
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
 def has_values(model: nn.Module) -> bool:
-    """Whether the model can compute values: no tensor is on the meta device, and no parameter is sharded."""
-    return not is_on_meta(model) and not any(hasattr(parameter, "to_local") for parameter in model.parameters())
+    """Whether the model can compute values, because no parameter is sharded."""
+    return not any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 @isolated
 def with_fake_tensors(
     undo: Block, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Context manager: replace the tensors of a model without values by fake ones, and return fake inputs.
+    """Context manager: replace the tensors of a sharded model by fake full tensors, and return fake inputs.
 
-    The fake tensors of a sharded model have the shapes of the full tensors. If the model has values, nothing is
-    replaced, and the inputs are returned.
+    If the model is not sharded, nothing is replaced, and the inputs are returned.
     """
     if has_values(model):
         return args, dict(kwargs)
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415 - it imports sympy
 
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
-    device = device_of(args, kwargs)
+    tensors = (leaf for leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def fake(value: torch.Tensor) -> torch.Tensor:
         with mode:
             empty = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
             return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
-    tensors = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    fakes = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
     inputs, named = pytree.tree_map_only(torch.Tensor, fake, (args, dict(kwargs)))
-    undo.enter(substituted(model, tensors))
+    undo.enter(substituted(model, fakes))
     return inputs, named
 
 

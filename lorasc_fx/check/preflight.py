@@ -31,7 +31,6 @@ from lorasc_fx.check.process_state import eager, quiet, seed
 from lorasc_fx.errors import CaptureError
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.environment import OUT_OF_MEMORY
-from lorasc_fx.util.torch_private import FakeTensor
 from lorasc_fx.util.undo import Block, isolated
 
 
@@ -158,11 +157,9 @@ def run_preflight(
     except Exception as fault:
         if not has_run:  # the first run has stopped early, and may have missed parameters that forward writes into
             WRITTEN.pop(model, None)
-        without_values = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
-        advice = ", or load its weights before adapt, because a model on the meta device cannot read values"
         raise CaptureError(
             f"{type(model).__name__} itself raises on the example inputs: {one_line(fault)}. "
-            f"Pass args and kwargs with which the model runs{advice if without_values else ''}",
+            f"Pass args and kwargs with which the model runs",
             code="model-refuses-inputs",
         ) from fault
 

@@ -184,8 +184,7 @@ def check_base(
 ) -> None:
     """Check that a model has the parameters of a checkpoint's base.
 
-    Parameters trained in full may have other values, because the checkpoint contains their W0. For tensors on the meta
-    device only the names are compared.
+    Parameters trained in full may have other values, because the checkpoint contains their W0.
 
     Args:
         parameters: parameters of the model, by name.
@@ -204,8 +203,7 @@ def check_base(
             replaced[name] = value
     if digests is None:
         to_compare = {name: value for name, value in parameters.items() if name in base and name not in replaced}
-        digests = {name: base[name] for name, value in to_compare.items() if value.is_meta}
-        digests |= fingerprints({name: value for name, value in to_compare.items() if not value.is_meta})
+        digests = fingerprints(to_compare)
     digests = {**digests, **fingerprints(replaced)}
     check_digests(f"{checkpoint.path}: this is", base, digests, parameters, {*checkpoint.written, *written}, advice)
 

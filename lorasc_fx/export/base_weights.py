@@ -6,16 +6,21 @@ The dtype of the file may be narrower than the dtype that the model was adapted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
-from lorasc_fx.checkpoint.base import headers, keys_of, mapped_tensors
+from lorasc_fx.checkpoint.files import refusing
 from lorasc_fx.checkpoint.reader import Change, FoldedWeights
 from lorasc_fx.errors import CheckpointError, nearest
 from lorasc_fx.util.fingerprint import fingerprint
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _WIDER = {
     torch.bfloat16: (torch.float32, torch.float64),
@@ -25,10 +30,66 @@ _WIDER = {
 """Dtypes that represent every value of a narrower dtype. A model loaded in them has exactly the values of the file."""
 
 
+def shards_of(path: Path) -> list[Path]:
+    """Return the safetensors files at a path: the file itself, or the files in a folder that transformers wrote.
+
+    Raises:
+        CheckpointError: there is no safetensors file, or the index is damaged.
+    """
+    if path.is_file() and path.suffix != ".json":
+        return [path]
+    index = path if path.is_file() else path / INDEX
+    if not index.is_file():
+        if (path / SINGLE).is_file():
+            return [path / SINGLE]
+        raise CheckpointError(
+            f"base: {path} is not a safetensors file, nor a folder with {SINGLE} or {INDEX}", code="no-base"
+        )
+    with refusing(
+        f"base: {index}", "give a safetensors file, or a folder that transformers wrote", code="unreadable-file"
+    ):
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if any(Path(name).name != name or name in ("", "..") for name in names):
+            raise ValueError("lists files outside its folder")
+    return [index.parent / name for name in names]
+
+
 def mapped(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file by key, memory-mapped."""
-    keys = list(headers([path]))
-    return dict(zip(keys, mapped_tensors(path, keys), strict=True))
+    # safetensors raises RuntimeError for a dtype that torch lacks.
+    with (
+        refusing(f"base: {path}", "give complete safetensors files", code="unreadable-file", also=(RuntimeError,)),
+        safe_open(path, framework="pt") as handle,
+    ):
+        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
+
+
+def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
+    """Match names of a model with the keys of its files. Names without a key are left out.
+
+    A name that is a key matches it. For the other names, one prefix is added or removed, the same for all. It is the
+    prefix that matches most of them. Names that are keys come last in the result.
+    """
+    names, available = set(names), set(keys)
+    missing = names - available
+    counts: Counter[tuple[str, str]] = Counter()
+    for key in available:
+        counts.update((prefix, "") for prefix, suffix in _cuts(key) if suffix in missing)
+    for name in missing:
+        counts.update(("", prefix) for prefix, suffix in _cuts(name) if suffix in available)
+    keys_by_name = {}
+    if counts:
+        added, removed = min(counts, key=lambda prefixes: (-counts[prefixes], sum(map(len, prefixes)), prefixes))
+        renamed = {name: added + name.removeprefix(removed) for name in missing if name.startswith(removed)}
+        keys_by_name = {name: key for name, key in renamed.items() if key in available}
+    return keys_by_name | {name: name for name in names & available}
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the name split into two parts, after each of its dots."""
+    for end, letter in enumerate(name, start=1):
+        if letter == ".":
+            yield name[:end], name[end:]
 
 
 def matched(
@@ -47,7 +108,7 @@ def matched(
     Raises:
         CheckpointError: the files are from another base, or lack a changed weight.
     """
-    keys = list(headers(files))
+    keys = [key for path in files for key in mapped(path)]
     all_names = {*weights.base, *weights.aliases, *weights.buffers}
     names = {key: weights.aliases.get(name, (name,))[0] for name, key in keys_of(all_names, keys).items()}
     changes, matched_names = dict[str, Change](), set[str]()

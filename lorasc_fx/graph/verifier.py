@@ -364,9 +364,7 @@ def _weights_are_unchanged(subject: Subject) -> Iterator[str]:
 
 
 def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, stage: int) -> bool:
-    """Whether a parameter has the value with which the stage starts. True on the meta device."""
-    if parameter.is_meta:
-        return True
+    """Whether a parameter has the value with which the stage starts."""
     if (same := same_quantized(parameter, state.base)) is not None:
         return same
     # If the start is W0 itself, the parameter usually shares its memory: avoid computing and comparing a copy.

@@ -119,11 +119,11 @@ class Memory:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Memory | None:
-        """Return the location of a tensor, or None for a meta, quantized, sparse, fake or empty one."""
+        """Return the location of a tensor, or None for a quantized, sparse, fake or empty one."""
         bare = local(tensor.detach())
         if is_traceable_wrapper_subclass(bare) or isinstance(bare, FakeTensor):
             return None
-        if bare.layout is not torch.strided or bare.is_meta or not bare.numel():
+        if bare.layout is not torch.strided or not bare.numel():
             return None
         return cls(bare.device, bare.dtype, tuple(bare.shape), bare.stride(), bare.data_ptr())
 

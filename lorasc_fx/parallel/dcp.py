@@ -104,8 +104,7 @@ def load(
     """Restore a cascade from a checkpoint of torch.distributed.checkpoint, like `lorasc_fx.load`.
 
     The checkpoint may have been written by any number of ranks. Each rank that loads it gets the full, unsharded
-    cascade, except W0 if the model is on the meta device. Then call `lorasc_fx.parallel.fsdp.shard`, and
-    `cascade.resume` to restore the optimizer.
+    cascade. Then call `lorasc_fx.parallel.fsdp.shard`, and `cascade.resume` to restore the optimizer.
 
     Args:
         reader: a storage reader of torch.distributed.checkpoint. `FileSystemReader` unpickles the metadata, which can

@@ -53,11 +53,8 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     Pass each rank its part of the batch; gradients are averaged. Inside `weights(...)` blocks, call the cascade, not
     the model. A call with a new input signature captures another graph, which must not adapt a new weight.
 
-    A model on the meta device is sharded without values. Then call `lorasc_fx.materialize`, which reads the shard of
-    each rank from the base model.
-
     Args:
-        cascade: the cascade. Its parameters are on the device of this process, or on the meta device.
+        cascade: the cascade. Its parameters are on the device of this process.
         mesh: a mesh with one axis over the ranks that share the weights (default: all ranks), or with two axes for
             replicas and shards (HSDP).
 
@@ -70,35 +67,33 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
             but other processes may have continued.
     """
     run = run_of(cascade)
-    with run.exclusive("shard", sharded=True, on_meta=True), AllOrNothing() as undo:
+    with run.exclusive("shard", sharded=True), AllOrNothing() as undo:
         ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
         with ranks.agreed("shard"):
             units = _units(cascade)
             graphs = _check(cascade, mesh, units)
             axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
-            weights = run.fingerprints() if run.meta is None else {}  # needs the full weights
+            weights = run.fingerprints()  # needs the full weights
         with ranks.agreed("shard"):
             ranks.check_equal("shard", run.facts(weights))
         if mesh is None:
             kind = next(iter(cascade.model.parameters())).device.type
-            kind = torch.device(ProcessGroup.of().device).type if kind == "meta" else kind
             mesh = init_device_mesh(kind, (dist.get_world_size(),))
         ranks = replace(ranks, replicas=ranks.size // mesh.size(mesh.ndim - 1))
         undo(run.restorer())
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
         shards = _fully_sharded(cascade, units, axes, mesh, undo)
         specs = {name: ShardSpec.of(parameter) for name, parameter in run.parameters_by_name().items()}
-        run.take_shards(run.slow.to_shard(specs, ranks, run.base_file is not None))
+        run.take_shards(run.slow.to_shard(specs, ranks))
         run.note_frozen()
         # Write weights that differ from W0 again, as a transition does, because products of shards round differently.
-        if run.meta is None:
-            noisy, states = run.plan.spec.noise.is_on, run.slow.states
-            moved = {
-                name: parameter
-                for name, parameter in run.weights_by_name().items()
-                if noisy or states[name].changed or states[name].initial is not None
-            }
-            run.commit(Planned(run.plan, run.slow, moved), undo)
+        noisy, states = run.plan.spec.noise.is_on, run.slow.states
+        moved = {
+            name: parameter
+            for name, parameter in run.weights_by_name().items()
+            if noisy or states[name].changed or states[name].initial is not None
+        }
+        run.commit(Planned(run.plan, run.slow, moved), undo)
 
         def refit() -> None:
             if isinstance(run.plan.spec.rank, tuple):
@@ -240,12 +235,6 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
             problem = "is a DTensor already" if is_dtensor else problem
             raise StateError(
                 f"shard: {name} {problem}, but FSDP shards the first axis of plain tensors", code="sharded"
-            )
-        if parameter.is_meta == (run.meta is None):
-            raise StateError(
-                f"shard: {name} has values, but other parameters are on the meta device. Create either all parameters "
-                "there or none",
-                code="meta-model",
             )
         if parameter.grad is not None:
             raise StateError(

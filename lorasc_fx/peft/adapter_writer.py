@@ -24,7 +24,6 @@ from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import stand_ins
 from lorasc_fx.cascade.weights import check_view
-from lorasc_fx.checkpoint.base import name_or_path
 from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
@@ -382,7 +381,8 @@ def _name_of(model: nn.Module) -> str | None:
             return f"hf-hub:{config.get('hf_hub_id')}"
         tag = config.get("tag")
         return f"{config.get('architecture')}.{tag}" if tag else config.get("architecture")
-    return name_or_path(model)
+    named = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return named if isinstance(named, str) and named else None
 
 
 def _task_of(model: nn.Module) -> str | None:

@@ -447,15 +447,9 @@ class SlowWeights:
         """Names of the quantized weights. Their parameters cannot hold a delta, so their branches compute it."""
         return tuple(quantized_in({name: state.base for name, state in self.states.items() if not state.full}))
 
-    def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup, mapped: bool = False) -> SlowWeights:
-        """Return the state for this rank's shards.
-
-        Args:
-            specs: the slice of each weight on this rank, by name.
-            group: the process group of the shards.
-            mapped: whether W0 is memory-mapped from files. Then its slices are views of the files.
-        """
-        states = {name: state.to_shard(specs[name], mapped) for name, state in self.states.items()}
+    def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup) -> SlowWeights:
+        """Return the state for this rank's shards. `specs` has the slice of each weight on this rank, by name."""
+        states = {name: state.to_shard(specs[name]) for name, state in self.states.items()}
         return replace(self, states=states, group=group)
 
     def without_base(self) -> SlowWeights:
@@ -464,25 +458,20 @@ class SlowWeights:
         return replace(self, states=states)
 
     def with_weights(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        plan: Plan,
-        mapped: Mapping[str, torch.Tensor] | None = None,
-        memory: BaseMemory = "memory",
+        self, parameters: Mapping[str, nn.Parameter], plan: Plan, memory: BaseMemory = "memory"
     ) -> SlowWeights:
         """Return a state with new weights, whose current values become W0. Known weights keep their state.
 
         Args:
             parameters: parameters of the model, by name. Of a DTensor, the local shard becomes W0.
             plan: plan of the running stage. It says which weights are stacked or transposed.
-            mapped: W0 of some weights as memory-mapped tensors, equal to the current values, by name.
-            memory: the kind of memory for W0 of all other weights.
+            memory: the kind of memory for W0.
         """
-        sites, mapped = plan.by_weight, mapped or {}
+        sites = plan.by_weight
         new = {
             name: WeightState(
                 name,
-                mapped[name] if name in mapped else base_of(value, memory),
+                base_of(value, memory),
                 stacked=name in sites and sites[name].experts is not None,
                 transposed=name in sites and sites[name].layout == "in_out",
                 shard=shard_of(value),
@@ -660,9 +649,9 @@ class Part:
 def host(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of the local tensor in host memory.
 
-    A quantized weight is not copied, because it is never written. A tensor on the meta device is not copied either.
+    A quantized weight is not copied, because it is never written.
     """
-    if is_quantized(tensor) or tensor.is_meta:
+    if is_quantized(tensor):
         return tensor.detach()
     return local(tensor).detach().to("cpu", copy=True)
 
@@ -673,7 +662,7 @@ def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
     If the weight is in this kind of memory already, W0 shares its memory until the first write
     (`WeightState.keep_base`). Otherwise W0 is a copy.
     """
-    if is_quantized(weight) or weight.is_meta:
+    if is_quantized(weight):
         return host(weight)
     if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
         # Only a plain parameter shares its memory: the copy before a write replaces `data` of the shared tensor.

@@ -284,7 +284,7 @@ class WeightState(Tree):
 
         The copy replaces `data` of the tensor, so every state that refers to this tensor sees the copy.
         """
-        if is_quantized(self.base) or self.base.is_meta:
+        if is_quantized(self.base):
             return
         if self.base.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
             self.base.data = self.base.clone()
@@ -637,29 +637,15 @@ class WeightState(Tree):
         """Return the axis along which a tensor of this side is sharded. None if each rank holds the full tensor."""
         return None if self.shard.axis is None else side.axis(self.shard.axis, self.stacked, self.transposed)
 
-    def to_shard(self, shard: ShardSpec, mapped: bool = False) -> WeightState:
-        """Return a copy of the state for the slice of the weight on this rank.
-
-        Args:
-            mapped: whether W0 is memory-mapped from a file. Then its slice is a view of the file.
-        """
+    def to_shard(self, shard: ShardSpec) -> WeightState:
+        """Return a copy of the state for the slice of the weight on this rank."""
         target = replace(self, shard=shard)
+        return target.map(target.cut)
 
-        def slice_of(value: torch.Tensor, side: Side) -> torch.Tensor:
-            return target.cut(value, side, copied=not (mapped and not self.full and value is self.base))
-
-        return target.map(slice_of)
-
-    def cut(self, value: torch.Tensor, side: Side, copied: bool = True) -> torch.Tensor:
-        """Return this rank's slice of a full tensor of this side: a copy if `copied`, otherwise a view.
-
-        A tensor that is not sharded is returned unchanged.
-        """
+    def cut(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        """Return a copy of this rank's slice of a full tensor of this side, or the tensor itself if unsharded."""
         axis = self.axis(side)
-        if axis is None:
-            return value
-        view = value.narrow(axis, self.shard.start, self.shard.count)
-        return view.clone() if copied else view
+        return value if axis is None else value.narrow(axis, self.shard.start, self.shard.count).clone()
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
         """Gather the full tensor from the slices of all ranks. Every rank must call this at the same point."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +40,7 @@ def checksum(tensor: torch.Tensor) -> int:
     """Return a 64-bit checksum of the dtype, shape and bits of a tensor. Strides do not matter.
 
     The bits are read once, without a large temporary copy. The checksum of a tensor subclass (DTensor, quantized
-    weight) combines the checksums of its local tensors. For a tensor on the meta device, only dtype and shape count.
+    weight) combines the checksums of its local tensors.
     """
     with _disable_current_modes():  # modes must not observe or replace these operations
         return _checksum(tensor)
@@ -54,7 +54,7 @@ def _checksum(tensor: torch.Tensor) -> int:
         for name in plain.__tensor_flatten__()[0]:
             total = total * MULTIPLIER + _checksum(getattr(plain, name))
         return total % (1 << 64)
-    if plain.is_meta or not plain.numel():
+    if not plain.numel():
         return total
     plain = plain.reshape(1) if plain.dim() == 0 else plain
     if plain.device.type != "cpu":
@@ -130,7 +130,9 @@ def fingerprint(tensor: torch.Tensor) -> str:
         names, how = tensor.__tensor_flatten__()
         return text_digest(f"{type(tensor).__name__}{how}{[fingerprint(getattr(tensor, name)) for name in names]}")
     plain = tensor.detach().to("cpu").contiguous()
-    return fingerprint_of(plain.dtype, tuple(plain.shape), [data_of(plain)])
+    digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    digest.update(data_of(plain))
+    return digest.hexdigest()
 
 
 def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -151,14 +153,6 @@ def _map_tensors(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torc
         return {name: digest(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
-
-
-def fingerprint_of(dtype: torch.dtype, shape: tuple[int, ...], blocks: Iterable[Buffer]) -> str:
-    """Return the fingerprint of a tensor whose bytes are given in blocks."""
-    digest = hashlib.sha256(f"{dtype}{shape}".encode())
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def data_of(plain: torch.Tensor) -> Buffer:

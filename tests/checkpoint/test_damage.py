@@ -643,17 +643,6 @@ def test_an_interrupted_resume_changes_nothing(version: Path, monkeypatch: pytes
     assert len(calls) == 2
 
 
-# ---- a base in files
-
-
-def test_a_base_with_files_outside_its_folder(tmp_path: Path) -> None:
-    index = tmp_path / "model.safetensors.index.json"
-    for name in ("..", "../x", "/etc/passwd", "", 3):
-        index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with raises(lx.CheckpointError, "unreadable-file"):
-            lx.adapt(Small(), args=(X,), base=tmp_path)
-
-
 # ---- nothing is run from a file
 
 

@@ -216,7 +216,7 @@ def test_the_public_face_is_small() -> None:
         "AdapterBank",
         "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
         "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError", "TrainRule",
-        "UnknownTarget", "adapt", "backend", "export", "from_peft", "integrations", "load", "materialize", "merge",
+        "UnknownTarget", "adapt", "backend", "export", "from_peft", "integrations", "load", "merge",
         "parallel", "passes", "recipes", "register_branch", "register_form", "save",
     ]  # fmt: skip
     public = {name for name, value in vars(lorasc_fx).items() if not name.startswith("_") and callable(value)}

@@ -71,7 +71,7 @@ def test_every_key_of_the_configuration_is_told() -> None:
 def test_each_page_with_code_is_a_notebook() -> None:
     """Its cells are the text of the page and the blocks that test_docs.py runs, in this order."""
     made = {Path(path).stem: json.loads(text)["cells"] for path, text in site_pages.notebooks().items()}
-    assert {"checkpoints", "devices", "from-peft", "llm", "loops", "quantized", "start", "text"} <= set(made)
+    assert {"checkpoints", "from-peft", "llm", "loops", "quantized", "start", "text"} <= set(made)
     for name, cells in made.items():
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         code, text = (

@@ -188,7 +188,7 @@ ENTRIES = (
     ),
     Entry(
         lx.CheckpointError,
-        ("load", "save", "resume", "adapt(base=...)", "Plan.from_json"),
+        ("load", "save", "resume", "Plan.from_json"),
         "Delete a damaged version: `load` reads the newest one that exists, and `save(keep=N)` keeps several.",
         (another_base,),
     ),

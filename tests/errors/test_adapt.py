@@ -116,6 +116,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[lx.LorascError]
         ("not-trainable", "count", "torch.int64"),
     ),
     "a lazy module": (lambda: nn.Sequential(nn.LazyLinear(7)), {}, lx.CaptureError, ("meta-model", "0.weight")),
+    "no values": (lambda: mlp().to("meta"), {}, lx.CaptureError, ("meta-model", "0.weight")),
+    "a buffer without values": (
+        lambda: nn.Sequential(mlp(), nn.BatchNorm1d(2, affine=False, device="meta")),
+        {},
+        lx.CaptureError,
+        ("meta-model", "1.running_mean"),
+    ),
+    "W0 in a file": (mlp, {"base": "base.safetensors"}, lx.SpecError, ("invalid-value", "base", "'device'")),
     "a function": (lambda: mlp, {}, lx.CaptureError, ("not-a-model", "function")),
     "None": (lambda: None, {}, lx.CaptureError, ("not-a-model", "NoneType")),
     "a graph": (lambda: fx.symbolic_trace(mlp()).graph, {}, lx.CaptureError, ("not-a-model", "Graph")),
@@ -129,7 +137,7 @@ def test_it_is_refused(name: str) -> None:
     make, options, kind, expected = REFUSED[name]
     Once.calls.clear()
     model = make()
-    if not isinstance(model, nn.Module) or name in ("a lazy module", "TorchScript"):
+    if not isinstance(model, nn.Module) or name == "TorchScript" or "meta-model" in expected:
         with raises(kind, *expected):
             lx.adapt(model, **{"args": (X,), **options})
         return

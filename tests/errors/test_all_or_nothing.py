@@ -7,7 +7,6 @@ other; Ctrl-C comes once, or again at the next 29 lines.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -22,7 +21,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as leaves
@@ -360,19 +358,14 @@ def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "interrupt"])
-@pytest.mark.parametrize("name", ["load", "load_by_file", "adapt_by_file"])
-def test_a_file_call_that_fails(name: str, fault: BaseException, tmp_path: Path) -> None:
+def test_a_file_call_that_fails(fault: BaseException, tmp_path: Path) -> None:
     """Each in turn, whatever it then raises."""
-    folder, base = tmp_path / "run", tmp_path / "base.safetensors"
-    save_file({name: value.detach() for name, value in prepared().named_parameters()}, base)
     saved, optimizer = made()
-    lx.save(saved, folder, optimizer=optimizer)
+    lx.save(saved, tmp_path, optimizer=optimizer)
     model, names = prepared(), set[str]()
 
     def call() -> Any:
-        if name == "adapt_by_file":
-            return lx.adapt(model, args=(X,), spec=SPEC, base=base)
-        return lx.load(folder, model, args=(X,), base=base if name == "load_by_file" else "memory")
+        return lx.load(tmp_path, model, args=(X,))
 
     def place(at: int) -> FileCallAt:
         mode = FileCallAt(at, failing(fault))
@@ -381,7 +374,7 @@ def test_a_file_call_that_fails(name: str, fault: BaseException, tmp_path: Path)
 
     failures = in_turn(place, call, (model,), (lx.CheckpointError, OSError, KeyboardInterrupt))
     assert failures >= 3
-    assert names & {"safe_open", "load_file", "open", "read_bytes"}
+    assert names & {"open", "read_bytes"}
 
 
 @pytest.mark.parametrize("what", ["lora_A", "lora_B", "expert"])
@@ -402,27 +395,6 @@ def test_load_holds_the_graph_against_its_plan(what: str, tmp_path: Path, monkey
     with unchanged(model), raises(lx.CheckpointError, "sites-differ", told):
         lx.load(tmp_path, model, args=(X,))
     assert lx.adapt(model, args=(X,)).sites
-
-
-def test_a_late_site_that_the_base_file_lacks(tmp_path: Path) -> None:
-    """The call is refused as often as it is made, and changes nothing; the first mode goes on."""
-    tensors = {name: value for name, value in Late().state_dict().items() if name.startswith("first")}
-    save_file(tensors, tmp_path / "first.safetensors")
-    index = {"weight_map": dict.fromkeys(tensors, "first.safetensors")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1))
-    cascade = lx.adapt(Late().eval(), (SMALL,), spec=spec, base=tmp_path)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
-    step(cascade, optimizer, SMALL)
-    cascade.train()
-    for _ in range(2):
-        with unchanged(cascade, optimizer), raises(lx.CheckpointError, "base-differs", "second.weight"):
-            cascade(SMALL)
-    assert [site.weight for site in cascade.sites] == ["first.weight"]
-    cascade.eval()
-    step(cascade, optimizer, SMALL)
-    cascade.transition(optimizer)
-    assert torch.equal(cascade.release().second.weight, Late().second.weight)
 
 
 def test_a_scheduler_that_raises_takes_the_transition_back() -> None:

@@ -303,6 +303,12 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
     given.write_bytes(b"\x08\0\0\0\0\0\0\0{}{}{}{}")
     assert main(arguments) == 2
     assert "given.safetensors: cannot be read: " in capsys.readouterr().err
+    index = tmp_path / "full" / "model.safetensors.index.json"
+    for text in (None, "{", '{"weight_map": {"a": "../x"}}'):
+        if text is not None:
+            index.write_text(text)
+        with raises(lx.CheckpointError, "no-base" if text is None else "unreadable-file", "full"):
+            lx.export.safetensors(cascade, tmp_path / "out", base=tmp_path / "full")
     with raises(lx.SpecError, "invalid-value", "max_shard_bytes", "0"):
         lx.export.safetensors(cascade, tmp_path / "out", max_shard_bytes=0)
 
@@ -430,7 +436,7 @@ for path in sorted(set(index["weight_map"].values())):
         state |= {name: file.get_tensor(name) for name in file.keys()}
 model.load_state_dict(state, assign=True)  # mapped, not read
 spec = lx.CascadeSpec(rank=2, pace=0.5, placement="beside", exclude=tuple(f"net.{n}.*" for n in range(0, LAYERS, 2)))
-cascade = lx.adapt(model, (torch.randn(2, WIDTH, dtype=torch.bfloat16),), spec=spec, base=base)
+cascade = lx.adapt(model, (torch.randn(2, WIDTH, dtype=torch.bfloat16),), spec=spec)
 assert len(cascade.sites) == LAYERS // 2
 with torch.no_grad():
     for branch in cascade.branches.values():

@@ -29,7 +29,7 @@ from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_dig
 __all__ = ["MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
     "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
     "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
-    "lock_of", "maps_a_file", "noise_drawn", "oldest_variant", "placed_weights", "read",
+    "lock_of", "noise_drawn", "oldest_variant", "placed_weights", "read",
     "replace_plan", "resting_value", "slow_values", "stored_values", "text_digest", "trainable",
     "trained_in_full", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
@@ -187,11 +187,6 @@ def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
 
 def is_released(cascade: lx.Cascade) -> bool:
     return cascade._run.released
-
-
-def maps_a_file(cascade: lx.Cascade) -> bool:
-    """Whether W0 lies in a mapped file."""
-    return cascade._run.base_file is not None
 
 
 def placed_weights(cascade: lx.Cascade) -> str | int | None:

@@ -112,14 +112,9 @@ def example() -> Tensor:
     return torch.stack([tokens for tokens, _ in data()[:3]])
 
 
-def on_meta() -> Blocks:
-    with torch.device("meta"):
-        return Blocks().double()
-
-
-def adapted(name: str, model: nn.Module | None = None, base: str = "memory", **sizes: int) -> lx.Cascade:
+def adapted(name: str, **sizes: int) -> lx.Cascade:
     spec = lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("*norm*",), "seed": 5, **SPECS[name]})
-    return lx.adapt(blocks(**sizes) if model is None else model, args=(example(),), spec=spec, base=base)
+    return lx.adapt(blocks(**sizes), args=(example(),), spec=spec)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -186,12 +181,8 @@ def grid(sizes: tuple[int, ...] = ()) -> DeviceMesh | None:
     return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")) if sizes else None
 
 
-def sharded(
-    rank: int, count: int, names: list[str], files: str = "", base: str = "memory", mesh: tuple[int, ...] = ()
-) -> dict[str, Tensor]:
-    """With `files` the model is built on the meta device, and no rank ever holds all of it. The last rank is slow: it
-    comes late to each sum of a transition.
-    """
+def sharded(rank: int, count: int, names: list[str], mesh: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """Train each of the cascades. The last rank is slow: it comes late to each sum of a transition."""
     found: dict[str, Tensor] = {}
     owner, function = SEAMS["sum over ranks"]
     real = getattr(owner, function)
@@ -199,12 +190,7 @@ def sharded(
         setattr(owner, function, lambda *given: (time.sleep(0.002), real(*given))[1])
     for name in names:
         torch.manual_seed(100 + rank)
-        if files:
-            cascade = fsdp.shard(adapted(name, on_meta(), base), grid(mesh))
-            assert all(each.is_meta for each in cascade.parameters())
-            lx.materialize(cascade, files)
-        else:
-            cascade = fsdp.shard(adapted(name), grid(mesh))
+        cascade = fsdp.shard(adapted(name), grid(mesh))
         assert all(hasattr(each, "to_local") for each in cascade.parameters())
         optimizer = optimizer_of(cascade)
         run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
@@ -299,15 +285,11 @@ def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def resumed(
-    rank: int, count: int, folder: str, files: str = "", mesh: tuple[int, ...] = (), **sizes: int
-) -> dict[str, Tensor]:
-    """Resume from a checkpoint, sharded if there are several ranks. With `files`, from a model on the meta device."""
-    cascade = lx.load(folder, on_meta() if files else drawn_anew(blocks(**sizes), rank), args=(example(),))
+def resumed(rank: int, count: int, folder: str, mesh: tuple[int, ...] = (), **sizes: int) -> dict[str, Tensor]:
+    """Resume from a checkpoint, sharded if there are several ranks."""
+    cascade = lx.load(folder, drawn_anew(blocks(**sizes), rank), args=(example(),))
     if count > 1:
         fsdp.shard(cascade, grid(mesh))
-    if files:
-        lx.materialize(cascade, files)
     optimizer = optimizer_of(cascade)
     extra = cascade.resume(optimizer)
     assert list(extra) == ["steps"]
@@ -334,13 +316,11 @@ def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int, mesh: t
     checkpoint.save(state, checkpoint_id=f"{folder}/torch")
 
 
-def resumed_by_dcp(rank: int, count: int, folder: str, kind: str, files: str = "") -> dict[str, Tensor]:
+def resumed_by_dcp(rank: int, count: int, folder: str, kind: str) -> dict[str, Tensor]:
     reader = READERS[kind](f"{folder}/{kind}")
-    cascade = dcp.load(reader, on_meta() if files else drawn_anew(blocks(), rank), args=(example(),))
+    cascade = dcp.load(reader, drawn_anew(blocks(), rank), args=(example(),))
     if count > 1:
         fsdp.shard(cascade)
-    if files:
-        lx.materialize(cascade, files)
     optimizer = optimizer_of(cascade)
     extra = cascade.resume(optimizer)
     drawn = torch.rand(3)

@@ -31,7 +31,7 @@ from tests.errors.inject import LineAt, in_turn, sigint
 from tests.errors.models import Late
 from tests.kit.errors import raises
 from tests.kit.models import Breaking
-from tests.kit.state import canonical, file_digest, read, text_digest, variant_for
+from tests.kit.state import canonical, file_digest, text_digest, variant_for
 from tests.parallel import elastic, sharding
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_ddp import close, group
@@ -40,32 +40,21 @@ ROOT = Path(__file__).parents[2]
 __all__ = ["group"]
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> str:
-    """Write the weights of the blocks to a file."""
-    save_file(sharding.blocks().state_dict(), tmp_path / "blocks.safetensors")
-    return str(tmp_path / "blocks.safetensors")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "names", "base", "mesh"),
+    ("count", "names", "mesh"),
     [
-        (2, [name for name in sharding.SPECS if name not in METHODS], "", ()),
-        (2, [name for name in sharding.SPECS if name in METHODS], "", ()),
-        (4, ["fast", "dora, pissa"], "", ()),
-        (4, ["fresh", "fast"], "", (2, 2)),  # two replicas of two shards
-        (2, ["averaged", "fast", "dora, pissa"], "memory", ()),
-        (2, ["fresh"], "file", ()),
+        (2, [name for name in sharding.SPECS if name not in METHODS], ()),
+        (2, [name for name in sharding.SPECS if name in METHODS], ()),
+        (4, ["fast", "dora, pissa"], ()),
+        (4, ["fresh", "fast"], (2, 2)),  # two replicas of two shards
     ],
 )
-def test_the_numbers_of_one_process(files: str, count: int, names: list[str], base: str, mesh: tuple[int, ...]) -> None:
-    """With a base file, no process ever has the full model."""
+def test_the_numbers_of_one_process(count: int, names: list[str], mesh: tuple[int, ...]) -> None:
     wanted = {name: sharding.alone(name) for name in names}
-    how = (files, base) if base else ("", "memory")
-    for rank, found in enumerate(on_ranks(count, sharding.sharded, names, *how, mesh, limit=600)):
+    for rank, found in enumerate(on_ranks(count, sharding.sharded, names, mesh, limit=600)):
         for name in names:
-            here = {key: each for key, each in wanted[name].items() if not (rank or base) or key[:7] != "folded/"}
+            here = {key: each for key, each in wanted[name].items() if not rank or key[:7] != "folded/"}
             close(found, here, f"{name}/")
         assert not rank or not any("/folded/" in key for key in found)  # the first process has them
     for found in wanted.values():
@@ -105,19 +94,17 @@ def resumed(count: int, work: Callable[..., dict[str, Tensor]], *args: Any) -> l
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "saving", "resuming", "bare"),
+    ("name", "saving", "resuming"),
     [
-        ("fresh", 2, (1, 2, 4), False),
-        ("fresh", 1, (2,), False),
-        ("ranks", 2, (1,), False),  # lora_A is cut by its inputs
-        ("averaged", 2, (1, 4), True),
-        ("dora, pissa", 2, (2,), True),
+        ("fresh", 2, (1, 2, 4)),
+        ("fresh", 1, (2,)),
+        ("ranks", 2, (1,)),  # lora_A is cut by its inputs
+        ("averaged", 2, (1, 4)),
+        ("dora, pissa", 2, (2,)),
     ],
 )
-def test_a_checkpoint_is_resharded(
-    tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...], bare: bool
-) -> None:
-    """The result equals an uninterrupted run on one process, also for models on the meta device."""
+def test_a_checkpoint_is_resharded(tmp_path: Path, name: str, saving: int, resuming: tuple[int, ...]) -> None:
+    """The result equals an uninterrupted run on one process."""
     run, later = tmp_path / "run", ("folded/", "first/", "back/")
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith(later)}
     on_ranks(saving, sharding.saved, name, str(run), 10)
@@ -126,7 +113,7 @@ def test_a_checkpoint_is_resharded(
     held = sorted(file.name for file in (run / "version-00000003").iterdir())
     assert held == ["manifest.json", *names]  # nothing to unpickle
     for count in resuming:
-        ranks = resumed(count, sharding.resumed, str(run), files if bare else "")
+        ranks = resumed(count, sharding.resumed, str(run))
         for rank, found in enumerate(ranks):
             close(found, wanted)
             if count == saving:  # each rank goes on with its own generators
@@ -135,13 +122,13 @@ def test_a_checkpoint_is_resharded(
 
 
 @pytest.mark.slow
-def test_checkpoints_of_replicas_hold_each_shard_once(tmp_path: Path, files: str) -> None:
+def test_checkpoints_of_replicas_hold_each_shard_once(tmp_path: Path) -> None:
     expected = {key: value for key, value in sharding.alone("fresh").items() if not key.startswith("folded/")}
     on_ranks(4, sharding.saved, "fresh", str(tmp_path / "run"), 10, (2, 2))
     files_of_version = sorted(file.name for file in (tmp_path / "run" / "version-00000003").iterdir())
     assert files_of_version[1:] == [f"state-{rank:05d}-of-00002.safetensors" for rank in (1, 2)]
     for count, mesh in ((4, (2, 2)), (1, ())):
-        for found in resumed(count, sharding.resumed, str(tmp_path / "run"), files, mesh):
+        for found in resumed(count, sharding.resumed, str(tmp_path / "run"), mesh):
             close(found, expected)
     on_ranks(4, sharding.saved_by_dcp, "fresh", str(tmp_path / "dcp"), 10, (2, 2))
     (found,) = resumed(1, sharding.resumed_by_dcp, str(tmp_path / "dcp"), "safetensors")
@@ -150,15 +137,13 @@ def test_checkpoints_of_replicas_hold_each_shard_once(tmp_path: Path, files: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "saving", "resuming"), [("fresh", 2, (1, 4)), ("dora, pissa", 4, (2,))])
-def test_a_checkpoint_of_dcp_is_resharded(
-    tmp_path: Path, files: str, name: str, saving: int, resuming: tuple[int, ...]
-) -> None:
+def test_a_checkpoint_of_dcp_is_resharded(tmp_path: Path, name: str, saving: int, resuming: tuple[int, ...]) -> None:
     """Written by torch's async_save and save. The result equals an uninterrupted run on one process."""
     wanted = {key: value for key, value in sharding.alone(name).items() if not key.startswith("folded/")}
     on_ranks(saving, sharding.saved_by_dcp, name, str(tmp_path), 7)
     for count in resuming:
-        kind, at = ("safetensors", files) if count == 4 else ("torch", "")
-        for found in resumed(count, sharding.resumed_by_dcp, str(tmp_path), kind, at):
+        kind = "safetensors" if count == 4 else "torch"
+        for found in resumed(count, sharding.resumed_by_dcp, str(tmp_path), kind):
             close(found, wanted)
     if saving == 2:
         (found,) = resumed(1, sharding.resumed_by_dcp, str(tmp_path), "safetensors")
@@ -335,122 +320,10 @@ def with_shards(path: Path, change: Callable[[dict[str, object], list[dict[str, 
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def meta(spec: dict[str, object], **options: Any) -> lx.Cascade:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    spec = {"rank": 2, "noise": {"strength": 0.2}, "train": ["1.bias"], **spec}
-    return lx.adapt(model, args=(torch.ones(2, 5),), spec=lx.CascadeSpec.from_dict(spec), **options)
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> tuple[nn.Module, Path]:
-    """Return a model and its file."""
+@pytest.mark.usefixtures("group")
+def test_what_a_checkpoint_of_dcp_must_be(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    save_file(model.state_dict(), tmp_path / "two.safetensors")
-    return model, tmp_path / "two.safetensors"
-
-
-@pytest.mark.usefixtures("group")
-def test_materialize_reads_the_shards(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    """Compared with a cascade of the full model. Calls before are refused, and a save has the same fingerprints."""
-    model, path = two
-    there, x = fsdp.shard(meta({})), torch.randn(2, 5)
-    with raises(lx.StateError, "meta-model", "forward"):
-        there(x)
-    lx.materialize(there, path)
-    here = fsdp.shard(small({"noise": {"strength": 0.2}, "train": ["1.bias"]}, model))
-    for (name, one), other in zip(there.named_parameters(), here.parameters(), strict=True):
-        assert torch.equal(sharding.whole(one), sharding.whole(other)), name
-        assert one.requires_grad == other.requires_grad
-    assert torch.equal(there(x), here(x))
-    for cascade, folder in ((there, "there"), (here, "here")):
-        lx.save(cascade, tmp_path / folder)
-    one, two = (read(tmp_path / folder).content for folder in ("there", "here"))
-    assert one.base == two.base
-    assert one.plan == two.plan
-    with raises(lx.StateError, "not-available"):
-        lx.materialize(there, path)
-
-
-@pytest.mark.usefixtures("group")
-def test_shards_stay_on_the_meta_device_where_files_do_not_fit(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    model, path = two
-    cascade, other = fsdp.shard(meta({})), tmp_path / "other.safetensors"
-    before = dict(cascade.named_parameters())
-    save_file({**model.state_dict(), "1.weight": torch.ones(3, 8)}, other)
-    with raises(lx.CheckpointError, "base-differs", other, "1.weight", "[3, 8]", "[3, 7]"):
-        lx.materialize(cascade, other)
-    with raises(lx.SpecError, "invalid-value", "cuda"):
-        lx.materialize(cascade, path, device="cuda")
-    save_file({**model.state_dict(), "0.weight": torch.full((7, 5), torch.inf)}, other)
-    with raises(lx.SpecError, "invalid-value", "0.weight"):  # when all parameters have got their numbers
-        lx.materialize(cascade, other)
-    assert all(each is before[name] and each.is_meta for name, each in cascade.named_parameters())
-    lx.materialize(cascade, path)
-    cascade(torch.randn(2, 5)).sum().backward()
-
-
-@pytest.mark.usefixtures("group")
-def test_a_model_that_is_partly_on_the_meta_device_is_not_sharded() -> None:
-    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, device="meta"))
-    cascade = lx.adapt(model, args=(torch.randn(2, 5),), spec=lx.CascadeSpec(rank=2))
-    with raises(lx.StateError, "meta-model", "model.0.weight"):
-        fsdp.shard(cascade)
-
-
-@pytest.mark.parametrize("is_sharded", [False, True])
-@pytest.mark.parametrize("with_inputs", [False, True])
-@pytest.mark.usefixtures("group")
-def test_a_run_is_loaded_onto_the_meta_device(
-    two: tuple[nn.Module, Path], tmp_path: Path, is_sharded: bool, with_inputs: bool
-) -> None:
-    """It resumes from its checkpoint after `materialize`, and refuses the values of another base model."""
-    model, path = two
-    args: Any = ((torch.randn(2, 5),),) if with_inputs else ()
-    cascade, x = small({"noise": {"strength": 0.2}, "train": ["1.bias"], "pace": 0.5}, model), torch.randn(2, 5)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-
-    def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> Tensor:
-        loss = cascade(x).square().sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    step(cascade, optimizer)
-    cascade.transition(optimizer)
-    step(cascade, optimizer)
-    lx.save(cascade, tmp_path / "run", optimizer=optimizer)
-    other = tmp_path / "other.safetensors"
-    save_file({**load_file(path), "0.bias": torch.ones(7)}, other)
-    with torch.device("meta"):
-        bare = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    loaded = lx.load(tmp_path / "run", bare, *args)
-    if is_sharded and not with_inputs:
-        with raises(lx.StateError, "not-available"):
-            fsdp.shard(loaded)
-        return
-    if is_sharded:
-        fsdp.shard(loaded)
-    with raises(lx.StateError, "meta-model"):
-        loaded(x)
-    with raises(lx.CheckpointError, "base-differs", "0.bias"):
-        lx.materialize(loaded, other)
-    lx.materialize(loaded, path)
-    resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
-    loaded.resume(resumed)
-    assert loaded.stage == 2
-    for _ in range(2):
-        tolerance = 1e-5 if is_sharded else 0.0  # the size of the noise is summed in fp64
-        torch.testing.assert_close(step(loaded, resumed), step(cascade, optimizer), rtol=tolerance, atol=0)
-        loaded.transition(resumed)
-        cascade.transition(optimizer)
-
-
-@pytest.mark.usefixtures("group")
-def test_what_a_checkpoint_of_dcp_must_be(two: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    model, path = two
-    start = load_file(path)
+    start = copy.deepcopy(model.state_dict())
 
     def base() -> nn.Module:
         fresh = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))

@@ -51,13 +51,10 @@ def local_bytes(parameters: Any) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def llama(**sizes: int) -> Any:
-    return tiny.llama(num_hidden_layers=LAYERS, vocab_size=128, **sizes).to(torch.bfloat16)
-
-
 def test_a_step_and_a_transition_make_the_collectives_of_fsdp2() -> None:
     """A unit is a layer, the embedding, the head, and the root. No weight travels at a transition, only lora_A."""
-    model = llama(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny.llama(num_hidden_layers=LAYERS, vocab_size=128, **sizes).to(torch.bfloat16)
     weights = {name: value.nbytes for name, value in model.named_parameters()}
     ids = torch.randint(0, 64, (1, 8))
     cascade = fsdp.shard(lx.adapt(model, kwargs={"input_ids": ids}, spec=SPEC))
@@ -83,15 +80,3 @@ def test_a_step_and_a_transition_make_the_collectives_of_fsdp2() -> None:
     assert not transition.seen["_allgather_base_"]
     assert transition.seen["all_gather_into_tensor"] == len(sites)
     assert 6 * len(sites) <= transition.seen["allreduce_"] < 6 * len(sites) + 10
-
-
-def test_a_model_on_the_meta_device_is_sharded_without_memory() -> None:
-    sizes = {"hidden_size": 4096, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
-    with torch.device("meta"):
-        model = llama(**sizes)
-    total = sum(value.nbytes for value in model.parameters())
-    cascade = fsdp.shard(lx.adapt(model, kwargs={"input_ids": torch.zeros(1, 8, dtype=torch.long)}, spec=SPEC))
-    assert all(each.is_meta for each in cascade.parameters())
-    assert local_bytes(cascade.model.parameters()) == total / RANKS
-    factors = sum(4 * site.parameters for site in cascade.sites)
-    assert local_bytes(cascade.branches.parameters()) == pytest.approx(factors / RANKS, rel=0.01)
