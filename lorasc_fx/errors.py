@@ -45,7 +45,6 @@ CODES = {
     "adapter-not-supported": "the kind of the adapter, or one of its options, is not supported",
     "already-adapted": "the model, or a part of it, belongs to another cascade, or contains layers of peft",
     "backward-not-supported": "a second derivative, or a backward of a freed output, needs tensors that were not saved",
-    "bank-full": "a bank has no room for one more adapter",
     "base-differs": "a checkpoint, an adapter or a base file belongs to another base model",
     "buffers-differ": "(warning) the runs to merge have different buffers",
     "concurrent-save": "another process is writing to the same path",

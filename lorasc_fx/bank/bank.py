@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from os import PathLike
 from typing import Any, NoReturn
 
@@ -14,23 +12,14 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.adapt.start import check_new, serve, stop_serving
-from lorasc_fx.bank.adapters import Adapters, bank_full, check_name, checked_factors
+from lorasc_fx.bank.adapters import Adapters, Key, Stored, checked_factors
 from lorasc_fx.bank.graph import BankGraph
 from lorasc_fx.bank.hooked import hooked
 from lorasc_fx.bank.pair import pair_plan
-from lorasc_fx.bank.rows import (
-    by_group,
-    check_batch_norm,
-    check_splits,
-    not_independent,
-    row_count,
-    segments,
-    tensors_in,
-)
-from lorasc_fx.bank.slots import Key
+from lorasc_fx.bank.rows import check_batch_norm, row_count, segments, tensors_in
 from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.lora import DOWN, UP
-from lorasc_fx.branch.placements import FIRST_AXIS, GivenFactors
+from lorasc_fx.branch.placements import GivenFactors
 from lorasc_fx.capture import open_model
 from lorasc_fx.check.observe import ARGUMENT
 from lorasc_fx.compile import Call, Compiler, Variant, Variants
@@ -41,7 +30,7 @@ from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
 from lorasc_fx.plan import Site
 from lorasc_fx.signature import Calls, bind_inputs, leaves, signature_of
 from lorasc_fx.util.decode import is_integer
-from lorasc_fx.util.fingerprint import checksums, fingerprints
+from lorasc_fx.util.fingerprint import fingerprints
 from lorasc_fx.util.undo import PROCESS
 
 Source = Cascade | str | PathLike[str] | Mapping[str, Factors]
@@ -66,7 +55,6 @@ class AdapterBank:
             of peft, or factors by weight name.
         args, kwargs: example inputs, as for `adapt`, with the rows of the batch on axis 0.
         max_rank: largest rank r of an adapter. The default is the largest rank in `adapters`, or 8 without any.
-        capacity: number of adapters to allocate memory for. The default is 8, or the number of `adapters` if larger.
         targets: globs on the names of weights that adapters may change. The default is all weights that `adapters`
             change.
         frontend: as for `adapt`.
@@ -87,19 +75,15 @@ class AdapterBank:
         kwargs: Mapping[str, object] | None = None,
         *,
         max_rank: int | None = None,
-        capacity: int | None = None,
         targets: Sequence[str] | None = None,
         frontend: str = "auto",
     ) -> None:
         self.model = open_model(model)
         check_new(self.model, in_bank=True)
-        for option, value in (("max_rank", max_rank), ("capacity", capacity)):
-            if value is not None and not is_integer(value, 1):
-                raise SpecError(f"bank: {option} is {value!r}; give an integer of 1 or more")
+        if max_rank is not None and not is_integer(max_rank, 1):
+            raise SpecError(f"bank: max_rank is {max_rank!r}; give an integer of 1 or more")
         if isinstance(targets, str):
             raise SpecError(f"bank: targets is {targets!r}; give a tuple: targets=({targets!r},)")
-        self._checksums: dict[str, int] = {}  # of the parameters when their fingerprints were computed
-        self._digests: dict[str, str] = {}
         # Step 1: read the adapters, which determine the defaults of the other arguments.
         initial = {name: self._read(name, source) for name, source in (adapters or {}).items()}
         changed = dict.fromkeys(weight for adapter in initial.values() for weight in adapter.pairs)
@@ -109,9 +93,6 @@ class AdapterBank:
             )
         ranks = [pair.rank for adapter in initial.values() for pair in adapter.pairs.values()]
         self.max_rank = max_rank if max_rank is not None else max(ranks, default=8)
-        self.capacity = capacity if capacity is not None else max(8, len(initial))
-        if len(initial) > self.capacity:
-            raise bank_full(self.capacity)
         # Step 2: capture the model for the example inputs, then store the adapters.
         self._compiler = Compiler(
             frontend, Calls(signature_of(self.model), one_key=isinstance(self.model, fx.GraphModule))
@@ -119,17 +100,17 @@ class AdapterBank:
         bound = bind_inputs(self.model, args, kwargs if kwargs is not None else {})
         plan = pair_plan(tuple(targets if targets is not None else changed), self.max_rank)
         self._decided = Decided(plan, {}, (), ())
-        self._variants, self._lock = Variants(), threading.RLock()
+        self._variants = Variants()
         self._parameters = list(self.model.parameters())
         self._compile: dict[str, Any] | None = None
         serve(self._parameters, self)
         try:
             self._example, self._generates = self._compiler.calls.bind(*bound), False
             self._graph(self._example)
-            self._adapters = Adapters(self.model, self._decided, self.max_rank, self.capacity)
             with torch.inference_mode(False):
+                self._adapters = Adapters(self.model, self._decided, self.max_rank)
                 for name, adapter in initial.items():
-                    self._adapters.place(name, adapter)
+                    self._adapters.add(name, adapter)
         except BaseException:
             self.release()
             raise
@@ -155,15 +136,13 @@ class AdapterBank:
 
         Raises:
             StateError: there is an adapter of this name.
-            SpecError: as in the constructor, or the name is not a string, or the bank is full. A removed adapter counts
-                until the end of the calls that use it.
+            SpecError: as in the constructor, or the name is not a string.
             CheckpointError: as in the constructor.
         """
-        self._adapters.check_new(name)
         adapter = self._read(name, source)  # without the lock, because reading a cascade takes its lock
-        with self._lock, torch.inference_mode(False):
-            self._adapters.check_new(name)
-            self._adapters.place(name, adapter)
+        with PROCESS, torch.inference_mode(False):
+            self._check_new(name)
+            self._adapters.add(name, adapter)
 
     def start(self, name: str, *, rank: int | None = None, lora_alpha: float = 16.0, seed: int = 0) -> None:
         """Add a trainable LoRA adapter with initial values: random A [r, in] and zero B [out, r].
@@ -178,28 +157,20 @@ class AdapterBank:
 
         Raises:
             StateError: there is an adapter of this name.
-            SpecError: the name, the rank, `lora_alpha` or the seed is invalid, or the bank is full.
+            SpecError: the name, the rank, `lora_alpha` or the seed is invalid.
         """
-        with self._lock, torch.inference_mode(False):
-            self._adapters.check_new(name)
+        with PROCESS, torch.inference_mode(False):
+            self._check_new(name)
             self._adapters.start(name, self.max_rank if rank is None else rank, lora_alpha, seed)
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Calls that have already started with it are completed with it.
 
-        The memory of the adapter can be used again after these calls.
-
         Raises:
-            SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
-        with self._lock:
-            check_name(name)
-            self._adapters.check_names([name])
-            trained = self._adapters.remove(name)
-            if trained is not None:
-                for graph in self._graphs:
-                    graph.cached.pop(trained, None)
+        with PROCESS:
+            self._adapters.remove(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """Return the factors of an adapter as trainable parameters, named `WEIGHT.lora_A` and `WEIGHT.lora_B`.
@@ -208,12 +179,9 @@ class AdapterBank:
         With one optimizer per adapter, several runs train on one base at the same time.
 
         Raises:
-            SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
-        with self._lock, torch.inference_mode(False):
-            check_name(name)
-            self._adapters.check_names([name])
+        with PROCESS, torch.inference_mode(False):
             return {".".join(key): value for key, value in self._adapters.parameters_of(name).items()}
 
     def pairs(self, name: str) -> dict[str, Factors]:
@@ -222,11 +190,8 @@ class AdapterBank:
         They are in fp64 on the host, for the weight in its stored layout. The scale is folded into `b`.
 
         Raises:
-            SpecError: the name is not a string.
             StateError: there is no adapter of this name.
         """
-        check_name(name)
-        self._adapters.check_names([name])
         return self._adapters.pairs(name)
 
     # ---- calls
@@ -234,9 +199,9 @@ class AdapterBank:
     def __call__(self, *args: object, adapter: str | Sequence[str | None] | None = None, **kwargs: object) -> Any:
         """Run the model with an adapter, or with one adapter for each row of the batch.
 
-        A batch with several adapters runs in one pass, which is fastest if the rows are sorted by adapter. If a branch
-        does not support that (a branch on a weight, or stacked experts), the rows of each adapter run as a separate
-        batch.
+        A batch with several adapters runs in one pass, which is fastest if the rows are sorted by adapter. The rows
+        must be on the first axis of the input of each adapted layer. Stacked experts, weights that are read outside of
+        a product, and sequence-first layers, such as `torch.nn.MultiheadAttention`, take one adapter per call.
 
         Args:
             args, kwargs: arguments of the model.
@@ -246,13 +211,26 @@ class AdapterBank:
             The output of the model.
 
         Raises:
-            StateError: a name is unknown, the list does not have one entry for each row, or outputs depend on several
-                rows.
+            StateError: a name is unknown, the list does not have one entry for each row, or the rows of this model
+                cannot have several adapters.
             CaptureError: no front end can capture a new kind of call.
             Exception: whatever the model itself raises for these arguments.
         """
-        with self._using(adapter) as adapters:
-            return self._computed(args, kwargs, adapter, adapters)
+        chosen = self._adapters.chosen(adapter)
+        call = self._compiler.calls.bind(tuple(args), kwargs)
+        if isinstance(chosen, list):
+            _check_count(chosen, row_count(call.leaves))
+            if len(set(chosen)) < 2:  # one adapter, or a batch without rows
+                chosen = chosen[0] if chosen else self._adapters.base
+        if chosen is self._adapters.base and self._compile is None:
+            return self.model(*args, **kwargs)
+        graph = self._graph(call)
+        if isinstance(chosen, list):
+            check_batch_norm(self.model)
+            graph.check_independent(call)
+            if self._compile is None:  # a compiled graph has one shape of factors, so that no batch compiles again
+                return graph(call, graph.tensors_from(*self._adapters.factors(segments(chosen))))
+        return graph(call, graph.tensors_from(*self._adapters.factors(chosen)))
 
     def generate(self, *args: object, adapter: str | Sequence[str | None] | None = None, **kwargs: object) -> Any:
         """Run `generate` of a transformers model with an adapter, or with one adapter for each prompt.
@@ -269,15 +247,23 @@ class AdapterBank:
             AttributeError: the model has no `generate`.
         """
         model: Any = self.model
-        if adapter is None:
+        chosen = self._adapters.chosen(adapter)
+        if chosen is self._adapters.base:
             return model.generate(*args, **kwargs)
-        with self._using(adapter) as adapters:
-            self._check_generates(mixed=not isinstance(adapter, str))
-            if not isinstance(adapter, str):
-                self._check_rows(adapter, row_count(leaves(args, kwargs)))
-                adapter = segments(adapter)
-            hooked_model: Any = self._hooked(*adapters.factors(adapter))
-            return hooked_model.generate(*args, **kwargs)
+        self._check_generates()
+        if isinstance(chosen, list):
+            _check_count(chosen, row_count(leaves(args, kwargs)))
+            if row_count(self._example.leaves) == 1:
+                raise StateError(
+                    "bank: generate with an adapter for each row must know where the rows are in the model. Build the "
+                    "bank with example inputs of two or more rows",
+                    code="not-available",
+                )
+            self._graph(self._example).check_independent(self._example)
+        hooked_model: Any = self._hooked(
+            *self._adapters.factors(segments(chosen) if isinstance(chosen, list) else chosen)
+        )
+        return hooked_model.generate(*args, **kwargs)
 
     def compile(self, **options: object) -> None:
         """Compile all graphs by torch.compile, the present ones and those captured later.
@@ -319,88 +305,42 @@ class AdapterBank:
             f"adapters {named(self.names, 8) or 'none'})"
         )
 
-    def _computed(self, args: Any, kwargs: Mapping[str, Any], adapter: Any, adapters: Adapters) -> Any:
-        """Run a call with some of these adapters; see `__call__`."""
-        if adapter is None and self._compile is None:
-            return self.model(*args, **kwargs)
-        call = self._compiler.calls.bind(tuple(args), kwargs)
-        if adapter is not None and not isinstance(adapter, str):
-            self._check_rows(adapter, row_count(call.leaves))
-            if len(set(adapter)) < 2:  # one adapter, or a batch without rows
-                return self._computed(args, kwargs, adapter[0] if adapter else None, adapters)
-        graph = self._graph(call)
-        if adapter is None or isinstance(adapter, str):
-            return graph(call, graph.tensors_of(adapters, adapter))
-        # Several adapters: run them in one pass if all branches support it, otherwise one batch for each adapter.
-        check_batch_norm(self.model)
-        layout = graph.layout(call)
-        if layout.mixed:
-            # A compiled graph has one shape of factors for all batches, so that other segments do not compile again.
-            shared = layout.contiguous and self._compile is None
-            return graph(call, graph.tensors_from(*adapters.factors(segments(adapter) if shared else adapter)))
-        check_splits(self.model, call.args, call.kwargs, len(adapter), graph.splits)
-        return by_group(partial(self._group, adapters), adapter, call.args, call.kwargs)
-
-    def _group(self, adapters: Adapters, name: str | None, args: object, kwargs: Mapping[str, object]) -> Any:
-        """Run the rows of one adapter in a batch with several adapters."""
-        return self._computed(args, kwargs, name, adapters)
-
     def _hooked(self, tensors: Mapping[Key, torch.Tensor], scale: object) -> nn.Module:
         """Return a copy of the model whose modules add these factors, as returned by `Adapters.factors`."""
-
-        def factors(weight: str) -> GivenFactors:
-            up = tensors[weight, UP]
-            return GivenFactors(tensors[weight, DOWN], up, torch.tensor(scale, dtype=up.dtype, device=up.device))
-
+        factors = {}
+        for weight, key in tensors:
+            if key == UP:
+                up = tensors[weight, UP]
+                scales = torch.tensor(scale, dtype=up.dtype, device=up.device)
+                factors[weight] = GivenFactors(tensors[weight, DOWN], up, scales)
         return hooked(self.model, self.sites, factors)
 
-    def _check_generates(self, mixed: bool) -> None:
+    def _check_generates(self) -> None:
         """Raise StateError if `generate` would not compute correctly with hooks.
 
         A hook misses a weight that the model uses without calling its module. So the hooked model is compared once with
-        the graph, for the example inputs and a random adapter. For several adapters (`mixed`), the rows of the batch
-        must be on axis 0 of the input of each module.
+        the graph, for the example inputs and a random adapter.
         """
+        if self._generates or self.model.training:  # in train mode dropout would make the outputs differ
+            return
         call = self._example
         graph = self._graph(call)
-        if not self._generates and not self.model.training:  # in train mode dropout would make the outputs differ
-            values = {key: both[0] for key, both in graph.random_factors().items()}
-            with torch.no_grad():
-                hooked_outputs = tensors_in(self._hooked(values, 1.0)(*call.args, **call.kwargs))
-                base_outputs = tensors_in(self.model(*call.args, **call.kwargs))
-                graph_outputs = tensors_in(graph(call, graph.tensors_from(values, 1.0)))
-            for output, reference, base in zip(hooked_outputs, graph_outputs, base_outputs, strict=True):
-                # Rounding errors are small relative to the change that the adapter makes.
-                tolerance = 1e-3 if output.dtype.itemsize > 2 else 0.1
-                change = (reference.double() - base.double()).norm()
-                if (output.double() - reference.double()).norm() > tolerance * change:
-                    raise StateError(
-                        "bank: generate adds adapters by hooks on modules, but with hooks this model computes "
-                        "something else than its graph: a weight is used past its module. Generate tokens by calls of "
-                        "the bank",
-                        code="not-available",
-                    )
-            self._generates = True
-        if not mixed:
-            return
-        if row_count(call.leaves) == 1:
-            raise StateError(
-                "bank: generate with an adapter for each row must know where the rows are in the model. Build the bank "
-                "with example inputs of two or more rows",
-                code="not-available",
-            )
-        layout = graph.layout(call)
-        if not layout.mixed or any(rows != FIRST_AXIS for rows in layout.places.values()):
-            raise not_independent("its modules get rows of several prompts in another order")
-
-    def _check_rows(self, adapter: Sequence[str | None], count: int | None) -> None:
-        """Raise StateError if the list of adapters does not have one entry for each of `count` rows."""
-        if len(adapter) != count:
-            raise StateError(
-                f"bank: adapter names {len(adapter)} rows, and the batch has {count} (axis 0 of its first tensor). "
-                "Give a list with a name or None for each row",
-                code="rows-differ",
-            )
+        values = {key: both[0] for key, both in graph.random_factors().items()}
+        with torch.no_grad():
+            hooked_outputs = tensors_in(self._hooked(values, 1.0)(*call.args, **call.kwargs))
+            base_outputs = tensors_in(self.model(*call.args, **call.kwargs))
+            graph_outputs = tensors_in(graph(call, graph.tensors_from(values, 1.0)))
+        for output, reference, base in zip(hooked_outputs, graph_outputs, base_outputs, strict=True):
+            # Rounding errors are small relative to the change that the adapter makes.
+            tolerance = 1e-3 if output.dtype.itemsize > 2 else 0.1
+            change = (reference.double() - base.double()).norm()
+            if (output.double() - reference.double()).norm() > tolerance * change:
+                raise StateError(
+                    "bank: generate adds adapters by hooks on modules, but with hooks this model computes something "
+                    "else than its graph: a weight is used past its module. Generate tokens by calls of the bank",
+                    code="not-available",
+                )
+        self._generates = True
 
     # ---- graphs
 
@@ -414,7 +354,7 @@ class AdapterBank:
         variant = self._variants.find(call)
         if variant is None:
             grad = torch.is_grad_enabled()  # read before `inference_mode(False)`, which enables gradients
-            with PROCESS, self._lock, torch.inference_mode(False), torch.set_grad_enabled(grad):
+            with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):
                 variant = self._variants.find(call) or self._captured(call)
         assert isinstance(variant.module, BankGraph)
         return variant.module
@@ -445,50 +385,43 @@ class AdapterBank:
 
     # ---- arguments
 
-    def _read(self, name: Any, source: Any) -> LowRankAdapter:
+    def _check_new(self, name: object) -> None:
+        """Raise an error if an adapter with this name cannot be added."""
+        if not isinstance(name, str) or not name:
+            hint = ". None is the base, which a bank always has" if name is None else ""
+            raise SpecError(f"bank: the name of an adapter is {name!r}; give a string{hint}")
+        if name in self.names:
+            raise StateError(
+                f"bank: there is an adapter {name!r} already. Call bank.remove({name!r}) first, or give another name",
+                code="unknown-name",
+            )
+
+    def _read(self, name: str, source: Source) -> LowRankAdapter:
         """Read an adapter, and check that it was trained on this base.
 
         Raises:
-            SpecError: the name is not a string, or the source is not an adapter with low-rank factors.
+            SpecError: the source is not an adapter with low-rank factors.
             CheckpointError: it was trained on another base, or cannot be read.
         """
-        check_name(name)
-        if isinstance(source, LowRankAdapter):
-            return source
         if isinstance(source, Mapping):
             pairs = {weight: checked_factors(name, weight, pair) for weight, pair in source.items()}
             return LowRankAdapter(repr(name), pairs, {})
         adapter = low_rank_pairs(source, self.model, name=repr(name), call="bank")
         if adapter.base:
-            adapter.check_base(self._fingerprints(), "bank")
+            adapter.check_base(self._fingerprints, "bank")
         return adapter
 
+    @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        """Return the fingerprints of the base by parameter name.
+        """The fingerprints of the base by parameter name, when the first run was added."""
+        return fingerprints(dict(self.model.named_parameters()))
 
-        They are cached. Checksums, which are faster, show which parameters have been written since.
-        """
-        parameters = dict(self.model.named_parameters())
-        current = checksums(parameters)
-        changed = {name: value for name, value in parameters.items() if self._checksums.get(name) != current[name]}
-        self._digests = {name: self._digests[name] for name in current.keys() - changed.keys()} | fingerprints(changed)
-        self._checksums = current
-        return self._digests
 
-    def _using(self, adapter: object) -> AbstractContextManager[Adapters]:
-        """Context manager: check the argument `adapter` of a call, and keep its adapters until the end of the call.
-
-        Raises:
-            StateError: it has another type or an unknown name, or the model was converted to another dtype.
-        """
-        names = [adapter] if adapter is None or isinstance(adapter, str) else adapter
-        if not isinstance(names, (list, tuple)):
-            raise StateError(
-                f"bank: adapter is a {type(adapter).__name__}. Give a name, None, or a list with one of these for each "
-                "row",
-                code="unknown-name",
-            )
-        self._adapters.check_names(names)
-        if adapter is not None:
-            self._adapters.check_dtypes()
-        return self._adapters.using(dict.fromkeys([None, *names]))
+def _check_count(chosen: Sequence[Stored], count: int | None) -> None:
+    """Raise StateError if a list of adapters does not have one entry for each of `count` rows."""
+    if len(chosen) != count:
+        raise StateError(
+            f"bank: adapter names {len(chosen)} rows, and the batch has {count} (axis 0 of its first tensor). Give a "
+            "list with a name or None for each row",
+            code="rows-differ",
+        )

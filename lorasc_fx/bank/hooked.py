@@ -6,28 +6,25 @@ shares all tensors with the model but not the hooks, so the model is not changed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lorasc_fx.branch.placements import FIRST_AXIS, ConvCall, GivenFactors, at_lookup, beside, beside_conv
+from lorasc_fx.branch.placements import ConvCall, GivenFactors, at_lookup, beside, beside_conv
 from lorasc_fx.errors import StateError
 from lorasc_fx.graph.copies import unshared
 from lorasc_fx.graph.forms import StoredCall, form_of
 from lorasc_fx.plan import Site
 
-Factors = Callable[[str], GivenFactors]
-"""Returns the factors of a weight, by its name."""
 
-
-def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Module:
+def hooked(model: nn.Module, sites: Sequence[Site], factors: Mapping[str, GivenFactors]) -> nn.Module:
     """Return a copy of a model with a hook on each module that holds the weight of a site.
 
     Args:
         model: the model, which shares its tensors with the copy.
         sites: the sites with factors. A tied weight gets a hook on each module that has it.
-        factors: returns the factors of a weight. It is called at each call of a module.
+        factors: factors by weight name.
 
     Raises:
         StateError: a weight is used by an operator whose branch a hook cannot add to the module's output.
@@ -37,12 +34,11 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Modu
         for name in (site.weight, *site.aliases):
             path, _, leaf = name.rpartition(".")
             module = copy.get_submodule(path)
-            hook = _hook(module, site, factors) if leaf == "weight" else None
+            hook = _hook(module, site, factors[site.weight]) if leaf == "weight" else None
             if hook is None:
                 raise StateError(
                     f"bank: generate adds adapters by hooks on modules, but {type(module).__name__} uses {name} in a "
-                    "way that a hook cannot follow. Generate tokens by calls of the bank, which run graphs, or inside "
-                    "`with cascade.weights(name)` of a cascade to which the adapter was added",
+                    "way that a hook cannot follow. Generate tokens by calls of the bank, which run graphs",
                     code="not-available",
                 )
             module._forward_hooks = module._forward_hooks.copy()  # the copy must not add hooks to the original
@@ -50,22 +46,20 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Factors) -> nn.Modu
     return copy
 
 
-def _hook(module: nn.Module, site: Site, factors: Factors) -> Callable[..., Any] | None:
+def _hook(module: nn.Module, site: Site, pair: GivenFactors) -> Callable[..., Any] | None:
     """Return the forward hook that adds the branch of a site to the output of a module.
 
     None if the module does not compute the kind of operator for which the weight was adapted.
     """
     if type(module).__name__ == "Conv1D" and site.layout == "in_out":  # a linear layer of transformers, [in, out]
-        return lambda _, args, output: beside(output, args[0], factors(site.weight), FIRST_AXIS)
+        return lambda _, args, output: beside(output, args[0], pair)
     call_of_module = StoredCall("", "call_module", "", ("x",), {})  # forms are looked up by calls
     form = form_of(call_of_module, module)
     if form is None or form.layout != site.layout:
         return None
     options = dict(form.reads(call_of_module, module).options)
     if isinstance(module, nn.Embedding):
-        padding = options["padding_idx"]
-        return lambda _, args, output: at_lookup(output, args[0], factors(site.weight), FIRST_AXIS, padding)
+        return lambda _, args, output: at_lookup(output, args[0], pair, options["padding_idx"])
     if site.kind == "conv":
-        call = ConvCall(**options)
-        return lambda _, args, output: beside_conv(output, args[0], factors(site.weight), call, site.shape, FIRST_AXIS)
-    return lambda _, args, output: beside(output, args[0], factors(site.weight), FIRST_AXIS)
+        return lambda _, args, output: beside_conv(output, args[0], pair, ConvCall(**options), site.shape)
+    return lambda _, args, output: beside(output, args[0], pair)

@@ -500,7 +500,6 @@ class Branch(nn.Module, abc.ABC):
         scale: torch.Tensor,
         *args: Any,
         at: Placement,
-        rows: Any = None,
         **options: Any,
     ) -> torch.Tensor:
         """Compute a placement with given parameters, on a copy from `without_values`. Uses plain operations.
@@ -509,7 +508,6 @@ class Branch(nn.Module, abc.ABC):
             tensors: values of the parameters by name. They may be padded with zeros.
             scale: scale of the delta, a scalar tensor.
             args, at, options: as for `forward`.
-            rows: fields of `placements.Rows`, if each row of the batch has its own tensors. Only for low-rank branches.
         """
         adapted = {"at": Placement.ADAPTED, **({"expert": options.pop("expert")} if "expert" in options else {})}
         weight = args[0] if at is Placement.WEIGHT else args[1]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,14 +27,12 @@ from lorasc_fx.branch.contract import Branch, Declared, Factors, InitialFactors,
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.branch.placements import (
     BESIDE,
-    FIRST_AXIS,
     SMALL,
     ConvCall,
     ConvOps,
     GivenFactors,
     MatrixOps,
     Placement,
-    Rows,
     beside_conv,
     low_rank_conv,
 )
@@ -156,14 +154,12 @@ class LowRankBranch(Branch):
         scale: torch.Tensor,
         *args: Any,
         at: Placement,
-        rows: Sequence[Any] = FIRST_AXIS,
         **options: Any,
     ) -> torch.Tensor:
         """Compute a placement with given parameters, see `Branch.computed_with`. There is no dropout.
 
         Each row of the batch has its own factors if they are [rows, rank, in] and [rows, out, rank], with scale [rows].
         """
-        batch_rows = Rows(*rows)
         if at is Placement.WEIGHT:
             return super().computed_with(tensors, scale, *args, at=at, **options)
         pair = GivenFactors(*self.factors_from(tensors), scale)
@@ -174,8 +170,8 @@ class LowRankBranch(Branch):
             args = (self.product_with(x, weight, bias[0] if bias else None, op, **options), x)
         if self.kind == "conv":
             base, x = args
-            return beside_conv(base, x, pair, ConvCall(**options), self.weight_shape, batch_rows)
-        return BESIDE[at](*args, pair, rows=batch_rows, **options)
+            return beside_conv(base, x, pair, ConvCall(**options), self.weight_shape)
+        return BESIDE[at](*args, pair, **options)
 
     def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B for given values of the parameters."""

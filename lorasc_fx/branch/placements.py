@@ -323,33 +323,7 @@ class GivenFactors(NamedTuple):
     scale: torch.Tensor
 
 
-class Rows(NamedTuple):
-    """Position of the rows of the batch in the input of a site, where other axes may be flattened into their axis.
-
-    Args:
-        axis: axis that contains the rows. Its length is a multiple of their number.
-        inner: whether the rows are the inner part of a flattened axis, so that an index is `i * rows + row`. Otherwise
-            it is `row * size + i`.
-    """
-
-    axis: int
-    inner: bool = False
-
-    def first(self, value: torch.Tensor, count: int) -> torch.Tensor:
-        """Return a view [count, ...] with the rows as the first axis. Axes flattened with them keep their place."""
-        split = value.unflatten(self.axis, (-1, count) if self.inner else (count, -1))
-        moved: torch.Tensor = split.movedim(self.axis + self.inner, 0)
-        return moved
-
-    def back(self, value: torch.Tensor) -> torch.Tensor:
-        """Restore the order of axes, the inverse of `first`."""
-        return value.movedim(0, self.axis + self.inner).flatten(self.axis, self.axis + 1)
-
-
-FIRST_AXIS = Rows(0)
-
-
-def beside(base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, rows: Rows) -> torch.Tensor:
+def beside(base: torch.Tensor, x: torch.Tensor, pair: GivenFactors) -> torch.Tensor:
     """Return `base + scale B A x` for base [..., out] and x [..., in]."""
     down = pair.down.to(x.dtype)
     if down.dim() == 2:
@@ -360,13 +334,11 @@ def beside(base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, rows: Rows) 
         flat, low = base.view(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
         add = flat.addmm_ if _is_scratch(base, low) else partial(torch.addmm, flat)
         return add(low, up.t()).view(base.shape)
-    x = rows.first(x, len(down)).flatten(1, -2)
-    return _plus_rows(base, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale, rows)
+    x = x.unflatten(0, (len(down), -1)).flatten(1, -2)
+    return _plus_rows(base, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale)
 
 
-def at_lookup(
-    base: torch.Tensor, indices: torch.Tensor, pair: GivenFactors, rows: Rows, padding_idx: int = -1
-) -> torch.Tensor:
+def at_lookup(base: torch.Tensor, indices: torch.Tensor, pair: GivenFactors, padding_idx: int = -1) -> torch.Tensor:
     """Return `base + scale B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
 
     Entries at padding_idx contribute no gradient. A negative padding_idx means none.
@@ -375,9 +347,9 @@ def at_lookup(
     if up.dim() == 2:
         total = base + (F.embedding(indices, up) * pair.scale) @ down
     else:
-        row_indices = rows.first(indices, len(up)).flatten(1).unsqueeze(-1)
+        row_indices = indices.unflatten(0, (len(up), -1)).flatten(1).unsqueeze(-1)
         low = up.gather(1, row_indices.expand(-1, -1, up.shape[-1]))
-        total = _plus_rows(base, low, down.transpose(1, 2), pair.scale, rows)
+        total = _plus_rows(base, low, down.transpose(1, 2), pair.scale)
     return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
 
 
@@ -385,7 +357,6 @@ def grouped(
     base: torch.Tensor,
     x: torch.Tensor,
     pair: GivenFactors,
-    rows: Rows,
     offs: torch.Tensor,
     by: str,
     weight: torch.Tensor | None = None,
@@ -407,11 +378,11 @@ BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
     Placement.LOOKUP: at_lookup,
     Placement.GROUPED: grouped,
 }
-"""Functions for the placements of matrices. Their arguments are (base, x, pair, rows) and the options of the node."""
+"""Functions for the placements of matrices. Their arguments are (base, x, pair) and the options of the node."""
 
 
 def beside_conv(
-    base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, call: ConvCall, shape: Sequence[int], rows: Rows
+    base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, call: ConvCall, shape: Sequence[int]
 ) -> torch.Tensor:
     """Return `base + scale B (A * x)` for base [batch, out, *out_space] and x [batch, in, *space].
 
@@ -419,7 +390,7 @@ def beside_conv(
     itself has groups, the delta B A is used as the kernel.
 
     Args:
-        base, x, pair, rows: as for `beside`.
+        base, x, pair: as for `beside`.
         call: arguments of the convolution.
         shape: shape of the weight, [out, in/groups, *kernel].
     """
@@ -432,7 +403,7 @@ def beside_conv(
         low = call.conv(axes, x, down.view(-1, *kernel)) * scale
         return base + ConvCall().conv(axes, low, up[(..., *(None for _ in range(axes)))]).to(base.dtype)
     count, scale = len(down), scale.reshape(-1, 1, 1)
-    x = rows.first(x, count).transpose(0, 1).flatten(1, 2)  # [images, rows * in, *space]
+    x = x.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)  # [images, rows * in, *space]
     call = call._replace(groups=count * call.groups)
     if call.groups != count:
         term = call.conv(axes, x, (up * scale @ down).view(-1, *kernel))
@@ -440,19 +411,17 @@ def beside_conv(
         low = call.conv(axes, x, (down * scale).view(-1, *kernel))
         stacked = up.reshape(-1, up.shape[-1])[(..., *(None for _ in range(axes)))]
         term = ConvCall(groups=count).conv(axes, low, stacked)
-    return base + rows.back(term.unflatten(1, (count, -1)).transpose(0, 1)).to(base.dtype)
+    total: torch.Tensor = base + term.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1).to(base.dtype)
+    return total
 
 
-def _plus_rows(
-    base: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: torch.Tensor, rows: Rows
-) -> torch.Tensor:
+def _plus_rows(base: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return `base + scale B low` for low [rows, entries, rank] and B `up` [rows, out, rank]."""
     low = low * scale.to(low.dtype).reshape(-1, 1, 1)
     up = up.to(low.dtype).transpose(1, 2)
-    by_row = rows.first(base, len(up))
-    if rows != FIRST_AXIS or not base.is_contiguous():  # the sum keeps the strides of base
-        return base + rows.back(torch.bmm(low, up).view(by_row.shape))
-    flat = by_row.flatten(1, -2)
+    if not base.is_contiguous():  # the sum keeps the strides of base
+        return base + torch.bmm(low, up).view(base.shape)
+    flat = base.view(*low.shape[:2], base.shape[-1])
     add = flat.baddbmm_ if _is_scratch(base, low) else partial(torch.baddbmm, flat)
     return add(low, up).view(base.shape)
 

@@ -29,8 +29,8 @@ from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use
 from lorasc_fx.graph.weights import called_module, module_at
 from lorasc_fx.util.torch_private import OpOverload
 
-INPUT_OPTIONS = ("tensors", "scale", "rows")
-"""Keyword arguments of a branch node whose tensors are inputs of the graph. `rows` maps inputs to rows of the batch."""
+INPUT_OPTIONS = ("tensors", "scale")
+"""Keyword arguments of a branch node whose tensors are inputs of the graph."""
 
 
 def use_of(node: fx.Node) -> Use | None:

@@ -266,7 +266,7 @@ TASKS = (
     Task(
         "Exporting, importing and serving",
         ("ExportError",),
-        "not-exportable adapter-does-not-fit adapter-not-supported invalid-adapter input-not-supported bank-full "
+        "not-exportable adapter-does-not-fit adapter-not-supported invalid-adapter input-not-supported "
         "rank-too-large rows-differ rows-not-independent smaller-sizes-not-refused tied-weight-exported-twice",
     ),
     Task(
