@@ -55,7 +55,6 @@ CODES = {
     "frozen-parameter-changed": "(warning) a parameter that checkpoints do not contain changed after a save",
     "gradients-pending": "no optimizer step has consumed the computed gradients yet",
     "graph-not-verified": "a graph does not match its plan",
-    "hook-not-called": "(warning) an adapted weight has a gradient hook, but adapted weights get no gradient",
     "input-not-supported": "the parameters of a branch cannot become inputs of the graph",
     "inside-backward": "the call was made during a backward that still needs the weights",
     "inside-weights": "the call, or a write to a weight, was made inside a `with cascade.weights(...)` block",

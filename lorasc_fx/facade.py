@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import fnmatch
 from functools import wraps
 from types import FunctionType
 from typing import Any, Self
@@ -19,7 +18,6 @@ from torch import nn
 from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
-from lorasc_fx.util.environment import module_of
 
 __all__ = ["Cascade"]
 
@@ -133,55 +131,6 @@ class Cascade(SavedCascade):
     def disable_adapter(self) -> AbstractContextManager[Self]:
         """Return a context manager that uses the base weights inside the block, like `weights("base")`."""
         return self.weights("base")
-
-    # ---- Methods that timm's optimizer factory calls to group parameters
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Return a function that maps a parameter name to the index of its layer, for layer-wise learning rate decay.
-
-        A parameter of a branch belongs to the layer of the adapted weight. timm's
-        `create_optimizer_v2(cascade, layer_decay=...)` calls this method.
-
-        Args:
-            coarse: passed to the `group_matcher` of the model. For a model without one, timm groups the layers.
-
-        Raises:
-            StateError: the cascade was released.
-            MissingExtra: timm is not installed.
-        """
-        run_of(self).check_alive("group_matcher")
-        model: Any = self.model
-        if hasattr(model, "group_matcher"):
-            matcher = model.group_matcher(coarse)
-            layers = module_of("vision", "timm.models").group_parameters(model, matcher, reverse=True)
-        else:
-            layers = module_of("vision", "timm.optim").auto_group_layers(model)
-        by_name = {f"model.{name}": layer for name, layer in layers.items()}
-        by_name |= {name: layers[weight] for name, weight in self._weight_names().items() if weight in layers}
-        last = max(layers.values(), default=0)
-        return lambda name: by_name.get(name, last)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters without weight decay.
-
-        These are the parameters that `no_weight_decay` of the model names, and the parameters of their branches. timm's
-        `create_optimizer_v2` calls this method.
-
-        Raises:
-            StateError: the cascade was released.
-        """
-        run_of(self).check_alive("no_weight_decay")
-        patterns: Iterable[str] = getattr(self.model, "no_weight_decay", set)()
-        names = {f"model.{name}": name for name, _ in self.model.named_parameters()} | self._weight_names()
-        return {name for name, weight in names.items() if any(fnmatch(weight, pattern) for pattern in patterns)}
-
-    def _weight_names(self) -> dict[str, str]:
-        """Map the name of each branch parameter in the cascade to the name of the adapted weight in the model."""
-        return {
-            f"branches.{key}.{name}": branch.weight_name
-            for key, branch in run_of(self).by_key.items()
-            for name, _ in branch.named_parameters()
-        }
 
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:

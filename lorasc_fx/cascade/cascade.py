@@ -291,7 +291,7 @@ class CascadeModule(nn.Module):
 
         Raises:
             StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if a
-                trained parameter is in no optimizer or in two, or training has made a buffer inf or nan.
+                trained parameter is in no optimizer or in two.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
         """
         transition.next_stage(self._run, optimizers_of("transition", optimizer))
@@ -418,8 +418,8 @@ class CascadeModule(nn.Module):
             view: `slow` or `averaged`, as in `weights`.
 
         Raises:
-            StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if training has
-                made a buffer inf or nan, or quantized weights have trained and `quantized` is None.
+            StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if
+                quantized weights have trained and `quantized` is None.
             SpecError: `quantized` is invalid.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
         """

@@ -82,7 +82,6 @@ class Run(RunBase):
         """
         undo(self.pending.restorer())
         unsaved = self.has_unsaved_training
-        self.note_finite()
         if not self._buffers:
             self.note_buffers()
         # Step 1: find the new weights: sites, and with noise.where="all" the other matrices as well.
@@ -96,7 +95,6 @@ class Run(RunBase):
         started = new | {name: parameters[name] for name in adapted}
         # Step 2: check them.
         self._check_quantized(new)
-        self._warn_of_hooks(started)
         # Step 3: compute the state of the stage, then write it.
         slow, branches = self.slow.with_weights(new, self.plan, self.memory), self.branches_by_weight()
         starting = {name: branches[name] for name in started if name in branches and not empty}
@@ -122,21 +120,6 @@ class Run(RunBase):
                     f"Give {advice}, or exclude the weight: exclude=({quantized!r},)",
                     code="quantized-not-supported",
                 )
-
-    def _warn_of_hooks(self, new: Mapping[str, nn.Parameter]) -> None:
-        """Warn if an adapted parameter has a gradient hook, which is not called while it is frozen."""
-        hooked = [
-            name
-            for name, parameter in new.items()
-            if name in self.plan.by_weight and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-        ]
-        if hooked:
-            warn(
-                f"{named(hooked)}: a hook on this parameter (register_hook, register_post_accumulate_grad_hook) is not "
-                "called while the weight is adapted, because only its branch gets gradients. Exclude the weight, train "
-                "it in full (train=...), or register the hook on the branch's parameters",
-                "hook-not-called",
-            )
 
     def _watch(self) -> None:
         """Watch gradients."""
@@ -230,15 +213,10 @@ class Run(RunBase):
         """Context manager around changes of weights: take the lock and call `check_ready` with these arguments.
 
         It first waits for the end of a capture, which replaces parameters of the model by tensors without values.
-        Restores the grad mode, which Ctrl-C at the end of a `torch.no_grad` block would leave off.
         """
-        grad_mode = torch.is_grad_enabled()
         with PROCESS, self.lock:
-            try:
-                self.check_ready(call, **allowed)
-                yield
-            finally:
-                torch.set_grad_enabled(grad_mode)
+            self.check_ready(call, **allowed)
+            yield
 
     def check_ready(
         self,

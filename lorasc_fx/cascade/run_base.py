@@ -25,7 +25,7 @@ from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan
 from lorasc_fx.quantized import writable
 from lorasc_fx.shards import dtensor_like, local
-from lorasc_fx.state import BaseMemory, Learner, Scratch, SlowWeights, ViewName, arithmetic, sums_are_finite
+from lorasc_fx.state import BaseMemory, Learner, Scratch, SlowWeights, ViewName, arithmetic
 from lorasc_fx.util.environment import source_digest, version
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.undo import PROCESS, Lock, Undo
@@ -133,7 +133,6 @@ class RunBase:
         self.memory, self.written = memory, written
         self.grouped = False  # whether param_groups was called, so that an optimizer has the current branches
         self.looped = False  # whether stages was called
-        self._finite: dict[str, torch.Size] = {}  # shapes of the buffers that were finite when the model was adapted
         self._buffers: dict[str, int] = {}  # checksums of the base's buffers, see `note_buffers`
         self._kept: int | None = None  # sum of the branches' version counters when they were started, saved or folded
         self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
@@ -211,13 +210,6 @@ class RunBase:
         broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
         return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 
-    def note_finite(self) -> None:
-        """Record which buffers are finite now, and their shapes. Only the first call has an effect."""
-        if not self._finite:
-            buffers = _floating_buffers(self.model)
-            all_finite = sums_are_finite(list(buffers.values()))
-            self._finite = {name: value.shape for name, value in buffers.items() if all_finite or _is_finite(value)}
-
     def note_buffers(self, changed: Collection[str] = ()) -> None:
         """Record the checksums of the base's buffers, and of the parameters that forward writes.
 
@@ -230,29 +222,6 @@ class RunBase:
         """Return the names of recorded buffers, and of parameters that forward writes, that differ from the base."""
         current = _state_checksums(self.model_state())
         return [name for name, value in current.items() if self._buffers.get(name, value) != value]
-
-    def started_finite(self, name: str, shape: torch.Size) -> bool:
-        """Whether the buffer `name` had this shape, and neither inf nor nan, when the model was adapted."""
-        return self._finite.get(name) == shape
-
-    def check_buffers(self, call: str) -> None:
-        """Raise StateError if a buffer has become inf or nan since the model was adapted.
-
-        A mask that always had -inf is allowed, and so is a buffer that forward has created again in another size.
-        All-reduced if the weights are sharded.
-        """
-        buffers = _floating_buffers(self.model)
-        checked = {name: value for name, value in buffers.items() if self.started_finite(name, value.shape)}
-        broken = None
-        if not sums_are_finite(list(checked.values())):
-            broken = next((name for name, value in checked.items() if not _is_finite(value)), None)
-        if self.slow.group.any(broken is not None):
-            raise StateError(
-                f"{call}: the buffer {broken or 'of another process'} holds inf or nan, and was finite when the model "
-                "was adapted; nothing was changed or written. Find the batch that caused it and resume from the last "
-                "checkpoint. To estimate running statistics again, use torch.optim.swa_utils.update_bn(batches, model)",
-                code="non-finite",
-            )
 
     def branches_add(self) -> bool:
         """Whether a branch changes the output: it has trained, or it computes the deltas of a quantized weight."""
@@ -420,16 +389,6 @@ class RunBase:
                 branches[name].set_unmerged(state.unmerged("slow") if slow.idle else state.unmerged_in_stage)
 
 
-def _floating_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the local part of each buffer whose dtype and layout can be checked for inf and nan, by name."""
-    return {
-        name: local(buffer)
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point() and buffer.dtype.itemsize > 1 and buffer.layout is torch.strided
-        if not buffer.is_nested
-    }
-
-
 def _state_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Return the checksums of dense tensors. They do not depend on the device."""
     dense = {
@@ -438,10 +397,6 @@ def _state_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         if not value.is_nested and value.layout is torch.strided
     }
     return checksums({name: value.cpu() for name, value in dense.items()})
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    return bool(torch.isfinite(value).all())
 
 
 SPARE = 1 << 12

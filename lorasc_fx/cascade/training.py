@@ -134,10 +134,6 @@ class Replicas(Fresh):
         return wrapper.process_group if is_new else None
 
 
-_COPIES = {"lookahead_slow_buff"}
-"""Entries of an optimizer state that are copies of the parameter. They are stale after a transition."""
-
-
 def check_numbers(state: object, path: str) -> None:
     """Raise ValueError if a number or an entry of a tensor in an optimizer state is nan. The message names its path."""
     if isinstance(state, Mapping):
@@ -232,17 +228,11 @@ def check_rates(
             )
 
 
-def stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that has the state: the inner optimizer of timm's Lookahead, otherwise the same one."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
-    return inner
-
-
 def state_of(optimizers: Iterable[torch.optim.Optimizer]) -> dict[nn.Parameter, Any]:
     """Return the state of each parameter that one of the optimizers has stepped."""
     held: dict[Any, Any] = {}
     for optimizer in optimizers:
-        held |= {parameter: state for parameter, state in stepping(optimizer).state.items() if state}
+        held |= {parameter: state for parameter, state in optimizer.state.items() if state}
     return held
 
 
@@ -251,27 +241,17 @@ def treated_state(
 ) -> dict[nn.Parameter, Any]:
     """Return the optimizer state of these parameters after a transition, as new tensors.
 
-    Parameters whose state does not change are left out, and so are parameters without a state. Copies of the parameter
-    are never kept.
+    Parameters whose state is kept are left out, and so are parameters without a state.
 
     Args:
         states: the optimizer state of each parameter, which is not changed.
         how: `reset` for the state of a parameter that was never stepped, `kept` for the current state. A number in
             (0, 1) is the share of entries to prune by magnitude (ReLoRA, 2307.05695).
     """
-    treated: dict[nn.Parameter, Any] = {}
-    for parameter in parameters:
-        if parameter not in states:
-            continue
-        state = states[parameter]
-        entries = {name: value for name, value in state.items() if name not in _COPIES}
-        if how == "reset":
-            treated[parameter] = {}
-        elif how != "kept":
-            treated[parameter] = _pruned(entries, parameter, float(how))
-        elif len(entries) < len(state):
-            treated[parameter] = entries
-    return treated
+    if how == "kept":
+        return {}
+    stepped = [parameter for parameter in parameters if parameter in states]
+    return {p: {} if how == "reset" else _pruned(states[p], p, float(how)) for p in stepped}
 
 
 def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, object], undo: Undo) -> None:
@@ -280,7 +260,7 @@ def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Pa
     The next step initializes a removed state. `undo` collects the undo steps.
     """
     for optimizer in optimizers:
-        table = stepping(optimizer).state
+        table = optimizer.state
         before = {parameter: table[parameter] for parameter in states if parameter in table}
         undo(partial(table.update, before))
         for parameter in before:

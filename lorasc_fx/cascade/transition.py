@@ -76,7 +76,6 @@ def next_stage(
         branches, trained = run.branches_by_weight(), run.present(run.slow.trained)
         if optimizers:
             check_holds(optimizers, run.trainable())
-        run.check_buffers("transition")
         # Fold the branches: compute the slow state after this stage.
         after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
         planned = plan.at_stage(plan.stage + 1)
@@ -243,10 +242,8 @@ def ended(run: Run, call: str) -> SlowWeights:
     all of the training.
 
     Raises:
-        StateError: training has made a buffer inf or nan.
         NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
     """
-    run.check_buffers(call)
     slow, learners = run.slow, run.learners()
     if not slow.moved(learners):
         return slow

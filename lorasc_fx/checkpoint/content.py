@@ -22,7 +22,7 @@ from torch import nn
 from lorasc_fx.branch import Branch, InitialFactors, Side, generator
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import Planned, WeightValues, is_description
-from lorasc_fx.cascade.training import check_holds, check_numbers, stepping
+from lorasc_fx.cascade.training import check_holds, check_numbers
 from lorasc_fx.checkpoint.files import Count, Digest, Tensors, is_storable, refusing, sanitized, versions
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.parameters import Holder, buffer_holders
@@ -232,7 +232,7 @@ def keep_as_saved(
         host: see `Owner`.
         dtypes: dtypes of the parameters when they were saved.
     """
-    table = stepping(optimizer).state
+    table = optimizer.state
     for index, parameter in enumerate(parameters_of(optimizer)):
         entries, loaded = state.get(index, {}), table.get(parameter, {})
         converted = dtypes.get(parameter) if dtypes.get(parameter) != parameter.dtype else None
@@ -680,8 +680,7 @@ def _model_state(
         current = places[names[0]].value
         together = [name for name, place in places.items() if place.value is current]
         if current is not None and value.shape == current.shape and sorted(together) == sorted(names):
-            finite = any(run.started_finite(name, current.shape) for name in names)
-            in_place.append((current, fit(f"buffer/{names[0]}", value, tuple(current.shape), current.dtype, finite)))
+            in_place.append((current, fit(f"buffer/{names[0]}", value, tuple(current.shape), current.dtype)))
         else:
             new = value.to(places[names[0]].device, copy=True)
             replaced += [(places[name], new) for name in names]
@@ -748,9 +747,8 @@ def resume(
     ):
         dtypes = _saved_dtypes(run, content)
         for optimizer, saved in with_optimizer:
-            for holder in (optimizer, stepping(optimizer)):
-                for name in ("state", "param_groups"):
-                    undo(partial(setattr, holder, name, getattr(holder, name)))
+            for name in ("state", "param_groups"):
+                undo(partial(setattr, optimizer, name, getattr(optimizer, name)))
             optimizer.load_state_dict(saved.state)
             keep_as_saved(optimizer, saved.state["state"], saved.host, dtypes)
         if with_optimizer:

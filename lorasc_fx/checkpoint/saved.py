@@ -154,9 +154,7 @@ def check_finite(run: Run) -> None:
 
     Raises:
         NonFiniteBranch: a branch holds inf or nan.
-        StateError: training has made a buffer inf or nan.
     """
-    run.check_buffers("save")
     if run.plan.spec.on_nonfinite == "raise" and run.slow.group.any(not all_finite(run.by_key.values())):
         broken = next(
             (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"
@@ -451,8 +449,7 @@ def save(
             contain values that neither JSON nor safetensors can store. Existing versions stay.
         SpecError: keep is less than 1.
         StateError: the cascade was released, the call is inside `with cascade.weights(...)` or inside a backward, or
-            training has made a buffer inf or nan. On several ranks also: gradients wait for an optimizer step, or
-            another rank has failed.
+            on several ranks gradients wait for an optimizer step, or another rank has failed.
         NonFiniteBranch: a branch holds inf or nan.
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None

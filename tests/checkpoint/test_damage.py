@@ -448,9 +448,6 @@ SIGNED: dict[str, tuple[Callable[[Path, Edit], Any], Edit, tuple[object, ...]]] 
     ),
     "a branch with nan": (forge_tensors, filled(UP, float("nan")), ("non-finite", UP)),
     "an expert with inf": (forge_tensors, filled(A, float("inf")), ("non-finite", "body.weight")),
-    "a buffer with nan": (
-        forge_tensors, filled("buffer/norm.running_mean", float("nan")), ("non-finite", "buffer/norm.running_mean")
-    ),
     "a branch of another shape": (
         forge_tensors, lambda each: each.update({UP: torch.zeros(2, 9)}), ("invalid-checkpoint", UP, (2, 9), (4, 1))
     ),

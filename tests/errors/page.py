@@ -245,7 +245,7 @@ TASKS = (
         "Adapting a model",
         ("CaptureError",),
         "not-a-model model-refuses-inputs not-captured no-graph already-adapted not-trainable meta-model "
-        "method-not-supported quantized-left-out constant-adapted hook-not-called late-sites too-many-variants",
+        "method-not-supported quantized-left-out constant-adapted late-sites too-many-variants",
     ),
     Task(
         "Training",

@@ -11,12 +11,11 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import fx, nn
-from torch.nn.utils import prune
 
 import lorasc_fx as lx
 from tests.errors.models import Net, adapted, inputs, mlp
 from tests.errors.state import unchanged
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
 
 X = inputs(2, 5)
@@ -183,44 +182,6 @@ def test_adapting_twice() -> None:
     ):
         with unchanged(cascade), raises(lx.StateError, "already-adapted", name):
             lx.adapt(given, args=(X,))
-
-
-def parametrized(model: nn.Module) -> str:
-    nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]
-    return "0.parametrizations.weight.original1"
-
-
-def pruned(model: nn.Module) -> str:
-    prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index, no-untyped-call]
-    return "0.weight_orig"
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrap"),
-    [
-        ("register_hook", lambda model: "0.weight"),
-        ("register_post_accumulate_grad_hook", lambda model: "0.weight"),
-        ("register_hook", parametrized),
-        ("register_hook", pruned),
-    ],
-)
-def test_hooks_on_a_parameter(kind: str, wrap: Callable[[nn.Module], str]) -> None:
-    """An adapted weight gets no gradient, so that its hooks are never called. A weight trained in full calls them."""
-    called: list[str] = []
-    model = mlp()
-    name = wrap(model)
-    hooked = {key: model.get_parameter(key) for key in (name, "3.weight")}
-    handles = [getattr(value, kind)(lambda _, key=key: called.append(key)) for key, value in hooked.items()]
-    spec = lx.CascadeSpec(rank=2, train=("3.weight",))
-    with warns("hook-not-called", f"{name}: a hook"):
-        cascade = lx.adapt(model, args=(X,), spec=spec)
-    called.clear()  # the first run of the model has gradients too
-    cascade(X).sum().backward()
-    assert called == ["3.weight"]
-    cascade.zero_grad()
-    model = cascade.release()
-    handles[0].remove()
-    lx.adapt(model, args=(X,), spec=spec)  # silent
 
 
 @pytest.mark.parametrize("fault", [RecursionError("too deep"), lx.passes.VerifyError("too deep")], ids=repr)

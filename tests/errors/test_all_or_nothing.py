@@ -503,14 +503,3 @@ def test_ctrl_c_at_each_line_of_the_exit_of_weights() -> None:
     assert len(places) > 40
     assert {place.partition(":")[0] for place in places} >= {"undo.py", "weights.py", "contextlib.py"}
     cascade.transition(optimizer)
-
-
-def test_ctrl_c_leaves_the_grad_mode_on() -> None:
-    """Also at the end of a `torch.no_grad` block, whose exit is a function in Python."""
-    cascade, optimizer = made()
-    step(cascade, optimizer, X)
-    places = []
-    for place in interrupted_in_turn(lambda: cascade.transition(optimizer), ("grad_mode.py", "_contextlib.py")):
-        places.append(place)
-        assert torch.is_grad_enabled(), place
-    assert len(places) > 20

@@ -67,8 +67,6 @@ CALLS: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "merge_and_unload": lambda cascade, _, __: cascade.merge_and_unload(),
     "disable_adapter": lambda cascade, _, __: cascade.disable_adapter().__enter__(),
     "print_trainable_parameters": lambda cascade, _, __: cascade.print_trainable_parameters(),
-    "group_matcher": lambda cascade, _, __: cascade.group_matcher(),
-    "no_weight_decay": lambda cascade, _, __: cascade.no_weight_decay(),
     "merge": lambda cascade, _, __: lx.merge([cascade], mlp(), (X,)),
     "export.peft": lambda cascade, _, path: lx.export.peft(cascade, path / "adapter"),
     "export.safetensors": lambda cascade, _, path: lx.export.safetensors(cascade, path / "weights"),

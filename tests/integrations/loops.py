@@ -123,7 +123,7 @@ class Timm(Steps):
     """The loop of timm's training script, with its groups, scaler, schedule and checkpoints."""
 
     def make(self) -> None:
-        self.optimizer = create_optimizer_v2(self.cascade, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.8)
+        self.optimizer = create_optimizer_v2(self.cascade, "adamw", lr=1e-2, weight_decay=0.05)
         self.schedule = CosineLRScheduler(self.optimizer, t_initial=24, t_in_epochs=False)
         self.scaler = NativeScaler(device="cpu")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lorasc_fx as lx
-from tests.integrations.kit import net
 from tests.kit.errors import raises
 
 X, LABELS = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 5
@@ -33,53 +30,6 @@ def adapted(**fields: Any) -> Any:
     return lx.adapt(vit(), (X,), spec=lx.CascadeSpec(**{"rank": 2, "targets": ("linear", "conv"), **fields}))
 
 
-def groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Return learning rate and weight decay of each parameter, by its name in the model."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
-    return found
-
-
-def by_timm(model: nn.Module) -> dict[str, tuple[float, float]]:
-    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.5)
-    CosineLRScheduler(optimizer, t_initial=10)  # writes the rates of the layers
-    return groups(optimizer, model)
-
-
-@pytest.mark.parametrize("kind", ["with a matcher", "without"])
-def test_layer_decay_equals_the_models(kind: str) -> None:
-    """A branch has the rate and the weight decay of its weight. A parameter trained in full keeps its own."""
-    if kind == "without":
-        plain, trained = net(), ("head.bias",)
-        cascade = lx.adapt(copy.deepcopy(plain), (torch.zeros(3, 6),), spec=lx.CascadeSpec(rank=2, train=trained))
-    else:
-        plain, trained = vit(), ("pos_embed", "norm.weight", "head.bias")
-        cascade = adapted(train=trained)
-    expected, found = by_timm(plain), by_timm(cascade)
-    own = {f"model.{name}": expected[name] for name in trained}
-    factors = {
-        f"branches.{site.key}.{factor}": expected[site.weight]
-        for site in cascade.sites
-        for factor in ("lora_A", "lora_B")
-    }
-    assert found == own | factors
-    assert len({rate for rate, _ in found.values()}) == (5 if kind == "with a matcher" else 1)
-    if kind == "with a matcher":
-        assert found["model.pos_embed"][1] == 0.0
-
-
-def test_factors_of_a_weight_without_decay_have_none() -> None:
-    model = vit()
-    model.no_weight_decay = lambda: {"blocks.*.fc1.weight", "pos_embed"}
-    cascade = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2, targets=("linear",)))
-    found = groups(create_optimizer_v2(cascade, "adamw", lr=1e-2, weight_decay=0.05), cascade)
-    without = {name for name, (_, decay) in found.items() if decay == 0.0}
-    assert without == {f"branches.blocks/{n}/mlp/fc1/weight.lora_{f}" for n in range(3) for f in "AB"}
-
-
 def test_rates_of_the_spec_are_kept() -> None:
     cascade = adapted(lr_ratio=4.0)
     with raises(lx.SpecError, "optimizer-differs", "0.01", "param_group_fn"):
@@ -90,11 +40,11 @@ def test_rates_of_the_spec_are_kept() -> None:
 
 
 class Loop:
-    """timm's script with a stage of six steps, which is also the period of its Lookahead."""
+    """timm's script with a stage of six steps."""
 
     def __init__(self, optimizer: str = "adamw", **fields: Any) -> None:
         self.cascade = adapted(noise=lx.Noise(0.1), **fields)
-        self.optimizer = create_optimizer_v2(self.cascade, optimizer, lr=1e-2, weight_decay=0.05, layer_decay=0.8)
+        self.optimizer = create_optimizer_v2(self.cascade, optimizer, lr=1e-2, weight_decay=0.05)
         self.schedule = CosineLRScheduler(self.optimizer, t_initial=24, t_in_epochs=False)
         self.scaler = NativeScaler(device="cpu")
         self.losses: list[float] = []
@@ -125,17 +75,3 @@ def test_an_average_of_slow_weights_is_saved_as_timm_does(tmp_path: Path) -> Non
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match="Unexpected key"):
         load_checkpoint(model, last, use_ema=False)
-
-
-@pytest.mark.parametrize("how", ["reset", "kept", 0.5])
-def test_lookahead_starts_a_stage_from_its_weights(how: Any) -> None:
-    """Its slow buffer is a copy of what trained: that of a stage which has ended would come back and count twice.
-
-    A buffer begins as a copy at the first period, here the end of a stage, where it so changes nothing.
-    """
-    losses = []
-    for optimizer in ("adamw", "lookahead_adamw"):
-        loop = Loop(optimizer, optimizer_state=how, train=("head.bias",))
-        loop.go(0, 15)
-        losses.append(loop.losses)
-    assert losses[0] == losses[1]

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,62 +317,6 @@ def test_a_head_that_is_not_finite(slow_train: bool) -> None:
         assert torch.equal(model[1].weight, good)
         assert not optimizer.state.get(model[1].weight)
         assert torch.equal(cascade.release()[1].weight, good)
-
-
-class Masked(nn.Module):
-    """A linear with two buffers, one of which holds -inf from the start."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 3)
-        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
-        self.register_buffer("scale", torch.ones(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) * self.scale + self.mask.exp().sum(0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
-def test_a_buffer_that_training_has_made_inf_or_nan_is_kept_nowhere(
-    value: float, on_nonfinite: Any, tmp_path: Path
-) -> None:
-    """What was so from the start may be: a mask. Nothing is changed, and a repaired buffer is kept."""
-    x, model = torch.randn(5, 4), Masked()
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, on_nonfinite=on_nonfinite))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    train(cascade, optimizer, [x])
-    cascade.folded_graph()  # which makes its graph
-    model.scale[1] = value
-    calls: dict[str, Callable[[], object]] = {
-        "save": lambda: lx.save(cascade, tmp_path / "run"),
-        "transition": lambda: cascade.transition(optimizer),
-        "folded_state_dict": cascade.folded_state_dict,
-        "folded_graph": cascade.folded_graph,
-        "export.pt2": lambda: lx.export.pt2(cascade, tmp_path / "model.pt2", folded=False),
-        "export.safetensors": lambda: lx.export.safetensors(cascade, tmp_path / "model.safetensors"),
-        "release": cascade.release,
-    }
-    for name, call in calls.items():
-        with unchanged(cascade, optimizer), raises(lx.StateError, "non-finite", name, "the buffer scale"):
-            call()
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
-    model.scale[1] = 1.0
-    for name, call in calls.items():
-        if name in ("save", "transition", "release"):
-            call()
-    assert model.mask.isinf().any()
-
-
-def test_running_statistics_that_are_nan_are_estimated_anew() -> None:
-    x, model = torch.randn(5, 4), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
-    model[1].running_var.fill_(float("nan"))
-    with raises(lx.StateError, "non-finite", "1.running_var", "update_bn"):
-        cascade.release()
-    torch.optim.swa_utils.update_bn([x], cascade)
-    assert bool(cascade.release().eval()(x).isfinite().all())
 
 
 BAD = ({0, 3}, {1}, {0, 1, 2, 3}, {2})
