@@ -24,7 +24,8 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError
-from lorasc_fx.graph import GraphEditor, branch_nodes, record_of, use_of
+from lorasc_fx.graph import GraphEditor, branch_nodes, record_of
+from lorasc_fx.graph.matching import uses_in
 from lorasc_fx.graph.record import Inlined
 from lorasc_fx.parameters import shallow
 
@@ -72,9 +73,8 @@ class InlineBranches(CascadePass):
             graph.remove_branch(node)
         calls: dict[str, tuple[str, Mapping[str, Any]]] = {}
         done = set[fx.Node]()
-        for node in graph.nodes:
-            use = use_of(node)
-            if use is None or not node.users:  # dead code
+        for node, use in uses_in(graph.module, record).items():
+            if not node.users:  # dead code
                 continue
             key = record.plan.by_weight[use.weight].key
             branch = branches[key]

@@ -19,9 +19,9 @@ from lorasc_fx.branch.lora import LowRankBranch
 from lorasc_fx.branch.methods import SharedTensor
 from lorasc_fx.branch.placements import ConvCall, MatrixOps, low_rank_conv
 from lorasc_fx.errors import PassError, VerifyError
-from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, record_of, use_of, verify
+from lorasc_fx.graph import GraphEditor, branch_nodes, call_template, record_of, verify
 from lorasc_fx.graph.editor import drop_nodes
-from lorasc_fx.graph.matching import branch_call, match
+from lorasc_fx.graph.matching import branch_call, uses_in
 from lorasc_fx.graph.record import Inlined, Record, Use
 from lorasc_fx.graph.weights import BRANCHES, module_at
 from lorasc_fx.parameters import shallow
@@ -35,13 +35,12 @@ _CONSTANT = "it computes with a tensor that is neither a parameter nor a buffer"
 
 
 def insert_calls(graph: GraphEditor) -> None:
-    """Insert a branch node at each marked use that has none."""
+    """Insert a branch node at each use of a site that has none."""
     plan = graph.record.plan
     # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
     done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
-    for base in graph.nodes:
-        use = use_of(base)
-        if use is None or base in done or not base.users:  # a node without users is dead code
+    for base, use in uses_in(graph.module, graph.record).items():
+        if base in done or not base.users:  # a node without users is dead code
             continue
         args, options = branch_call(use, base)
         insert = graph.replace_op if use.merged else graph.insert_after
@@ -163,9 +162,8 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
     editor.module._modules.pop(BRANCHES, None)
     editor.set_branches(branches)
     editor.record = replace(record, inlined=Inlined(), facts=record.facts - {"branches-inlined"})
-    uses = match(editor.module, editor.record, partial=True)[1]
     wanted = defaultdict[str, dict[Any, fx.Node]](dict)
-    for node, use in uses.items():
+    for node, use in uses_in(editor.module, editor.record).items():
         if node.users:
             key = plan.by_weight[use.weight].key
             wanted[key][plain_call(branches[key], use, node)[0]] = node
@@ -188,7 +186,6 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
             f"{when}, the nodes of inlined branches were changed. Fold before the pass that changes them:\n  "
             + "\n  ".join(faults)
         )
-    editor.mark(uses)
     insert_calls(editor)
     module = editor.finish()
     verify(module, when)

@@ -40,7 +40,7 @@ from .inlined import insert_calls
 
 @dataclass(frozen=True)
 class InsertBranches(CascadePass):
-    """Insert a branch node at every node that `MatchSites` marked. A new branch starts with B = 0.
+    """Insert a branch node at every use of a site of the plan. A new branch starts with B = 0.
 
     A branch that the graph module has already is used again, so that several graphs can share it.
 

@@ -1,10 +1,6 @@
-"""Find the weights to adapt, and mark the nodes that use them.
+"""Find the weights to adapt, by the nodes that use them. The nodes are not changed.
 
-    %fc = linear(%x, %weight)
-
-becomes
-
-    %fc = linear(%x, %weight)    meta["lorasc_fx.use"] = Use("fc.weight", "aten.linear")
+%fc = linear(%x, %weight)    the plan in the record has the site fc.weight, of kind linear
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from .base import CascadePass
 
 @dataclass(frozen=True)
 class MatchSites(CascadePass):
-    """Mark each node that uses a site. Store the plan, the refusals and the unreached weights in the record.
+    """Store the plan, the refusals and the unreached weights in the record.
 
     If the graph has a plan already, its sites are kept. The plan must have the same spec, unless the branches were
     folded. After a fold, a new plan is made for the new spec: it continues the stage number, and sites that are in both
@@ -46,7 +42,7 @@ class MatchSites(CascadePass):
     provides: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Change the marks and the record. Nodes are not created or erased."""
+        """Change the record."""
         record = graph.record
         plan, slow = record.plan, record.slow
         if plan.spec != self.spec:
@@ -56,10 +52,9 @@ class MatchSites(CascadePass):
                     code="spec-differs",
                 )
             record = replace(record, plan=Plan(self.spec, stage=plan.stage), refusals=())
-        matched, uses = match(graph.module, record, self.partial)
+        matched = match(graph.module, record, self.partial)
         # Under a new spec, drop the slow states of weights that the new plan does not have.
         if record.plan is not plan:
             sites = matched.plan.by_weight
             slow = replace(slow, states={weight: state for weight, state in slow.states.items() if weight in sites})
-        graph.mark(uses)
         graph.record = replace(matched, slow=slow)

@@ -4,7 +4,7 @@
 `verifier` checks them. Import other names from the file that defines them.
 """
 
-from lorasc_fx.graph.branch_calls import branch_nodes, call_template, use_of
+from lorasc_fx.graph.branch_calls import branch_nodes, call_template
 from lorasc_fx.graph.copies import copy_graph, graph_module_like
 from lorasc_fx.graph.editor import GraphEditor
 from lorasc_fx.graph.forms import FORMS, FunctionForm, ModuleForm, WeightForm, register_form
@@ -34,6 +34,5 @@ __all__ = [
     "shared_memory",
     "text",
     "trained_by",
-    "use_of",
     "verify",
 ]

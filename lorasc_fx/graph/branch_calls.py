@@ -25,18 +25,12 @@ from torch import fx, nn
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.graph.forms import FunctionForm, ModuleForm, StoredCall, form_of, registered_named
-from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, Record
 from lorasc_fx.graph.weights import called_module, module_at
 from lorasc_fx.util.torch_private import OpOverload
 
 INPUT_OPTIONS = ("tensors", "scale")
 """Keyword arguments of a branch node whose tensors are inputs of the graph."""
-
-
-def use_of(node: fx.Node) -> Use | None:
-    """Return the mark of a node that uses a site, or None."""
-    use = node.meta.get(USE)
-    return use if isinstance(use, Use) else None
 
 
 def made_by(node: fx.Node) -> str:

@@ -30,10 +30,9 @@ from lorasc_fx.graph.branch_calls import (
     branch_nodes,
     made_by,
     replaced_call,
-    use_of,
 )
 from lorasc_fx.graph.copies import copy_graph, graph_module_like, unshared
-from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, Record, record_of, set_record
 from lorasc_fx.graph.weights import BRANCHES, Memory, branches_in, named_weights, owner_of
 from lorasc_fx.parameters import shallow
 from lorasc_fx.quantized import is_opaque_product, quantized_linear
@@ -76,16 +75,6 @@ class GraphEditor:
         """The module that owns the weights."""
         return owner_of(self.module, self.record)
 
-    def mark(self, uses: Mapping[fx.Node, Use]) -> None:
-        """Mark the nodes that use a site, and unmark all others."""
-        for node in self.nodes:
-            use = uses.get(node)
-            if use_of(node) != use:
-                self.modified = True
-                node.meta.pop(USE, None)
-                if use is not None:
-                    node.meta[USE] = use
-
     @property
     def branches(self) -> Mapping[str, Branch]:
         """The branches of the graph module, by key."""
@@ -122,8 +111,7 @@ class GraphEditor:
         graph = self.module.graph
         with graph.inserting_after(base):
             node = graph.create_node("call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{base.name}_lora")
-        node.meta = {name: value for name, value in base.meta.items() if name != USE}
-        node.meta[MADE_BY] = self.name
+        node.meta = {**base.meta, MADE_BY: self.name}
         # fx adds a number to a name that was used before, even if no node has it any more after a fold.
         if f"{base.name}_lora" not in self._names:
             node.name = f"{base.name}_lora"
@@ -142,10 +130,9 @@ class GraphEditor:
             if isinstance(name, str):  # an attribute of the module that `base` calls
                 with graph.inserting_before(base):
                     inputs[index] = self._create("get_attr", name, (), f"{base.name}_{name.rpartition('.')[2]}")
-        # The new node keeps the mark of `base`, because it is the use of the site now.
         replaced = CallTemplate.of(base, inputs)
         node = self.insert_after(base, key, tuple(inputs), options)
-        node.meta = {**base.meta, MADE_BY: self.name, REPLACED_CALL: replaced}
+        node.meta[REPLACED_CALL] = replaced
         graph.erase_node(base)
         self._names.discard(base.name)
         return node
@@ -168,7 +155,7 @@ class GraphEditor:
         for node in set(values.values()) - set(inputs):
             node.meta = {MADE_BY: self.name}
             self._names.add(node.name)
-        result.meta |= {name: value for name, value in base.meta.items() if name not in (USE, MADE_BY)}
+        result.meta |= {name: value for name, value in base.meta.items() if name != MADE_BY}
         for user in users:
             user.replace_input_with(base, result)
         self.modified = True

@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lorasc_fx.branch import Branch
 from lorasc_fx.graph.branch_calls import call_template, replaced_call
 from lorasc_fx.graph.forms import LIKE_ANOTHER, SCALES, FunctionForm, contraction, form_of, has_weight_argument, name_of
-from lorasc_fx.graph.weights import called_module, module_at
+from lorasc_fx.graph.weights import module_at
 from lorasc_fx.util.torch_private import HigherOrderOperator
 
 
@@ -325,46 +324,6 @@ def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
     """Whether a node has a form and its weight is one of `reads`."""
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
-
-
-def written_between(start: fx.Node, end: fx.Node, values: Collection[fx.Node]) -> fx.Node | None:
-    """Return a node between `start` and `end` that may write into the memory of one of `values`, or None.
-
-    The output of an op without a schema may share memory with its arguments, unless the op has a form.
-    """
-    roots: set[fx.Node] | None = None
-    node = start.next
-    while node is not end and node.op != "root":
-        written = [source for source in node.all_input_nodes if _writes(node, source)]
-        if written:
-            roots = _roots(values) if roots is None else roots
-            if roots & _roots(written):
-                return node
-        node = node.next
-    return None
-
-
-def _writes(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node may write into this argument."""
-    if node.op == "call_module":
-        return bool(getattr(called_module(node), "inplace", False))
-    name = name_of(node)
-    is_inplace = name in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    by_option = node.kwargs.get("inplace") is True or node.kwargs.get("out") is source
-    return by_option or mutates(node, source) or (is_inplace and node.args[:1] == (source,))
-
-
-def _roots(values: Collection[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that these values may share memory with, including themselves."""
-    return reached(values, lambda node: node.all_input_nodes if _shares(node) else ())
-
-
-def _shares(node: fx.Node) -> bool:
-    """Whether a node's output may share memory with an argument. Branches and ops with a form return new tensors."""
-    if node.op == "call_module":
-        module = called_module(node)
-        return not isinstance(module, Branch) and form_of(node, module) is None
-    return node.op in ("call_function", "call_method") and form_of(node, None) is None and may_alias(node)
 
 
 # Names of ops that take a range of a tensor, and of ops that keep all entries of it.

@@ -54,7 +54,7 @@ from lorasc_fx.graph.forms import (
 )
 from lorasc_fx.graph.patterns import check_patterns, matches, targeted
 from lorasc_fx.graph.placement import by_shape
-from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, USE, Record, Use, record_of, set_record
+from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import Weights, called_module, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
 from lorasc_fx.quantized import is_quantized
@@ -277,8 +277,8 @@ def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Map
     return _classified(uses, weights, record)
 
 
-def match(graph_module: fx.GraphModule, record: Record, partial: bool = False) -> tuple[Record, dict[fx.Node, Use]]:
-    """Return the record with every weight matrix classified, and the mark of each node that uses a site.
+def match(graph_module: fx.GraphModule, record: Record, partial: bool = False) -> Record:
+    """Return the record with every weight matrix classified.
 
     The plan of the record is followed: its sites keep their branches, and refused weights stay refused. A weight that
     no earlier graph used becomes a site if this graph uses it.
@@ -292,7 +292,18 @@ def match(graph_module: fx.GraphModule, record: Record, partial: bool = False) -
         check_patterns(record.plan.spec, weights.matrices, weights.names)
     uses = read(graph_module, record, weights)
     record = _classified(uses, weights, record)
-    return record, _marks(graph_module, uses, record.plan)
+    _planned_uses(graph_module, uses, record.plan)  # raises an error for a use that a branch cannot follow
+    return record
+
+
+def uses_in(graph_module: fx.GraphModule, record: Record) -> dict[fx.Node, Use]:
+    """Return the nodes that get a branch, in the order of the graph. A merged branch is such a node itself.
+
+    Raises:
+        PassError: the graph uses a planned site in a way that its branch cannot follow.
+    """
+    weights = named_weights(owner_of(graph_module, record))
+    return _planned_uses(graph_module, read(graph_module, record, weights), record.plan)
 
 
 def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, record: Record) -> Record:
@@ -339,7 +350,7 @@ def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: Ca
     """Return the site with its placement, and with dropout if its placement supports dropout.
 
     The placement `beside` is the default of a site. It is also recorded for a weight that has uses without a form: its
-    branch is then added to the weight, and `_marks` decides so for each graph.
+    branch is then added to the weight, and `_planned_uses` decides so for each graph.
 
     Raises:
         SpecError: the adapter method does not support the kind of the site, its shape, or its uses.
@@ -402,13 +413,15 @@ def _beside(site: Site, uses: WeightUses) -> bool:
     return uses.all_beside and (site.kind != "experts" or kinds == {"experts"})
 
 
-def _marks(graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses], plan: Plan) -> dict[fx.Node, Use]:
-    """Return the mark of each node that gets a branch, in the order of the graph.
+def _planned_uses(
+    graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses], plan: Plan
+) -> dict[fx.Node, Use]:
+    """Return the nodes that get a branch, in the order of the graph.
 
     Raises:
         PassError: the graph uses a site in an op where its branch cannot compute.
     """
-    marks: dict[fx.Node, Use] = {}
+    planned: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
         uses = uses_by_weight.get(weight, WeightUses())
         method, replaceable = site.options.method, _replaceable(site, uses)
@@ -419,16 +432,16 @@ def _marks(graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses
                 "in this mode",
                 code="method-not-supported",
             )
-        # Mark the ops if the branch can compute at every one, otherwise the weight itself.
+        # The branch is at the ops if it can compute at every one, otherwise at the weight itself.
         at_op = replaceable or "beside" in method.placements
         at_op = at_op and _beside(site, uses) and uses.beside[0].layout == site.layout
         if at_op and (site.placement != "weight" or uses.called):
             merged = site.placement == "merged"
-            marks |= {use.node: Use(weight, use.form.name, merged and use.mergeable) for use in uses.beside}
+            planned |= {use.node: Use(weight, use.form.name, merged and use.mergeable) for use in uses.beside}
         elif uses.reached and not uses.called:
             for source in uses.sources:
                 experts = indexed_experts(source) if site.kind == "experts" else []
-                marks |= dict.fromkeys(experts, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
+                planned |= dict.fromkeys(experts, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
         elif uses.reached:
             raise PassError(
                 f"{weight}: node {uses.called[0].name} reads it in another layout than its branch, {site.layout}. "
@@ -436,15 +449,15 @@ def _marks(graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses
                 code="method-not-supported",
             )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    return dict(sorted(marks.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(planned.items(), key=lambda item: order[item[0]]))
 
 
 def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments and options of the branch node at a use.
 
     Args:
-        use: the mark of the node.
-        base: the marked node. If the branch has replaced the op, the op.
+        use: the use.
+        base: its node. If the branch has replaced the op, the op.
     """
     if isinstance(base, fx.Node) and use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
         return (base,), {"at": Placement.WEIGHT, **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
@@ -457,7 +470,7 @@ def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...]
 
 
 def recover(graph_module: fx.GraphModule, kept: Kept | None = None) -> None:
-    """Restore the record and the marks of a graph module that other code rebuilt without the metadata.
+    """Restore the record of a graph module that other code rebuilt without the metadata, and the marks of its nodes.
 
     Args:
         graph_module: gets the record if it has none, and the marks if no branch node has one.
@@ -480,8 +493,6 @@ def recover(graph_module: fx.GraphModule, kept: Kept | None = None) -> None:
             helpers += [source for source in node.all_input_nodes if reads_names and source.op == "get_attr"]
         for helper in helpers:
             helper.meta[MADE_BY] = "insert-branches"
-    for node, use in match(graph_module, kept.record, partial=True)[1].items():
-        node.meta[USE] = use
 
 
 _UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"

@@ -1,8 +1,8 @@
 """The metadata that passes store in a graph module and its nodes.
 
 `graph_module.meta` holds a `Record`: the facts that passes provided, the plan, and the refusals. `node.meta` holds the
-marks: which site the node uses (`USE`), which pass created it (`MADE_BY`), and which op it replaced (`REPLACED_CALL`).
-Both survive copies of the graph and most foreign passes. `strip` removes them.
+marks: which pass created the node (`MADE_BY`), and which op it replaced (`REPLACED_CALL`). Both survive copies of the
+graph and most foreign passes. `strip` removes them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import SlowWeights
 
 _RECORD = "lorasc_fx"
-USE = "lorasc_fx.use"
 MADE_BY = "lorasc_fx.made_by"
 REPLACED_CALL = "lorasc_fx.replaced_call"
 NO_SITES = Plan(CascadeSpec())
@@ -29,7 +28,7 @@ NO_SITES = Plan(CascadeSpec())
 
 @dataclass(frozen=True)
 class Use:
-    """The mark of a node that uses a site's weight.
+    """What a node that gets a branch is: an op that uses a site's weight, or the weight itself.
 
     Args:
         weight: name of the site.
@@ -146,6 +145,5 @@ def strip(graph_module: fx.GraphModule) -> None:
     """Remove the record and the marks of all nodes."""
     graph_module.meta.pop(_RECORD, None)
     for node in graph_module.graph.nodes:
-        node.meta.pop(USE, None)
         node.meta.pop(MADE_BY, None)
         node.meta.pop(REPLACED_CALL, None)

@@ -249,7 +249,7 @@ def compile_with_own_pass(module: fx.GraphModule, args: Any) -> Any:
     return Compiled(compiled, len(seen))
 
 
-UNMARKED = "no pass has marked it as a use"
+OTHER_USE = "with 0 branches instead of one"
 CHANGED = Refused("nodes of inlined branches were changed", "computes the same; fold first")
 NO_GRAPH = Refused("must return a GraphModule", "the result is no graph of torch.fx, and computes the same")
 # fmt: off
@@ -268,10 +268,10 @@ ROWS: tuple[Row, ...] = (
         Yes()),
     Row("splitting", "torch.fx.passes.split_module.split_module", "modules", split,
         lambda module: hasattr(module, "submod_1"), Refused("is called as one node", "adapt first"),
-        Refused("no fold reaches it", "fold first"), Yes(), computes=True, inlined=CHANGED),
+        Refused("no node of it calls the branch any more", "fold first"), Yes(), computes=True, inlined=CHANGED),
     Row("splitting by support", "torch.fx.passes.splitter_base._SplitterBase", "modules", split_by_support,
         lambda module: "_run_on_acc" in str([*module._modules]), Refused("is called as one node", "adapt first"),
-        Refused("no fold reaches it", "fold first"), Yes(), computes=True, inlined=CHANGED),
+        Refused("no node of it calls the branch any more", "fold first"), Yes(), computes=True, inlined=CHANGED),
     Row("shapes", "torch.fx.passes.shape_prop.ShapeProp", "modules", shapes,
         lambda module: all("tensor_meta" in node.meta for node in module.graph.nodes if node.op == "call_module"),
         Yes(), Yes("branches included"), Yes()),
@@ -289,7 +289,7 @@ ROWS: tuple[Row, ...] = (
         Yes("for patterns without a site"), Yes()),
     Row("decompositions", "torch.export.ExportedProgram.run_decompositions", "aten", decompose,
         lambda module: not calls(module, "linear"), Yes(),
-        Refused(UNMARKED, "branches are decomposed too, and compute the same; fold first"), Yes(), computes=True,
+        Refused(OTHER_USE, "branches are decomposed too, and compute the same; fold first"), Yes(), computes=True,
         inlined=CHANGED),
     Row("torch.fx's PassManager", "torch.fx.passes.infra.pass_manager.PassManager", "modules", manage,
         lambda module: not calls(module, "sin"), Yes("either manager inside the other"), Yes("either way"),
@@ -297,7 +297,7 @@ ROWS: tuple[Row, ...] = (
     Row("PT2E quantization", "torchao.quantization.pt2e.quantize_pt2e: prepare_pt2e, calibrate, convert_pt2e", "aten",
         quantize_graph, lambda module: calls(module, "quantize_per_tensor") > 0,
         Refused("the spec leaves no site to adapt", "the quantized weights are integers, not parameters"),
-        Refused("no node calls it any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32,
+        Refused("no node of it calls the branch any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32,
         inlined=Refused(CHANGED.message, "branches are quantized too; fold first"), loss=0.05),
     Row("ONNX", "torch.onnx.export, then onnxscript.optimizer.optimize", "aten", to_onnx,
         lambda result: result.found > 0, NO_GRAPH, NO_GRAPH, Yes(), tolerance=1e-5, dtype=torch.float32, computes=True,

@@ -232,7 +232,7 @@ def dead_uses_dropped_whole(module: fx.GraphModule) -> None:
 # --- refused --------------------------------------------------------------------------------------------------------
 
 
-@case("node linear is marked as a use of first.weight, but reads no weight of the model")
+@case("first.weight is used at node first_weight with 0 branches", "run fold-branches before a pass that changes")
 def weight_under_a_quantizer(module: fx.GraphModule) -> None:
     base = at(module, "linear")
     with module.graph.inserting_before(base):
@@ -249,30 +249,13 @@ def norm_folded_into_the_weights_below(module: fx.GraphModule) -> None:
     module.graph.erase_node(norm)
 
 
-@case("calls a module that contains the branch of", dialect="modules")
+@case("no node of it calls the branch any more", "moves it into a module", dialect="modules")
 def cut_between_base_and_branch(module: fx.GraphModule) -> Any:
     from torch.fx.passes.split_module import split_module
 
     base = base_of(at(module, "first_lora"))
     part = {node: int(node > base) for node in module.graph.nodes}
     return split_module(module, module, part.__getitem__)
-
-
-@case("reads branches.first/weight.lora_B directly; only the branch of first.weight may read it")
-def penalty_on_a_factor(module: fx.GraphModule) -> None:
-    output = next(iter(reversed(module.graph.nodes)))
-    with module.graph.inserting_before(output):
-        factor = module.graph.get_attr("branches.first/weight.lora_B")
-        norm = module.graph.call_method("norm", (factor,))
-        total = module.graph.call_function(torch.add, (output.args[0], norm))
-    output.args = (total,)
-
-
-@case("node add_ writes in place into a tensor that branch node linear_1_lora reads, after linear_1 was computed")
-def input_written_between(module: fx.GraphModule) -> None:
-    branch = at(module, "linear_1_lora")
-    with module.graph.inserting_before(branch):
-        module.graph.create_node("call_function", aten.add_.Tensor, (branch.args[1], 1.0), name="add_")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -104,7 +104,7 @@ def test_qat_comes_after_the_fold() -> None:
         torch.testing.assert_close(prepared(x), inserted(x), rtol=0.1, atol=0.1)
         observed = prepare_qat_pt2e(inserted, quantizer)
     with raises(
-        lx.passes.VerifyError, "graph-not-verified", "linear", "fold-branches before a pass that inserts nodes"
+        lx.passes.VerifyError, "graph-not-verified", "linear", "run fold-branches before", "that inserts observers"
     ):
         FoldBranches()(observed)
 

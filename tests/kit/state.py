@@ -20,15 +20,14 @@ from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.run_base import SPARE
 from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical, pack
 from lorasc_fx.checkpoint.reader import read
-from lorasc_fx.graph import record_of, set_record
+from lorasc_fx.graph import record_of
 from lorasc_fx.shards import UNSHARDED, ShardSpec
-from lorasc_fx.state import Expert as StageExpert
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
 
 # fmt: off
 __all__ = ["MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage",
-    "WeightState", "branches_of", "canonical", "change_state", "checksum", "checksums", "device_sum",
-    "drop_state", "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
+    "WeightState", "branches_of", "canonical", "checksum", "checksums", "device_sum",
+    "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
     "lock_of", "noise_drawn", "oldest_variant", "placed_weights", "read",
     "replace_plan", "resting_value", "slow_values", "stored_values", "text_digest", "trainable",
     "trained_in_full", "variant_count", "variant_for", "weight_state", "weight_states"]
@@ -117,25 +116,6 @@ def exact_slow(holder: lx.Cascade | fx.GraphModule, name: str) -> Tensor:
     """The slow weight in fp64, before it is rounded."""
     states = (holder._run if isinstance(holder, lx.Cascade) else record_of(holder)).slow.states
     return states[name].exact("slow", torch.float64)
-
-
-def change_state(graph_module: fx.GraphModule, name: str, **changes: Any) -> None:
-    """Change fields of a weight's slow state in the record of a graph, named as in `WeightState`."""
-    record = record_of(graph_module)
-    state = record.slow.states[name]
-    if "experts" in changes:
-        changes["experts"] = tuple(StageExpert(expert.b, expert.a, expert.stage) for expert in changes["experts"])
-    if "dense_slow" in changes:
-        changes["dense"] = {"slow": changes.pop("dense_slow")}
-    states = {**record.slow.states, name: dataclasses.replace(state, **changes)}
-    set_record(graph_module, dataclasses.replace(record, slow=dataclasses.replace(record.slow, states=states)))
-
-
-def drop_state(graph_module: fx.GraphModule, name: str) -> None:
-    """Take a weight's slow state out of the record of a graph."""
-    record = record_of(graph_module)
-    states = {key: state for key, state in record.slow.states.items() if key != name}
-    set_record(graph_module, dataclasses.replace(record, slow=dataclasses.replace(record.slow, states=states)))
 
 
 def slow_values(cascade: lx.Cascade) -> dict[str, Any]:

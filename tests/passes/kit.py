@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, Site
 from lorasc_fx.branch import Branch
-from lorasc_fx.graph import named_weights, record_of, text, use_of
+from lorasc_fx.graph import named_weights, record_of, text
+from lorasc_fx.graph.matching import uses_in
 from lorasc_fx.graph.weights import owner_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.kit.models import delta
@@ -176,12 +177,10 @@ def weights_of(graph_module: fx.GraphModule) -> dict[str, nn.Parameter]:
 
 
 def uses_of(graph_module: fx.GraphModule) -> dict[str, tuple[tuple[str, str], ...]]:
-    """By weight, the (node, form) of each marked use."""
+    """By weight, the (node, form) of each use."""
     uses: dict[str, tuple[tuple[str, str], ...]] = {}
-    for node in graph_module.graph.nodes:
-        use = use_of(node)
-        if use is not None:
-            uses[use.weight] = (*uses.get(use.weight, ()), (node.name, use.form))
+    for node, use in uses_in(graph_module, record_of(graph_module)).items():
+        uses[use.weight] = (*uses.get(use.weight, ()), (node.name, use.form))
     return uses
 
 

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from lorasc_fx import CascadeSpec, Noise, UnknownTarget
 from lorasc_fx.branch import Branch
-from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights, use_of
+from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights
+from lorasc_fx.graph.matching import uses_in
 from lorasc_fx.passes import (
     CascadePass,
     FoldBranches,
@@ -49,11 +50,9 @@ class Wreck(CascadePass):
         graph.renew_branches({key: _zero(branch) for key, branch in graph.branches.items()})
         for node in branch_nodes(graph.module):
             graph.remove_branch(node)
-        for node in graph.nodes:
-            if use_of(node) is not None:
-                graph.insert_after(node, "nowhere", (node, node), {})
+        for node in uses_in(graph.module, graph.record):
+            graph.insert_after(node, "nowhere", (node, node), {})
         graph.set_branches({})
-        graph.mark({})
         graph.record = Record()
         raise Stop
 

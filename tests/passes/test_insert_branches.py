@@ -16,7 +16,7 @@ from lorasc_fx import CascadeSpec, Noise, PassError
 from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
-from lorasc_fx.graph import branch_nodes, call_template, text, use_of
+from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from tests.kit.errors import raises
@@ -97,7 +97,6 @@ def test_metadata_and_names(case: Case) -> None:
         assert isinstance(base, fx.Node)
         assert node.name == f"{base.name}_lora"
         assert made_by(node) == "insert-branches"
-        assert use_of(node) is None
         ours = {key: value for key, value in node.meta.items() if not key.startswith("lorasc_fx")}
         theirs = {key: value for key, value in base.meta.items() if not key.startswith("lorasc_fx")}
         assert ours == theirs
