@@ -174,11 +174,14 @@ def detached_in_place(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _same_bits(tensor: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same bits, nan included. False if their bits cannot be read."""
+    """Whether two tensors of one shape have the same bits, nan included. False if they cannot be compared."""
     plain = type(tensor) is torch.Tensor and not tensor.is_quantized and tensor.layout is torch.strided
     if not plain or tensor.is_conj() or tensor.is_neg():
         return False
-    return torch.equal(tensor.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+    try:
+        return torch.equal(tensor.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+    except MemoryError:  # a caller that restores the tensor then writes it
+        return False
 
 
 @isolated
