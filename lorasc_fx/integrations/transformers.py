@@ -11,8 +11,8 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,8 +20,8 @@ from lorasc_fx.cascade import run_of, transition
 from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
-from lorasc_fx.integrations.stages import Evaluated, StageEnds
 from lorasc_fx.quantized import QuantizedLinear, library_of
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import require
 
 require("loops", "transformers", "accelerate")
@@ -31,6 +31,8 @@ from transformers.trainer_utils import has_length  # noqa: E402
 from transformers.utils.generic import find_labels  # noqa: E402
 
 __all__ = ["CascadeCallback"]
+
+Evaluated = Literal["slow", "fast"]
 
 _TIME = "_model_preparation_time"
 """Suffix of an entry in `output.metrics` that is a duration and not a metric of the weights."""
@@ -42,7 +44,7 @@ _MODEL_CHANGES = (
 """Training arguments that change the model's code, dtype or weights. Captured graphs would not see the change."""
 
 
-class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
+class CascadeCallback(TrainerCallback):  # type: ignore[misc]
     """Ends the stages of a cascade in a Trainer: after the optimizer step, before the next forward.
 
     Pass the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
@@ -60,9 +62,8 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         stages: number of stages. The steps of the training are divided evenly among them.
         epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
         steps: optimizer steps per stage.
-        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or `trained` (the current weights,
-            including noise). With several, such as `("slow", "fast")`, each is evaluated in a separate pass, and the
-            first one gives the predictions and `eval_loss`.
+        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or both, such as `("slow", "fast")`. Then
+            each is evaluated in a separate pass, and the first one gives the predictions and `eval_loss`.
 
     Raises:
         SpecError: two rules that end stages, a count below 1, or training arguments that a cascade does not support.
@@ -78,24 +79,34 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         steps: int | None = None,
         evaluate: Evaluated | Sequence[Evaluated] = "slow",
     ) -> None:
-        super().__init__(cascade, epochs=epochs, steps=steps, stages=stages, evaluate=evaluate)
+        rules = {"stages": stages, "epochs": epochs, "steps": steps}
+        chosen = [name for name, value in rules.items() if value is not None]
+        if len(chosen) > 1:
+            raise SpecError(
+                f"CascadeCallback: {' and '.join(chosen)} cannot be combined, because each decides when a stage ends. "
+                "Give only one",
+                code="conflicting-options",
+            )
+        for name in chosen:
+            if not is_integer(rules[name], 1):
+                raise SpecError(f"CascadeCallback: {name} is {rules[name]!r}. Give a whole number of 1 or more")
+        self._evaluated = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
+        if not self._evaluated or not {*self._evaluated} <= {*get_args(Evaluated)}:
+            raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}. Give slow, fast, or a tuple of both")
+        run_of(cascade).check_alive("CascadeCallback")
+        self.cascade = cascade
+        self.epochs, self.steps, self.stages = epochs if chosen else 1, steps, stages
+        self._last_steps: set[int] = set()
+        self._view: str | None = None
+        self._placed: contextlib.AbstractContextManager[object] | None = None
         self._trainer: Any = None
         self._stage = cascade.stage
-        self._reference: _Reference | None = None
+        self.reference: torch.nn.Module = _Reference(self)
+        """The reference model of a preference training: the base model, without a copy of W0. Pass it as
+        `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`, unless you compare with another model."""
         self._user_reference = False  # whether the user has given another reference model
         vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by this name whether to shift labels
         vars(cascade)["_hf_peft_config_loaded"] = True  # without it, a Trainer refuses to train a quantized model
-
-    @property
-    def reference(self) -> torch.nn.Module:
-        """The reference model of a preference training: the base model, without a copy of W0.
-
-        Pass it as `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`. To compare with another model, such
-        as the released model of a loaded run, pass that model.
-        """
-        if self._reference is None:
-            self._reference = _Reference(self)
-        return self._reference
 
     # ---- events of the Trainer
 
@@ -104,30 +115,16 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         self._check_model(kwargs["model"])
         self._trainer, arguments = _calling_trainer()
         self._check_arguments(args)
-        if (trainer := self._trainer) is None:
-            raise StateError(
-                "CascadeCallback: on_init_end was not called by a transformers.Trainer. Pass the callback to one: "
-                "Trainer(..., callbacks=[callback])",
-                code="trainer-not-supported",
-            )
-        if trainer.is_fsdp_enabled:
-            raise _sharded("accelerate launch --use_fsdp")
+        trainer = self._trainer
         if args.label_names is None:
             # The Trainer has called it with the class Cascade, but the labels depend on the class of the user's model.
             trainer.label_names = find_labels(type(self.cascade.model))
         reference = arguments.get("ref_model")
-        self._user_reference = reference is not None and reference is not self._reference
-        wrappers: dict[str, Callable[..., Any]] = {
-            "evaluation_loop": self._evaluation_loop,
-            "log": self._log,
-            "train": self._train,
-            "save_model": self._save_model,
-        }
-        if hasattr(trainer, "compute_ref_log_probs"):
-            wrappers["compute_ref_log_probs"] = self._compute_ref_log_probs
+        self._user_reference = reference is not None and reference is not self.reference
         self._save_state_dicts(trainer)
-        for name, wrapper in wrappers.items():
-            setattr(trainer, name, functools.partial(wrapper, getattr(trainer, name)))
+        for name in ("evaluation_loop", "log", "train", "save_model", "compute_ref_log_probs"):
+            if hasattr(trainer, name):
+                setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the training can run as configured."""
@@ -145,7 +142,12 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 code="invalid-data",
             )
         if self.stages is not None:
-            self._divide(self.stages, state.max_steps)
+            if not self.stages <= state.max_steps:
+                raise SpecError(
+                    f"CascadeCallback: stages is {self.stages}, but the training has {state.max_steps} optimizer steps"
+                    ". Give fewer stages"
+                )
+            self._last_steps = {round(stage * state.max_steps / self.stages) for stage in range(1, self.stages + 1)}
         run = run_of(self.cascade)
         run.begin_loop([kwargs["optimizer"]], "CascadeCallback")
         transition.end_idle(run)
@@ -157,8 +159,10 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the stage if this was its last step, before an evaluation or a checkpoint of the same step."""
         epoch_ends = state.epoch is not None and state.epoch == int(state.epoch)
-        if self._is_last_step(state.global_step) or (
-            self.epochs is not None and epoch_ends and int(state.epoch) % self.epochs == 0
+        if (
+            state.global_step in self._last_steps
+            or (self.steps is not None and state.global_step % self.steps == 0)
+            or (self.epochs is not None and epoch_ends and int(state.epoch) % self.epochs == 0)
         ):
             self.cascade.transition(kwargs["optimizer"])
 
@@ -196,9 +200,7 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
         _replace_fused_head(self.cascade)
         _remove_hook_on_disable(self.cascade)
         reference = getattr(trainer, "ref_model", None)
-        if self._user_reference or (reference is None and not hasattr(trainer, "compute_ref_log_probs")):
-            return
-        if reference is not None:
+        if reference is not None and not self._user_reference:
             vars(self.reference).pop("forward", None)  # TRL may have patched it
             trainer.ref_model = self.reference
 
@@ -286,14 +288,36 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
             return
         original = trainer._save
 
-        def save(output_dir: str | None = None, state_dict: Any = None) -> None:
+        def save(*args: object) -> None:
             """Write a checkpoint's state dict, or the user's model."""
-            write = functools.partial(Trainer._save, trainer) if trainer.model is self.cascade else original
-            write(output_dir, state_dict)
+            (functools.partial(Trainer._save, trainer) if trainer.model is self.cascade else original)(*args)
 
         trainer._save = save
         trainer._load_from_checkpoint = functools.partial(Trainer._load_from_checkpoint, trainer)
         trainer._load_best_model = functools.partial(Trainer._load_best_model, trainer)
+
+    @contextlib.contextmanager
+    def _placing(self, view: str) -> Iterator[None]:
+        """Place weights in the model inside the block, and restore the previous ones afterwards."""
+        previous = self._view
+        if previous is None and view != "base" and run_of(self.cascade).placed is not None:
+            yield  # keep the user's own `weights(...)`
+            return
+        self._place(view)
+        try:
+            yield
+        finally:
+            self._place(previous)
+
+    def _place(self, view: str | None) -> None:
+        """Place weights in the model instead of those that this callback has placed. None restores the trained ones."""
+        previous, self._placed, self._view = self._placed, None, None
+        if previous is not None:
+            previous.__exit__(None, None, None)
+        if view is not None:
+            placed = self.cascade.weights(view)
+            placed.__enter__()
+            self._placed, self._view = placed, view
 
     def _check_model(self, model: object) -> None:
         if model is not self.cascade:
@@ -311,14 +335,14 @@ class CascadeCallback(StageEnds, TrainerCallback):  # type: ignore[misc]
                 "CUDA_VISIBLE_DEVICES to one device",
                 code="wrapper-not-supported",
             )
-        if args.deepspeed:
+        is_sharded = run_of(self.cascade).is_sharded or getattr(self._trainer, "is_fsdp_enabled", False)
+        if args.fsdp or args.deepspeed or is_sharded:
             raise SpecError(
-                f"CascadeCallback: deepspeed is {args.deepspeed!r}, which is not supported: it shards parameters, and "
-                "transitions could not write them. Remove it. With torchrun, the Trainer uses DistributedDataParallel",
+                "CascadeCallback: a Trainer cannot train a sharded cascade, because transitions write whole weights. "
+                "Remove fsdp and deepspeed: with torchrun, the Trainer uses DistributedDataParallel. To train shards, "
+                "call lorasc_fx.parallel.fsdp.shard in your own training loop, with or without accelerate",
                 code="trainer-not-supported",
             )
-        if args.fsdp or run_of(self.cascade).is_sharded:
-            raise _sharded(f"fsdp is {args.fsdp!r}" if args.fsdp else "the weights are sharded")
         for name in _MODEL_CHANGES:
             if getattr(args, name, None):
                 raise SpecError(
@@ -434,22 +458,17 @@ class _Reference(torch.nn.Module):
 
     def __init__(self, callback: CascadeCallback) -> None:
         super().__init__()
-        self.config = callback.cascade.config
         self._callback = callback
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model."""
+        return self._callback.cascade.config
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Call the cascade while the weights of the base are placed in the model."""
         with self._callback._placing("base"):
             return self._callback.cascade(*args, **kwargs)
-
-
-def _sharded(fault: str) -> SpecError:
-    return SpecError(
-        f"CascadeCallback: {fault}, but a Trainer cannot train a sharded cascade. Remove fsdp: with torchrun, the "
-        "Trainer uses DistributedDataParallel. To train shards, call lorasc_fx.parallel.fsdp.shard in your own "
-        "training loop, with or without accelerate",
-        code="trainer-not-supported",
-    )
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:

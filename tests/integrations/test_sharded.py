@@ -165,11 +165,11 @@ def refused(rank: int, count: int, port: int, folder: str) -> None:
     as_torchrun(rank, count, port)
     PartialState(cpu=True)  # which makes the process group
     cascade = fsdp.shard(adapted(SPEC, 0.0, torch.float64))
-    with raises(lx.SpecError, "trainer-not-supported", "the weights are sharded", "parallel.fsdp.shard"):
+    with raises(lx.SpecError, "trainer-not-supported", "sharded", "parallel.fsdp.shard"):
         Trainer(model=cascade, args=arguments(Path(folder)), callbacks=[CascadeCallback(cascade)])
     with on_a_gpu(), mock.patch.dict("os.environ", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}):
         cascade = adapted(SPEC, 0.0, torch.float64)  # as `accelerate launch --use_fsdp` starts it
-        with raises(lx.SpecError, "trainer-not-supported", "use_fsdp", "DistributedDataParallel"):
+        with raises(lx.SpecError, "trainer-not-supported", "fsdp", "DistributedDataParallel"):
             Trainer(model=cascade, args=arguments(Path(folder)), callbacks=[CascadeCallback(cascade)])
 
 
