@@ -22,13 +22,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorasc_fx.check.guards import MISSING, StateHolder, attribute_tensors, same_value, walk
+from lorasc_fx.check.guards import MISSING, StateHolder, attribute_tensors, walk
 from lorasc_fx.check.process_state import ObserverMode, eager, quiet, seed
-from lorasc_fx.errors import CaptureError, named
 from lorasc_fx.parameters import exchange, substituted
 from lorasc_fx.quantized import writable
 from lorasc_fx.signature import copy_inputs, leaves
-from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.torch_private import FakeTensor, FakeTensorMode, OpOverload, has_storage
 from lorasc_fx.util.undo import Block, isolated
 
@@ -124,64 +122,34 @@ class Attributes:
             if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
             if not (tensor.is_inference() or tensor.is_nested)
         ]
-        return cls([(holder, holder.contents()) for holder in holders if holder.restored], tensors)
+        return cls([(holder, holder.contents()) for holder in holders], tensors)
 
     def restore(self) -> None:
         """Restore the contents of every holder, and the values of every tensor. Detach tensors that had no grad_fn."""
-        replaced: dict[int, torch.Tensor] = {}  # detached tensors, by id of the tensor that they must replace
         for tensor, version, value, had_history in self.tensors:
             if tensor._version != version:
                 with torch.no_grad():
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
-                if not had_history and (detached := detached_in_place(tensor)) is not tensor:
-                    replaced[id(tensor)] = detached
-        for holder, contents in self.holders:
-            store, before = holder.store, contents
-            if replaced and isinstance(contents, dict):
-                before = {key: replaced.get(id(value), value) for key, value in contents.items()}
-            elif replaced:
-                before = type(contents)(replaced.get(id(value), value) for value in contents)
+                if not had_history:
+                    detach(tensor)
+        for holder, before in self.holders:
+            store = holder.store
             if isinstance(store, dict):
                 for key in [key for key in holder.contents() if key not in before]:
                     del store[key]
-                if not holder.attributes and list(store) != list(before):  # the order of a user's dict matters
-                    store.clear()
                 for key, value in before.items():
                     if store.get(key, MISSING) is not value:
                         store[key] = value
-            elif len(store) != len(before) or not same_value(holder.contents(), before):
+            elif list(map(id, store)) != list(map(id, before)):
                 store.clear()
                 store.extend(before) if isinstance(store, (list, deque)) else store.update(before)
 
 
-def detached_in_place(tensor: torch.Tensor) -> torch.Tensor:
-    """Remove the autograd history that a write in forward has given to a tensor, and return the tensor.
-
-    Torch cannot detach a view in place. A view gets a new TensorImpl with the same memory instead. That fails if
-    something else refers to the old TensorImpl. Then a new tensor is returned, and the caller must replace the old one.
-    """
-    if tensor.grad_fn is None:
-        return tensor
-    if not tensor._is_view():
-        return tensor.detach_()
-    new = tensor.detach()
-    try:
-        torch.utils.swap_tensors(tensor, new)
-    except RuntimeError:
-        return new
-    return tensor
-
-
-def _same_bits(tensor: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same bits, nan included. False if they cannot be compared."""
-    plain = type(tensor) is torch.Tensor and not tensor.is_quantized and tensor.layout is torch.strided
-    if not plain or tensor.is_conj() or tensor.is_neg():
-        return False
-    try:
-        return torch.equal(tensor.reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
-    except MemoryError:  # a caller that restores the tensor then writes it
-        return False
+def detach(tensor: torch.Tensor) -> None:
+    """Remove the autograd history that a write in forward has given to a tensor. Torch cannot do that for a view."""
+    if tensor.grad_fn is not None and not tensor._is_view():
+        tensor.detach_()
 
 
 @isolated
@@ -190,12 +158,6 @@ def restored_attributes(undo: Block, model: nn.Module) -> Attributes:
     attributes = Attributes.of(model)
     undo(attributes.restore)
     return attributes
-
-
-_DECLARED = {"aten", "prim", "prims"}
-"""Namespaces of ops whose schemas declare the arguments that the op writes into."""
-_STATISTICS = {"running_mean", "running_var"}
-"""Arguments that batch norm ops write into although their schemas do not declare it."""
 
 
 class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
@@ -218,24 +180,14 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
             self._watched.setdefault(_storage_of(tensor), {})[name] = tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments = dict(kwargs or {})
-        if not isinstance(func, OpOverload):  # a higher-order op, whose inner ops are not dispatched here
-            self.before_hidden_code()
-        elif func.namespace not in _DECLARED:  # the schema of a custom op may be wrong
-            self.copy_written((args, arguments))
-        else:
+        if isinstance(func, OpOverload):  # not a higher-order op
             schema = func._schema.arguments
-            arguments |= {argument.name: value for argument, value in zip(schema, args, strict=False)}
+            arguments = {argument.name: value for argument, value in zip(schema, args, strict=False)} | (kwargs or {})
             aliases = {argument.name: argument.alias_info for argument in schema if argument.alias_info is not None}
-            written = {name for name, alias in aliases.items() if alias.is_write} | _STATISTICS
-            self.copy_written([value for name, value in arguments.items() if name in written])
+            self.copy([arguments.get(name) for name, alias in aliases.items() if alias.is_write])
         return func(*args, **(kwargs or {}))
 
-    def before_hidden_code(self) -> None:
-        """Copy all tensors, because the code that follows may write into any of them."""
-        self.copy_written([tensor for group in self._watched.values() for tensor in group.values()])
-
-    def copy_written(self, values: Any) -> None:
+    def copy(self, values: Any) -> None:
         """Copy the watched tensors that share a storage with a tensor in a pytree, unless they were copied before."""
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Tensor) and has_storage(value):
@@ -245,8 +197,7 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return the address, shape and strides of a tensor."""
-    strides = (tensor.stride(),) if tensor.layout is torch.strided else ()
-    return tensor.data_ptr(), tensor.shape, *strides
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
@@ -258,53 +209,21 @@ def _storage_of(tensor: torch.Tensor) -> int:
 def restored_values(undo: Block, model: nn.Module) -> None:
     """Context manager: restore buffers, and parameters that forward writes into, at the end of the block.
 
-    The first run of a model finds these parameters. In that run, a parameter is copied to host memory just before it is
-    written. `torch.compile` inside the model is disabled, because the writes of compiled kernels cannot be observed.
-    Later runs copy only the parameters that were found.
-
-    Raises:
-        CaptureError: at the end, if the first run has changed a parameter in a way that could not be observed.
+    Forward works on copies of the buffers. The first run of a model finds the parameters: each is copied to host memory
+    just before an op writes into it. `torch.compile` inside the model is disabled there, because the writes of compiled
+    kernels cannot be observed. Later runs copy only the parameters that were found.
     """
-    # A buffer that an earlier call with gradients has written has a grad_fn. Detach it inside the block: a backward
-    # would otherwise continue into the graph of that call.
-    with_history = {id(value): value.detach().clone() for value in model.buffers() if value.grad_fn is not None}
-    if with_history:
-        exchange(model, lambda holder: with_history.get(id(holder.value)), undo)
-    # Take a snapshot of the buffers: they are small, and forward often writes into them.
-    without_history = [parameter for parameter in model.parameters() if parameter.grad_fn is None]
-    buffers = [
-        (
-            path,
-            module,
-            dict(module._buffers),
-            {name: value.detach().clone() for name, value in module._buffers.items() if value is not None},
-        )
-        for path, module in model.named_modules()
-    ]
-    # Parameters that forward may write into: in the first run all, except quantized weights, which have no ops for it.
-    written_before = WRITTEN.get(model)
+    is_first = model not in WRITTEN
+    written = set(written_by(model))
+    buffers = {path: (module, dict(module._buffers)) for path, module in model.named_modules()}
     parameters = {
         name: (parameter, parameter.data)
         for name, parameter in writable(dict(model.named_parameters())).items()
-        if (written_before is None or name in written_before) and not isinstance(parameter, FakeTensor)
+        if (is_first or name in written) and type(parameter.data) is torch.Tensor and has_storage(parameter)
     }
-    # In the first run, copy a parameter only when an op writes into it, because most are never written. Checksums find
-    # writes that were not observed.
-    copied_lazily = {
-        name: tensor
-        for name, (_, tensor) in parameters.items()
-        if written_before is None and type(tensor) is torch.Tensor and has_storage(tensor)
-    }
-    writes, digests = _CopyBeforeWrite(copied_lazily), checksums(copied_lazily)
-    copied_now = {name: tensor for name, (_, tensor) in parameters.items() if name not in copied_lazily}
-    writes.copies |= {name: tensor.to("cpu", copy=True) for name, tensor in copied_now.items()}
+    writes = _CopyBeforeWrite({name: tensor for name, (_, tensor) in parameters.items()})
     # A fake tensor has no values to restore, but its version shows a write.
-    fakes = [
-        (name, parameter, parameter._version)
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, FakeTensor)
-    ]
-    written = set(written_before or ())
+    fakes = [(name, value, value._version) for name, value in model.named_parameters() if isinstance(value, FakeTensor)]
 
     def restore() -> None:
         with torch.no_grad():
@@ -314,38 +233,25 @@ def restored_values(undo: Block, model: nn.Module) -> None:
                     written.add(name)
                 if name in writes.copies and not torch.equal(writes.copies[name], tensor.cpu()):
                     parameter.copy_(writes.copies[name])
+                    detach(parameter)
                     written.add(name)
-            for parameter in without_history:
-                detached_in_place(parameter)
-            written.update(name for name, parameter, version in fakes if parameter._version != version)
-            for path, module, objects, values in buffers:
-                if isinstance(module._buffers, dict):  # not so in a ScriptModule
-                    added = module._buffers.keys() - objects.keys()
-                    written.update(f"{path}.{leaf}".lstrip(".") for leaf in added)
-                    module._buffers.clear()
-                    module._buffers.update(objects)
-                for name, value in values.items():
-                    buffer = module._buffers[name]
-                    # Only if it differs: a write would invalidate an autograd graph that has saved the buffer.
-                    if buffer is not None and buffer.shape == value.shape and not _same_bits(buffer, value):
-                        buffer.copy_(value)
-            views = {id(value): new for value in model.buffers() if (new := detached_in_place(value)) is not value}
-            if views:
-                exchange(model, lambda holder: views.get(id(holder.value)), lambda step: None)  # not to be undone
-        not_copied = {name: tensor for name, tensor in copied_lazily.items() if name not in writes.copies}
-        changed = [name for name, digest in checksums(not_copied).items() if digest != digests[name]]
-        if changed:
-            raise CaptureError(
-                f"The forward of {type(model).__name__} has changed {named(changed)} without an operation of torch "
-                "(in a thread, through numpy, or in an extension). The old values could not be restored. Load the "
-                "weights again, and write into parameters by torch operations only."
-            )
+        written.update(name for name, parameter, version in fakes if parameter._version != version)
+        for path, (module, before) in buffers.items():
+            added = module._buffers.keys() - before.keys()
+            written.update(f"{path}.{leaf}".lstrip(".") for leaf in added)
+            if isinstance(module._buffers, dict):  # not so in a ScriptModule
+                module._buffers.clear()
+                module._buffers.update(before)
         WRITTEN[model] = frozenset(written)
 
     undo(restore)
-    if copied_lazily:
+    copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    exchange(model, lambda holder: copies.get(id(holder.value)), undo)
+    if is_first:
         undo.enter(eager())
         undo.enter(writes)
+    else:
+        writes.copy([tensor for _, tensor in parameters.values()])
 
 
 @isolated

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorasc_fx.check.guards import attribute_tensors
-from lorasc_fx.check.isolation import detached_in_place, restored_values, written_by
+from lorasc_fx.check.isolation import detach, restored_values, written_by
 from lorasc_fx.check.process_state import ObserverMode, seed
 from lorasc_fx.check.projections import PROJECTIONS, autograd_edges, backward_nodes, projected_gradients
 from lorasc_fx.quantized import QuantizedLinear
@@ -212,7 +212,7 @@ def observe(
     if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
             if isinstance(value, torch.Tensor):
-                detached_in_place(value)
+                detach(value)
     arguments = (inputs, named)
     return Observed(
         (_types(output), [tensor.detach() for tensor in tensors]),

@@ -65,8 +65,7 @@ def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) 
     """Run a control flow op outside of the modes of this package, because dynamo cannot compile its body under them."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("default"))
-        while isinstance(mode := _python_dispatch._get_current_dispatch_mode(), ObserverMode):
-            mode.before_hidden_code()
+        while isinstance(_python_dispatch._get_current_dispatch_mode(), ObserverMode):
             stack.enter_context(_python_dispatch._pop_mode_temporarily())
         while isinstance(overrides._get_current_function_mode(), ObserverMode):
             stack.enter_context(overrides._pop_mode_temporarily())
@@ -75,9 +74,6 @@ def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 class ObserverMode:
     """Base class of the torch modes of this package. They observe calls and do not change them."""
-
-    def before_hidden_code(self) -> None:
-        """Called before code runs without this mode. By default, do nothing."""
 
 
 def seed(value: int = 0) -> None:

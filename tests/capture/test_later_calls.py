@@ -72,13 +72,6 @@ class Options:
     nested: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"bias": [0.0]})
 
 
-class Slotted:
-    __slots__ = ("power",)
-
-    def __init__(self) -> None:
-        self.power = 1
-
-
 class Offset(nn.Module):
     amount = 0.0
 
@@ -99,13 +92,13 @@ class Stateful(nn.Module):
         self.layer, self.offset = nn.Linear(5, 3), Offset()
         self.mask, self.table = torch.ones(3), [1.0]
         self.settings, self.steps, self.flags = {"tau": 1.0}, deque([1.0]), {"plain"}
-        self.options, self.space, self.slotted = Options(), SimpleNamespace(k=(1.0, "x")), Slotted()
+        self.options, self.space = Options(), SimpleNamespace(k=(1.0, "x"))
         self.act, self.kind, self.also = torch.tanh, torch.float64, defaultdict(lambda: 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.offset(self.act(self.layer(x))) * self.mask / self.settings["tau"] * self.steps[0]
         y = y * (2 if "twice" in self.flags else 1) * self.options.gain + self.options.nested["bias"][0]
-        y = y * self.space.k[0] ** self.slotted.power * float(self.table[0]) * self.also.get("more", 1.0)
+        y = y * self.space.k[0] * float(self.table[0]) * self.also.get("more", 1.0)
         return y.to(self.kind)
 
 
@@ -115,10 +108,6 @@ def _tensor_attribute(model: Stateful) -> None:
 
 def _exchanged_module(model: Stateful) -> None:
     model.offset = Larger()
-
-
-def _class_of_a_module(model: Stateful) -> None:
-    model.offset.__class__ = Larger
 
 
 def _patched_forward(model: Stateful) -> None:
@@ -132,7 +121,6 @@ CHANGES: dict[str, Callable[[Stateful], object]] = {
     "dataclass": lambda model: setattr(model.options, "gain", 1.5),
     "nested": lambda model: model.options.nested["bias"].__setitem__(0, 0.25),
     "namespace": lambda model: setattr(model.space, "k", (2.0, "x")),
-    "slots": lambda model: setattr(model.slotted, "power", 2),
     "defaultdict": lambda model: model.also.update(more=4.0),
     "function": lambda model: setattr(model, "act", torch.relu),
     "dtype": lambda model: setattr(model, "kind", torch.float32),
@@ -140,12 +128,9 @@ CHANGES: dict[str, Callable[[Stateful], object]] = {
     "tensor": _tensor_attribute,
     "tensor_in_place": lambda model: model.mask.mul_(3.0),
     "module": _exchanged_module,
-    "class": _class_of_a_module,
     "forward": _patched_forward,
     "hook": lambda model: model.offset.register_forward_hook(lambda *given: 2 * given[-1]),
     "pre_hook": lambda model: model.offset.register_forward_pre_hook(lambda _, args: (args[0] + 1,)),
-    "class_attribute": lambda model: setattr(Offset, "amount", 2.5),
-    "class_method": lambda model: setattr(Offset, "forward", lambda self, x: x * 5),
 }
 
 
@@ -160,12 +145,8 @@ USUAL = ("dict", "dataclass", "tensor", "hook")
         *(pytest.param(name, tuple(CHANGES), marks=pytest.mark.slow) for name in ("export", "eager")),
     ],
 )
-def test_changes_of_state_by_the_user_are_noticed(
-    frontend: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changes_of_state_by_the_user_are_noticed(frontend: str, names: tuple[str, ...]) -> None:
     """After a change, the next call agrees with the eager model. After the change is undone, no graph is captured."""
-    monkeypatch.setattr(Offset, "amount", 0.0)
-    monkeypatch.setattr(Offset, "forward", Offset.forward)
     model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
     cascade = lx.adapt(model, (x,), spec=SPEC, frontend=frontend)
     for name in names:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
@@ -73,7 +72,7 @@ def everything(model: Busy) -> dict[str, Any]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {name: (id(value), value.data_ptr(), value.tolist()) for name, value in tensors}
     state["attributes"] = (model.calls, id(model.seen), dict(model.seen), id(model.last), list(model.last))
-    watched = {"_compiled_call_impl"}  # cascade/guards.py, until the release
+    watched = {"_compiled_call_impl"}  # the cascade watches calls of the model, until the release
     state["names"] = {name: sorted(vars(module).keys() - watched) for name, module in model.named_modules()}
     state["torch"], state["random"] = torch.get_rng_state().tolist(), random.getstate()
     state["numpy"] = str(np.random.get_state())
@@ -117,7 +116,6 @@ WAYS: dict[str, Callable[[Tensor], object]] = {
     "view": lambda weight: weight.t()[1:2].mul_(0.9),
     "out": _by_out,
     "foreach": lambda weight: torch._foreach_mul_([weight[0], weight[1]], 0.9),
-    "statistics": lambda weight: F.batch_norm(torch.randn(4, 7), weight[:, 0], weight[:, 1].abs(), training=True),
     "compiled": _compiled,
 }
 
@@ -148,12 +146,6 @@ def test_a_weight_that_forward_writes_is_refused(way: str) -> None:
         ("first.weight", lx.plan.Reason.MUTATED)
     ]
     assert {site.weight for site in cascade.sites} == {"second.weight", "head.weight"}
-
-
-def test_a_write_without_an_operation_of_torch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WAYS, "numpy", lambda weight: np.multiply(weight.numpy(), 0.9, out=weight.numpy()))
-    with pytest.raises(lx.CaptureError, match=r"has changed first\.weight without an op"):
-        lx.adapt(Writes("numpy"), (torch.randn(4, 5),), spec=SPEC)
 
 
 class Turned(nn.Module):
@@ -251,7 +243,7 @@ class Cache(nn.Module):
         return self.head(self.held.clone())
 
 
-CACHES = ("buffer", "buffer, a view", "attribute", "attribute, a view", "parameter", "list", "dict")
+CACHES = ("buffer", "buffer, a view", "attribute", "parameter", "list", "dict")
 
 
 @pytest.mark.parametrize("how", CACHES)
