@@ -201,8 +201,7 @@ def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
     Raises:
         StateError: the stage has not ended in this cascade, or its weights are no longer available.
     """
-    last_gone = max((state.gone for state in slow.states.values()), default=0)
-    ended = sorted({*slow.history.numbers} | set(range(1, last_gone + 1)))
+    ended = slow.history.numbers
     if not is_integer(stage, 0) or stage not in (0, *ended):
         raise StateError(
             f"{call}: stage {stage!r} has not ended in this cascade. Available: "
@@ -248,7 +247,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     if not slow.moved(learners):
         return slow
     after = slow.after_stage(run.plan, learners)
-    pace = run.plan.spec.pace_at(run.plan.stage, slow.history.count)
+    pace = run.plan.spec.pace_at(run.plan.stage, len(slow.history.ends))
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

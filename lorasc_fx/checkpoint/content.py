@@ -316,12 +316,10 @@ class Stored:
     """The slow state of a weight without W0, which the model has. See `WeightState` for the other fields.
 
     Args:
-        stages: number of stages that have ended since the weight was adapted: the last ones of the run's history.
         base: W0 of a parameter trained in full.
         rule: index of its rule in the spec's train_rules.
     """
 
-    stages: Count
     experts: tuple[Expert, ...] = ()
     dense: dict[Summed, torch.Tensor] = field(default_factory=dict)
     ends: dict[Count, torch.Tensor] = field(default_factory=dict)
@@ -338,7 +336,7 @@ class Stored:
         values = {name: getattr(state, name) for name in _STATE_FIELDS}
         base = state.base if state.full else None
         rule = None if state.rule is None else spec.train_rules.index(state.rule)
-        return cls(stages=len(state.history.ends), **values, base=base, rule=rule)
+        return cls(**values, base=base, rule=rule)
 
     def on(self, bare: WeightState, history: History) -> WeightState:
         """Return the state of a weight without changes (`bare`) with these changes. `history` is that of the weight."""
@@ -346,7 +344,7 @@ class Stored:
         return replace(bare, **values, history=history, base=bare.base if self.base is None else self.base)
 
 
-_STATE_FIELDS = [item.name for item in fields(Stored) if item.name not in ("stages", "base", "rule")]
+_STATE_FIELDS = [item.name for item in fields(Stored) if item.name not in ("base", "rule")]
 
 
 @dataclass(frozen=True)
@@ -365,7 +363,6 @@ class Content:
         buffer: buffers of the model (perhaps None), and parameters that forward writes.
         changed_buffers: names of these that differ from the base.
         idle, history: see `SlowWeights`.
-        dropped: number of stages before the history.
         gradient: gradients of trained parameters.
         pending: names of the gradients that no optimizer step has consumed.
         rng: the random generators of each rank (`random_state`).
@@ -385,7 +382,6 @@ class Content:
     buffer: dict[str, torch.Tensor | None] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
     history: tuple[StageEnd, ...] = ()
-    dropped: Count = 0
     gradient: Tensors = field(default_factory=dict)
     pending: tuple[str, ...] = ()
     inputs: Inputs | None = None
@@ -420,7 +416,6 @@ class Content:
             changed_buffers=tuple(run.changed_buffers()),
             idle=slow.idle,
             history=slow.history.ends,
-            dropped=slow.history.dropped,
             # So a run that is saved between backward and step, or while it accumulates gradients, loses none.
             gradient={name: value.grad.detach() for name, value in trainable.items() if value.grad is not None},
             pending=tuple(run.pending.waiting(trainable)),
@@ -535,7 +530,7 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
         raise ValueError("the parameters that were trained in full differ from the spec")
     finite = plan.spec.on_nonfinite == "raise"  # otherwise, inf and nan are valid: the fold skips such a branch
     check_branches(content, plan, finite)
-    history = History(content.history, content.dropped)
+    history = History(content.history)
     if list(history.numbers) != sorted({*history.numbers} - {0}) or history.last >= plan.stage:
         raise ValueError(f"its history has the stages {sanitized(str(history.numbers))}, and stage {plan.stage} runs")
     states = {name: _decoded(name, stored, bare[name], content, history) for name, stored in content.slow.items()}
@@ -556,10 +551,7 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
 
 def _decoded(name: str, stored: Stored, bare: WeightState, content: Content, history: History) -> WeightState:
     """Return the slow state of one weight, after all checks."""
-    if stored.stages > len(history.ends):
-        raise ValueError(f"slow/{sanitized(name)} has {stored.stages} stages, of {len(history.ends)} in the history")
-    is_late = stored.stages < len(history.ends)
-    state = stored.on(bare, History(history.ends[len(history.ends) - stored.stages :]) if is_late else history)
+    state = stored.on(bare, history)
     if state.full:
         fit(f"slow/{name}/base", state.base, state.matrix, bare.base.dtype)
         fit(f"value/{name}", content.value[name], state.matrix, state.base.dtype)

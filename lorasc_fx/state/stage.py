@@ -427,7 +427,7 @@ class SlowWeights:
         states: by weight name: sites, parameters trained in full, and every other matrix that gets noise.
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
         left_out: names of the weights that the last fold did not change, because the result was not finite.
-        history: the stages that the slow weights are made of. A weight that was adapted later has the last ones.
+        history: the stages that the slow weights are made of.
         group: the process group that holds the shards of the weights.
     """
 
@@ -474,6 +474,7 @@ class SlowWeights:
                 base_of(value, memory),
                 stacked=name in sites and sites[name].experts is not None,
                 transposed=name in sites and sites[name].layout == "in_out",
+                history=self.history,
                 shard=shard_of(value),
             )
             for name, value in parameters.items()
@@ -499,10 +500,8 @@ class SlowWeights:
     @cached_property
     def _resting(self) -> Mapping[str, WeightState]:
         """The states with the slow weights as their start."""
-        rests: dict[int, History] = {}
-        for state in self.states.values():
-            rests.setdefault(len(state.history.ends), state.history.resting())
-        return {name: state.resting(rests[len(state.history.ends)]) for name, state in self.states.items()}
+        history = self.history.resting()
+        return {name: state.resting(history) for name, state in self.states.items()}
 
     def write_resting(self, name: str, plan: Plan, out: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write the value that the parameter holds in the running stage: W_t, or the slow weight if idle.
@@ -573,27 +572,15 @@ class SlowWeights:
         size = sum(factor.numel() for branch in branches for factor in branch.parameters())
         keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
         before = self.history.resting() if self.idle else self.history
-        pace, share = spec.pace_at(plan.stage, before.count), None
-        if spec.average:
-            share = 1 / (before.averaged + 1)
+        pace, share = spec.pace_at(plan.stage, len(before.ends)), 1 / (before.averaged + 1) if spec.average else None
         history = before.after(StageEnd(plan.stage, pace, spec.restart, share))
-        ended, histories = {}, {len(history.ends): history}
-        for name in self.states:
-            state = self.started(name)
-            count = len(state.history.ends) + 1
-            # Weights that were adapted together share one history, and so its coefficients.
-            own = histories[count] = histories.get(count) or History(history.ends[-count:])
-            ended[name] = end_stage(state, learners.get(name), spec, own, noisy, finite, keeps)
-        # Drop stages on which no expert depends, and whose weights are no longer available.
-        states = {name: state for name, (state, _) in ended.items()}
-        stages = [expert.stage for state in states.values() for expert in state.experts if expert.stage]
-        first = min([plan.stage, max(state.gone for state in states.values()) + 1, *stages]) if states else 0
-        since = {id(own): own.since(first) for own in histories.values()}
-        history = since[id(history)]
-        states = {name: replace(state, history=since[id(state.history)]) for name, state in states.items()}
+        ended = {
+            name: end_stage(self.started(name), learners.get(name), spec, history, noisy, finite, keeps)
+            for name in self.states
+        }
         return replace(
             self,
-            states=states,
+            states={name: state for name, (state, _) in ended.items()},
             idle=False,
             left_out=frozenset(name for name, (_, left_out) in ended.items() if left_out),
             history=history,

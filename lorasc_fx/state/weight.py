@@ -76,13 +76,10 @@ class StageEnd:
 class History:
     """The ends of the stages that the weights of a run are made of. A rewind drops the later ones.
 
-    Args:
-        ends: oldest first.
-        dropped: number of still earlier stages, on which no expert depends.
+    All weights of a run share one history. `ends` has the oldest one first.
     """
 
     ends: tuple[StageEnd, ...] = ()
-    dropped: int = 0
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -95,11 +92,6 @@ class History:
         return self.ends[-1].number if self.ends else 0
 
     @property
-    def count(self) -> int:
-        """Number of stages."""
-        return self.dropped + len(self.ends)
-
-    @property
     def averaged(self) -> int:
         """Number of stages in the mean over stages: the last of n has the share 1 / n."""
         share = self.ends[-1].share if self.ends else None
@@ -109,16 +101,11 @@ class History:
         """Return the history with one more stage."""
         return replace(self, ends=(*self.ends, end))
 
-    def since(self, stage: int) -> History:
-        """Return the history without the ends before a stage."""
-        kept = tuple(end for end in self.ends if end.number >= stage)
-        return self if len(kept) == len(self.ends) else History(kept, self.count - len(kept))
-
     def until(self, stage: int) -> History:
         """Return the history for a rewind. The next stage starts from the slow weights, and so does the mean."""
         kept = tuple(end for end in self.ends if end.number <= stage)
         last = (replace(end, restart="slow", share=None if end.share is None else 1.0) for end in kept[-1:])
-        return History((*kept[:-1], *last), self.dropped if kept else 0)
+        return History((*kept[:-1], *last))
 
     def resting(self) -> History:
         """Return the history with the slow weights as the start of the next stage."""
@@ -201,7 +188,7 @@ class WeightState(Tree):
         stacked: whether the first axis of the weight counts matrices (mixture-of-experts layers).
         transposed: whether the weight is stored as [in, out].
         experts: the deltas of the stages, oldest first.
-        history: the stages that have ended since the weight was adapted.
+        history: the stages that have ended in the run.
         dense: dense tensors of views: the sum of the experts that were collapsed, [rows, columns], or the value of a
             parameter trained in full. `fast` is the start of the running stage. A view without one has that of `slow`.
         ends: for a parameter trained in full: its slow values at the ends of stages, by number.
