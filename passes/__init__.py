@@ -10,7 +10,7 @@ if __name__ != "lorasc_fx.passes":
 
 from lorasc_fx.errors import NoSites, PassOrderError, VerifyError
 
-from .adapter_inputs import AdapterInputs, BindAdapter, adapter_inputs, adapter_values
+from .adapter_inputs import AdapterInputs, adapter_inputs, adapter_values
 from .attention_masks import AttentionMasks
 from .base import CascadePass
 from .fold_branches import FoldBranches
@@ -24,7 +24,6 @@ from .weights_as_attributes import weights_as_attributes
 __all__ = [
     "AdapterInputs",
     "AttentionMasks",
-    "BindAdapter",
     "CascadePass",
     "FoldBranches",
     "InlineBranches",

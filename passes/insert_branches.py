@@ -67,7 +67,8 @@ class InsertBranches(CascadePass):
         super().check(graph_module)
         if record_of(graph_module).lifted.branches:
             raise PassError(
-                f"{self.name}: the branches of this graph get their tensors as inputs; run bind-adapter first",
+                f"{self.name}: the branches of this graph get their tensors as inputs; use the graph before "
+                "adapter-inputs",
                 code="requirement-not-met",
             )
 

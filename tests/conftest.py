@@ -76,7 +76,7 @@ SAMPLED = {
     "options/test_tokens.py::test_stages_and_a_resume": 4,
     "options/test_lora_fa.py::test_gradients_of_lora_b_are_those_with_a_trained_lora_a": 4,
     "passes/test_adapter_inputs.py::test_every_method": 4,
-    "passes/test_adapter_inputs.py::test_lift_and_bind": 6,
+    "passes/test_adapter_inputs.py::test_lift": 6,
     "passes/test_attention_masks.py::test_a_redundant_mask_is_removed": 6,
     "passes/test_fold_branches.py::test_fold": 6,
     "passes/test_fold_branches.py::test_fold_of_a_live_graph_only_erases_nodes": 6,

@@ -472,8 +472,8 @@ class Branch(nn.Module, abc.ABC):
         if not self.pads_with_zeros or values.keys() != padded_shapes.keys():
             raise PassError(
                 f"{site.weight} has a branch of rank {site.rank}, but {site.options.adapter} cannot be padded to rank "
-                f"{rank} with zeros, because its delta would change. Give max_rank={site.rank}, or omit the site "
-                "(sites=...)",
+                f"{rank} with zeros, because its delta would change. Give max_rank={site.rank}, or exclude the "
+                "site",
                 code="input-not-supported",
             )
         return {name: self.pad(name, value, padded_shapes[name]) for name, value in values.items()}
@@ -481,10 +481,6 @@ class Branch(nn.Module, abc.ABC):
     def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Pad the value of a parameter with zeros to a shape."""
         return pad_to(value, shape)
-
-    def cut(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Remove the padding of a parameter, the inverse of `pad`. `shape` is the shape without padding."""
-        return value[tuple(slice(size) for size in shape)]
 
     def without_values(self) -> Branch:
         """Return a copy without parameters, which gets parameters and scale as arguments of its calls."""

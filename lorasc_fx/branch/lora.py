@@ -143,7 +143,7 @@ class LowRankBranch(Branch):
         if self.unmerged_A is not None:
             raise PassError(
                 f"{self.weight_name} is quantized, and its branch also adds the delta of earlier stages, which cannot "
-                "become an input of the graph. Omit the site (sites=...), or lift the branches during the first stage",
+                "become an input of the graph. Exclude the site, or lift the branches during the first stage",
                 code="input-not-supported",
             )
         return super().padded(site, rank)
@@ -243,13 +243,6 @@ class LoraBranch(LowRankBranch):
             return super().pad(name, value, shape)
         count = len(self.slices)
         return torch.cat([pad_to(part, (shape[0] // count, shape[1])) for part in value.chunk(count)])
-
-    def cut(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Remove the padding of a factor."""
-        if name != "lora_A" or not self.slices:
-            return super().cut(name, value, shape)
-        count = len(self.slices)
-        return torch.cat([part[: shape[0] // count] for part in value.chunk(count)])
 
     def restarts(self, spec: CascadeSpec) -> bool:
         """Whether a factor restarts (`restart_factors`)."""

@@ -228,28 +228,16 @@ class GraphEditor:
             last.name = unique
             self._names.add(unique)
             placeholders.append(last)
-        self._set_keywords(lambda keywords: {**keywords, **dict.fromkeys(node.name for node in placeholders)})
+        self._add_keywords([node.name for node in placeholders])
         self.modified = True
         return placeholders
 
-    def remove_inputs(self, nodes: Sequence[fx.Node]) -> None:
-        """Remove inputs without users that `add_inputs` created."""
-        names = {node.name for node in nodes}
-        self._set_keywords(lambda keywords: {name: old for name, old in keywords.items() if name not in names})
-        for node in nodes:
-            self._erase(node)
-
-    def _set_keywords(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        """Change the keyword arguments in the signature of a graph that takes flattened arguments.
-
-        Args:
-            change: gets the pytree structure of each keyword argument by name, and returns the new ones. None is a
-                single tensor.
-        """
+    def _add_keywords(self, names: Sequence[str]) -> None:
+        """Append keyword arguments, which are tensors, to the signature of a graph that takes flattened arguments."""
         codegen = self.module.graph._codegen
         if not isinstance(codegen, _PyTreeCodeGen):
             return
-        names, spec, out = codegen.pytree_info
+        inputs, spec, out = codegen.pytree_info
         both = _children(spec)
         if spec.type is not tuple or len(both) != 2 or both[0].type is not tuple or both[1].type is not dict:
             raise PassError(
@@ -259,10 +247,9 @@ class GraphEditor:
             )
         # The signature is a tuple (args, kwargs); only the keys and subtrees of kwargs change.
         _, leaf = pytree.tree_flatten(0)
-        keywords = change(dict(zip(both[1].context, _children(both[1]), strict=True)))
-        named = pytree.TreeSpec(dict, [*keywords], [leaf if tree is None else tree for tree in keywords.values()])
-        positional = names[: len(names) - len(both[1].context)]
-        info = _PyTreeInfo([*positional, *keywords], pytree.TreeSpec(tuple, None, [both[0], named]), out)
+        keywords = {**dict(zip(both[1].context, _children(both[1]), strict=True)), **dict.fromkeys(names, leaf)}
+        named = pytree.TreeSpec(dict, [*keywords], [*keywords.values()])
+        info = _PyTreeInfo([*inputs, *names], pytree.TreeSpec(tuple, None, [both[0], named]), out)
         self.module.graph.set_codegen(_PyTreeCodeGen(info))
 
     def drop_unused(self, drop: Callable[[fx.Node], bool]) -> None:

@@ -63,7 +63,7 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class Lifted:
-    """The record of an `AdapterInputs` pass, from which `BindAdapter` restores the branches.
+    """The record of an `AdapterInputs` pass.
 
     Args:
         rank: rank to which the tensors are padded.

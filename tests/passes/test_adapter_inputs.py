@@ -1,4 +1,4 @@
-"""AdapterInputs makes the tensors of branches inputs of the graph; BindAdapter is its exact inverse."""
+"""AdapterInputs makes the tensors of branches inputs of the graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
-from lorasc_fx.graph import text
 from lorasc_fx.passes import (
     AdapterInputs,
-    BindAdapter,
     FoldBranches,
     InsertBranches,
     MatchSites,
@@ -59,10 +57,10 @@ def net(**options: Any) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_lift_and_bind(case: Case) -> None:
+def test_lift(case: Case) -> None:
     inserted, base = insert(case.own(), case.spec), run(case.own(), case)
     untrained = same_bits(run(inserted, case), base)  # else eager mode takes another path for the base
-    before, photograph = text(fill(inserted)), Photograph(inserted, case)
+    photograph = Photograph(fill(inserted), case)
     rank = max(site.rank for site in sites_of(inserted).values()) + 2
     result = AdapterInputs(rank)(inserted)
     lifted, inputs, values = (
@@ -87,12 +85,6 @@ def test_lift_and_bind(case: Case) -> None:
     again = AdapterInputs(rank)(lifted)  # 3 a fixed point
     assert not again.modified
     assert again.graph_module is lifted
-    for bind in (BindAdapter(), BindAdapter(values)):  # 4 the inverse
-        back = bind(lifted)
-        assert back.modified
-        assert text(back.graph_module) == before
-        assert same_bits(run(back.graph_module, case), run(inserted, case))
-        assert not bind(back.graph_module).modified
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)
@@ -108,9 +100,6 @@ def test_every_method(name: str, kind: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(lifted(x, **values), expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(lifted(x, **zeros(values)), model(x))
-    back = BindAdapter(values)(lifted).graph_module
-    assert text(back) == text(variant.module)
-    assert torch.equal(back(x), expected)
 
 
 @pytest.mark.parametrize("name", UNPADDED)
@@ -133,26 +122,6 @@ def test_names_and_order() -> None:
         ("second_weight_scale", "second.weight", "scale", ()),
     ]
     assert {adapter_input.dtype for adapter_input in inputs} == {torch.float64}
-
-
-def test_selected_sites() -> None:
-    inserted, x = net(), torch.randn(4, 6, dtype=torch.float64)
-    lifted = AdapterInputs(2, sites=("second",))(inserted).graph_module
-    values = adapter_values(lifted)
-    assert {adapter_input.weight for adapter_input in adapter_inputs(lifted)} == {"second.weight"}
-    torch.testing.assert_close(lifted(x, **values), inserted(x))
-    assert text(BindAdapter()(lifted).graph_module) == text(inserted)
-    with raises(lx.UnknownTarget, "unknown-target", "sites: 'third' matches no site", "first.weight"):
-        AdapterInputs(2, sites=("third",))(inserted)
-
-
-def test_the_pass_is_done_if_all_its_sites_have_inputs() -> None:
-    first, both = (AdapterInputs(2, sites)(net()).graph_module for sites in (("first",), ("*",)))
-    assert not AdapterInputs(2, ("first.weight",))(first).modified
-    assert not AdapterInputs(2, ("second",))(both).modified
-    for sites in (("second.weight",), ("*",), ("first", "second")):
-        with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
-            AdapterInputs(2, sites)(first)
 
 
 def test_gradients_and_rows() -> None:
@@ -208,23 +177,8 @@ def test_errors() -> None:
         FoldBranches()(lifted)
     with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
         AdapterInputs(8)(lifted)
-    with raises(lx.PassError, "requirement-not-met", "run bind-adapter first"):
+    with raises(lx.PassError, "requirement-not-met", "use the graph before adapter-inputs"):
         InsertBranches()(lifted)
-    values = adapter_values(lifted)
-    with raises(lx.PassError, "adapter-does-not-fit", "the input first_weight_lora_a has no value"):
-        BindAdapter({name: values[name] for name in [*values][1:]})(lifted)
-    with raises(lx.PassError, "adapter-does-not-fit", "other is not an input"):
-        BindAdapter({**values, "other": values["first_weight_scale"]})(lifted)
-    with raises(lx.PassError, "adapter-does-not-fit", "first_weight_lora_a has shape (2, 2)"):
-        BindAdapter({**values, "first_weight_lora_a": torch.zeros(2, 2)})(lifted)
-    with raises(lx.PassError, "adapter-does-not-fit", "the scale of first.weight is 3.0"):
-        BindAdapter({**values, "first_weight_scale": torch.tensor(3.0, dtype=torch.float64)})(lifted)
-    with raises(lx.PassError, "rank-too-large", "lora_A of first.weight has a larger rank than 2"):
-        BindAdapter({**values, "first_weight_lora_a": torch.ones(4, 6, dtype=torch.float64)})(lifted)
-    for value in (torch.nan, torch.inf):
-        with raises(lx.PassError, "non-finite", "first_weight_lora_a contains inf or nan"):
-            broken = values["first_weight_lora_a"].clone().index_fill_(0, torch.tensor(0), value)
-            BindAdapter({**values, "first_weight_lora_a": broken})(lifted)
 
 
 def test_solved_order() -> None:
