@@ -16,9 +16,9 @@ from typing import ClassVar
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, record_of, verify
-from lorasc_fx.graph.branch_calls import calls_branches
 from lorasc_fx.graph.matching import recover
 from lorasc_fx.graph.weights import BRANCHES
 
@@ -101,16 +101,11 @@ class CascadePass(abc.ABC):
 
 def _advice(graph_module: fx.GraphModule) -> str:
     """Return the end of the message about a missing fact: the likely reason, and what to do."""
-    caller, reads = calls_branches(graph_module), [node for node in graph_module.graph.nodes if node.op == "get_attr"]
-    inlined = any(str(node.target).startswith(f"{BRANCHES}.") for node in reads)
-    if inlined and not record_of(graph_module).facts:
-        return (
-            ", although its nodes read the parameters of inlined branches. The code that built this module dropped the "
-            "record of InlineBranches. Run it inside a Pipeline, or fold first"
-        )
-    if caller is None or record_of(graph_module).facts:
+    held = any(isinstance(module, Branch) for module in graph_module.modules())
+    held = held or any(str(node.target).startswith(f"{BRANCHES}.") for node in graph_module.graph.nodes)
+    if record_of(graph_module).facts or not held:
         return "; run a pass that provides it first"
     return (
-        f", although its node {caller.name} calls a module that contains a branch, where no pass reaches it. Run this "
-        "pass before the one that moved the branch into a module"
+        ", although it contains branches: other code moved them into a module where no pass reaches them, or dropped "
+        "the record of InlineBranches. Run this pass before that code, or that code inside a Pipeline"
     )

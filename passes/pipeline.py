@@ -55,19 +55,12 @@ class Pipeline:
             The edited copy and True. If no pass changed anything, the input itself and False.
 
         Raises:
-            PassOrderError: a pass requires a fact that an earlier one removes, or that only a later one provides. The
-                message lists every such pair.
             PassError: a fact that a pass requires is missing, or a foreign pass did not return a graph module.
             VerifyError: the graph does not agree with its plan, before the first pass, after one that this package does
                 not define, or after the last pass.
         """
         recover(graph_module)
-        _check_order(self.passes, record_of(graph_module).facts)
-        # Check the contract of the first pass before the graph: a missing fact is the clearer error.
-        start = self.passes[0]
-        if isinstance(start, CascadePass) and not start.done(graph_module):
-            start.check(graph_module)
-        verify(graph_module, f"before {name_of(start)}")
+        verify(graph_module, f"before {name_of(self.passes[0])}")
         editor = GraphEditor(graph_module)
         for number, pass_ in enumerate(self.passes, start=1):
             try:
@@ -168,29 +161,3 @@ def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
                 yield earlier, later
             if candidate.requires & (pass_.requires & pass_.removes - candidate.removes):
                 yield earlier, later
-
-
-def _check_order(passes: tuple[AnyPass, ...], facts: frozenset[str]) -> None:
-    """Raise PassOrderError if the contracts show that a fact will be missing. `facts` exist before the first pass."""
-    faults = []
-    for later, pass_ in enumerate(passes):
-        if not isinstance(pass_, CascadePass):
-            continue
-        for fact in sorted(pass_.requires):
-            before = [p for p in passes[:later] if isinstance(p, CascadePass)]
-            after = [p for p in passes[later + 1 :] if isinstance(p, CascadePass)]
-            changes = [fact in p.provides for p in before if fact in p.provides | p.removes]
-            provider = next((p for p in after if fact in p.provides and fact not in p.requires), None)
-            if changes and not changes[-1]:
-                remover = next(p for p in reversed(before) if fact in p.removes)
-                faults.append(f"{pass_.name} requires {fact}, which the earlier {remover.name} removes")
-            # A nested pipeline has no contract and may provide the fact.
-            elif (
-                not changes
-                and provider is not None
-                and fact not in facts
-                and not any(isinstance(p, Pipeline) for p in passes[:later])
-            ):
-                faults.append(f"{pass_.name} requires {fact}, which only the later {provider.name} provides")
-    if faults:
-        raise PassOrderError("the passes cannot run in this order:\n  " + "\n  ".join(faults))

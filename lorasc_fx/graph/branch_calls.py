@@ -45,16 +45,6 @@ def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
     return {node: module for node, module in modules.items() if isinstance(module, Branch)}
 
 
-def calls_branches(graph_module: fx.GraphModule) -> fx.Node | None:
-    """Return the first node that calls a branch or a module that contains one, or None."""
-    for node in graph_module.graph.nodes:
-        module = called_module(node)
-        if module is not None and any(isinstance(inner, Branch) for inner in module.modules()):
-            caller: fx.Node = node
-            return caller
-    return None
-
-
 @dataclass(frozen=True)
 class Input:
     """A placeholder in a `CallTemplate` for the argument of the branch node at this index."""

@@ -78,7 +78,7 @@ def before_its_time(model: nn.Module, x: Tensor) -> None:
 
 
 def a_wrong_order(model: nn.Module, x: Tensor) -> None:
-    Pipeline([InsertBranches(), MatchSites(lx.CascadeSpec())])(fx.symbolic_trace(model))
+    Pipeline([FoldBranches(), InsertBranches(), FoldBranches()], order="solved")
 
 
 def an_edited_graph(model: nn.Module, x: Tensor) -> None:
@@ -164,7 +164,7 @@ ENTRIES = (
     Entry(
         lx.passes.PassOrderError,
         ("Pipeline",),
-        "Put each pass after the passes that provide its requirements. The message names them.",
+        "Give the passes in an order in which each comes after the passes that provide its requirements.",
         (a_wrong_order,),
     ),
     Entry(
