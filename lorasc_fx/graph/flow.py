@@ -15,7 +15,6 @@ A weight may reach an input in several ways. `uses_of` tries four rules and take
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +39,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
             sizes = [_number(size) for size in shape]
             return None if None in sizes else tuple(size for size in sizes if size is not None)
     return None
-
-
-def entries(node: fx.Node) -> int:
-    """Return the number of entries of a node's tensor, or 0 if it is unknown."""
-    shape = shape_of(node)
-    return math.prod(shape) if shape is not None else 0
 
 
 def _number(size: int | torch.SymInt) -> int | None:

@@ -134,47 +134,16 @@ class Memory:
         return self.start + (last + 1) * self.dtype.itemsize
 
     @property
-    def is_dense(self) -> bool:
-        """Whether the entries fill the memory from start to end."""
-        return self.end - self.start == math.prod(self.shape) * self.dtype.itemsize
-
-    @property
     def overlaps_itself(self) -> bool:
-        """Whether two entries share one address, as in an expanded tensor."""
-        axes = sorted((stride, size) for size, stride in zip(self.shape, self.stride, strict=True) if size > 1)
-        reach = 0
-        for stride, size in axes:
-            if stride == 0:
-                return True
-            if stride <= reach:  # irregular strides: count the bytes
-                return int(self._mark(self.start, self.end).sum()) < math.prod(self.shape) * self.dtype.itemsize
-            reach += (size - 1) * stride
-        return False
-
-    def overlaps(self, other: Memory) -> bool:
-        """Whether two tensors share bytes."""
-        if self.device != other.device or max(self.start, other.start) >= min(self.end, other.end):
-            return False
-        if self.is_dense and other.is_dense and not (self.overlaps_itself or other.overlaps_itself):
-            return True
-        # Strided tensors may interleave, such as two columns of a matrix.
-        low, high = min(self.start, other.start), max(self.end, other.end)
-        return bool((self._mark(low, high) & other._mark(low, high)).any())
-
-    def _mark(self, low: int, high: int) -> torch.Tensor:
-        """Return a bool tensor [high - low] that is true for the bytes of the tensor's entries."""
-        size = self.dtype.itemsize
-        marks = torch.zeros(high - low, dtype=torch.bool, device="cpu")
-        strides = (*(stride * size for stride in self.stride), 1)
-        marks.as_strided((*self.shape, size), strides, self.start - low).fill_(True)
-        return marks
+        """Whether it has more entries than addresses, as an expanded tensor has."""
+        return math.prod(self.shape) * self.dtype.itemsize > self.end - self.start
 
 
 def shared_memory(model: nn.Module) -> dict[str, str]:
     """Return a sentence for each parameter that shares memory with another tensor of the model or with itself.
 
-    A fold of such a parameter would also change another tensor. A tied weight, one Parameter with two names, does not
-    count.
+    A fold of such a parameter would also change another tensor. Tensors share memory if the ranges of their addresses
+    overlap. A tied weight, one Parameter with two names, does not count.
     """
     parameters = dict(model.named_parameters())
     tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]
@@ -187,11 +156,10 @@ def shared_memory(model: nn.Module) -> dict[str, str]:
         if name in parameters and memory.overlaps_itself:
             sentences.setdefault(name, "is expanded: several of its entries share one address")
         active = [item for item in active if item[0].device == memory.device and item[0].end > memory.start]
-        for earlier, earlier_name in active:
-            if memory.overlaps(earlier):
-                for parameter, tensor in ((name, earlier_name), (earlier_name, name)):
-                    if parameter in parameters:
-                        sentences.setdefault(parameter, f"shares memory with {tensor}: a fold of it would change both")
+        for _, earlier_name in active:
+            for parameter, tensor in ((name, earlier_name), (earlier_name, name)):
+                if parameter in parameters:
+                    sentences.setdefault(parameter, f"shares memory with {tensor}: a fold of it would change both")
         active.append((memory, name))
     return sentences
 
