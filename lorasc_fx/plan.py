@@ -84,8 +84,6 @@ class Site:
         options: options of the branch in the running stage.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` if the weight is stored transposed (transformers' Conv1D).
-        slices: number of rows of each slice of a fused weight, such as the q, k and v parts of a QKV projection. Each
-            slice has its own pair of factors. Empty if the weight is not sliced.
         placement: where the branch computes: `beside` the op, `merged` into it, or on the `weight`. Nodes that do not
             allow it use another placement (docs/design.md, "Placements").
         dropout: probability that an entry of the branch's input is set to zero in train mode.
@@ -99,7 +97,6 @@ class Site:
     options: SiteOptions
     aliases: tuple[Name, ...] = ()
     layout: Annotated[str, choice(("out_in", "in_out"))] = "out_in"
-    slices: tuple[Count, ...] = ()
     placement: Annotated[str, choice(PLACEMENTS)] = "beside"
     dropout: Dropout = 0.0
     form: str = ""
@@ -145,12 +142,11 @@ class Site:
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the factors A and B: [rank, in] and [out, rank].
 
-        For experts, both have the axis of experts first. With slices, A is [slices * rank, in], the concatenated A of
-        all slices.
+        For experts, both have the axis of experts first.
         """
         out, columns = self.matrix_shape
         stack = (self.experts,) if self.experts else ()
-        return (*stack, max(len(self.slices), 1) * self.rank, columns), (*stack, out, self.rank)
+        return (*stack, self.rank, columns), (*stack, out, self.rank)
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -237,8 +233,6 @@ def _check_site(site: Site) -> None:
     """Raise ValueError if the fields of a site from a file contradict each other."""
     if site.kind == "experts" and len(site.shape) != 3:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
-    if site.slices and (sum(site.slices) != site.shape[0] or site.experts or site.layout != "out_in"):
-        raise ValueError(f"slices is {site.slices}, which does not add up to the rows of shape {site.shape}")
     if fault := site.options.method.fault(site):
         raise ValueError(f"{site.weight} {fault}")
     if site.placement not in site.options.method.placements:

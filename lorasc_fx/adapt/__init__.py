@@ -156,7 +156,7 @@ def _log_too_large_ranks(plan: Plan) -> None:
     too_large = [
         (site, maximum)
         for site in plan.sites
-        if max((site.rank, *site.options.ranks)) > (maximum := min(*site.matrix_shape, *site.slices))
+        if max((site.rank, *site.options.ranks)) > (maximum := min(site.matrix_shape))
     ]
     if too_large:
         site, maximum = too_large[0]

@@ -12,9 +12,7 @@ from lorasc_fx.spec import CascadeSpec, Rule
 
 
 class PairBranch(LoraBranch):
-    """A pair of factors A [r, in] and B [out, r], initially zero. The slices of a fused weight share one pair."""
-
-    slices_apart = False
+    """A pair of factors A [r, in] and B [out, r], initially zero."""
 
     @classmethod
     def table(cls, site: Site) -> Mapping[str, Declared]:

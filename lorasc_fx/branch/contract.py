@@ -226,12 +226,6 @@ class Branch(nn.Module, abc.ABC):
     kept: Any = None
     """What a graph module that owns its weights loses if other code rebuilds it, a `graph.branch_calls.Kept`."""
 
-    slices: tuple[int, ...] = ()
-    """Number of rows of each slice of a fused weight (such as q, k and v), which has separate factors."""
-
-    slices_apart: ClassVar[bool] = False
-    """Whether the method supports separate factors for the slices of a fused weight."""
-
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__()
         self.kind = site.kind
@@ -476,11 +470,7 @@ class Branch(nn.Module, abc.ABC):
                 "site",
                 code="input-not-supported",
             )
-        return {name: self.pad(name, value, padded_shapes[name]) for name, value in values.items()}
-
-    def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Pad the value of a parameter with zeros to a shape."""
-        return pad_to(value, shape)
+        return {name: pad_to(value, padded_shapes[name]) for name, value in values.items()}
 
     def without_values(self) -> Branch:
         """Return a copy without parameters, which gets parameters and scale as arguments of its calls."""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.contract import Branch, Declared, Factors, InitialFactors, Reshard, Side, StartWeight, pad_to
+from lorasc_fx.branch.contract import Branch, Declared, Factors, InitialFactors, Reshard, Side, StartWeight
 from lorasc_fx.branch.noise import generator
 from lorasc_fx.branch.placements import (
     BESIDE,
@@ -60,7 +60,6 @@ class LowRankBranch(Branch):
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
-        self.slices = site.slices
         self.ops: type[MatrixOps | ConvOps] = ops_of(self.kind)
         self.register_buffer("unmerged_A", None, persistent=False)
         self.register_buffer("unmerged_B", None, persistent=False)
@@ -68,7 +67,7 @@ class LowRankBranch(Branch):
     @property
     @abc.abstractmethod
     def down(self) -> torch.Tensor:
-        """A [rank, in]. [experts, rank, in] for stacked experts, and [slices * rank, in] for a sliced weight."""
+        """A [rank, in]. [experts, rank, in] for stacked experts."""
 
     @property
     @abc.abstractmethod
@@ -93,22 +92,13 @@ class LowRankBranch(Branch):
         return Factors(b * self.scale, a)
 
     def oriented(self, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (b, a) such that `b @ a` is the delta `B A` in the layout of the weight, without the scale.
-
-        With slices, b is block-diagonal, with the rows of B of each slice as a block.
-        """
+        """Return (b, a) such that `b @ a` is the delta `B A` in the layout of the weight, without the scale."""
         if self.transposed:
             return down.transpose(-2, -1), up.transpose(-2, -1)
-        if self.slices:
-            return torch.block_diag(*full_tensor(up).split(self.slices)), down
         return up, down
 
     def product(self) -> torch.Tensor:
         """Return the delta in the shape of the weight, without the scale."""
-        if self.slices:
-            up, down = self.up.split(self.slices), self.down.chunk(len(self.slices))
-            indices = range(len(self.slices))  # a Proxy of torch.fx cannot be iterated
-            return torch.cat([up[index] @ down[index] for index in indices]).view(self.weight_shape)
         b, a = self.oriented(self.up, self.down)
         return (b @ a).view(self.weight_shape)
 
@@ -204,7 +194,6 @@ class LoraBranch(LowRankBranch):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    slices_apart = True
     pads_with_zeros = True
     options = frozenset(METHOD_OPTIONS)
 
@@ -236,13 +225,6 @@ class LoraBranch(LowRankBranch):
     def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the given A and B."""
         return tensors["lora_A"], tensors["lora_B"]
-
-    def pad(self, name: str, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Pad a factor. The A of each slice of a sliced weight is padded separately."""
-        if name != "lora_A" or not self.slices:
-            return super().pad(name, value, shape)
-        count = len(self.slices)
-        return torch.cat([pad_to(part, (shape[0] // count, shape[1])) for part in value.chunk(count)])
 
     def restarts(self, spec: CascadeSpec) -> bool:
         """Whether a factor restarts (`restart_factors`)."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -317,60 +316,3 @@ def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
     """Whether a node has a form and its weight is one of `reads`."""
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)
-
-
-# Names of ops that take a range of a tensor, and of ops that keep all entries of it.
-_SLICES = {"slice", "narrow", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "tensor_split"}
-_SLICES |= {"select", "unbind", "getitem"}
-_VIEWS = {"view", "reshape", "t", "transpose", "permute", "contiguous", "clone", "detach", "squeeze", "unsqueeze"}
-_VIEWS |= {"flatten", "unflatten", "_unsafe_view", "alias", "swapaxes", "movedim", "expand"}
-
-Slice = tuple[int, int]
-
-
-def slice_read(node: fx.Node, weight: fx.Node, shape: tuple[int, ...]) -> Slice | None:
-    """Return the range of rows of a weight that a node contains: the first one, and the last one plus 1.
-
-    Returns None if the node is not computed from the weight by slices and views only, or contains parts of rows.
-
-    Args:
-        node: a value derived from the weight.
-        weight: the weight's node.
-        shape: of the weight.
-    """
-    path: list[fx.Node] = []
-    while node is not weight:
-        if name_of(node) not in _SLICES | _VIEWS or len(node.all_input_nodes) != 1:
-            return None
-        path.append(node)
-        node = node.all_input_nodes[0]
-    if not any(name_of(step) in _SLICES for step in path):
-        return (0, shape[0])
-    # Run the same ops on a tensor of the weight's shape in which each entry is the index of its row.
-    value: Any = torch.arange(shape[0], dtype=torch.int32).view(-1, *(1 for _ in shape[1:])).expand(shape)
-    for step in reversed(path):
-        current = value
-        args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda _: current)  # noqa: B023
-        call: Any = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
-        value = call(*args[step.op == "call_method" :], **kwargs)
-    if not isinstance(value, torch.Tensor) or value.numel() == 0:
-        return None
-    start, end = int(value.min()), int(value.max()) + 1
-    is_complete = value.numel() * shape[0] == (end - start) * torch.Size(shape).numel()
-    return (start, end) if is_complete and value.unique().numel() == end - start else None
-
-
-def slices_of(reads: Iterable[Slice | None], rows: int) -> tuple[int, ...]:
-    """Return the number of rows of each slice, or () unless the uses divide the weight into at least two slices.
-
-    Args:
-        reads: the range of rows that each use reads, None if unknown.
-        rows: number of rows of the weight.
-    """
-    ranges = set(reads)
-    if None in ranges:
-        return ()
-    ordered = sorted(pair for pair in ranges if pair is not None)
-    ends = [0, *(end for _, end in ordered)]
-    divides = all(start == end for (start, _), end in zip(ordered, ends, strict=False)) and ends[-1] == rows
-    return tuple(end - start for start, end in ordered) if divides and len(ordered) > 1 else ()

@@ -30,14 +30,11 @@ from lorasc_fx.graph.branch_calls import (
 )
 from lorasc_fx.graph.flow import (
     Consumer,
-    Slice,
     constants,
     expert_index,
     indexed_experts,
     kind_of,
     mutates,
-    slice_read,
-    slices_of,
     uses_of,
 )
 from lorasc_fx.graph.forms import (
@@ -91,7 +88,6 @@ class WeightUses:
         written: nodes that write into it.
         outside: kinds of its uses in a run of the model that no graph shows.
         script: path of the TorchScript module that owns it, or "".
-        rows: the range of rows that each use in `contracted` reads, None if unknown.
         touched: whether such a run uses it in any way.
         layer: whether it is the weight of a linear, conv or embedding module of torch.nn.
     """
@@ -104,7 +100,6 @@ class WeightUses:
     written: list[fx.Node] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     script: str = ""
-    rows: list[Slice | None] = field(default_factory=list)
     touched: bool = False
     layer: bool = False
 
@@ -115,7 +110,7 @@ class WeightUses:
 
     def join(self, uses: WeightUses) -> None:
         """Add the uses of this weight in another graph."""
-        for name in ("sources", "beside", "contracted", "others", "opaque", "written", "rows"):
+        for name in ("sources", "beside", "contracted", "others", "opaque", "written"):
             getattr(self, name).extend(getattr(uses, name))
 
     @property
@@ -127,11 +122,6 @@ class WeightUses:
     def all_beside(self) -> bool:
         """Whether every use has a form, and all read the weight in one layout."""
         return not (self.contracted or self.others or self.outside) and len({use.layout for use in self.beside}) == 1
-
-    def slices(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The number of rows of each slice, if the uses divide a weight of this shape into slices; otherwise ()."""
-        sliced = not (self.beside or self.others or self.outside) and kind_at(shape, self) != "experts"
-        return slices_of(self.rows, shape[0]) if sliced else ()
 
     @property
     def registered_form(self) -> str:
@@ -174,14 +164,13 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
             weight = weights.canonical.get(node.target.removeprefix(record.prefix))
             if weight is not None and weights.parameters[weight].dim() > 1:
                 uses[weight].sources.append(node)
-                shape = tuple(weights.parameters[weight].shape)
                 # In a graph with branches, the uses of an adapted weight come after the branch.
                 for start in _after_branches(node):
                     for consumer in uses_of(start, constant | {start}):
                         # A branch that is added to an op's output may get the op's weight too. This is no use.
                         is_branch = _adds_to_first_argument(consumer.node)
                         if not is_branch or consumer.reads != (consumer.node.kwargs.get("weight"),):
-                            _read_consumer(consumer, start, shape, uses[weight])
+                            _read_consumer(consumer, start, weights.parameters[weight].dim(), uses[weight])
         elif node.op == "call_module":
             _read_module(node, record, weights, uses)
     return uses
@@ -202,9 +191,9 @@ def _adds_to_first_argument(node: fx.Node) -> bool:
     return isinstance(called_module(node), Branch) and call_template(node) is None
 
 
-def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], uses: WeightUses) -> None:
+def _read_consumer(consumer: Consumer, start: fx.Node, dims: int, uses: WeightUses) -> None:
     """Add one consumer of a weight to its uses. `start` is the weight's node, or a branch that is added to it."""
-    node, dims = consumer.node, len(shape)
+    node = consumer.node
     if any(mutates(node, source) for source in consumer.aliases):
         uses.written.append(node)
         return
@@ -223,7 +212,6 @@ def _read_consumer(consumer: Consumer, start: fx.Node, shape: tuple[int, ...], u
         uses.beside.append(BesideUse(node, form, layout, mergeable(node, form)))
     elif (kind := kind_of(consumer)) is not None:
         uses.contracted.append((node, kind))
-        uses.rows += [slice_read(source, start, shape) for source in consumer.reads]
     else:
         uses.others.append(node)
 
@@ -341,8 +329,7 @@ def _site(names: tuple[str, ...], weight: torch.Tensor, uses: WeightUses, spec: 
     kind = kind_at(shape, uses)
     options = spec.site_options(next((rule for rule in spec.rules if targeted((rule.pattern,), kind, names)), None))
     layout = uses.beside[0].layout if uses.all_beside else "out_in"
-    slices = uses.slices(shape) if options.method.slices_apart else ()
-    site = Site(names[0], kind, shape, options, names[1:], layout, slices, form=uses.registered_form)
+    site = Site(names[0], kind, shape, options, names[1:], layout, form=uses.registered_form)
     return _with_placement(site, uses, weight, spec)
 
 

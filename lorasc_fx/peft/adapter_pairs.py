@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -55,8 +54,7 @@ class LowRankAdapter:
         """Return the parameters of a LoRA branch with this delta for a site, in fp64, and the error of `max_rank`.
 
         The factors are padded with zeros to `max_rank`, and the scale is 1. A pair of a higher rank is replaced by the
-        nearest pair of this rank, separately for each slice of a fused weight. If the weight has not changed, all
-        factors are zero.
+        nearest pair of this rank. If the weight has not changed, all factors are zero.
         """
         pair = self.pairs.get(site.weight)
         if pair is None:
@@ -64,19 +62,9 @@ class LowRankAdapter:
             zeros = {"lora_A": torch.zeros(a).double(), "lora_B": torch.zeros(b).double()}
             return {**zeros, "scale": torch.ones(()).double()}, CutOff(0, 0, 0.0, 0.0)
         up, down = (pair.a.mT, pair.b.mT) if site.layout == "in_out" else (pair.b, pair.a)
-        parts = [Factors(up, down)]
-        if site.slices:
-            parts = [_used(Factors(rows, down)) for rows in up.split(site.slices)]
-        reduced = [compressed(part, max_rank) for part in parts]
-        fitted = [padded(part, max_rank) for part, _ in reduced]
-        cuts = [cut for _, cut in reduced]
-        error, norm = math.hypot(*(cut.error for cut in cuts)), math.hypot(*(cut.norm for cut in cuts))
-        before, after = max(cut.before for cut in cuts), max(cut.after for cut in cuts)
-        factors = {
-            "lora_A": torch.cat([part.a for part in fitted], -2),
-            "lora_B": torch.cat([part.b for part in fitted], -2),
-        }
-        return {**factors, "scale": torch.ones(()).double()}, CutOff(before, after, error, norm)
+        reduced, cut = compressed(Factors(up, down), max_rank)
+        fitted = padded(reduced, max_rank)
+        return {"lora_A": fitted.a, "lora_B": fitted.b, "scale": torch.ones(()).double()}, cut
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
         """Raise CheckpointError if the fingerprints differ from this adapter's base. An adapter of peft has none."""
@@ -137,13 +125,6 @@ def low_rank_pairs(
             f"{call}: {adapter.name}, has changes that factors cannot express:{lines}", code="method-not-supported"
         )
     return adapter
-
-
-def _used(pair: Factors) -> Factors:
-    """Drop the columns of b that are zero, and the matching rows of a. Keep at least one."""
-    used = pair.b.any(0)
-    used[:1] = True
-    return Factors(pair.b[:, used], pair.a[used])
 
 
 def branch_dtypes(run: Run | Checkpoint) -> dict[str, torch.dtype]:

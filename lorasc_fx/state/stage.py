@@ -322,15 +322,14 @@ def decomposed(
     of B are zero.
 
     Args:
-        weight: the full weight in its stored layout. Slices of a fused weight, and experts, are decomposed separately.
+        weight: the full weight in its stored layout. Experts are decomposed separately.
         branch: the branch of the weight, which is not changed.
         site: its site in the new stage.
         values: LoRA's initial factors of the stage.
         group: the processes that get the same factors. A decomposition does not have the same bits on all machines.
 
     Returns:
-        A [r, in] and B [out, r] by the names of their parameters. Stacked experts have one more axis, and slices have
-        their factors one after another.
+        A [r, in] and B [out, r] by the names of their parameters. Stacked experts have one more axis.
 
     Raises:
         SpecError: the weight holds inf or nan.
@@ -344,15 +343,11 @@ def decomposed(
     a, b = values[DOWN].to(weight, copy=True), torch.zeros_like(values[UP]).to(weight)
     out, columns, stack = b.shape[-2], a.shape[-1], tuple(b.shape[:-2])
     matrix = weight.reshape(*stack, columns, out).mT if branch.transposed else weight.reshape(*stack, out, columns)
-    matrices = matrix.split(branch.slices) if branch.slices else (matrix,)
-    ups = b.split(branch.slices) if branch.slices else (b,)
-    downs = a.split(site.rank) if branch.slices else (a,)
     with exact_products(matrix):
-        for part, up, down in zip(matrices, ups, downs, strict=True):
-            u, singular, vh = torch.linalg.svd(part, full_matrices=False)
-            initial = truncated(u, singular, vh, site.rank, site.scale)
-            up[..., : initial.rank] = initial.b
-            down[..., : initial.rank, :] = initial.a
+        u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
+        initial = truncated(u, singular, vh, site.rank, site.scale)
+        b[..., : initial.rank] = initial.b
+        a[..., : initial.rank, :] = initial.a
     return {name: group.broadcast(value).to(values[name]) for name, value in ((UP, b), (DOWN, a))}
 
 

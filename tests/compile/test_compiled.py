@@ -149,9 +149,6 @@ class Fused(nn.Module):
 def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], options: dict[str, Any]) -> None:
     model, x = Fused(), torch.randn(2, 3, 4, 4)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, **options))
-    assert [site.slices for site in cascade.sites if site.weight == "qkv"] == (
-        [] if "exclude" in options else [(4, 4, 4)]
-    )
     factors = {name: parameter for name, parameter in cascade.named_parameters() if ".lora_" in name}
     assert len(factors) == len(cascade.sites) * (3 if "adapter" in options else 2)
     with torch.no_grad():

@@ -168,14 +168,11 @@ def assert_merged(cascade: lx.Cascade, model: nn.Module, *args: Any, every: bool
 
 
 def delta(site: lx.Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return s B A in the weight's shape and layout; of each expert, of a packed weight slice by slice.
+    """Return s B A in the weight's shape and layout; of each expert.
 
     The scale is computed from the plan's rank and alpha, not read from the branch.
     """
-    pairs = zip(b.split(site.slices), a.split(site.rank), strict=True) if site.slices else [(b, a)]
-    product = torch.cat([rows @ own for rows, own in pairs]) * (
-        site.options.lora_alpha / site.rank ** (0.5 if site.options.use_rslora else 1)
-    )
+    product = b @ a * (site.options.lora_alpha / site.rank ** (0.5 if site.options.use_rslora else 1))
     return (product if site.layout == "out_in" else product.mT).reshape(site.shape)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 import lorasc_fx as lx
 from tests.kit.compare import saved_storages
@@ -16,7 +15,7 @@ from tests.kit.errors import raises
 from tests.kit.models import batches, branches, loss_of
 
 
-@pytest.mark.parametrize("kind", ["conv", "shared", "dropout", "embedding", "experts", "slices"])
+@pytest.mark.parametrize("kind", ["conv", "shared", "dropout", "embedding", "experts"])
 def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str) -> None:
     torch.manual_seed(4)
     models: dict[str, tuple[nn.Module, Any]] = {
@@ -26,7 +25,6 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str) -> None:
         "dropout": (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)),
         "embedding": (nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)), torch.tensor([[1, 2, 2], [4, 8, 0]])),
         "experts": (Experts(), torch.randn(4, 5)),
-        "slices": (Packed(), torch.randn(4, 5)),
     }  # fmt: skip
     model, x = models[kind]
     x = x.double() if x.is_floating_point() else x
@@ -60,17 +58,6 @@ class Shared(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.first(x).tanh() * self.other(x))
-
-
-class Packed(nn.Module):
-    """A fused weight whose slices have separate pairs of factors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packed = nn.Parameter(torch.randn(7, 5) * 0.3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.packed[:3]).tanh() @ linear(x, self.packed[3:]).sum(0)[:3]
 
 
 class Experts(nn.Module):

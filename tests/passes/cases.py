@@ -82,10 +82,6 @@ class Case:
         return self.row.unreached
 
     @property
-    def slices(self) -> dict[str, tuple[int, ...]]:
-        return dict(self.row.slices)
-
-    @property
     def exact(self) -> bool:
         return self.row.exact
 

@@ -194,8 +194,6 @@ def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
         matrices = (
             list(zip(value, residual, strict=True)) if site.experts else [(value.flatten(1), residual.flatten(1))]
         )
-        if site.slices:
-            matrices = list(zip(value.split(site.slices), residual.split(site.slices), strict=True))
         for pair in matrices:
             own, left = (each.mT if site.layout == "in_out" else each for each in pair)
             b, a = split(own, min(RANK, *own.shape))

@@ -37,7 +37,6 @@ class Case:
         tolerance: of a branch beside the formula; above 1e-12 only where the model computes in fp32 inside.
         graphs: the sites and their uses by dialect, as `sites_in` reads them.
         leaves: classes of modules that the trace of a dialect calls whole.
-        slices: sites whose weight is used in slices, with the numbers of rows of each.
         mixed: weights that a symbolic trace refuses because a module and a function use them.
         exact: a graph computes the eager model's bits; else eager mode takes a fused path.
     """
@@ -55,7 +54,6 @@ class Case:
     tolerance: float = 1e-12
     graphs: Mapping[str, str] = field(default_factory=dict)
     leaves: tuple[str, ...] = ()
-    slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     mixed: tuple[str, ...] = ()
     exact: bool = True
 

@@ -394,18 +394,6 @@ def _slices(x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor
     return F.conv1d(x.transpose(-1, -2), w3[:2]).sum(1) * F.conv1d(x.transpose(-1, -2), w3[2:]).mean(1)
 
 
-def _no_slices(x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4: Tensor, w5: Tensor) -> Tensor:
-    """Ranges that overlap, that leave rows out, that cut columns, beside a use of the whole, that mix rows, and one
-    that is computed with.
-    """
-    x = torch.cat([F.linear(x, w0[:3]), F.linear(x, w0[2:])], -1).tanh()
-    x = F.linear(x, w1[:3]) + F.linear(x, w1[4:])
-    x = F.linear(x, w2[:, :3]).tanh() + F.linear(x, w2[:, 2:])
-    x = F.linear(x, w3[:2]).sum(-1, keepdim=True) + F.linear(x, w3[2:]) + F.linear(x, w3)[..., :4]
-    x = F.linear(x, w4[::2]) + F.linear(x, w4[1::2]).sin()
-    return F.linear(x, w5[:2]) + F.linear(x, w5[2:].tanh())
-
-
 def _vector(x: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
     return F.linear(x @ w0.tanh(), w1)
 
@@ -424,8 +412,6 @@ def _layers(kind: str, *places: int, module: bool = False) -> str:
 _TABLE = "table.weight=nn.Embedding,nn.Linear@head mix.weight=nn.Linear back.weight=nn.Linear"
 _TABLE_ATEN = "table.weight=embedding,linear_2 mix.weight=linear back.weight=linear_1"
 _CONVS_2D, _MODES = (0, 1, 3, 4), (0, 1, 2, 3)
-_SLICED = {"w0": (2, 4, 6), "w1": (4, 6), "w2": (3, 3), "w3": (2, 3)}
-_WHOLE = "w0=* w1=* w2=* w3=* w4=* w5=*"
 
 GRAPHS: list[Case] = [
     row("linear", _mlp, rand((4, 2, 5)), aten=_layers("linear", 0, 2), module=_layers("linear", 0, 2, module=True)),
@@ -497,11 +483,9 @@ GRAPHS: list[Case] = [
         aten=_grouped_at("grouped_mm_fallback"), functional=_grouped_at("grouped_mm_fallback_default")),
     row("looped", of(_looped, (3, 5), (3, 4, 5), (3, 6, 4)), rand((4, 5)),
         functional="w0=F.linear w1:experts=* w2:experts=*"),
-    row("packed", of(_packed, (12, 5), (6, 5)), rand((2, 3, 5)), aten="w0=* w1=*", slices={"w0": (4, 4, 4)}),
-    row("slices", of(_slices, (12, 5), (10, 12), (6, 4), (5, 3, 2)), rand((2, 3, 5)), slices=_SLICED,
+    row("packed", of(_packed, (12, 5), (6, 5)), rand((2, 3, 5)), aten="w0=* w1=*"),
+    row("slices", of(_slices, (12, 5), (10, 12), (6, 4), (5, 3, 2)), rand((2, 3, 5)),
         aten="w0=* w1=* w2=* w3:conv=*", functional="w0=* w1=* w2=* w3:conv=*"),
-    row("no_slices", of(_no_slices, (5, 4), (7, 6), (4, 5), (6, 4), (6, 4), (4, 3)), rand((2, 3, 4)),
-        aten=_WHOLE, functional=_WHOLE),
     row("region", Region, rand((3, 5)), aten="lin.weight=linear w=*"),
     row("max_norm", _max_norm, index, None, {"0.weight": Reason.MUTATED}, modes=(),
         aten="1.weight=linear", module="1.weight=nn.Linear"),
