@@ -1,4 +1,4 @@
-"""Write docs/composing.md from the rows that the tests run: `python -m tests.compose.page`."""
+"""Write the table in docs/composing.md from the rows that the tests run: `python -m tests.compose.page`."""
 
 from __future__ import annotations
 
@@ -315,190 +315,18 @@ ROWS: tuple[Row, ...] = (
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "composing.md"
-ABOUT = """\
-# Other people's passes
-
-{table}
-
-The columns are three orders. *Before*: the pass, the insertion of branches, the fold. *Between*: the insertion, the
-pass, the fold; once with a node that calls each branch, and once with the plain nodes that `InlineBranches` writes.
-*After*: the fold, then the pass. *Yes* means that the pass changed the graph, and that outputs agree with the same pass
-on the plain model with `W + s B A` for W (fp64: 1e-10 of their scale; fp32: 1e-5). A pass that is refused changes
-nothing. Each cell is run by `tests/compose/test_table.py` or `test_lifted.py`, and `python -m tests.compose.page`
-writes this page.
-
-`FoldBranches()` adds the whole branch to the weight, so the folded graph computes what the graph with branches
-computed. `weights_as_attributes(graph_module, inputs, model)` lets a graph read its weights under the model's names.
-
-`InlineBranches` is for code that must see the ops of a branch, such as splitters, decompositions and compilers:
-
-```python
-import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-
-import lorasc_fx as lx
-from lorasc_fx.passes import FoldBranches, InlineBranches, InsertBranches, MatchSites, Pipeline
-
-model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
-insert = [MatchSites(lx.CascadeSpec(rank=2)), InsertBranches(), InlineBranches()]
-plain = Pipeline(insert)(fx.symbolic_trace(model)).graph_module
-ShapeProp(plain).propagate(torch.zeros(2, 6))
-optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad])  # the parameters of the branches
-folded = FoldBranches()(plain).graph_module
-```
-
-The fold finds each branch by the parameters that its nodes read and by what they compute. If they were changed, a
-`VerifyError` says where. DoRA, VeRA, OFT, LoKr, grouped products of experts, and `merged` methods on module calls
-have no plain nodes; `InlineBranches` raises and names the method and the weight. A pass that builds a new graph module
-must run in the same `Pipeline`, because the new module does not hold the branches.
-
-torch.compile needs no pass of yours. `lx.backend` inserts branches into every graph that dynamo makes, shares them
-between recompilations and across graph breaks, and compiles the result by inductor or another backend:
-
-```python
-import torch
-from torch import nn
-
-import lorasc_fx as lx
-
-model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
-lorasc = lx.backend(lx.CascadeSpec(rank=2), inner="eager")
-compiled = torch.compile(model, backend=lorasc)
-compiled(torch.ones(1, 6))  # creates the branches
-optimizer = torch.optim.AdamW([p for p in lorasc.parameters() if p.requires_grad])
-torch.save(lorasc.state_dict(), "branches.pt")  # the branches only
-folded = lorasc.fold(model)  # a copy, not compiled
-```
-
-Quantization and QAT of torchao (`prepare_pt2e`, `prepare_qat_pt2e`) put observers between weights and ops. Fold first:
-`prepare_qat_pt2e(FoldBranches()(adapted).graph_module, quantizer)`. A fold after them raises and names the nodes.
-
-A pass of your own is a `CascadePass` (`examples/own_pass.py` is a longer one):
-
-```python
-import copy
-from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import fx, nn
-
-import lorasc_fx as lx
-from lorasc_fx.graph import GraphEditor
-from lorasc_fx.passes import CascadePass, FoldBranches, InsertBranches, MatchSites, Pipeline
-
-
-@dataclass(frozen=True)
-class Shorten(CascadePass):
-    factor: float
-
-    name: ClassVar[str] = "shorten"
-    requires: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
-
-    def rewrite(self, graph: GraphEditor) -> None:
-        for key, branch in graph.branches.items():
-            shorter = copy.deepcopy(branch)
-            shorter.lora_B.data *= self.factor
-            graph.renew_branches({key: shorter})
-
-
-passes = [MatchSites(lx.CascadeSpec(rank=2)), InsertBranches(), Shorten(0.5), FoldBranches()]
-folded = Pipeline(passes)(fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU()))).graph_module
-```
-
-A branch of your own at an op of your own is a method (`register_branch`) and a form (`register_form`):
-
-```python
-import torch
-from torch import fx, nn
-
-import lorasc_fx as lx
-from lorasc_fx.branch import Branch
-from lorasc_fx.graph import WeightForm, register_form
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
-
-
-class RowShift(Branch):
-    zeros = ("shift",)  # while it is zero, the delta is zero
-
-    @classmethod
-    def shapes(cls, site):
-        return {"shift": (site.shape[0], 1)}
-
-    def delta(self, weight=None):
-        return self.scale * self.shift.expand(self.weight_shape)
-
-
-def cosine(x, weight):
-    return torch.cos(x @ weight.T)  # not linear in its weight, so the branch is added to the weight
-
-
-class Features(nn.Linear):
-    def forward(self, x):
-        return cosine(x, self.weight)
-
-
-model = nn.Sequential(Features(4, 6, bias=False), nn.ReLU())
-traced = fx.GraphModule(model, fx.Tracer(autowrap_functions=(cosine,)).trace(model))
-form = WeightForm("my.cosine", "linear", (cosine,), ("x", "weight"))
-lx.register_branch("row-shift", RowShift)
-with register_form(form):
-    adapted = Pipeline([MatchSites(lx.CascadeSpec(adapter="row-shift")), InsertBranches()])(traced).graph_module
-    nn.init.ones_(adapted.branches.get_submodule("0/weight").shift)  # your training goes here
-    folded = FoldBranches()(adapted).graph_module
-assert torch.allclose(folded.get_parameter("0.weight"), model[0].weight + 1)
-```
-
-## In a Pipeline
-
-A `Pipeline` accepts any callable that takes a GraphModule, before, between and after the passes of lorasc-fx. The
-callable returns a GraphModule or a PassResult, or None if it changed the module in place:
-
-```python
-import torch
-from torch import fx, nn
-from torch.fx.passes.infra.pass_manager import PassManager
-from torch.fx.passes.shape_prop import ShapeProp
-
-import lorasc_fx as lx
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
-
-
-def shapes(graph_module):
-    ShapeProp(graph_module).propagate(torch.zeros(2, 6))
-
-
-plain = fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)))
-adapted = Pipeline([MatchSites(lx.CascadeSpec(rank=2)), InsertBranches(), shapes])(plain).graph_module
-
-folded = PassManager(passes=[Pipeline([shapes]), FoldBranches()])(adapted).graph_module  # torch's own manager
-```
-
-The Pipeline runs on a copy of the graph and commits at the end. The copy has its own modules but shares the tensors,
-so a pass that writes into a tensor in place also changes your tensor. After each pass the verifier checks the graph
-against its plan. Nodes that were renamed, cloned, merged or moved are followed. If a fold could not follow a change, a
-`VerifyError` names the node, the weight and the reason, and the input does not change. Passes must not change weights
-under a branch, because a fold starts from W0.
-
-The insertion freezes all weights of its result, as peft does, except those under `spec.train`. Pass
-`[p for p in adapted.parameters() if p.requires_grad]` to the optimizer. The Parameters of the traced model keep their
-flags; the frozen ones are new and share their memory. A fold makes them trainable again.
-
-The branches of a graph module keep what other code loses if it builds the module again, such as `torch.load`,
-`deepcopy` and `symbolic_trace`, so a fold works on the result too. A Pipeline runs passes in the given order;
-`Pipeline(passes, order="solved")` sorts them by what they require, provide and remove.
-"""
 
 
 def text() -> str:
-    """Return the whole page."""
+    """Return the whole page: the text that it has, with a new table."""
     head = "| graph | pass | before the insertion | between | between, plain nodes | after the fold |"
     rows = [
         f"| {DIALECTS[row.dialect]} | {row.name} (`{row.source}`) | {row.before} | {row.between} | "
         f"{row.inlined or 'there is no graph'} | {row.after} |"
         for row in ROWS
     ]
-    return ABOUT.replace("{table}", "\n".join([head, "|---|---|---|---|---|---|", *kinds(), *rows]))
+    title, _, after = PAGE.read_text(encoding="utf-8").split("\n\n", 2)
+    return "\n\n".join([title, "\n".join([head, "|---|---|---|---|---|---|", *kinds(), *rows]), after])
 
 
 if __name__ == "__main__":
