@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,22 +73,6 @@ def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return shard_of(like).take(tensor) if hasattr(like, "to_local") else tensor
 
 
-def zeros_like(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return zeros of another full shape with the dtype, device and placements of a tensor.
-
-    Args:
-        tensor: a plain tensor or a DTensor.
-        shape: full shape. Along the sharded axis it must have the length of `tensor`.
-    """
-    if not hasattr(tensor, "to_local"):
-        zeros: torch.Tensor = tensor.new_zeros(shape)
-        return zeros
-    axis, local_shape = shard_axis(tensor), list(shape)
-    if axis is not None:
-        local_shape[axis] = tensor.to_local().shape[axis]
-    return _from_local(local(tensor).new_zeros(local_shape), tensor, shape)
-
-
 def _from_local(shard: torch.Tensor, like: Any, shape: tuple[int, ...]) -> torch.Tensor:
     """Wrap a local shard as a DTensor with the mesh and placements of the DTensor `like`, and the given full shape."""
     # torch cannot infer shape and stride if the shards of the ranks are not equal.
@@ -110,13 +93,10 @@ class ProcessGroup:
     Args:
         handle: a process group of torch.distributed, or None for a single process.
         device: device for the tensors that are exchanged. It must suit the backend of the group.
-        replicas: number of copies of the weights in the group. With HSDP this is the size of the first axis of the
-            mesh, otherwise 1.
     """
 
     handle: Any = None
     device: torch.device | str = "cpu"
-    replicas: int = 1
 
     @classmethod
     def of(cls, handle: Any = None) -> ProcessGroup:
@@ -144,11 +124,6 @@ class ProcessGroup:
     def size(self) -> int:
         """Number of ranks in the group."""
         return dist.get_world_size(self.handle) if self.handle is not None else 1
-
-    @property
-    def first_replica(self) -> list[int]:
-        """The ranks of the first copy of the weights, in the order of their shards. All ranks if replicas is 1."""
-        return list(range(self.size // self.replicas))
 
     def all(self, flag: bool) -> bool:
         """Whether a flag is set on every rank."""
@@ -239,19 +214,14 @@ class ProcessGroup:
         if len(set(digests)) == 1:
             return
         tables: list[dict[str, str]] = [json.loads(text) for text in self.gather_text(json.dumps(dict(facts)), call)]
-        # Compare with the most frequent digest (the lowest rank in a tie), because the others are the exceptions.
-        majority, _ = Counter(digests).most_common(1)[0]
-        reference = digests.index(majority)
-        expected = tables[reference]
-        lines = []
+        expected, lines = tables[0], []
         for rank, table in enumerate(tables):
             different = [name for name in {**expected, **table} if table.get(name) != expected.get(name)]
             if different:
                 name = different[0]
-                value, expected_value = table.get(name, "missing"), expected.get(name, "missing")
                 lines.append(
-                    f"  rank {rank} differs in {named(different)}: {name} is {value}, on rank {reference} it is "
-                    f"{expected_value}"
+                    f"  rank {rank} differs in {named(different)}: {name} is {table.get(name, 'missing')}, on rank 0 "
+                    f"it is {expected.get(name, 'missing')}"
                 )
         raise StateError(
             f"{call}: the ranks differ and would train different models. Start all of them with the same "
@@ -322,16 +292,12 @@ class ShardSpec:
 
     @classmethod
     def of(cls, tensor: Any) -> ShardSpec:
-        """Return the slice of a DTensor that is sharded along at most one axis, as by FSDP."""
+        """Return the slice of a DTensor that is sharded along one axis, as by FSDP."""
         mesh, axis = tensor.device_mesh, shard_axis(tensor)
-        # The axis of the mesh over which the tensor is sharded: the second one for HSDP.
-        mesh_axis = next((index for index, placement in enumerate(tensor.placements) if hasattr(placement, "dim")), 0)
-        handle = mesh.get_group(mesh_axis)
-        group = ProcessGroup(handle, tensor.device)
-        if axis is None:
-            return cls(0, tensor.shape[0], tensor.shape[0], group, 0)
+        group = ProcessGroup(mesh.get_group(), tensor.device)
+        assert axis is not None
         total = tensor.shape[axis]
-        return cls(*chunk_of(total, mesh.size(mesh_axis), mesh.get_local_rank(mesh_axis)), total, group, axis)
+        return cls(*chunk_of(total, mesh.size(), mesh.get_local_rank()), total, group, axis)
 
     def dtensor(self, shard: torch.Tensor, like: object) -> torch.Tensor:
         """Wrap a local slice as a DTensor with the mesh and placements of the DTensor `like`."""

@@ -25,7 +25,7 @@ from lorasc_fx.branch.products import PRODUCTS, with_strides
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import ShardSpec, full_tensor, local, zeros_like
+from lorasc_fx.shards import ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
 
@@ -546,7 +546,7 @@ class Branch(nn.Module, abc.ABC):
         for name, shape in self.shapes(site).items():
             parameter = self.get_parameter(name)
             if tuple(parameter.shape) != shape:
-                fill(parameter, zeros_like(parameter.detach(), shape))
+                fill(parameter, parameter.detach().new_zeros(shape))
 
     def resized(self, site: Site) -> list[nn.Parameter]:
         """Return the parameters whose shape `resize` would change."""
@@ -557,7 +557,7 @@ class Branch(nn.Module, abc.ABC):
         """Whether no entry of the parameters on this rank is inf or nan."""
         return all(bool(torch.isfinite(local(value)).all()) for value in self.parameters())
 
-    def shard_axes(self, weight: torch.Tensor, parts: int, resized: bool) -> dict[str, int]:
+    def shard_axes(self, weight: torch.Tensor, parts: int) -> dict[str, int]:
         """Return the axes along which FSDP shards parameters, by name, if they differ from axis 0.
 
         The key "weight" is the adapted weight itself.
@@ -565,7 +565,6 @@ class Branch(nn.Module, abc.ABC):
         Args:
             weight: the adapted weight.
             parts: number of ranks.
-            resized: whether the rank changes between stages.
         """
         return {}
 

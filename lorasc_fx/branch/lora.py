@@ -267,26 +267,15 @@ class LoraBranch(LowRankBranch):
             and torch.equal(current.a.to(dtype), start.a.to(dtype))
         )
 
-    def shard_axes(self, weight: torch.Tensor, parts: int, resized: bool) -> dict[str, int]:
+    def shard_axes(self, weight: torch.Tensor, parts: int) -> dict[str, int]:
         """Return axes whose length is a multiple of the number of ranks.
 
-        FSDP pads other axes. A [rank, in] is sharded along the inputs if its rank is not a multiple, or changes between
-        stages. Stacked experts [experts, out, rank] are sharded along `out` if their number is not a multiple.
-
-        Raises:
-            StateError: the rank changes between stages, and the inputs are not a multiple.
+        FSDP pads other axes. A [rank, in] is sharded along the inputs if its rank is not a multiple. Stacked experts
+        [experts, out, rank] are sharded along `out` if their number is not a multiple.
         """
         stacked, inputs = self.lora_A.dim() == 3, self.lora_A.dim() - 1
-        resized = resized and not stacked
-        if self.lora_A.shape[0] % parts == 0 and not resized:
+        if self.lora_A.shape[0] % parts == 0:
             return {}
-        if resized and self.lora_A.shape[inputs] % parts:
-            raise StateError(
-                f"shard: if the rank changes between stages, FSDP shards lora_A along its inputs, but {parts} "
-                f"processes do not divide the {self.lora_A.shape[inputs]} inputs of {self.weight_name}. Exclude the "
-                "weight, or use the same rank in all stages",
-                code="sharded",
-            )
         axes = {"lora_A": inputs} if self.lora_A.shape[inputs] % parts == 0 else {}
         if stacked and weight.dim() == 3:
             tensors = {"weight": weight, "lora_B": self.lora_B}

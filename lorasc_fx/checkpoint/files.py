@@ -23,7 +23,7 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -201,9 +201,9 @@ class Manifest:
             return checked
 
 
-def packed(manifest: dict[str, object], digests: Sequence[str]) -> torch.Tensor:
-    """Add the digest of each rank's tensors (`digest_of`) to a manifest, and return its bytes as a tensor."""
-    manifest["files"] = dict(zip(file_names(len(digests)), digests, strict=True))
+def packed(manifest: dict[str, object], digest: str) -> torch.Tensor:
+    """Add the digest of the tensors (`digest_of`) to a manifest, and return its bytes as a tensor."""
+    manifest["files"] = dict.fromkeys(file_names(1), digest)
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)

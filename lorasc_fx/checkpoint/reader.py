@@ -40,7 +40,6 @@ from lorasc_fx.checkpoint.files import (
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, path_of
 from lorasc_fx.parameters import names_of
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import chunk_of
 from lorasc_fx.state import Learner, Part, ViewName, check_finite, host
 from lorasc_fx.util.decode import decode
 from lorasc_fx.util.fingerprint import data_of, fingerprints
@@ -162,16 +161,8 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> Checkpoint
     tensors = {name: tensor.cpu() for name, tensor in table.items()}  # experts are kept in host memory
     manifest = Manifest.of(bytes(data_of(tensors.pop(KEY).contiguous())), path, advice)
     with refusing(path, advice):
-        axes = {name: axis for name, axis in manifest.shards.items() if name in tensors}
-        for rank, digest in enumerate(manifest.files.values()):
-            # Each rank has written its shards. The first rank has also written all other tensors.
-            written = {name: tensor for name, tensor in tensors.items() if rank == 0 and name not in axes}
-            for name, axis in axes.items():
-                if axis < tensors[name].dim():
-                    part = chunk_of(tensors[name].shape[axis], len(manifest.files), rank)
-                    written[name] = tensors[name].narrow(axis, *part)
-            if digest_of(written) != digest:
-                raise ValueError(f"its tensors differ from the digest in {KEY}: the state is damaged")
+        if list(manifest.files.values()) != [digest_of(tensors)]:
+            raise ValueError(f"its tensors differ from the digest in {KEY}: the state is damaged")
     return _checkpoint(path, manifest, tensors, advice)
 
 

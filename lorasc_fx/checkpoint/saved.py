@@ -78,8 +78,8 @@ def write_version(
     if not is_integer(keep, 1):
         raise SpecError(f"save: keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
     is_first = group.rank == 0
-    # All ranks that share the weights take part. Replicas have the same shards and do not write.
-    takes_part, order = group.rank < run.slow.group.size, run.slow.group.first_replica
+    writers = run.slow.group.size  # the ranks that share the weights; all other ranks are replicas
+    takes_part = group.rank < writers
     tensors: Tensors = {}
     manifest: dict[str, Any] = {}
     version = temporary = root
@@ -111,19 +111,19 @@ def write_version(
                     created.mkdir()
             temporary = Path(group.gather_text(str(temporary), "save")[0])
             # Each rank writes its file. The manifest is written last, because it has the digests of all files.
-            names, digest = file_names(len(order)), ""
+            names, digest = file_names(writers), ""
             with group.agreed("save"), _as_checkpoint_error(root):
-                if group.rank in order:
+                if takes_part:
                     shards = manifest["shards"]
                     to_write = {name: value for name, value in tensors.items() if is_first or name in shards}
-                    path = temporary / names[order.index(group.rank)]
+                    path = temporary / names[group.rank]
                     write_tensors(to_write, path)
                     sync(path)
                     digest = file_digest(path)
             digests = group.gather_text(digest, "save")
             with group.agreed("save"), _as_checkpoint_error(root):
                 if is_first:
-                    manifest["files"] = {name: digests[rank] for name, rank in zip(names, order, strict=True)}
+                    manifest["files"] = dict(zip(names, digests[:writers], strict=True))
                     _write_manifest(manifest, temporary)
                     temporary.rename(version)
                     created = version
@@ -202,7 +202,7 @@ def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
     """
     check_finite(run)
     tensors, manifest = contents(Content.of(run), run)
-    return {**tensors, KEY: packed(manifest, [digest_of(tensors)])}
+    return {**tensors, KEY: packed(manifest, digest_of(tensors))}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Cascades on several processes: `fsdp` shards a cascade (FSDP2), `dcp` is for torch.distributed.checkpoint."""
+"""Cascades whose weights are sharded over several processes (FSDP2)."""
 
 from lorasc_fx.util.environment import lazy_modules
 
-__all__ = ["dcp", "fsdp"]
+__all__ = ["fsdp"]
 
-__getattr__, __dir__ = lazy_modules(__name__, ("dcp", "fsdp"))
+__getattr__, __dir__ = lazy_modules(__name__, ("fsdp",))

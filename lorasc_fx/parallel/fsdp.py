@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import OffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from lorasc_fx.cascade import graphs_of, run_of
@@ -39,14 +38,14 @@ from lorasc_fx.parallel.segments import (
     segmented,
     unit_of,
 )
-from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor, local
+from lorasc_fx.shards import ProcessGroup, ShardSpec, full_tensor
 from lorasc_fx.util.undo import AllOrNothing, Block, Undo, isolated
 
 __all__ = ["folded_state_dict", "shard"]
 
 
-def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
-    """Shard the weights, branches and slow state of a cascade over ranks, in place.
+def shard(cascade: Cascade) -> Cascade:
+    """Shard the weights, branches and slow state of a cascade over all ranks, in place.
 
     Every rank must call this on the same cascade, before it creates the optimizer. Afterwards calls of the cascade,
     backward, `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process.
@@ -55,8 +54,6 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
     Args:
         cascade: the cascade. Its parameters are on the device of this process.
-        mesh: a mesh with one axis over the ranks that share the weights (default: all ranks), or with two axes for
-            replicas and shards (HSDP).
 
     Returns:
         The cascade. Each parameter is now a DTensor.
@@ -68,18 +65,15 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
     """
     run = run_of(cascade)
     with run.exclusive("shard", sharded=True), AllOrNothing() as undo:
-        ranks = ProcessGroup.of(mesh.get_group() if mesh is not None and mesh.ndim == 1 else None)
+        ranks = ProcessGroup.of()
         with ranks.agreed("shard"):
             units = _units(cascade)
-            graphs = _check(cascade, mesh, units)
-            axes = _axes(cascade, mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size())
+            graphs = _check(cascade, units)
+            axes = _axes(cascade, ranks.size)
             weights = run.fingerprints()  # needs the full weights
         with ranks.agreed("shard"):
             ranks.check_equal("shard", run.facts(weights))
-        if mesh is None:
-            kind = next(iter(cascade.model.parameters())).device.type
-            mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        ranks = replace(ranks, replicas=ranks.size // mesh.size(mesh.ndim - 1))
+        mesh = init_device_mesh(next(iter(cascade.model.parameters())).device.type, (ranks.size,))
         undo(run.restorer())
         unit_names = {name: units[id(parameter)] for name, parameter in cascade.named_parameters()}
         shards = _fully_sharded(cascade, units, axes, mesh, undo)
@@ -95,12 +89,7 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
         }
         run.commit(Planned(run.plan, run.slow, moved), undo)
 
-        def refit() -> None:
-            if isinstance(run.plan.spec.rank, tuple):
-                _refit(shards)
-
         def before_call() -> bool:
-            refit()
             if torch.is_grad_enabled():  # gradients from FSDP do not trigger the hooks that record them otherwise
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
@@ -116,7 +105,6 @@ def shard(cascade: Cascade, mesh: DeviceMesh | None = None) -> Cascade:
 
         @isolated
         def gather_model(undo: Block) -> None:
-            refit()
             undo.enter(gathered(shards, cascade.model))
 
         graphs_of(cascade).split_by(split, gather_model, undo)
@@ -193,7 +181,7 @@ def _units(cascade: Cascade) -> dict[int, str]:
     return units
 
 
-def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
+def _check(cascade: Cascade, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
     """Return the split graph of each variant by its id. Raise StateError if the cascade cannot be sharded."""
     run = run_of(cascade)
     if not dist.is_initialized():
@@ -204,15 +192,10 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
         )
     if run.is_sharded:
         raise StateError("shard: this cascade is already sharded", code="sharded")
-    if (
-        mesh is not None
-        and mesh.ndim > 1
-        and (mesh.ndim > 2 or mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())))
-    ):
+    if any(site.options.ranks for site in run.plan.sites):
         raise StateError(
-            f"shard: the mesh has {mesh.ndim} axes and {mesh.size()} ranks. Give a mesh with one axis (mesh['name']), "
-            "or with two axes (replicas, shards) over all ranks in order",
-            code="invalid-value",
+            "shard: the rank changes between stages, but FSDP keeps the shapes of parameters. Give one rank",
+            code="sharded",
         )
     variants = graphs_of(cascade).variants.all
     if not variants:
@@ -229,27 +212,10 @@ def _check(cascade: Cascade, mesh: DeviceMesh | None, units: Mapping[int, str]) 
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
     parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
     for name, parameter in parameters.items():
-        is_dtensor = hasattr(parameter, "to_local")
-        if not parameter.dim() or not parameter.is_contiguous() or is_dtensor:
-            problem = "has no axis" if not parameter.dim() else "is not contiguous"
-            problem = "is a DTensor already" if is_dtensor else problem
-            raise StateError(
-                f"shard: {name} {problem}, but FSDP shards the first axis of plain tensors", code="sharded"
-            )
         if parameter.grad is not None:
             raise StateError(
                 f"shard: {name} has a gradient. Call optimizer.zero_grad() before, and create a new optimizer after",
                 code="gradients-pending",
-            )
-    dtypes: dict[str, dict[torch.dtype, str]] = {}  # the name of one parameter for each unit and dtype
-    for name, parameter in run.trainable().items():
-        in_unit = dtypes.setdefault(units[id(parameter)], {})
-        in_unit.setdefault(parameter.dtype, name)
-        if len(in_unit) > 1:
-            different = " and ".join(f"{example} ({dtype})" for dtype, example in in_unit.items())
-            raise StateError(
-                f"shard: {different} are trained in one block, but FSDP reduces only one dtype per block. Cast them",
-                code="sharded",
             )
     return {number: segmented(graph, units) for number, graph in graphs.items()}
 
@@ -283,45 +249,12 @@ def _fully_sharded(
             shard_placement_fn=lambda parameter: Shard(axes[id(parameter)]) if id(parameter) in axes else None,
             ignored_params=ignored,
         )
-        if dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo":  # gloo cannot average
+        if dist.get_backend() == "gloo":  # gloo cannot average
             sharded.set_force_sum_reduction_for_comms(True)
     del originals
     for module in cascade.modules():
         _unmark(module)
     return shards
-
-
-def _placement(old: Any, _: nn.Parameter) -> Shard:
-    """Return the placement of FSDP's record of a parameter. A `shard_placement_fn`."""
-    placement: Shard = old.fsdp_placement
-    return placement
-
-
-def _refit(shards: Shards) -> None:
-    """Update FSDP's records of parameters whose shape has changed, because the rank of the branches changed (`ranks`).
-
-    torch has no public function for this. `fully_shard` would create new Parameters that no optimizer contains.
-    """
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-
-    for unit in (shards, *shards.units):
-        group = unit._get_fsdp_state()._fsdp_param_group
-        for index, old in enumerate(group.fsdp_params if group is not None else ()):
-            parameter = old.sharded_param
-            if local(parameter).shape == old.sharded_size:
-                continue
-            # Create a record of the new full shape, and connect it to the existing Parameter, which the optimizer
-            # holds.
-            full = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            places = (old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device)
-            policies = (partial(_placement, old), old.mp_policy, OffloadPolicy())
-            new = FSDPParam(nn.Parameter(full, parameter.requires_grad), *places, *policies)
-            old._post_load_hook_handle.remove()
-            new._setattr_on_modules(parameter)
-            new.reset_sharded_param()
-            new.init_dtype_attrs(old.mp_policy)
-            new._param_fqn = old._param_fqn
-            group.fsdp_params[index] = new
 
 
 def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
@@ -331,11 +264,11 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
     (`Branch.shard_axes`).
     """
     axes: dict[int, int] = {}
-    model, resized = run_of(cascade).parameters_by_name(), isinstance(cascade.plan.spec.rank, tuple)
+    model = run_of(cascade).parameters_by_name()
     for branch in run_of(cascade).by_key.values():
         weight = model[branch.weight_name]
         tensors = {"weight": weight, **dict(branch.named_parameters())}
-        axes |= {id(tensors[name]): axis for name, axis in branch.shard_axes(weight, parts, resized).items()}
+        axes |= {id(tensors[name]): axis for name, axis in branch.shard_axes(weight, parts).items()}
     return axes
 
 

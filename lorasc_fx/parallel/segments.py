@@ -15,7 +15,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,14 +57,12 @@ class Segment:
         nodes: nodes in order, except nodes that compute only from weights.
         inputs: nodes of earlier segments whose values this segment reads.
         outputs: nodes of this segment whose values later segments read, and the output node.
-        last: for each node, the values that can be freed after it.
     """
 
     unit: str
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-    last: Mapping[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     def run(self, interpreter: fx.Interpreter, values: Iterable[object]) -> tuple[Any, ...]:
         """Return the values of `outputs`, given the values of `inputs`. The interpreter computes each node."""
@@ -78,8 +76,6 @@ class Segment:
 
         for node in self.nodes:
             value_of(node)
-            for unused in self.last.get(node, ()):
-                computed.pop(unused, None)
         return tuple(computed[node] for node in self.outputs)
 
 
@@ -132,8 +128,7 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
         inputs = tuple(node for node in needs[index] if node not in inside)
         later = {node for needed in needs[index + 1 :] for node in needed}
         outputs = tuple(node for node in nodes if node in later or node.op == "output")
-        last = _last(nodes, set(outputs), reads.lazy)
-        segments.append(Segment(unit, tuple(nodes), inputs, outputs, last))
+        segments.append(Segment(unit, tuple(nodes), inputs, outputs))
     return SegmentedGraph(graph_module, tuple(segments))
 
 
@@ -179,23 +174,6 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
     for node in nodes:
         visit(node)
     return needs
-
-
-def _last(nodes: list[fx.Node], needed: set[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Return for each node of a segment the values that can be freed after it, because no later node reads them.
-
-    Outputs of the segment are `needed` and never freed. `lazy` nodes compute only from weights.
-    """
-    last: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for source in _needs([node], lazy):
-            last[source] = node
-        last.setdefault(node, node)
-    unused: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for value, node in last.items():
-        if value not in needed:
-            unused[node] = (*unused.get(node, ()), value)
-    return unused
 
 
 class Unit(nn.Module):

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import lorasc_fx as lx
-from lorasc_fx.parallel import dcp as ours
 
 
 class Net(nn.Module):
@@ -75,16 +73,3 @@ def test_graphs_of_other_inputs(view: Any, run: Any, tmp_path: Path) -> None:
     assert np.abs(found - wanted.numpy()).max() < 1e-5
     program = torch.export.load(lx.export.pt2(cascade, tmp_path / "net.pt2", (X,), {"shift": SHIFT}, view=view))
     torch.testing.assert_close(program.module()(X, shift=SHIFT), wanted, atol=1e-6, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_dcp_keeps_a_scheduler(run: Any, tmp_path: Path) -> None:
-    cascade, optimizer, scheduler = run
-    dcp.save(
-        ours.state_dict(cascade, optimizer=optimizer, scheduler=scheduler), checkpoint_id=str(tmp_path), no_dist=True
-    )
-    loaded = ours.load(dcp.FileSystemReader(str(tmp_path)), Net(), args=(X,))
-    other = torch.optim.AdamW(loaded.param_groups(lr=0.05))
-    then = StepLR(other, 1)
-    loaded.resume(other, then)
-    assert (then.last_epoch, then.get_last_lr()) == (2, scheduler.get_last_lr())

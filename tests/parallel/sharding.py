@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
-from lorasc_fx.parallel import dcp, fsdp
+from lorasc_fx.parallel import fsdp
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
 from tests.parallel.training import STAGES, STEPS, data, optimizer_of, run, step
@@ -53,13 +49,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
     "dora, pissa": {"adapter": "dora", "start": "pissa", "exclude": ("table.*",)},
     "frozen A": {"train_A": False, "average": True},
-    "ranks": {
-        "rank": [3, 1, 2],
-        "exclude": ("*.back.*", "*.down.*"),  # of 21 and 9 inputs
-        "noise": {"strength": 0.1},
-        "restart_factors": "B",
-        "optimizer_state": 0.5,
-    },
     "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
     **{
         name: {"adapter": name, "noise": {"strength": 0.1}, "exclude": ("table.*",) if name == "lokr" else ()}
@@ -86,7 +75,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """A model with an embedding that is tied to a part of the head, blocks, a head, and dropout."""
 
-    def __init__(self, depth: int = 3, width: int = 6, inner: int = 9) -> None:
+    def __init__(self, depth: int = 2, width: int = 6, inner: int = 9) -> None:
         super().__init__()
         self.table = nn.Embedding(11, width)
         self.start = nn.Parameter(torch.randn(1, 1, width))
@@ -176,12 +165,7 @@ class Gathered:
         DTensor.full_tensor = self.before  # type: ignore[method-assign]
 
 
-def grid(sizes: tuple[int, ...] = ()) -> DeviceMesh | None:
-    """Return a mesh of replicas and shards, or None without sizes."""
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")) if sizes else None
-
-
-def sharded(rank: int, count: int, names: list[str], mesh: tuple[int, ...] = ()) -> dict[str, Tensor]:
+def sharded(rank: int, count: int, names: Iterable[str]) -> dict[str, Tensor]:
     """Train each of the cascades. The last rank is slow: it comes late to each sum of a transition."""
     found: dict[str, Tensor] = {}
     owner, function = SEAMS["sum over ranks"]
@@ -190,7 +174,7 @@ def sharded(rank: int, count: int, names: list[str], mesh: tuple[int, ...] = ())
         setattr(owner, function, lambda *given: (time.sleep(0.002), real(*given))[1])
     for name in names:
         torch.manual_seed(100 + rank)
-        cascade = fsdp.shard(adapted(name), grid(mesh))
+        cascade = fsdp.shard(adapted(name))
         assert all(hasattr(each, "to_local") for each in cascade.parameters())
         optimizer = optimizer_of(cascade)
         run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
@@ -204,6 +188,7 @@ def sharded(rank: int, count: int, names: list[str], mesh: tuple[int, ...] = ())
         own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
         own |= back(cascade, name)
         found |= {f"{name}/{key}": value for key, value in own.items()}
+    setattr(owner, function, real)
     return found
 
 
@@ -267,8 +252,10 @@ def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
 # ---- checkpoints
 
 
-def saved(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
-    cascade = fsdp.shard(adapted(name), grid(mesh))
+def saved(rank: int, count: int, name: str, folder: str, at: int) -> None:
+    cascade = adapted(name)
+    if count > 1:
+        fsdp.shard(cascade)
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, at, (rank, count))
     torch.manual_seed(rank)
@@ -285,53 +272,17 @@ def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def resumed(rank: int, count: int, folder: str, mesh: tuple[int, ...] = (), **sizes: int) -> dict[str, Tensor]:
+def resumed(rank: int, count: int, folder: str, **sizes: int) -> dict[str, Tensor]:
     """Resume from a checkpoint, sharded if there are several ranks."""
     cascade = lx.load(folder, drawn_anew(blocks(**sizes), rank), args=(example(),))
     if count > 1:
-        fsdp.shard(cascade, grid(mesh))
+        fsdp.shard(cascade)
     optimizer = optimizer_of(cascade)
     extra = cascade.resume(optimizer)
     assert list(extra) == ["steps"]
     drawn = torch.rand(3)
     run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
     return {**values(cascade), "drawn": drawn}
-
-
-def saved_by_dcp(rank: int, count: int, name: str, folder: str, at: int, mesh: tuple[int, ...] = ()) -> None:
-    """Save once asynchronously as safetensors, and once in the format of torch."""
-    cascade = fsdp.shard(adapted(name), grid(mesh))
-    optimizer = optimizer_of(cascade)
-    run(cascade, optimizer, 0, at, (rank, count))
-    torch.manual_seed(rank)
-    with Gathered() as shapes:
-        state = dcp.state_dict(cascade, optimizer=optimizer, extra={"steps": at})
-    assert not shapes
-    assert all(isinstance(value, DTensor) for value in state.values()) or rank == 0
-    writer = HuggingFaceStorageWriter(f"{folder}/safetensors", save_distributed=True)
-    apart = dist.new_group()  # the thread that writes and the training each have a group
-    future: Any = checkpoint.async_save(state, storage_writer=writer, process_group=apart)
-    run(cascade, optimizer, at, at + 3, (rank, count))
-    future.result()
-    checkpoint.save(state, checkpoint_id=f"{folder}/torch")
-
-
-def resumed_by_dcp(rank: int, count: int, folder: str, kind: str) -> dict[str, Tensor]:
-    reader = READERS[kind](f"{folder}/{kind}")
-    cascade = dcp.load(reader, drawn_anew(blocks(), rank), args=(example(),))
-    if count > 1:
-        fsdp.shard(cascade)
-    optimizer = optimizer_of(cascade)
-    extra = cascade.resume(optimizer)
-    drawn = torch.rand(3)
-    run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
-    return {**values(cascade), "drawn": drawn}
-
-
-READERS: dict[str, Callable[[str], Any]] = {
-    "safetensors": HuggingFaceStorageReader,
-    "torch": checkpoint.FileSystemReader,
-}
 
 
 # ---- a branch that is left out
@@ -409,18 +360,14 @@ def unlike(rank: int, count: int) -> None:
 # ---- a rank that does not come
 
 
-def late(rank: int, count: int, waits: bool) -> None:
-    """The last rank starts a transition late: before or after the timeout of the group."""
+def late(rank: int, count: int) -> None:
+    """The last rank starts a transition after the timeout of the group."""
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
     step(cascade, optimizer, 0, (rank, count))
     before = {name: each.to_local().clone() for name, each in cascade.named_parameters()}  # type: ignore[operator]
     if rank == count - 1:
-        time.sleep(2 if waits else 12)
-    if waits:
-        cascade.transition(optimizer)
-        assert cascade.stage == 2
-        return
+        time.sleep(12)
     with raises(lx.StateError, "rank-failed", "timeout", "last checkpoint"):
         cascade.transition(optimizer)
     assert cascade.stage == 1

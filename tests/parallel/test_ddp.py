@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
 from tests.kit.models import train
-from tests.parallel import training
+from tests.parallel import together, training
+from tests.parallel.conftest import part
 from tests.parallel.ranks import RankFailed, on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -31,24 +31,14 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str = "")
         )
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """Create a process group with only this process."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_weights_of_one_process(count: int) -> None:
-    names = list(training.SPECS)
-    wanted = {name: training.alone(name) for name in names}
-    ranks = on_ranks(count, training.under_ddp, names)
-    for found in ranks:
-        for name in names:
-            close(found, wanted[name], f"{name}/")
-        assert all(torch.equal(value, ranks[0][key]) for key, value in found.items())
+def test_the_weights_of_one_process(two: list[dict[str, Tensor]], four: list[dict[str, Tensor]]) -> None:
+    wanted = {name: training.alone(name) for name in training.SPECS}
+    for ranks, names in ((two, list(training.SPECS)), (four, ["fast"])):
+        for found in ranks:
+            for name in names:
+                close(part(found, f"ddp/{name}"), wanted[name])
+            assert all(torch.equal(value, part(ranks[0], "ddp")[key]) for key, value in part(found, "ddp").items())
     base = training.net().state_dict()
     moved = [
         key
@@ -58,25 +48,37 @@ def test_the_weights_of_one_process(count: int) -> None:
     assert len(moved) == 7  # every matrix, and both parameters of the normalization
 
 
+def check_lost(fault: RankFailed, seconds: float) -> None:
+    """The process that is left ended by itself, with an error."""
+    assert seconds < 40
+    assert fault.codes[0] == 1
+    assert re.search("closed by peer|Timed out|timed out|reset by peer", fault.told[0])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "name"), [("dies", "fast"), ("stands still", "fresh")])
-def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path, how: str, name: str) -> None:
-    folder, at, until = str(tmp_path / "run"), 6 if name == "fresh" else 4, 10
-    began = time.monotonic()
-    with pytest.raises(RankFailed) as caught:
-        on_ranks(2, training.saved_then_killed, name, folder, at, how, limit=40, timeout=5)
-    assert time.monotonic() - began < 40
-    assert caught.value.codes[0] == 1  # it ended by itself, with an error
-    assert re.search("closed by peer|Timed out|timed out|reset by peer", caught.value.told[0])
-    wanted = training.alone(name, until)
-    for count, part in ((2, 0), (4, 0), (3, 2)) if how == "dies" else ((1, 0),):
-        ranks = on_ranks(count, training.resumed, name, folder, until, part)[: part or None]
+def test_a_run_is_resumed_after_a_process_died(
+    killed: tuple[RankFailed, float, str], four: list[dict[str, Tensor]]
+) -> None:
+    check_lost(*killed[:2])
+    wanted = training.alone("fast", together.UNTIL)
+    for count in (4, 2):
+        ranks = [part(found, f"ddp on {count}") for found in four[:count]]
         for found in ranks:
             close(found, wanted)
         drawn = [each["drawn"] for each in ranks]
-        assert len({tuple(each.tolist()) for each in drawn}) == len(ranks)
-        for rank, each in enumerate(drawn if len(ranks) == 2 else ()):  # as many as saved: each goes on with its own
+        assert len({tuple(each.tolist()) for each in drawn}) == count
+        for rank, each in enumerate(drawn if count == 2 else ()):  # as many as saved: each goes on with its own
             assert torch.equal(each, torch.rand(3, generator=torch.Generator().manual_seed(rank)))
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_after_a_process_stood_still(tmp_path: Path) -> None:
+    folder, began = str(tmp_path / "run"), time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        on_ranks(2, training.saved_then_killed, "fresh", folder, 6, "stands still", limit=40, timeout=5)
+    check_lost(caught.value, time.monotonic() - began)
+    (found,) = on_ranks(1, training.resumed, "fresh", folder, together.UNTIL)
+    close(found, training.alone("fresh", together.UNTIL))
 
 
 class Late(nn.Module):
@@ -146,8 +148,8 @@ def fails_on_one(rank: int, count: int, folder: str) -> None:
     """The last process loads another version, then cannot write, and then the first process has ended."""
     cascade = training.adapted("fresh")
     wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
-    for part in ("here", "there"):
-        lx.save(wrapper, f"{folder}/{part}", optimizer=optimizer)
+    for name in ("here", "there"):
+        lx.save(wrapper, f"{folder}/{name}", optimizer=optimizer)
     if rank == 0:
         lx.save(cascade, f"{folder}/there", optimizer=optimizer)  # of this process alone
     dist.barrier()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def alone(name: str, until: int = STAGES * STEPS) -> dict[str, Tensor]:
     return values(cascade)
 
 
-def under_ddp(rank: int, count: int, names: list[str]) -> dict[str, Tensor]:
+def under_ddp(rank: int, count: int, names: Iterable[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in names:
         torch.manual_seed(100 + rank)  # no process owes its numbers to a common generator

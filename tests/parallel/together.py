@@ -1,0 +1,46 @@
+"""What two and four processes do, one thing after the other, because starting processes takes most of the time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tests.parallel import sharding, training
+
+SAVED = ("fresh", "fast", "averaged", "dora, pissa")
+"""The cascades that two ranks save. With rank 1, lora_A is sharded along its inputs."""
+UNTIL = 10
+"""Number of steps of a resumed run under DDP."""
+
+
+def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
+    found = {
+        "trained": sharding.sharded(rank, count, sharding.SPECS),
+        "spoilt": sharding.spoilt(rank, count),
+        "narrow": sharding.narrow(rank, count),
+        "experts": sharding.experts(rank, count, f"{folder}/experts"),
+        "ddp": training.under_ddp(rank, count, training.SPECS),
+    }
+    for name in SAVED:
+        sharding.saved(rank, count, name, f"{folder}/{name}", 10)
+    for name in ("fresh", "one process"):
+        found[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
+    sharding.unlike(rank, count)
+    sharding.refused(rank, count, f"{folder}/refused")
+    return by_part(found)
+
+
+def on_four(rank: int, count: int, folder: str, killed: str) -> dict[str, Tensor]:
+    """Resume what two ranks have saved, and a run under DDP on all ranks and on the first two."""
+    found = {
+        "trained": sharding.sharded(rank, count, ("fast", "dora, pissa")),
+        "ddp": training.under_ddp(rank, count, ("fast",)),
+    }
+    for name in ("fresh", "averaged", "dora, pissa"):
+        found[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
+    for part in (4, 2):
+        found[f"ddp on {part}"] = training.resumed(rank, count, "fast", killed, UNTIL, part)
+    return by_part(found)
+
+
+def by_part(found: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}/{key}": value for part, tensors in found.items() for key, value in tensors.items()}
