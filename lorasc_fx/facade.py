@@ -35,11 +35,8 @@ _NEEDS_WEIGHTS = {
     "save_pretrained": "it would write the weights without what the stage has trained. Use lorasc_fx.save for a "
     'checkpoint, `with cascade.weights("slow"): cascade.model.save_pretrained(...)` for the folded model, or '
     "lorasc_fx.export.peft for an adapter",
-    "init_continuous_batching": "its thread would sample without the branches. Use cascade.generate_batch, or keep the "
-    'manager inside `with cascade.weights("fast"):`',
 }
 _NEEDS_WEIGHTS["push_to_hub"] = _NEEDS_WEIGHTS["save_pretrained"]
-_NEEDS_WEIGHTS["continuous_batching_context_manager"] = _NEEDS_WEIGHTS["init_continuous_batching"]
 """Methods of the model that are available only inside `weights(...)`, with the reason and the remedy."""
 
 

@@ -19,7 +19,6 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.run_base import describe
 from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
-from lorasc_fx.quantized import writable
 from lorasc_fx.util.torch_private import functorch_is_active
 from lorasc_fx.util.undo import PROCESS, Undo, commit
 
@@ -134,7 +133,7 @@ class Graphs:
             CheckpointError: this is the first graph, and it does not fit the loaded plan.
             StateError: the weights are sharded, and the graph has a new site.
             CaptureError: no front end can capture this kind of call.
-            StateError: the call is inside a transform of torch.func, or an adapted weight has another shape now.
+            StateError: the call is inside a transform of torch.func.
             Exception: whatever the model itself raises for these arguments.
         """
         self._check_capture()
@@ -192,7 +191,7 @@ class Graphs:
             return result.variant
 
     def _check_capture(self) -> None:
-        """Raise StateError if no graph can be captured now, or if it would not fit the plan."""
+        """Raise StateError if no graph can be captured now."""
         if functorch_is_active():
             raise StateError(
                 "forward: this call needs a new graph, which cannot be captured inside torch.func (vmap, grad, jvp). "
@@ -200,14 +199,6 @@ class Graphs:
                 "inside",
                 code="not-captured",
             )
-        planned = self.run.plan.by_weight if self.frontend else {}
-        for name, weight in writable(self.run.present(planned)).items():
-            if weight.shape != planned[name].shape:
-                raise StateError(
-                    f"forward: {name} had the shape {tuple(planned[name].shape)} when the model was adapted, and has "
-                    f"{tuple(weight.shape)} now. Restore it, call release, replace the module, and call adapt again",
-                    code="weights-changed-outside",
-                )
 
     def _does_not_fit(self, disagreements: list[str]) -> CheckpointError:
         """Return the error for a first graph that does not fit the loaded plan."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -29,7 +28,6 @@ from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of
 from lorasc_fx.shards import local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Scratch, SlowWeights, ViewName
-from lorasc_fx.util.environment import free_memory
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.torch_private import set_version_counter
 from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, Undo, isolated
@@ -39,9 +37,6 @@ Value = TypeVar("Value")
 VIEW_NAMES: tuple[ViewName, ...] = ("slow", "fast", "base", "averaged")
 FOLDED: tuple[ViewName, ...] = ("slow", "averaged")
 """The views that a fold can write."""
-
-COPIED = 0.25
-"""Part of the free memory of an accelerator for copies of weights, while others are in place."""
 
 _VERSIONS = itertools.count(1 << 24)
 """Version counters for parameters whose weights are replaced. torch counts writes from 0 and does not reach these."""
@@ -99,7 +94,12 @@ def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Va
         dense = weights.dense(quantized, before.parameters) if quantized else {}
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
-        weights = before.keep_weights(weights)
+        noisy = run.is_noisy
+        before.matching |= {
+            name
+            for name, parameter in writable(before.parameters).items()
+            if weights.matches(name, local(parameter), noisy)
+        }
         for holder in before.places:
             if id(holder.value) in replaced:
                 holder.put(replaced[id(holder.value)])
@@ -150,12 +150,11 @@ def fast_parameters(run: Run, call: str) -> Iterator[tuple[str, torch.Tensor]]:
 class Before:
     """Snapshot of a run's parameters before other weights replace them, which can be restored.
 
-    It has copies of parameters trained in full and of running statistics. It also copies weights on an accelerator, if
-    W0 is in host memory and part of the free memory suffices. All other weights are computed again.
+    It has copies of parameters trained in full and of running statistics. All other weights are computed again.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.plan = run, run.plan
+        self.run = run
         self.parameters = run.present(run.slow.states)
         self.trained = {name: local(self.parameters[name]).detach().clone() for name in run.slow.trained}
         dense = writable(self.parameters)
@@ -166,32 +165,10 @@ class Before:
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
         self.reserve = reserve(self.parameters, run.is_noisy, narrow=True)
         self.matching: set[str] = set()  # weights that have their new values already
-        self.copies: dict[str, torch.Tensor] = {}  # copies of weights on accelerators
         self.changed: str | None = None  # the first weight that was written inside the `with`
         norms = (module for module in run.model.modules() if isinstance(module, _BatchNorm))
         statistics = {id(buffer): buffer for norm in norms for buffer in norm.buffers(recurse=False)}
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in statistics.values()]
-
-    def keep_weights(self, weights: WeightValues) -> WeightValues:
-        """Find the weights that need not be written, and copy others on accelerators, to restore them from there.
-
-        Returns:
-            `weights`, with W0 on the accelerator if the model's own weight is W0.
-        """
-        run, budgets, states = self.run, dict[torch.device, int](), dict(weights.slow.states)
-        for name, parameter in writable(self.parameters).items():
-            weight, state = local(parameter), run.slow.started(name)
-            if weights.matches(name, weight, run.is_noisy):
-                self.matching.add(name)
-            elif name not in self.trained and weight.device not in (torch.device("cpu"), state.base.device):
-                if weight.device not in budgets:
-                    budgets[weight.device] = int(COPIED * free_memory(weight.device))
-                if weight.nbytes <= budgets[weight.device]:
-                    budgets[weight.device] -= weight.nbytes
-                    self.copies[name] = weight.detach().clone()
-                if state.starts_at_base(run.is_noisy) and weight.dtype == state.base.dtype and name in states:
-                    states[name] = replace(states[name], base=weight.detach())
-        return replace(weights, slow=replace(weights.slow, states=states))
 
     def restore(self) -> None:
         """Restore the weights of the running stage. If that raises, try once more.
@@ -217,20 +194,17 @@ class Before:
     def _write(self, unchanged: Collection[str] = ()) -> None:
         """Write the weights of the running stage, except unchanged ones. Safe to call again after it has raised."""
         run, scratch = self.run, Scratch()
-        same_plan = run.plan is self.plan  # a step inside the block may have changed the noise
-        kept = self.trained | (self.copies if same_plan else {})
         for holder in self.places:
             if holder.exists:
                 holder.put(holder.value)
         for parameter, memory in self.memory:  # a cast or an assignment to `.data` inside the block may replace it
             if parameter.dtype != memory.dtype or parameter.data_ptr() != memory.data_ptr():
                 parameter.data = memory
-
         for name, out in weights_to_write(run, self.parameters):
             if name in unchanged:
                 continue
-            if name in kept:
-                out.copy_(kept[name])
+            if name in self.trained:
+                out.copy_(self.trained[name])
                 continue
             try:
                 run.slow.write_resting(name, run.plan, out, scratch)
@@ -239,8 +213,6 @@ class Before:
                     raise
         for buffer, value in self.buffers:
             buffer.copy_(value)
-        if not same_plan:
-            run.note_weights(self.parameters)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:
             self.set_versions()  # the weights are the same again, so autograd graphs that saved them are valid

@@ -99,19 +99,6 @@ def name_of(device: torch.device) -> str:
     return f"{device.type} {product(device) if product is not None else ''}"
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of memory that are free on a device, or 0 if torch cannot tell.
-
-    Memory that torch's allocator holds in reserve does not count as free.
-    """
-    module = torch.get_device_module(device)
-    info = getattr(module, "mem_get_info", None) or getattr(torch.accelerator, "get_memory_info", None)  # torch 2.10
-    try:
-        return int(info(device)[0]) if info is not None else 0
-    except RuntimeError:  # torch.mps has no such function
-        return 0
-
-
 @lru_cache(maxsize=8)
 def has_fp64(device: torch.device) -> bool:
     """Whether a device supports fp64. MPS does not."""
