@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import fx
 
-from lorasc_fx.errors import SpecError, StateError, UnknownTarget, nearest
+from lorasc_fx.errors import StateError, UnknownTarget, nearest
 from lorasc_fx.graph import branch_nodes, text
 from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.graph.placement import placement_of
 from lorasc_fx.graph.printer import type_text
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.spec import KINDS
-from lorasc_fx.util.decode import is_integer
 
 STYLES = {
     "beside": ("#0969b3", "#dcecf9"),
@@ -42,11 +41,8 @@ def draw_graphs(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[st
 
     Raises:
         UnknownTarget: a pattern matches no site.
-        SpecError: the radius is not a count, or the sites are a single string.
         StateError: no graph has a branch of these sites.
     """
-    if not is_integer(radius, 0):
-        raise SpecError(f"draw: radius is {radius!r}; give the number of arrows to follow, 0 or more")
     weights = {site.weight for site in _chosen_sites(plan, sites)}
     lines: list[str] = []
     drawn: set[str] = set()
@@ -69,11 +65,8 @@ def _chosen_sites(plan: Plan, patterns: Sequence[str]) -> list[Site]:
     """Return the sites that match one of the patterns (kinds or globs, as in a spec). Without patterns, the first few.
 
     Raises:
-        SpecError: `patterns` is a single string.
         UnknownTarget: a pattern matches no site.
     """
-    if isinstance(patterns, str):
-        raise SpecError(f"draw: sites is {patterns!r}; give a sequence of kinds or globs")
     if not patterns:
         return list(plan.sites[:DEFAULT_SITES])
     for pattern in patterns:

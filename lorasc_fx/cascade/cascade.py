@@ -217,7 +217,6 @@ class CascadeModule(nn.Module):
 
         Raises:
             UnknownTarget: a pattern matches no site.
-            SpecError: `radius` is not a count.
             StateError: after `release`, or if the first graph has none of these branches.
         """
         self._run.check_alive("draw")

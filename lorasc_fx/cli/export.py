@@ -62,7 +62,7 @@ def fold(checkpoint: Positional[Path], /, base: Path, output: Path, view: View =
     found = read(checkpoint)
     folded, record = folded_checkpoint(found, view), checkpoint / TASK
     classes = json.loads(record.read_text(encoding="utf-8"))["classes"] if record.is_file() else None
-    fold_files(folded, base, output, None, classes or None)
+    fold_files(folded, base, output, classes or None)
     if folded.running is not None:
         warn(f"{found.path}: stage {folded.running} has not ended, and is folded as it is", "running-stage-folded")
     print(f"{output}: {view} weights of {found.path}, in the layout of {base}")

@@ -47,10 +47,10 @@ def adapter(
     run: Cascade | str | PathLike[str],
     path: str | PathLike[str],
     *,
-    max_rank: int | None = None,
+    max_rank: int,
     base: Cascade | None = None,
 ) -> AdapterFile:
-    """Write the change of a run as an adapter file, for a graph exported with `adapters="inputs"`.
+    """Write the change of a run as an adapter file, for a graph exported with `adapter_rank=max_rank`.
 
     All stages become one pair of factors for each site, padded with zeros to `max_rank`, with scale 1. The tensors have
     the names of the graph's inputs. Read a `.safetensors` file with `safetensors.torch.load_file`, and an
@@ -59,7 +59,7 @@ def adapter(
     Args:
         run: a cascade, a checkpoint folder, or the folder of a LoRA adapter of peft. It is not changed.
         path: a path that ends with `.safetensors` or `.onnx_adapter`.
-        max_rank: the max_rank of the exported graph. It is required. Pairs of a higher rank are replaced by the nearest
+        max_rank: the adapter_rank of the exported graph. Pairs of a higher rank are replaced by the nearest
             pairs of this rank.
         base: the cascade whose graph was exported, if it is not the run itself. The file then has the sites of `base`.
             Required for an adapter of peft, for a checkpoint in the middle of a stage, and for runs with other sites.
@@ -78,7 +78,7 @@ def adapter(
     out = path_of(path)
     if out.suffix not in (".safetensors", ".onnx_adapter"):
         raise SpecError(f"export.adapter: the path {out} must end with .safetensors or .onnx_adapter")
-    rank = checked_rank(max_rank, "export.adapter")
+    rank = checked_rank(max_rank, "export.adapter", "max_rank")
     if base is None or base is run:
         change = low_rank_pairs(run, call="export.adapter")
         plan, dtypes = change.plan, change.dtypes
@@ -110,11 +110,11 @@ def adapter(
     return AdapterFile(out, cut)
 
 
-def checked_rank(max_rank: int | None, call: str) -> int:
+def checked_rank(rank: int, call: str, name: str) -> int:
     """Return the rank if it is valid, otherwise raise SpecError."""
-    if max_rank is None or not is_integer(max_rank, 1):
-        raise SpecError(f"{call}: max_rank is {max_rank!r}; give an integer of 1 or more")
-    return max_rank
+    if not is_integer(rank, 1):
+        raise SpecError(f"{call}: {name} is {rank!r}; give an integer of 1 or more")
+    return rank
 
 
 def inputs_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 
 
 def matched(
-    weights: FoldedWeights, base: Path, files: Sequence[Path], done: Callable[[int], None]
+    weights: FoldedWeights, base: Path, files: Sequence[Path]
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
     """Return the changes by key in the files, and the tensors to add by name. Every tensor of the files is read once.
 
@@ -103,7 +103,6 @@ def matched(
         weights: the folded weights.
         base: the path that the user gave, for messages.
         files: the files of the base.
-        done: is called with the size in bytes of each tensor that was read.
 
     Raises:
         CheckpointError: the files are from another base, or lack a changed weight.
@@ -130,7 +129,6 @@ def matched(
                     matched_names.add(name)
                     if name in weights.changes:
                         changes[key] = partial(_rounded, weights.changes[name], dtype)
-            done(value.nbytes)
     added = {name for name in weights.changes if name not in matched_names and name in weights.full}
     for name in weights.changes.keys() - matched_names - added:
         raise CheckpointError(

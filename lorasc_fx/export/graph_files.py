@@ -21,7 +21,6 @@ from lorasc_fx.check.process_state import quiet
 from lorasc_fx.compile import Axis, Call, Variant
 from lorasc_fx.errors import CaptureError, SpecError, named, path_of, warn
 from lorasc_fx.export.adapter_files import checked_rank, inputs_of
-from lorasc_fx.export.axes import name_axes
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes
@@ -39,8 +38,7 @@ def pt2(
     *,
     folded: bool = True,
     view: Literal["slow", "averaged"] = "slow",
-    adapters: Literal["inputs"] | None = None,
-    max_rank: int | None = None,
+    adapter_rank: int | None = None,
 ) -> Path:
     """Write the graph of eval mode as a .pt2 file, which `torch.export.load` reads without lorasc_fx.
 
@@ -54,10 +52,9 @@ def pt2(
         folded: True to write the folded weights without branches. False to write the running cascade, with branches and
             noise.
         view: the folded weights: `slow`, or their average over stages (`averaged`).
-        adapters: `inputs` to write the base W0 with a graph that takes the adapter of each site as inputs.
-            `lorasc_fx.export.adapter` writes files with these tensors. If all inputs are zeros, the graph computes the
-            base.
-        max_rank: rank of the adapters, for adapters="inputs".
+        adapter_rank: if given, write the base W0 with a graph that takes an adapter of this rank for each site as
+            inputs. `lorasc_fx.export.adapter` writes files with these tensors. If all inputs are zeros, the graph
+            computes the base.
 
     Returns:
         The path.
@@ -71,8 +68,7 @@ def pt2(
     out = path_of(path)
     if out.suffix != ".pt2":
         raise SpecError(f"export.pt2: the path {out} must end with .pt2, which torch.export.load requires")
-    rank = _rank_of(adapters, max_rank, folded, view, "export.pt2")
-    exported, _, _ = _program(cascade, args, kwargs, folded, view, rank, "export.pt2")
+    exported, _, _ = _program(cascade, args, kwargs, folded, view, adapter_rank, "export.pt2")
     with replacing(out) as new:
         torch.export.save(exported, new)
     return out
@@ -86,12 +82,9 @@ def onnx(
     *,
     folded: bool = True,
     view: Literal["slow", "averaged"] = "slow",
-    adapters: Literal["inputs"] | None = None,
-    max_rank: int | None = None,
+    adapter_rank: int | None = None,
 ) -> Path:
     """Write the graph of eval mode as an ONNX file. Dynamic sizes of the captured graph stay dynamic.
-
-    Dynamic axes are named by their position in an input: `batch`, `sequence`, or `height` and `width` for images.
 
     ONNX does not check sizes. If the graph is wrong for a size of 0 or 1, there is a warning. The metadata of the file
     then has an entry `least_sizes` with the smallest valid sizes, as JSON by input and axis.
@@ -100,8 +93,8 @@ def onnx(
 
     Args:
         path: a path that ends with `.onnx`. Weights of about 2 GB or more are written to a second file, `PATH.data`.
-        adapters: as for `pt2`, but the inputs are optional. Without them, the graph computes the base.
-        cascade, args, kwargs, folded, view, max_rank: as for `pt2`.
+        adapter_rank: as for `pt2`, but the inputs are optional. Without them, the graph computes the base.
+        cascade, args, kwargs, folded, view: as for `pt2`.
 
     Returns:
         The path.
@@ -117,9 +110,8 @@ def onnx(
     if out.suffix != ".onnx":
         raise SpecError(f"export.onnx: the path {out} must end with .onnx")
     require("onnx", "onnx", "onnxscript")
-    rank = _rank_of(adapters, max_rank, folded, view, "export.onnx")
-    exported, least, inputs = _program(cascade, args, kwargs, folded, view, rank, "export.onnx")
-    # Convert the program, and name its axes and optional inputs.
+    exported, least, inputs = _program(cascade, args, kwargs, folded, view, adapter_rank, "export.onnx")
+    # Convert the program, and mark its optional inputs.
     try:
         with quiet():
             onnx_program = torch.onnx.export(exported, dynamo=True, verbose=False)
@@ -133,7 +125,6 @@ def onnx(
             code="not-exportable",
         ) from fault
     assert onnx_program is not None
-    name_axes(onnx_program)
     graph = onnx_program.model.graph
     for value in graph.inputs:
         if value.name in inputs:  # give it an initializer, which makes an input optional in ONNX
@@ -166,8 +157,7 @@ def program(
     *,
     folded: bool = True,
     view: Literal["slow", "averaged"] = "slow",
-    adapters: Literal["inputs"] | None = None,
-    max_rank: int | None = None,
+    adapter_rank: int | None = None,
 ) -> torch.export.ExportedProgram:
     """Return the graph of eval mode as a `torch.export.ExportedProgram`. The arguments are described at `pt2`.
 
@@ -176,33 +166,7 @@ def program(
         CaptureError: the model has no graph, or torch.export cannot export its graph.
         StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
     """
-    rank = _rank_of(adapters, max_rank, folded, view, "export.program")
-    return _program(cascade, args, kwargs, folded, view, rank, "export.program")[0]
-
-
-def _rank_of(adapters: object, max_rank: int | None, folded: bool, view: str, call: str) -> int | None:
-    """Return the rank of the adapters if they are inputs of the graph, otherwise None.
-
-    Raises:
-        SpecError: options cannot be combined, or the rank is invalid.
-    """
-    if adapters not in (None, "inputs"):
-        raise SpecError(f"{call}: adapters is {adapters!r}; give 'inputs' or None")
-    if adapters is None and max_rank is None:
-        return None
-    if adapters is None:
-        raise SpecError(
-            f"{call}: max_rank is the rank of adapters that are inputs of the graph. Give adapters='inputs' too, or "
-            "remove max_rank",
-            code="conflicting-options",
-        )
-    if not folded or view != "slow":
-        raise SpecError(
-            f"{call}: adapters='inputs' cannot be combined with `folded` and `view`, because the weights are the base "
-            "W0. Remove them",
-            code="conflicting-options",
-        )
-    return checked_rank(max_rank, call)
+    return _program(cascade, args, kwargs, folded, view, adapter_rank, "export.program")[0]
 
 
 def _program(
@@ -225,6 +189,14 @@ def _program(
         The program, the smallest sizes that it accepts by input and axis, and a zero adapter by input (empty without a
         rank).
     """
+    if rank is not None:
+        checked_rank(rank, call, "adapter_rank")
+        if not folded or view != "slow":
+            raise SpecError(
+                f"{call}: adapter_rank cannot be combined with `folded` and `view`, because the weights are the base "
+                "W0. Remove them",
+                code="conflicting-options",
+            )
     with run_of(cascade).exclusive(call, keeps=True):  # only the checks
         pass
     inputs = cascade._inputs(args, kwargs)
@@ -273,23 +245,22 @@ def _lifted(
 
     Raises:
         CaptureError: the inputs differ from the tensors that `lorasc_fx.export.adapter` writes for this cascade.
-        SpecError: the cascade has changed buffers, two weights have the same input names, or an argument of the model
-            has the name of an input.
+        SpecError: the adapter is not `lora`, buffers have changed, or two weights have the same input names.
     """
     run, plan = run_of(cascade), cascade.plan
+    if plan.spec.adapter != "lora":
+        raise SpecError(
+            f"{call}: adapter={plan.spec.adapter!r} cannot be an input of the graph, because adapter files have "
+            "low-rank factors. Adapt the base with adapter='lora'",
+            code="not-exportable",
+        )
     if changed := run.changed_buffers():
         raise SpecError(
             f"{call}: the training has changed {named(changed)}, so the graph would not be of the base. Train in eval "
-            "mode, or export the folded run without adapters='inputs'",
+            "mode, or export the folded run without adapter_rank",
             code="not-exportable",
         )
     zeros, _ = inputs_of(LowRankAdapter("no adapter", {}, {}), plan, rank, branch_dtypes(run))
-    if taken := [name for name in signature_of(cascade.model).parameters if name in zeros]:
-        raise SpecError(
-            f"{call}: {taken[0]} is an argument of the model and also the name of an adapter input. Rename the "
-            "argument or the module",
-            code="not-exportable",
-        )
     with run.exclusive(call):
         parameters = run.parameters_by_name()
         values = {name: run.slow.value(name, "base", parameters[name]) for name in run.slow.states}
@@ -301,7 +272,7 @@ def _lifted(
         if name not in zeros or graph_inputs.get(name) != (tuple(zeros[name].shape), zeros[name].dtype):
             raise CaptureError(
                 f"{call}: the graph has the adapter input {name} as {graph_inputs.get(name)}, which differs from the "
-                "adapter files of this cascade. Export a call that uses all sites, and a cascade with adapter='lora'",
+                "adapter files of this cascade. Export a call that uses all sites",
                 code="not-exportable",
             )
     return module, zeros, least

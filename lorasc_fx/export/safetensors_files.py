@@ -23,15 +23,11 @@ from lorasc_fx.cascade.weights import folded_each
 from lorasc_fx.checkpoint.files import DTYPES, refusing
 from lorasc_fx.checkpoint.reader import Change, FoldedWeights, folded_run
 from lorasc_fx.checkpoint.saved import write_tensors
-from lorasc_fx.errors import CheckpointError, SpecError, StateError, path_of
+from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.export.base_weights import INDEX, SINGLE, mapped, matched, shards_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.quantized import dense, is_quantized
-from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.files import replacing
-
-Progress = Callable[[int, int], object]
-"""A callback that gets the number of bytes done so far, and the total."""
 
 CONFIG = "config.json"
 """Name of the configuration in a model folder of transformers."""
@@ -50,7 +46,6 @@ def safetensors(
     view: str = "slow",
     quantized: Literal["dequantize"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    progress: Progress | None = None,
 ) -> Path:
     """Write the folded weights as safetensors. The tensors of one file are computed and written at a time.
 
@@ -66,7 +61,6 @@ def safetensors(
         quantized: `dequantize` to write quantized weights as dense tensors. By default, quantized weights that have
             trained, or that safetensors cannot store, are an error. Cannot be combined with `base`.
         max_shard_bytes: maximum size of a file in a folder, without `base`.
-        progress: is called with the number of bytes done so far, and the total.
 
     Returns:
         The path.
@@ -90,9 +84,7 @@ def safetensors(
                 )
             labels = getattr(getattr(cascade.model, "config", None), "id2label", None)
             classes = list(labels.values()) if isinstance(labels, dict) else None
-            return fold_files(folded_run(run_of(cascade), call, view), path_of(base), out, progress, classes)
-        if not is_integer(max_shard_bytes, 1):
-            raise SpecError(f"{call}: max_shard_bytes is {max_shard_bytes!r}; give an integer of 1 or more")
+            return fold_files(folded_run(run_of(cascade), call, view), path_of(base), out, classes)
         _check_free(out)
         values: dict[str, Callable[[], torch.Tensor]] = {}
         sizes: dict[str, int] = {}
@@ -106,7 +98,6 @@ def safetensors(
                 )
             values[name] = partial(_dense, folded) if is_dense else folded
             sizes[name] = value.numel() * value.dtype.itemsize
-        done = _counter(progress, sum(sizes.values()))
         with replacing(out) as new:
             shards = {new: list(values)}
             if out.suffix != ".safetensors":
@@ -114,7 +105,6 @@ def safetensors(
                 shards = _shards(new, sizes, max_shard_bytes)
             for shard, names in shards.items():
                 write_tensors({name: _plain(values[name]()) for name in names}, shard, {"format": "pt"})
-                done(sum(sizes[name] for name in names))
         return out
 
 
@@ -131,19 +121,6 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
 
 def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
     return dense(value())
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """Return a function that gets the size of each finished part, and reports the sum of the sizes."""
-    bytes_done = 0
-
-    def done(size: int) -> None:
-        nonlocal bytes_done
-        bytes_done += size
-        if progress is not None:
-            progress(bytes_done, total)
-
-    return done
 
 
 def _shards(folder: Path, sizes: Mapping[str, int], max_bytes: int) -> dict[Path, list[str]]:
@@ -172,7 +149,6 @@ def fold_files(
     weights: FoldedWeights,
     base: Path,
     out: Path,
-    progress: Progress | None,
     classes: Sequence[str] | None,
 ) -> Path:
     """Write copies of a base's files with the folded weights. A new head is added to the last file.
@@ -181,7 +157,6 @@ def fold_files(
         weights: the folded weights.
         base: a safetensors file, or a folder with `model.safetensors` or its shards.
         out: the file or folder to write. A folder also gets the other files of the base (configuration, tokenizer).
-        progress: is called with the number of bytes compared or written so far, and the total.
         classes: names of a classifier's classes, for the `config.json` of transformers.
 
     Raises:
@@ -191,13 +166,10 @@ def fold_files(
     """
     files = shards_of(base)
     _check_free(out, base)
-    total = sum(value.nbytes for path in files for value in mapped(path).values())
-    done = _counter(progress, 2 * total)
-    changes, added = matched(weights, base, files, done)
+    changes, added = matched(weights, base, files)
     with replacing(out) as new:
         if base.is_file() and base.suffix != ".json":
             _write_like(files[0], new, changes, added, added)
-            done(total)
             return out
         new.mkdir()
         for path in sorted((base if base.is_dir() else base.parent).iterdir()):
@@ -208,7 +180,6 @@ def fold_files(
         size = 0
         for file in files:
             size += _write_like(file, new / file.name, changes, added, added if file is files[-1] else {})
-            done(sum(value.nbytes for value in mapped(file).values()))
         if added and (new / INDEX).exists():
             index = json.loads((new / INDEX).read_text(encoding="utf-8"))
             index["weight_map"] |= dict.fromkeys(added, files[-1].name)
@@ -222,14 +193,12 @@ def _name_classes(config: Path, classes: Sequence[str]) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or "Classification" not in str(settings.get("architectures")):
         return
-    old_labels = settings.get("id2label") or {
-        str(number): f"LABEL_{number}" for number in range(settings.get("num_labels", 2))
+    settings |= {
+        "id2label": {str(number): name for number, name in enumerate(classes)},
+        "label2id": {name: number for number, name in enumerate(classes)},
     }
-    labels = {str(number): name for number, name in enumerate(classes)}
-    if old_labels != labels:
-        settings |= {"id2label": labels, "label2id": {name: number for number, name in enumerate(classes)}}
-        settings.pop("num_labels", None)
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings.pop("num_labels", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_free(out: Path, base: Path | None = None) -> None:
@@ -251,14 +220,7 @@ def _write_like(
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()
     tensors = {key: value for key, value in mapped(file).items() if key not in replaced}
-    for key in tensors.keys() & changes.keys():
-        base, value = tensors[key], changes[key](tensors[key])
-        if value.shape != base.shape or value.dtype != base.dtype:
-            raise CheckpointError(
-                f"{key} is {list(base.shape)} {base.dtype} in the base, but {list(value.shape)} {value.dtype} after "
-                "the fold. The checkpoint was edited: use one that `save` wrote"
-            )
-        tensors[key] = _plain(value)
+    tensors |= {key: _plain(changes[key](tensors[key])) for key in tensors.keys() & changes.keys()}
     tensors |= {name: _plain(value) for name, value in added.items()}
     write_tensors(tensors, new, metadata)
     return sum(value.nbytes for value in tensors.values())

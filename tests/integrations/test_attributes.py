@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassificat
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama, tokenizer, values_of, with_weights
-from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.kit.state import branches_of
@@ -177,10 +176,6 @@ TOKENS = {
 TEXTS = ["w1 w2 w3 w4", "w9 w30", "w7 w7 w21 w5 w4 w2"]
 
 
-def bert(kind: str) -> Callable[[], nn.Module]:
-    return lambda: tiny.bert(kind, pad_token_id=0)
-
-
 def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **SIZES))
 
@@ -203,8 +198,6 @@ Case = tuple[
 ]
 
 CASES: dict[str, Case] = {
-    "text-classification": (bert("ForSequenceClassification"), TOKENS, words, lambda: TEXTS, {}),
-    "feature-extraction": (bert("Model"), TOKENS, words, lambda: TEXTS, {}),
     "image-classification": (vit, {"pixel_values": torch.randn(2, 3, 16, 16)}, pixels, images, {}),
     "text-generation": (
         lambda: llama().float(), TOKENS, words, lambda: TEXTS, {"max_new_tokens": 5, "do_sample": False},
