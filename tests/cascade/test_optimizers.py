@@ -65,22 +65,6 @@ def test_several_give_the_bits_of_one(options: dict[str, Any]) -> None:
         assert all(torch.equal(value, states[0][key]) for key, value in single[0].state.get(parameter, {}).items())
 
 
-def test_muon_for_matrices_starts_anew_in_each_stage() -> None:
-    """The oracle makes new optimizers at each transition, except for the parameters trained in full."""
-    states = []
-    for anew in (False, True):
-        cascade = adapted(train=("0.bias",))
-        matrices = list(cascade.branches.parameters())
-        muon: Any = torch.optim.Muon(matrices, lr=0.02)
-        adamw = torch.optim.AdamW([parameter for parameter in cascade.parameters() if parameter.dim() < 2], lr=1e-2)
-        for _ in cascade.stages(3, [muon, adamw]):
-            step(cascade, [muon, adamw])
-            if anew:
-                muon.state.clear()
-        states.append(cascade.folded_state_dict())
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-
-
 def test_a_rollback_restores_every_optimizer() -> None:
     cascade = adapted()
     optimizers = split(cascade)

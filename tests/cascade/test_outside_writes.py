@@ -20,7 +20,7 @@ import lorasc_fx as lx
 from tests.errors.models import Late
 from tests.kit.errors import raises, warns
 from tests.kit.models import batches, mlp, optimizer_of, randomize, train
-from tests.kit.state import checksum, checksums, device_sum, resting_value
+from tests.kit.state import checksum, device_sum, resting_value
 
 X = batches(1, 4, 5)[0]
 REFUSED = ("weights-changed-outside", "2.weight")
@@ -306,14 +306,3 @@ def test_checksums_are_of_the_bits_in_order(
         assert sum_of(changed) != reference
         swapped = tensor.flatten().roll(1).view(shape)
         assert sum_of(swapped) != reference
-
-
-def test_threads_that_read_the_weights_get_the_checksums_of_each() -> None:
-    """The weights have 17 MB together. Below that, one thread reads them."""
-    tensors = {name: torch.randn(2048, 1040) for name in ("first", "last")}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert checksums(tensors) == {name: checksum(value) for name, value in tensors.items()}
-    finally:
-        torch.set_num_threads(threads)

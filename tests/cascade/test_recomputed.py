@@ -341,27 +341,14 @@ def test_a_whole_graph_is_refused() -> None:
     cascade.folded_graph()
 
 
-class Widened(nn.Module):
-    """A model whose output is cast to fp32, whatever the dtype of its computation."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x).float()
-
-
-@pytest.mark.parametrize("bits", ["bf16", "autocast", "autocast, fp32 output"])
+@pytest.mark.parametrize("bits", ["bf16", "autocast"])
 def test_few_bits_are_no_reason_to_leave_the_graphs(bits: str) -> None:
     """A rounded gradient does not count as a wrong one. Branches are beside their ops in checkpointed regions too."""
     torch.manual_seed(4)
     model, x = Stack(), torch.randn(64, 5)
     model.gradient_checkpointing = True
-    if "output" in bits:
-        model = Widened(model)
     if bits == "bf16":
         model, x = model.bfloat16(), x.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in bits):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bits == "autocast"):
         cascade = lx.adapt(model, (x,), spec=SPEC)
     assert set(oldest_variant(cascade).placements.values()) == {"beside"}

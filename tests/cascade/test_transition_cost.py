@@ -24,10 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorasc_fx as lx
 from lorasc_fx.branch import Branch
 from lorasc_fx.branch.noise import BLOCK
-from lorasc_fx.cascade import guards
 from lorasc_fx.state.fold import accumulate
-from tests.kit import tiny
-from tests.kit.models import batches, branches, loss_of, mlp, optimizer_of, randomize, train
+from tests.kit.models import batches, branches, loss_of, optimizer_of, randomize, train
 from tests.kit.seams import SEAMS, lower, seam
 from tests.kit.state import variant_count
 
@@ -270,16 +268,6 @@ def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> Non
     assert len(functions) <= 14, functions
 
 
-def test_generate_walks_the_stack_once_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the model, and not for each module with an adapted weight, which took a fifth of a narrow model's time."""
-    ids = torch.randint(1, 16, (2, 4))
-    cascade = lx.adapt(tiny.llama().eval(), (), {"input_ids": ids}, spec=lx.CascadeSpec(rank=2))
-    walks, from_package = [], guards._from_package
-    monkeypatch.setattr(guards, "_from_package", lambda: (walks.append(1), from_package())[1])
-    cascade.generate(ids, max_new_tokens=4, do_sample=False)
-    assert 0 < len(walks) <= 1 + 4  # generate, and its tokens
-
-
 CALLS = 4
 
 
@@ -332,29 +320,3 @@ def test_optimizer_state_of_the_branches_and_of_nothing_else(how: Any) -> None:
         for name, value in current.items():
             shaped = mine and isinstance(how, float) and value.shape == parameter.shape
             assert torch.equal(value, pruned(state, name, how) if shaped else state[name]), name
-
-
-def test_a_reset_is_a_new_optimizer() -> None:
-    """In the next stage the optimizer steps as a new one would. With kept state it does not."""
-    calls, losses = batches(2 * CALLS, 4, 5), {}
-    for how in ("reset", "kept", "new"):
-        cascade = lx.adapt(
-            mlp(), (calls[0],), spec=lx.CascadeSpec(rank=2, optimizer_state="kept" if how == "kept" else "reset")
-        )
-        optimizer = optimizer_of(cascade)
-        train(cascade, optimizer, calls[:CALLS])
-        cascade.transition(optimizer)
-        losses[how] = train(cascade, optimizer if how != "new" else optimizer_of(cascade), calls[CALLS:])
-    assert torch.equal(losses["reset"], losses["new"])
-    assert not torch.allclose(losses["kept"], losses["new"], rtol=1e-6)
-
-
-def test_a_scheduler_steps_once_a_stage() -> None:
-    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=lx.CascadeSpec(rank=2))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    rates = []
-    for _ in cascade.stages(3, optimizer, scheduler):
-        rates.append(optimizer.param_groups[0]["lr"])
-        train(cascade, optimizer, batches(1, 4, 5))
-    assert rates == [1.0, 0.5, 0.25]

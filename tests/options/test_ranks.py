@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline, StageTransition
 from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
@@ -126,22 +125,3 @@ def test_a_site_that_comes_in_a_later_stage_has_the_rank_of_that(python: bool) -
     cascade.transition(None)
     torch.testing.assert_close(cascade(-x), expected(-x), rtol=0, atol=1e-12)
     assert {branch.rank for branch in branches(cascade).values()} == {1}
-
-
-@pytest.mark.parametrize(("adapter", "zero"), [("lora", "lora_B"), ("vera", "vera_lambda_b")])
-def test_the_pass_in_a_graph_that_owns_its_weights(adapter: str, zero: str) -> None:
-    spec = lx.CascadeSpec(rank=RANKS, adapter=adapter, pace=0.5)
-    graph = Pipeline([MatchSites(spec), InsertBranches()])(torch.fx.symbolic_trace(mlp())).graph_module
-    cascade, _ = adapted(adapter=adapter, lora_alpha=8.0, pace=0.5)
-    held = [id(parameter) for parameter in graph.branches.parameters()]
-    for seed in range(3):
-        for branch, other in zip(graph.branches.children(), branches(cascade).values(), strict=True):
-            parameter, twin = branch.get_parameter(zero), other.get_parameter(zero)
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)).double())
-                twin.copy_(parameter)
-        graph = StageTransition()(graph).graph_module
-        cascade.transition(None)
-        torch.testing.assert_close(graph(X), cascade(X), rtol=0, atol=1e-12)
-        assert [branch.rank for branch in graph.branches.children()] == [RANKS[seed + 1]] * 3
-    assert [id(parameter) for parameter in graph.branches.parameters()] == held
