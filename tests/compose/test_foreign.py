@@ -128,12 +128,8 @@ def base_of(node: fx.Node) -> fx.Node:
 
 
 @case()
-def base_renamed(module: fx.GraphModule) -> None:
+def base_and_branch_renamed(module: fx.GraphModule) -> None:
     at(module, "linear").name = "projection"
-
-
-@case()
-def branch_renamed(module: fx.GraphModule) -> None:
     at(module, "linear_lora").name = "projection_with_adapter"
 
 
@@ -286,12 +282,6 @@ def test_followed_or_refused(case: Case) -> None:
 
 
 # --- outside a Pipeline, and in torch's own manager -----------------------------------------------------------------
-
-
-def test_outside_a_pipeline_a_dropped_record_is_recovered() -> None:
-    inserted, x = make(Plain, "aten")
-    dropped = record_dropped_with_a_new_module(inserted)
-    torch.testing.assert_close(FoldBranches()(dropped).graph_module(x), inserted(x), rtol=1e-12, atol=1e-12)
 
 
 def test_branches_in_a_module_are_told() -> None:

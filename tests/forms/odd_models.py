@@ -29,32 +29,6 @@ class Generator(nn.Module):
         return torch.tanh(self.out(x))
 
 
-def graph() -> tuple[Tensor, ...]:
-    edges = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 0, 4, 3, 2]])
-    return (torch.tensor([0, 1, 2, 3, 1]), edges, torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1]))
-
-
-class Quantized(nn.Module):
-    """A codebook that is a buffer, moved by forward in train mode, and a straight-through estimator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode, self.decode = nn.Linear(6, 4), nn.Linear(4, 6)
-        self.register_buffer("book", torch.randn(7, 4))
-        self.register_buffer("counts", torch.ones(7))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        code = self.encode(x)
-        chosen = torch.cdist(code.detach(), self.book).argmin(-1)
-        hot = F.one_hot(chosen, 7).to(code.dtype)
-        if self.training:
-            with torch.no_grad():
-                self.counts.mul_(0.9).add_(hot.sum(0), alpha=0.1)
-                self.book.lerp_((hot.T @ code.detach()) / self.counts[:, None], 0.1)
-        found = self.book[chosen]
-        return self.decode(code + (found - code).detach()), F.mse_loss(code, found.detach())
-
-
 class Decoder(nn.Module):
     """Decodes greedily until a token or a length, in a Python loop that reads values."""
 
@@ -111,17 +85,6 @@ class Loose(nn.Module):
         return {name: self.layers[name](value) * scale + base for name, value in named.items()}
 
 
-class Sparse(nn.Module):
-    """A graph convolution by a sparse adjacency."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        return torch.sparse.mm(adjacency, self.second(torch.relu(torch.sparse.mm(adjacency, x @ self.first))))
-
-
 class ControlFlow(nn.Module):
     """Torch's operator for branches, whose bodies read weights of the model."""
 
@@ -170,11 +133,6 @@ class Norms(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(conv(x))
         return x
-
-
-def adjacency() -> tuple[Tensor, Tensor]:
-    dense = (torch.rand(4, 4) > 0.4).double() + torch.eye(4).double()
-    return torch.randn(4, 5, dtype=torch.float64), dense.to_sparse()
 
 
 class Raw(nn.Module):

@@ -224,15 +224,6 @@ def test_the_result_is_truthful(mask: Any, changes: bool) -> None:
     assert again.graph_module is result.graph_module
 
 
-def test_a_mask_from_a_buffer_is_kept() -> None:
-    model = Masked(NEVER["buffer"]).double()
-    captured, x = simplified(model, (batch(2, 5),)), batch(2, 5)
-    before = captured.module(x)
-    model.open.fill_(False)
-    same(captured.module(x), model(x))
-    assert not torch.equal(captured.module(x).nan_to_num(), before)
-
-
 class Cross(nn.Module):
     """A triangular mask with more keys than queries."""
 

@@ -135,28 +135,6 @@ def test_noise_at_a_fold(case: Case, keep: bool) -> None:
         assert noise.abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_restart(restart: str) -> None:
-    case = BY_NAME["aten_linear"]
-    spec = replace(case.spec, restart=restart)
-    original = case.own()
-    stage_one = fill(insert(original, spec), seed=1)
-    delta = deltas(stage_one)
-    folded = FoldBranches(view="slow")(stage_one).graph_module
-    stage_two = InsertBranches()(folded).graph_module
-    for name, value in delta.items():
-        base = weights_of(original)[name].detach()
-        assert_close(weights_of(folded)[name].detach(), base + spec.pace * value, **NEAR)
-        share = 1.0 if restart == "fast" else spec.pace
-        assert_close(weights_of(stage_two)[name].detach(), base + share * value, **NEAR)
-    folded_twice = FoldBranches(view="slow")(fill(stage_two, seed=2)).graph_module
-    for name, value in delta.items():
-        base, new = weights_of(original)[name].detach(), deltas(stage_two)[name]
-        slow = spec.pace * value  # S_1; then S_2 = S_1 + pace * (F_2 - S_1), where F_2 starts from `restart`
-        fast = (value if restart == "fast" else slow) + new
-        assert_close(weights_of(folded_twice)[name].detach(), base + slow + spec.pace * (fast - slow), **NEAR)
-
-
 def test_narrow_weights_are_rounded_once() -> None:
     torch.manual_seed(3)
     base = nn.Linear(40, 24, dtype=torch.bfloat16)
@@ -304,22 +282,6 @@ def test_transition_is_fold_then_insert(case: Case, restart: str, noise: str) ->
     mine = weights_of(FoldBranches(view="slow")(transitioned).graph_module)
     theirs = weights_of(FoldBranches(view="slow")(reinserted).graph_module)
     assert [name for name, value in mine.items() if not same_bits(value, theirs[name])] == []
-
-
-@pytest.mark.parametrize("factors", ["both", "B"])
-def test_initial_lora_a(factors: str) -> None:
-    case = BY_NAME["module_conv2d"]
-    inserted = insert(case.own(), replace(case.spec, restart_factors=factors))
-    initial = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
-    fill(inserted)
-    trained = {weight: branch.lora_A.detach().clone() for weight, branch in branches_of(inserted).items()}
-    after = branches_of(StageTransition()(inserted).graph_module)
-    for weight, branch in after.items():
-        assert not branch.lora_B.any()
-        assert same_bits(branch.lora_A, trained[weight]) == (factors == "B")
-        if factors == "both":
-            assert_differ(branch.lora_A.detach(), initial[weight])
-            assert branch.lora_A.abs().max() <= branch.lora_A.shape[1] ** -0.5
 
 
 @pytest.mark.parametrize("name", ["module_linear", "module_conv2d"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,29 +131,32 @@ class _Two(nn.Module):
         return self.b(torch.relu(self.a(x)))
 
 
-def _reasons(model: nn.Module) -> dict[str, Reason]:
-    return parts(MatchSites()(fx.symbolic_trace(model)).graph_module)[1]
-
-
-def test_a_module_with_hooks_computes_something_else() -> None:
-    model = _Two().double()
+def _hooks(model: nn.Module) -> None:
     model.a.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    assert _reasons(model) == {"a.weight": Reason.OPAQUE}
     model.b.register_forward_hook(lambda module, args, out: out.tanh())
-    assert _reasons(model) == {"a.weight": Reason.OPAQUE, "b.weight": Reason.OPAQUE}
 
 
-def test_a_parametrized_module_is_opaque() -> None:
-    model = _Two().double()
-    nn.utils.parametrizations.weight_norm(model.a)
-    assert set(_reasons(model)) == {"a.parametrizations.weight.original0", "a.parametrizations.weight.original1"}
-    assert set(_reasons(model).values()) == {Reason.OPAQUE}
-
-
-def test_a_forward_assigned_to_an_instance_is_opaque() -> None:
-    model = _Two().double()
+def _forward(model: nn.Module) -> None:
     model.b.forward = lambda x: x @ model.b.weight.t() * 2  # type: ignore[method-assign]
-    assert _reasons(model) == {"b.weight": Reason.OPAQUE}
+
+
+def _weight_norm(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.a)
+
+
+@pytest.mark.parametrize(
+    ("change", "opaque"),
+    [
+        (_hooks, {"a.weight", "b.weight"}),
+        (_forward, {"b.weight"}),
+        (_weight_norm, {"a.parametrizations.weight.original0", "a.parametrizations.weight.original1"}),
+    ],
+)
+def test_a_module_that_computes_something_else_is_opaque(change: Any, opaque: set[str]) -> None:
+    model = _Two().double()
+    change(model)
+    found = parts(MatchSites()(fx.symbolic_trace(model)).graph_module)[1]
+    assert found == dict.fromkeys(opaque, Reason.OPAQUE)
 
 
 def test_a_convolution_that_overrides_conv_forward_is_opaque() -> None:
@@ -391,28 +396,19 @@ def test_exclude_and_train() -> None:
 
 
 def test_the_first_rule_that_matches_counts() -> None:
-    spec = CascadeSpec(
-        rank=4,
-        lora_alpha=6.0,
-        rules=(
-            Rule("body.up", rank=2),
-            Rule("body", lora_alpha=9.0),
-            Rule("linear", rank=1, lora_alpha=2.0),
-            Rule("body.down", rank=3),
-        ),
+    rules = (
+        Rule("body.up", rank=2),
+        Rule("body", lora_alpha=9.0),
+        Rule("linear", rank=1, lora_alpha=2.0),
+        Rule("body.down", rank=3),
     )
-    options = {weight: (site.rank, site.options.lora_alpha) for weight, site in sites_of(insert(mixed(), spec)).items()}
-    assert options == {
-        "stem.0.weight": (4, 6.0),
-        "stem.1.weight": (4, 6.0),
-        "body.up.weight": (2, 6.0),
-        "body.down.weight": (4, 9.0),
-        "head.weight": (1, 2.0),
-    }
-    scales = {weight: branch.scale for weight, branch in branches_of(insert(mixed(), spec)).items()}
-    assert scales == {weight: alpha / rank for weight, (rank, alpha) in options.items()}
-    shapes = {weight: branch.lora_A.shape[0] for weight, branch in branches_of(insert(mixed(), spec)).items()}
-    assert shapes == {weight: rank for weight, (rank, _) in options.items()}
+    inserted = insert(mixed(), CascadeSpec(rank=4, lora_alpha=6.0, rules=rules))
+    options = {weight: (site.rank, site.options.lora_alpha) for weight, site in sites_of(inserted).items()}
+    expected = {"stem.0": (4, 6.0), "stem.1": (4, 6.0), "body.up": (2, 6.0), "body.down": (4, 9.0), "head": (1, 2.0)}
+    assert options == {f"{name}.weight": pair for name, pair in expected.items()}
+    for weight, branch in branches_of(inserted).items():
+        rank, alpha = options[weight]
+        assert (branch.lora_A.shape[0], branch.scale) == (rank, alpha / rank)
 
 
 # fmt: off

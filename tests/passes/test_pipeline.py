@@ -103,14 +103,6 @@ def test_passes_without_an_order(message: str) -> None:
         Pipeline([MatchSites(SPEC)], order="any")  # type: ignore[arg-type]
 
 
-def test_facts_of_the_graph_count() -> None:
-    """A fold and then an insertion start the next stage."""
-    inserted = fill(insert(CASE.own(), SPEC))
-    again = Pipeline([FoldBranches(), InsertBranches()])(inserted).graph_module
-    assert text(again) == text(inserted)
-    assert record_of(again).plan.stage == 2
-
-
 def test_a_pass_that_occurs_twice_runs_as_given() -> None:
     pipeline = Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), StageTransition(), FoldBranches()])
     assert record_of(pipeline(CASE.own()).graph_module).plan.stage == 4
