@@ -75,7 +75,6 @@ CODES = {
     "no-graph": "the model runs eagerly, but this call needs its graph",
     "no-sites": "no weight is left to adapt",
     "non-finite": "a branch, a weight, a state, a loss or a tensor in a file contains inf or nan",
-    "non-finite-left-out": "(warning) a branch or a trained parameter is not finite and was left out of a fold",
     "not-a-model": "the model is not an nn.Module written in Python, or uses names that this package reserves",
     "not-available": "the cascade or the model lacks what the call needs (a graph, an average, a trained stage)",
     "not-captured": "no front end can capture the model as an equivalent graph",

@@ -196,7 +196,6 @@ Where = Literal["sites", "all"]
 Restart = Literal["slow", "fast"]
 RestartFactors = Literal["both", "B", "none"]
 Start = Literal["lora", "pissa"]
-OnNonFinite = Literal["raise", "skip"]
 PlacementOption = Literal["auto", "beside", "merged", "weight"]
 Adapter = Annotated[
     str,
@@ -401,8 +400,6 @@ class CascadeSpec:
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
         slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
-        on_nonfinite: how a fold treats a branch with inf or nan: `raise` NonFiniteBranch (default), or `skip`
-            the branch with a warning.
         seed: seed of initial values and noise. `torch.manual_seed` and the seed of a trainer do not change them, so
             give another seed to each repetition of an experiment. Default: 0.
 
@@ -438,7 +435,6 @@ class CascadeSpec:
         | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept', or the share in (0, 1) to prune")]
     ) = "reset"
     slow_train: bool = True
-    on_nonfinite: OnNonFinite = "raise"
     seed: Annotated[int, Check(lambda seed: 0 <= seed < 2**63, "give an integer from 0 to 2**63 - 1")] = 0
 
     def __post_init__(self) -> None:

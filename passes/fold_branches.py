@@ -30,14 +30,10 @@ class EndsStage(CascadePass):
     """Base class of the passes that end the current stage."""
 
     def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise PassError for a missing fact.
-
-        Raise NonFiniteBranch for inf or nan in a branch, unless the spec skips such branches.
-        """
+        """Raise PassError for a missing fact, and NonFiniteBranch for inf or nan in a branch."""
         super().check(graph_module)
-        plan = record_of(graph_module).plan
         for branch in branch_nodes(graph_module).values():
-            check_finite(branch, plan.spec, plan.stage)
+            check_finite(branch, record_of(graph_module).plan.stage)
 
 
 @dataclass(frozen=True)

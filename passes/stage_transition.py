@@ -51,8 +51,8 @@ class StageTransition(EndsStage):
         after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:
-            state, branch, left_out = states[site.weight], branches[site.key], site.weight in slow.left_out
-            states[site.weight], values = begin_stage(state, branch, site, after.spec, after.stage, left_out=left_out)
+            state, branch = states[site.weight], branches[site.key]
+            states[site.weight], values = begin_stage(state, branch, site, after.spec, after.stage)
             new[site.key] = branch.with_values(site, values)
         # Weights without a branch may have noise too, so that all slow states are written.
         for weight, state in states.items():

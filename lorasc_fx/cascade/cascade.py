@@ -291,7 +291,7 @@ class CascadeModule(nn.Module):
         Raises:
             StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if a
                 trained parameter is in no optimizer or in two.
-            NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
+            NonFiniteBranch: a branch holds inf or nan, or its weight would overflow.
         """
         transition.next_stage(self._run, optimizers_of("transition", optimizer))
 
@@ -420,7 +420,7 @@ class CascadeModule(nn.Module):
             StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if
                 quantized weights have trained and `quantized` is None.
             SpecError: `quantized` is invalid.
-            NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
+            NonFiniteBranch: a branch holds inf or nan, or its weight would overflow.
         """
         with self._run.exclusive("release", ends_stage=True, keeps=True), commit() as undo:
             # Register all undo steps before the first change, because the steps below change these fields.

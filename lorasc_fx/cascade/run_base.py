@@ -201,12 +201,7 @@ class RunBase:
         return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None
 
     def faults(self) -> list[str]:
-        """Return a sentence for each slow state with inf or nan.
-
-        The same for branches, unless on_nonfinite="skip", which leaves such branches out of the fold.
-        """
-        if self.plan.spec.on_nonfinite == "skip":
-            return self.slow.faults()
+        """Return a sentence for each branch and each slow state with inf or nan."""
         broken = [name for name, branch in self.branches_by_weight().items() if not branch.finite()]
         return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 

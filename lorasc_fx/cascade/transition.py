@@ -85,10 +85,8 @@ def next_stage(
         for branch in branches.values():
             how = plan.spec.optimizer_state if idle or branch.restarts(plan.spec) else "kept"
             state |= treated_state(states, branch.parameters(), how)
-        # Reset the state of factors with a new shape, and of factors that became inf or nan.
+        # Reset the state of factors with a new shape.
         reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
-        for name in after.left_out:
-            reset += branches[name].parameters() if name in branches else [trained[name]]
         state |= treated_state(states, reset, "reset")
         # Write everything, or nothing.
         with commit() as undo:
@@ -241,7 +239,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     all of the training.
 
     Raises:
-        NonFiniteBranch: a branch holds inf or nan, or its weight would overflow, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: a branch holds inf or nan, or its weight would overflow.
     """
     slow, learners = run.slow, run.learners()
     if not slow.moved(learners):

@@ -130,19 +130,17 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], finite: bool, complete: bool) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], complete: bool) -> None:
     """Check that a saved state fits an optimizer, and shard its tensors like the parameters.
 
     Args:
         saved: the state. Its tensors are replaced by shards.
-        finite: whether nan is an error.
         complete: whether a missing option is an error, because the same version of torch has saved it.
 
     Raises:
         ValueError: the state does not fit. It does not if the order of the parameters has changed.
     """
-    if finite:
-        check_numbers(saved, "optimizer")
+    check_numbers(saved, "optimizer")
     groups, parameters = optimizer.state_dict()["param_groups"], parameters_of(optimizer)
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("the optimizer has other parameter groups than the saved one")
@@ -528,8 +526,7 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
     trained = {name for name, stored in content.slow.items() if stored.base is not None}
     if trained != content.value.keys() or trained != {name for name, state in bare.items() if state.full}:
         raise ValueError("the parameters that were trained in full differ from the spec")
-    finite = plan.spec.on_nonfinite == "raise"  # otherwise, inf and nan are valid: the fold skips such a branch
-    check_branches(content, plan, finite)
+    check_branches(content, plan, finite=True)
     history = History(content.history)
     if list(history.numbers) != sorted({*history.numbers} - {0}) or history.last >= plan.stage:
         raise ValueError(f"its history has the stages {sanitized(str(history.numbers))}, and stage {plan.stage} runs")
@@ -718,7 +715,7 @@ def resume(
         StateError: the optimizers do not have the branches' parameters.
     """
     # Check everything before anything is changed.
-    now, finite = versions(), run.plan.spec.on_nonfinite == "raise"
+    now = versions()
     changed = [f"{name} {then} (now {now[name]})" for name, then in content.versions.items() if now.get(name) != then]
     same_torch, same_way = content.versions.get("torch") == now["torch"], "build optimizer and scheduler the same way"
     with_optimizer = matched(path, "optimizer", optimizers, content.optimizers)
@@ -727,7 +724,7 @@ def resume(
         check_holds(optimizers, run.trainable())
     with refusing(path, same_way, code="optimizer-differs"):
         for optimizer, saved in with_optimizer:
-            check_optimizer(optimizer, saved.state, finite, same_torch)
+            check_optimizer(optimizer, saved.state, same_torch)
         for scheduler, saved in with_scheduler:
             check_scheduler(scheduler, saved.state, same_torch)
     # Restore everything in one transaction: optimizers and schedulers by their own methods, the gradients as a commit

@@ -378,7 +378,7 @@ def folded_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
     if has_trained:
         for learner in learners.values():
             if isinstance(learner, Branch):
-                check_finite(learner, plan.spec, plan.stage)
+                check_finite(learner, plan.stage)
 
     def folded(name: str, base: torch.Tensor) -> torch.Tensor:
         # A checkpoint has no W0, so take it from the caller, for this weight only.

@@ -155,7 +155,7 @@ def check_finite(run: Run) -> None:
     Raises:
         NonFiniteBranch: a branch holds inf or nan.
     """
-    if run.plan.spec.on_nonfinite == "raise" and run.slow.group.any(not all_finite(run.by_key.values())):
+    if run.slow.group.any(not all_finite(run.by_key.values())):
         broken = next(
             (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"
         )
@@ -168,9 +168,8 @@ def check_finite(run: Run) -> None:
 def contents(content: Content, run: Run) -> tuple[Tensors, dict[str, Any]]:
     """Return copies of the tensors of a version, and its manifest. Of a sharded tensor, the local shard is copied."""
     try:
-        if run.plan.spec.on_nonfinite == "raise":
-            for owner in content.optimizers:
-                check_numbers(owner.state, "optimizer")
+        for owner in content.optimizers:
+            check_numbers(owner.state, "optimizer")
     except ValueError as fault:
         raise CheckpointError(
             f"save: {fault}; nothing was written, and the last version is unchanged. Load it, and continue with a "

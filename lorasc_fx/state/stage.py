@@ -35,7 +35,7 @@ from lorasc_fx.branch import (
 )
 from lorasc_fx.branch.lora import DOWN, UP, LoraBranch
 from lorasc_fx.branch.noise import add_noise
-from lorasc_fx.errors import NonFiniteBranch, SpecError, warn
+from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import is_quantized, quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, full_tensor, local, local_like, shard_of
@@ -45,8 +45,6 @@ from lorasc_fx.state.weight import History, KeptNoise, StageEnd, ViewName, Weigh
 
 Learner = Branch | torch.Tensor
 """The trained part of a weight in a stage: its branch, or the parameter itself if it is trained in full."""
-
-_LOWER = "Lower the learning rate or clip gradients"
 
 
 def start_weight(
@@ -173,7 +171,6 @@ def begin_stage(
     stage: int,
     keep: bool = True,
     noisy: bool = True,
-    left_out: bool = False,
 ) -> tuple[WeightState, dict[str, torch.Tensor]]:
     """Start a stage: return its state, and the full initial values of the branch's parameters, by name.
 
@@ -185,7 +182,6 @@ def begin_stage(
         site, spec, stage: of the plan of the new stage. The values have the rank of this site.
         keep: whether the branch keeps the factors that the spec says (A, or both).
         noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
-        left_out: whether the fold before left the weight out. Then its branch does not keep both factors.
 
     Raises:
         SpecError: the branch starts from a decomposition, and the weight holds inf or nan, or the branch is of a
@@ -193,7 +189,7 @@ def begin_stage(
     """
     parameter = next(branch.parameters()).detach()
     decomposes = "factors" in branch.starts_from(spec, noisy)
-    pairs = keep and noisy and not left_out and not branch.restarts(spec)
+    pairs = keep and noisy and not branch.restarts(spec)
     factors = magnitude = None
     with torch.no_grad():
         values = branch.values_like(parameter, site, spec.seed, stage)
@@ -239,15 +235,15 @@ def sums_are_finite(tensors: Sequence[torch.Tensor]) -> bool:
         return all(math.isfinite(torch.stack(totals).sum().item()) for totals in sums.values())
 
 
-def check_finite(branch: Branch, spec: CascadeSpec, stage: int) -> None:
-    """Raise NonFiniteBranch if the branch holds inf or nan and spec.on_nonfinite is "raise"."""
-    if spec.on_nonfinite == "raise" and not branch.finite():
-        raise _not_folded(f"the branch of {branch.weight_name} holds inf or nan at the end of stage {stage}")
+def check_finite(branch: Branch, stage: int) -> None:
+    """Raise NonFiniteBranch if the branch holds inf or nan."""
+    if not branch.finite():
+        raise _not_folded(f"the branch of {branch.weight_name} holds inf or nan", stage)
 
 
-def _not_folded(fault: str) -> NonFiniteBranch:
+def _not_folded(fault: str, stage: int) -> NonFiniteBranch:
     return NonFiniteBranch(
-        f"{fault}; nothing was folded. {_LOWER}, or set on_nonfinite='skip' to leave such weights out of the fold"
+        f"{fault} at the end of stage {stage}; nothing was folded. Lower the learning rate or clip gradients"
     )
 
 
@@ -259,11 +255,8 @@ def end_stage(
     noisy: bool,
     checked: bool,
     keeps: bool = False,
-) -> tuple[WeightState, bool]:
-    """End a stage: return the slow state after it, and whether the weight was left out of the fold.
-
-    A weight is left out if its trained values are not finite, or if the fold would make it overflow its dtype. Then it
-    keeps the value that the stage started from. The noise of the stage is added to the state if `noise.keep` is set.
+) -> WeightState:
+    """End a stage: return the slow state after it. The noise of the stage is added to it if `noise.keep` is set.
 
     Args:
         learner: the branch, or the parameter trained in full. None for a weight that only has noise.
@@ -274,39 +267,31 @@ def end_stage(
         keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
 
     Raises:
-        NonFiniteBranch: the weight would be left out, and spec.on_nonfinite is "raise".
+        NonFiniteBranch: trained values are not finite, or the fold would make the weight overflow its dtype.
     """
     stage, on_all = history.ends[-1].number, state.shard.group.all
-    after, fault = None, ""
     if state.full:
         assert isinstance(learner, torch.Tensor)
         value = local(learner).detach().to("cpu", copy=True)
-        finite = on_all(not state.broken(value))
-        fault = "" if finite else f"{state.name}, which is trained in full, holds inf or nan"
+        if not on_all(not state.broken(value)):
+            raise _not_folded(f"{state.name}, which is trained in full, holds inf or nan", stage)
         pace = history.ends[-1].pace if state.follows(spec) else 1.0
-        after = state.absorb_value(value if finite else None, history, pace, keeps)
-    elif isinstance(learner, Branch) and (checked or on_all(learner.finite())):
+        after = state.absorb_value(value, history, pace, keeps)
+    elif isinstance(learner, Branch):
+        if not (checked or on_all(learner.finite())):
+            raise _not_folded(f"the branch of {state.name} holds inf or nan", stage)
         # All ranks must agree, because each rank has the same number of experts.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
         after = state.absorb(delta, history)
         if not on_all(after.fits()):
-            after, fault = None, f"the branch of {state.name} makes the weight overflow {state.base.dtype}"
-    elif learner is not None:
-        fault = f"the branch of {state.name} holds inf or nan"
-    if fault and spec.on_nonfinite == "raise":
-        raise _not_folded(f"{fault} at the end of stage {stage}")
-    if fault:
-        warn(
-            f"{fault} at the end of stage {stage}. The weight is reset to the start of the stage. {_LOWER}",
-            "non-finite-left-out",
-        )
-    if after is None:
+            raise _not_folded(f"the branch of {state.name} makes the weight overflow {state.base.dtype}", stage)
+    else:
         after = state.absorb(None, history)
     if noisy and spec.noise.is_on and spec.noise.keep and not state.full:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
         after = replace(after, noises=(*after.noises, KeptNoise(spec.noise, spec.seed, stage, size)))
-    return after, bool(fault)
+    return after
 
 
 def decomposed(
@@ -421,14 +406,12 @@ class SlowWeights:
     Args:
         states: by weight name: sites, parameters trained in full, and every other matrix that gets noise.
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
-        left_out: names of the weights that the last fold did not change, because the result was not finite.
         history: the stages that the slow weights are made of.
         group: the process group that holds the shards of the weights.
     """
 
     states: Mapping[str, WeightState] = field(default_factory=dict)
     idle: bool = False
-    left_out: frozenset[str] = frozenset()
     history: History = field(default_factory=History)
     group: ProcessGroup = ONE_PROCESS
 
@@ -557,7 +540,7 @@ class SlowWeights:
             learners: branches, and parameters trained in full, by weight name.
 
         Raises:
-            NonFiniteBranch: a learner is not finite, or its weight would overflow, and spec.on_nonfinite is "raise".
+            NonFiniteBranch: a learner is not finite, or its weight would overflow.
         """
         spec, noisy = plan.spec, not self.idle
         branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
@@ -569,17 +552,11 @@ class SlowWeights:
         before = self.history.resting() if self.idle else self.history
         pace, share = spec.pace_at(plan.stage, len(before.ends)), 1 / (before.averaged + 1) if spec.average else None
         history = before.after(StageEnd(plan.stage, pace, spec.restart, share))
-        ended = {
+        states = {
             name: end_stage(self.started(name), learners.get(name), spec, history, noisy, finite, keeps)
             for name in self.states
         }
-        return replace(
-            self,
-            states={name: state for name, (state, _) in ended.items()},
-            idle=False,
-            left_out=frozenset(name for name, (_, left_out) in ended.items() if left_out),
-            history=history,
-        )
+        return replace(self, states=states, idle=False, history=history)
 
     def begin_stage(
         self, plan: Plan, branches: Mapping[str, Branch], restart: bool = False, keep: bool = True
@@ -600,9 +577,7 @@ class SlowWeights:
             if not restart and not branch.starts_from(plan.spec, not self.idle):
                 continue  # its constructor has set its initial values
             site = plan.by_weight[name]
-            states[name], started = begin_stage(
-                states[name], branch, site, plan.spec, plan.stage, keep, not self.idle, name in self.left_out
-            )
+            states[name], started = begin_stage(states[name], branch, site, plan.spec, plan.stage, keep, not self.idle)
             values[name] = {key: local_like(value, branch.get_parameter(key)) for key, value in started.items()}
         return replace(self, states=states), values
 

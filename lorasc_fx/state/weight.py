@@ -433,7 +433,7 @@ class WeightState(Tree):
         """Return the state of a matrix after the slow update of a stage.
 
         Args:
-            running: the delta of the branch. None if the weight has no branch, or if its training is dropped.
+            running: the delta of the branch. None if the weight has no branch, or one that has not moved.
             history: the history with the stage that ends.
         """
         assert not isinstance(running, torch.Tensor)
@@ -461,23 +461,21 @@ class WeightState(Tree):
             dense = self._views(slow, fast if end.restart == "fast" else slow, end)
         return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact()
 
-    def absorb_value(
-        self, value: torch.Tensor | None, history: History, pace: float, keeps: bool = False
-    ) -> WeightState:
+    def absorb_value(self, value: torch.Tensor, history: History, pace: float, keeps: bool = False) -> WeightState:
         """Return the state of a parameter trained in full after the slow update of a stage.
 
         Args:
-            value: the current value. None if its training is dropped.
+            value: the current value.
             history: the history with the stage that ends.
             pace: 1 if the parameter does not follow the slow rule.
             keeps: whether it keeps its values at the ends of earlier stages.
         """
         end, old = history.ends[-1], self.dense["slow"]
-        fast = old if value is None else value.to(old.dtype)
+        fast = value.to(old.dtype)
         slow = _toward(old, fast, pace)
         assert slow is not None
         # The parameter rounds its start to its own dtype.
-        start = self.dense_in("fast") if value is None else (fast if end.restart == "fast" else slow).to(value.dtype)
+        start = (fast if end.restart == "fast" else slow).to(value.dtype)
         ends, gone = dict(self.ends), self.gone
         if slow is not old:
             for number in list(ends)[: 1 - MAX_ENDS if keeps else None]:

@@ -252,7 +252,7 @@ TASKS = (
         ("StateError", "NonFiniteBranch"),
         "gradients-pending inside-backward inside-weights released unknown-stage not-available "
         "optimizer-lacks-parameters optimizer-differs backward-not-supported non-finite weights-changed-outside "
-        "stage-not-ended quantized-not-supported no-branch-moved non-finite-left-out "
+        "stage-not-ended quantized-not-supported no-branch-moved "
         "evaluated-with-noise model-called-inside-stage model-saved-inside-stage training-not-kept "
         "running-stage-folded",
     ),

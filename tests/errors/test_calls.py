@@ -20,7 +20,7 @@ from tests.errors.models import SPEC, adapted, inputs, mlp, step
 from tests.errors.state import of, unchanged
 from tests.kit.errors import raises
 from tests.kit.models import loss_of, randomize
-from tests.kit.state import trainable, trained_in_full, variant_for, weight_states
+from tests.kit.state import trainable, trained_in_full, variant_for
 
 TRAINED = lx.CascadeSpec(rank=2, train=("3.*",), noise=lx.Noise(0.1))
 X = inputs(4, 5, seed=3)
@@ -351,35 +351,6 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
         next(stages)
     with cascade.weights("slow"):  # the last good slow weights are still to be had
         assert all(bool(value.isfinite().all()) for value in cascade.model.state_dict().values())
-
-
-@pytest.mark.parametrize("factors", ["both", "B"])
-@pytest.mark.parametrize("how", ["reset", "kept", 0.5])
-@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-@pytest.mark.filterwarnings("ignore:.* holds inf or nan at the end of stage:lorasc_fx.errors.LorascWarning")
-def test_a_branch_that_is_skipped(factors: Any, how: Any, factor: str) -> None:
-    spec = lx.CascadeSpec(rank=2, on_nonfinite="skip", restart_factors=factors, optimizer_state=how)
-    cascade, optimizer = adapted(spec)
-    step(cascade, optimizer)
-    cascade.transition(optimizer)
-    step(cascade, optimizer)
-    spoil(cascade, factor, float("nan"))
-    for entry in optimizer.state[getattr(cascade.branches["2/weight"], factor)].values():
-        entry.fill_(float("nan"))  # as the step would have left it
-    stages = {name: [expert.stage for expert in state.experts] for name, state in weight_states(cascade).items()}
-    folded = cascade.folded_graph()
-    assert bool(folded(X).isfinite().all())
-    cascade.transition(optimizer)
-    for name, state in weight_states(cascade).items():
-        after = [expert.stage for expert in state.experts]
-        dense = state.is_dense
-        assert dense or after == stages[name] + ([] if name == "2.weight" else [2])
-    for _ in range(3):
-        assert bool(step(cascade, optimizer).isfinite())
-    assert all(bool(value.isfinite().all()) for value in trainable(cascade).values())
-    assert all(bool(value.isfinite().all()) for value in cascade.folded_state_dict().values())
-    released = cascade.release()
-    assert bool(released(X).isfinite().all())
 
 
 # ---- a weight that another mode uses in an unknown form

@@ -24,7 +24,7 @@ from tests.options import page
 FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, "
     "train_A, lr_ratio, train_rules, average, placement, pace, "
-    "restart, noise, restart_factors, start, optimizer_state, slow_train, on_nonfinite, seed"
+    "restart, noise, restart_factors, start, optimizer_state, slow_train, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -55,7 +55,6 @@ MISSPELT = {
     "restart": ("fsat", "fast"),
     "restart_factors": ("bth", "both"),
     "start": ("pisa", "pissa"),
-    "on_nonfinite": ("skipp", "skip"),
     "optimizer_state": ("rest", "reset"),
 }
 KEPT = lx.Noise(0.1, keep=True)

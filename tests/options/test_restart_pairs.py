@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.errors import warns
 from tests.kit.models import OPTIMIZERS, batches, branches, by_hand, loss_of, mlp, optimizer_of, randomize, train
 from tests.kit.state import weight_states
 
@@ -95,19 +94,6 @@ def test_a_loop_ends_without_branches() -> None:
     cascade.transition(optimizer)
     cascade.rewind(0, optimizer)
     assert not any(bool(branch.lora_B.any()) for branch in branches(cascade).values())
-
-
-def test_a_branch_that_is_left_out_restarts() -> None:
-    cascade = lx.adapt(mlp(), (batches(1, 4, 5)[0],), spec=lx.CascadeSpec(on_nonfinite="skip", **SPEC))
-    optimizer = optimizer_of(cascade)
-    randomize(cascade)
-    with torch.no_grad():
-        branches(cascade)["0.weight"].lora_B[1, 2] = torch.nan
-    with warns("non-finite-left-out", "0.weight"):
-        cascade.transition(optimizer)
-    assert {name: bool(branch.lora_B.any()) for name, branch in branches(cascade).items()} == {
-        "0.weight": False, "2.weight": True, "4.weight": True,
-    }  # fmt: skip
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:

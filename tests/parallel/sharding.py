@@ -285,26 +285,29 @@ def resumed(rank: int, count: int, folder: str, **sizes: int) -> dict[str, Tenso
     return {**values(cascade), "drawn": drawn}
 
 
-# ---- a branch that is left out
+# ---- a branch that is not finite
 
 
 def spoilt(rank: int, count: int) -> dict[str, Tensor]:
-    """Set inf in a branch and in a fully trained parameter, on the last process only."""
+    """Set inf in a branch, or in a parameter trained in full, on the last process only. Every process raises."""
     model = blocks()
-    spec = lx.CascadeSpec(rank=2, pace=0.6, train=("*norm*",), seed=5, on_nonfinite="skip")
+    spec = lx.CascadeSpec(rank=2, pace=0.6, train=("*norm*",), seed=5)
     cascade = lx.adapt(model, args=(example(),), spec=spec)
     if count > 1:
         fsdp.shard(cascade)
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, STEPS - 1, (rank, count))
-    with torch.no_grad():
-        for spoils in (cascade.branches["layers/1/up/weight"].lora_B, cascade.model.get_parameter("norm.weight")):
-            held = spoils.to_local() if count > 1 else spoils  # type: ignore[operator]
-            if rank == count - 1:
-                held[-1] = float("inf")
     optimizer.zero_grad()
-    with warns("non-finite-left-out", "layers.1.up.weight"), warns("non-finite-left-out", "norm.weight"):
-        cascade.transition(optimizer)
+    for spoils in (cascade.branches["layers/1/up/weight"].lora_B, cascade.model.get_parameter("norm.weight")):
+        held = spoils.to_local() if count > 1 else spoils.detach()  # type: ignore[operator]
+        good = held[-1].clone()
+        with torch.no_grad():
+            held[-1] = float("inf") if rank == count - 1 else good
+        with raises(lx.NonFiniteBranch, "non-finite"):
+            cascade.transition(optimizer)
+        with torch.no_grad():
+            held[-1] = good
+    cascade.transition(optimizer)
     return values(cascade)
 
 

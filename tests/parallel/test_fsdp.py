@@ -62,12 +62,10 @@ def check_trained(name: str, ranks: list[dict[str, Tensor]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_nonfinite_branch_on_one_rank_is_skipped_on_all(two: list[dict[str, Tensor]]) -> None:
+def test_inf_on_one_rank_raises_on_all(two: list[dict[str, Tensor]]) -> None:
     wanted = sharding.spoilt(0, 1)
     for found in two:
         close(part(found, "spoilt"), wanted)
-    assert torch.equal(wanted["slow/layers.1.up.weight"], sharding.blocks().layers[1].up.weight)
-    assert not torch.equal(wanted["slow/layers.1.down.weight"], sharding.blocks().layers[1].down.weight)
 
 
 @pytest.mark.slow

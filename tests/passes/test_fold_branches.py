@@ -12,7 +12,7 @@ from lorasc_fx import CascadeSpec, Noise, NonFiniteBranch, PassError, SpecError
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.graph.patterns import targeted
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.kit.state import noise_drawn
 from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
 from tests.passes.kit import (
@@ -171,29 +171,9 @@ def test_a_nonfinite_branch_is_an_error(value: float, end: str) -> None:
     with torch.no_grad():
         branches_of(inserted)["0.2.weight"].lora_B[1, 2] = value
     photograph = Photograph(inserted, case)
-    with raises(NonFiniteBranch, "non-finite", "0.2.weight", "stage 1", "on_nonfinite='skip'"):
+    with raises(NonFiniteBranch, "non-finite", "0.2.weight", "stage 1"):
         ENDS[end](inserted)
     photograph.assert_unchanged()
-
-
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize(("factor", "value"), [("lora_A", float("inf")), ("lora_B", float("nan"))])
-def test_a_nonfinite_branch_is_skipped_if_the_spec_says_so(end: str, factor: str, value: float) -> None:
-    case = BY_NAME["module_convs"]
-    original = case.own()
-    inserted = fill(insert(original, replace(case.spec, on_nonfinite="skip")))
-    delta = deltas(inserted)
-    with torch.no_grad():
-        getattr(branches_of(inserted)["0.2.weight"], factor)[1, 2] = value
-    with warns("non-finite-left-out", "0.2.weight", "1"):
-        after = ENDS[end](inserted).graph_module
-    for name, value_before in weights_of(original).items():
-        if name in delta and name != "0.2.weight":
-            assert_close(weights_of(after)[name].detach(), value_before.detach() + case.spec.pace * delta[name], **NEAR)
-        else:
-            assert same_bits(weights_of(after)[name], value_before)
-    if end != "fold":  # the branch is reset
-        assert all(branch.finite() for branch in branches_of(after).values())
 
 
 def test_tied_weights_stay_tied() -> None:
