@@ -32,7 +32,7 @@ from lorasc_fx.graph import register_form
 from lorasc_fx.passes.backend import backend
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.schedules import StageSchedule
-from lorasc_fx.spec import CascadeSpec, Noise, Rule, TrainRule
+from lorasc_fx.spec import CascadeSpec, Noise, Rule
 from lorasc_fx.util.environment import version as _version
 
 __version__ = _version()
@@ -54,7 +54,6 @@ __all__ = [
     "SpecError",
     "StageSchedule",
     "StateError",
-    "TrainRule",
     "UnknownTarget",
     "adapt",
     "backend",

@@ -91,12 +91,6 @@ CONFLICTS = (
         "Set lr_ratio=1 and pass the learning rate of B to param_groups",
     ),
     Conflict(
-        ("train_rules", "train"),
-        lambda rules, train: rules and not train,
-        "train_rules apply only to parameters that train names",
-        "Set train to globs on these parameters",
-    ),
-    Conflict(
         ("average", "noise.keep"),
         lambda average, keep: average and keep,
         "the average would contain a share of the noise of each stage, and only experts have coefficients for shares",
@@ -284,25 +278,6 @@ class Rule:
         check(self, "rules", self.pattern, conflicts=RULE_CONFLICTS)
 
 
-@checks_names
-@dataclass(frozen=True)
-class TrainRule:
-    """Options for parameters trained in full, instead of the options of the spec. The first match counts.
-
-    Args:
-        pattern: glob on parameter names. `CascadeSpec.train` has to match these parameters as well.
-        lr: learning rate of these parameters. None (default): the one given to `Cascade.param_groups`.
-        slow: whether these parameters follow the slow rule. None (default): `CascadeSpec.slow_train`.
-    """
-
-    pattern: Annotated[str, Check(bool, "give a glob on parameter names")]
-    lr: Rate | None = None
-    slow: bool | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "train_rules", self.pattern)
-
-
 @dataclass(frozen=True)
 class SiteOptions:
     """Options of the branch of one site, resolved from a spec and the rule that matches the site.
@@ -379,8 +354,6 @@ class CascadeSpec:
             Default: True.
         lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, which suggests about 16).
             Default: 1.0.
-        train_rules: learning rate and slow rule by pattern, for parameters under `train` (see TrainRule). The first
-            match counts. Default: none.
         average: keep the mean of the slow weights at the ends of stages (SWA, 1803.05407), for
             `Cascade.weights("averaged")`. Default: False.
         placement: where branches compute: `beside` the op, `merged` into it, on the `weight`, or `auto` (default) to
@@ -422,7 +395,6 @@ class CascadeSpec:
     dropout: Dropout = 0.0
     train_A: bool = True
     lr_ratio: Rate = 1.0
-    train_rules: tuple[TrainRule, ...] = ()
     average: bool = False
     placement: PlacementOption = "auto"
     pace: Pace = 0.5
@@ -491,7 +463,7 @@ class CascadeSpec:
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, (Noise, Rule, TrainRule)):
+    if isinstance(value, (Noise, Rule)):
         items = {option.name: _plain(getattr(value, option.name)) for option in fields(value)}
         return {name: item for name, item in items.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -26,7 +26,7 @@ from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade, cascade_class
 from lorasc_fx.graph import matches, named_weights, shared_memory, trained_by
-from lorasc_fx.graph.patterns import check_patterns, rules_of
+from lorasc_fx.graph.patterns import check_patterns
 from lorasc_fx.graph.weights import Memory, Weights
 from lorasc_fx.parameters import exchange, holders
 from lorasc_fx.plan import Plan
@@ -137,7 +137,7 @@ class Setup:
         graphs = Graphs(run, compiler, decided, example)
         cascade = cascade_class(model, compiler.calls.signature)(run, graphs, flags, self.joined)
         watch_model(cascade, undo)
-        run.begin(trained, undo, rules_of(plan.spec, trained, weights.names), self.loads)
+        run.begin(trained, undo, self.loads)
         for parameter in weights.parameters.values():
             undo(partial(_ADAPTED.pop, parameter, None))
             _ADAPTED[parameter] = ref(cascade)

@@ -232,12 +232,10 @@ class CascadeModule(nn.Module):
         """Return parameter groups for a torch optimizer.
 
         There is one group for each kind of branch parameter (`lora_A`, `lora_B`), and a group `train` for parameters
-        trained in full. Each of the spec's train_rules with a learning rate has a separate group `train:PATTERN`. Empty
-        groups are omitted, so with train_A=False there is no group `lora_A`.
+        trained in full. Empty groups are omitted, so with train_A=False there is no group `lora_A`.
 
         Args:
-            lr: learning rate of all groups, except `lora_B`, whose rate is `lr * lr_ratio` (LoRA+, 2402.12354), and
-                rules with a rate.
+            lr: learning rate of all groups, except `lora_B`, whose rate is `lr * lr_ratio` (LoRA+, 2402.12354).
             options: more options for every group, such as `weight_decay`.
 
         Raises:

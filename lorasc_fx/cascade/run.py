@@ -17,7 +17,6 @@ from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.plan import Reason
 from lorasc_fx.quantized import quantized_in
 from lorasc_fx.shards import ProcessGroup
-from lorasc_fx.spec import TrainRule
 from lorasc_fx.state import SlowWeights
 from lorasc_fx.util.torch_private import current_backward
 from lorasc_fx.util.undo import PROCESS, Undo, commit
@@ -32,17 +31,15 @@ class Run(RunBase):
         self,
         trained: Mapping[str, nn.Parameter],
         undo: Undo,
-        rules: Mapping[str, TrainRule] | None = None,
         empty: bool = False,
     ) -> None:
         """Start the first stage: keep W0 of the sites and draw the noise.
 
         Args:
             trained: the parameters trained in full, by name.
-            rules: the spec's train_rules for some of these parameters, by name.
             empty: whether slow state and branches are loaded next. Then branches need no initial values.
         """
-        self.slow = self.slow.with_trained(trained, rules or {})
+        self.slow = self.slow.with_trained(trained)
         self.register_sites(undo, empty)
 
     def grow(self, decided: Decided, undo: Undo | None = None) -> None:
@@ -161,8 +158,7 @@ class Run(RunBase):
         return self._groups(lr, options)
 
     def _groups(self, lr: float, options: Mapping[str, object]) -> list[dict[str, Any]]:
-        states = self.slow.trained
-        trained = [(parameter, states[name].rule) for name, parameter in self.present(states).items()]
+        trained = self.present(self.slow.trained).values()
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
     def begin_loop(self, optimizers: Sequence[torch.optim.Optimizer], call: str = "stages") -> None:

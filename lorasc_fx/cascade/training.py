@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.shards import dtensor_like, full_tensor, local
-from lorasc_fx.spec import CascadeSpec, TrainRule
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.undo import Undo
 
 
@@ -199,8 +199,8 @@ def check_rates(
 ) -> None:
     """Raise SpecError if the optimizers have one learning rate for all trained parameters and the spec has several.
 
-    Then the user has built the optimizer from `parameters()`, and the rates of the spec (lr_ratio, train_rules) would
-    be ignored. Several rates are not checked: the user has chosen them.
+    Then the user has built the optimizer from `parameters()`, and the lr_ratio of the spec would be ignored. Several
+    rates are not checked: the user has chosen them.
 
     Args:
         optimizers: the optimizers. Their initial rates count, from before a scheduler changed them.
@@ -220,7 +220,7 @@ def check_rates(
     for group in expected_groups(rate):
         if not math.isclose(group["lr"], rate, rel_tol=1e-6):
             raise SpecError(
-                f"the spec gives {group['name']} the learning rate {group['lr']:g} (lr_ratio, train_rules), but the "
+                f"the spec gives {group['name']} the learning rate {group['lr']:g} (lr_ratio), but the "
                 f"optimizer has {rate:g} for all trained parameters. Build it from cascade.param_groups(lr=...). In "
                 "timm, use create_optimizer_v2(cascade, param_group_fn=lambda cascade: cascade.param_groups(lr=...)). "
                 "Give a transformers Trainer optimizers=(optimizer, None)",
@@ -292,7 +292,7 @@ def _pruned(state: Mapping[str, object], parameter: nn.Parameter, ratio: float) 
 def groups(
     spec: CascadeSpec,
     branches: Iterable[Branch],
-    trained: Iterable[tuple[nn.Parameter, TrainRule | None]],
+    trained: Iterable[nn.Parameter],
     lr: float,
     options: Mapping[str, object],
 ) -> list[dict[str, Any]]:
@@ -300,7 +300,7 @@ def groups(
 
     Args:
         spec: the spec, with `lr_ratio`.
-        trained: parameters trained in full, each with its rule of train_rules, if any.
+        trained: parameters trained in full.
         lr: learning rate of A.
         options: more options for every group.
     """
@@ -308,10 +308,7 @@ def groups(
     for branch in branches:
         for name, parameter in branch.trainable().items():
             parts.setdefault(name, (branch.learning_rate(name, lr, spec), []))[1].append(parameter)
-    parts["train"] = (lr, [])
-    for parameter, rule in trained:
-        name, rate = (f"train:{rule.pattern}", rule.lr) if rule is not None and rule.lr is not None else ("train", lr)
-        parts.setdefault(name, (rate, []))[1].append(parameter)
+    parts["train"] = (lr, list(trained))
     return [
         {"params": parameters, "name": name, "lr": rate, **options}
         for name, (rate, parameters) in parts.items()

@@ -28,7 +28,6 @@ from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import UNSHARDED, ProcessGroup, dtensor_like, local, local_like, shard_axis
-from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, StageEnd, Summed, WeightState
 from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.environment import generator_states, set_generator_states
@@ -315,7 +314,6 @@ class Stored:
 
     Args:
         base: W0 of a parameter trained in full.
-        rule: index of its rule in the spec's train_rules.
     """
 
     experts: tuple[Expert, ...] = ()
@@ -326,15 +324,13 @@ class Stored:
     noises: tuple[KeptNoise, ...] = ()
     initial: InitialFactors | None = None
     base: torch.Tensor | None = None
-    rule: Count | None = None
 
     @classmethod
-    def of(cls, state: WeightState, spec: CascadeSpec) -> Self:
+    def of(cls, state: WeightState) -> Self:
         """Return the stored fields of a state. Its tensors are not copied."""
         values = {name: getattr(state, name) for name in _STATE_FIELDS}
         base = state.base if state.full else None
-        rule = None if state.rule is None else spec.train_rules.index(state.rule)
-        return cls(**values, base=base, rule=rule)
+        return cls(**values, base=base)
 
     def on(self, bare: WeightState, history: History) -> WeightState:
         """Return the state of a weight without changes (`bare`) with these changes. `history` is that of the weight."""
@@ -407,7 +403,7 @@ class Content:
             inputs=run.inputs,
             versions=versions(),
             base=run.fingerprints(),
-            slow={name: Stored.of(weight, run.plan.spec) for name, weight in slow.states.items()},
+            slow={name: Stored.of(weight) for name, weight in slow.states.items()},
             branch={weight: dict(factors) for weight, factors in state.branches.items()},
             value=dict(state.values),
             buffer=dict(state.buffers),
@@ -599,8 +595,7 @@ def _bare(content: Content, plan: Plan, taker: RunState | None) -> list[WeightSt
     bare = []
     for name, stored in content.slow.items():
         if stored.base is not None:
-            rule = None if stored.rule is None else plan.spec.train_rules[stored.rule]
-            bare.append(WeightState(name, stored.base, full=True, rule=rule).bare())
+            bare.append(WeightState(name, stored.base, full=True).bare())
         elif (site := plan.by_weight.get(name)) is not None:
             base = torch.empty(site.shape, device="meta")
             bare.append(WeightState(name, base, site.experts is not None, site.layout == "in_out"))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from lorasc_fx.errors import UnknownTarget, listed, nearest
-from lorasc_fx.spec import KINDS, CascadeSpec, TrainRule
+from lorasc_fx.spec import KINDS, CascadeSpec
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
@@ -26,8 +26,7 @@ def check_patterns(
     """Raise an error for a pattern of the spec that matches nothing.
 
     Args:
-        spec: `targets` and `rules` must match weight matrices. `exclude`, `train` and `untie` may match any parameter,
-            and `train_rules` the parameters under `train`.
+        spec: `targets` and `rules` must match weight matrices. `exclude`, `train` and `untie` may match any parameter.
         weights: all names of every weight matrix, by its first name.
         parameters: all names of every parameter, by its first name.
 
@@ -36,13 +35,11 @@ def check_patterns(
     """
     # Each item: field, pattern, names that it may match, and the noun for a message.
     matrices, every = (weights, "weight"), (parameters, "parameter")
-    full = trained_by(spec, parameters) if spec.train_rules else {}
     patterns = [("targets", pattern, *matrices) for pattern in spec.targets]
     patterns += [("exclude", pattern, *every) for pattern in spec.exclude]
     patterns += [("rules", rule.pattern, *matrices) for rule in spec.rules]
     patterns += [("train", pattern, *every) for pattern in spec.train]
     patterns += [("untie", pattern, *every) for pattern in spec.untie]
-    patterns += [("train_rules", rule.pattern, full, "parameter under train") for rule in spec.train_rules]
     for field, pattern, candidates, noun in patterns:
         if pattern in KINDS and field in ("targets", "rules"):
             continue
@@ -67,13 +64,3 @@ def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[
         if any(matches(pattern, group) for pattern in spec.train)
         and not any(matches(pattern, group) for pattern in spec.exclude)
     }
-
-
-def rules_of(spec: CascadeSpec, trained: Iterable[str], names: Mapping[str, tuple[str, ...]]) -> dict[str, TrainRule]:
-    """Return the first rule of `spec.train_rules` that matches a parameter, by its name. Others have no entry."""
-    rules = {}
-    for name in trained:
-        rule = next((rule for rule in spec.train_rules if matches(rule.pattern, names[name])), None)
-        if rule is not None:
-            rules[name] = rule
-    return rules

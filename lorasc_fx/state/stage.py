@@ -39,7 +39,7 @@ from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import is_quantized, quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, full_tensor, local, local_like, shard_of
-from lorasc_fx.spec import CascadeSpec, TrainRule
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state.fold import Scratch, arithmetic, cast, exact_products, truncated
 from lorasc_fx.state.weight import History, KeptNoise, StageEnd, ViewName, WeightState
 
@@ -460,10 +460,10 @@ class SlowWeights:
         }
         return replace(self, states={**self.states, **new})
 
-    def with_trained(self, parameters: Mapping[str, nn.Parameter], rules: Mapping[str, TrainRule]) -> SlowWeights:
-        """Return a state with these parameters added as trained in full. `rules` has train_rules for some of them."""
+    def with_trained(self, parameters: Mapping[str, nn.Parameter]) -> SlowWeights:
+        """Return a state with these parameters added as trained in full."""
         new = {
-            name: WeightState(name, host(value), shard=shard_of(value), full=True, rule=rules.get(name)).bare()
+            name: WeightState(name, host(value), shard=shard_of(value), full=True).bare()
             for name, value in parameters.items()
         }
         return replace(self, states={**self.states, **new})

@@ -28,7 +28,7 @@ from lorasc_fx.branch.contract import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
-from lorasc_fx.spec import CascadeSpec, Noise, Share, TrainRule
+from lorasc_fx.spec import CascadeSpec, Noise, Share
 from lorasc_fx.state.fold import (
     accumulate,
     arithmetic,
@@ -198,7 +198,6 @@ class WeightState(Tree):
         initial: factors and magnitudes that the running stage started from. None if its branch started at B = 0.
         shard: the slice of the weight that this rank holds. `base` and all other tensors are slices then.
         full: whether the parameter is trained in full. Then there are no experts and no noise.
-        rule: for a parameter trained in full, the first of the spec's train_rules that matches it.
     """
 
     name: str
@@ -215,7 +214,6 @@ class WeightState(Tree):
     initial: InitialFactors | None = None
     shard: ShardSpec = UNSHARDED
     full: bool = False
-    rule: TrainRule | None = None
 
     # ---- a parameter trained in full
 
@@ -232,9 +230,9 @@ class WeightState(Tree):
     def follows(self, spec: CascadeSpec) -> bool:
         """Whether the slow update uses the pace of the spec. Otherwise the slow weights equal the fast weights.
 
-        Only parameters trained in full can opt out, by `slow_train` or by a rule.
+        Only parameters trained in full can opt out, by `slow_train`.
         """
-        return not self.full or (spec.slow_train if self.rule is None or self.rule.slow is None else self.rule.slow)
+        return not self.full or spec.slow_train
 
     def broken(self, value: torch.Tensor) -> bool:
         """Whether a value has inf or nan in an entry where W0 is finite."""
@@ -538,9 +536,7 @@ class WeightState(Tree):
     def bare(self, base: torch.Tensor | None = None) -> WeightState:
         """Return the state before the first stage: W0 without changes. `base` replaces W0."""
         base = self.base if base is None else base
-        state = WeightState(
-            self.name, base, self.stacked, self.transposed, shard=self.shard, full=self.full, rule=self.rule
-        )
+        state = WeightState(self.name, base, self.stacked, self.transposed, shard=self.shard, full=self.full)
         return state.holding(base) if self.full else state
 
     @property

@@ -215,7 +215,7 @@ def test_the_public_face_is_small() -> None:
     assert lorasc_fx.__all__ == [
         "AdapterBank",
         "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
-        "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError", "TrainRule",
+        "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError",
         "UnknownTarget", "adapt", "backend", "export", "from_peft", "integrations", "load", "merge",
         "parallel", "passes", "recipes", "register_branch", "register_form", "save",
     ]  # fmt: skip

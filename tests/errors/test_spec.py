@@ -23,7 +23,7 @@ from tests.options import page
 
 FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, "
-    "train_A, lr_ratio, train_rules, average, placement, pace, "
+    "train_A, lr_ratio, average, placement, pace, "
     "restart, noise, restart_factors, start, optimizer_state, slow_train, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
@@ -42,7 +42,6 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "train_A": (0,),
     "lr_ratio": (0, math.nan),
     "average": ("swa",),
-    "train_rules": (("head",),),
     "slow_train": ("yes",),
     "restart": (1,),
     "restart_factors": (0.5, None),
@@ -61,7 +60,6 @@ KEPT = lx.Noise(0.1, keep=True)
 CONFLICTING: dict[str, dict[str, Any]] = {
     "dropout, placement": {"dropout": 0.1, "placement": "merged"},
     "lr_ratio, train_A": {"lr_ratio": 16, "train_A": False},
-    "train_rules, train": {"train_rules": (lx.TrainRule("head", lr=0.1),)},
     "average, noise.keep": {"average": True, "noise": KEPT},
     "restart_factors, start": {"restart_factors": "B", "start": "pissa"},
     "restart_factors, rank": {"restart_factors": "none", "rank": (4, 2)},
@@ -97,15 +95,12 @@ METHODS: list[tuple[str, str, float, str, tuple[str, ...]]] = [
     ("delora", "bond", 1.0, "unknown-name", ("nearest: 'bound'", "bound (default 15)")),
     ("lora", "bound", 1.0, "unknown-name", ("its options: none",)),
 ]
-RULES: list[tuple[Any, dict[str, Any], str]] = [
-    (lx.Rule, {"pattern": ""}, ".pattern is empty"),
-    (lx.Rule, {"pattern": 3}, ".pattern is 3"),
-    (lx.Rule, {"pattern": "conv", "rank": 0}, ".rank is 0"),
-    (lx.Rule, {"pattern": "conv", "rank": True}, ".rank is True"),
-    (lx.Rule, {"pattern": "conv", "lora_alpha": -1}, ".lora_alpha is -1"),
-    (lx.TrainRule, {"pattern": ""}, ".pattern is empty"),
-    (lx.TrainRule, {"pattern": "a", "lr": 0}, ".lr is 0"),
-    (lx.TrainRule, {"pattern": "a", "slow": 1}, ".slow is 1"),
+RULES: list[tuple[dict[str, Any], str]] = [
+    ({"pattern": ""}, ".pattern is empty"),
+    ({"pattern": 3}, ".pattern is 3"),
+    ({"pattern": "conv", "rank": 0}, ".rank is 0"),
+    ({"pattern": "conv", "rank": True}, ".rank is True"),
+    ({"pattern": "conv", "lora_alpha": -1}, ".lora_alpha is -1"),
 ]
 DATA: list[tuple[dict[Any, Any], str, tuple[str, ...]]] = [
     ({"rnak": 4}, "unknown-name", ("rnak", "nearest: 'rank'", f"known: {FIELDS}")),
@@ -140,11 +135,9 @@ def refusals() -> Iterator[Refusal]:
     for field, value, told in NOISE:
         for make in (partial(lx.Noise, **{field: value}), partial(Spec.from_dict, {"noise": {field: value}})):
             yield make, "invalid-value", (f"noise.{field} is {value!r}; ", told)
-    for kind, given, told in RULES:
-        name = "rules" if kind is lx.Rule else "train_rules"
-        yield partial(kind, **given), "invalid-value", (name, told)
-        data = {name: [given], "train": ["a"]}
-        yield partial(Spec.from_dict, data), "invalid-value", (f"spec.{name}[0]{told}; ",)
+    for given, told in RULES:
+        yield partial(lx.Rule, **given), "invalid-value", ("rules", told)
+        yield partial(Spec.from_dict, {"rules": [given]}), "invalid-value", (f"spec.rules[0]{told}; ",)
     for data, code, told in DATA:
         yield partial(Spec.from_dict, data), code, told
     for name in PEFT:
@@ -219,7 +212,6 @@ def test_a_site_is_read_back() -> None:
 
 RICH = lx.CascadeSpec(
     train=("head.*", "norm.*"),
-    train_rules=(lx.TrainRule("head.*", lr=1e-3, slow=False), lx.TrainRule("norm.*")),
     rank=(8, 4),
     pace=(1.0, 0.5),
     lr_ratio=16.0,
@@ -243,9 +235,9 @@ def test_ranks_of_stages() -> None:
 
 
 def test_a_wrong_key_of_a_rule_is_told(tmp_path: Path) -> None:
-    text = '[spec]\ntrain = ["head.*"]\n\n[[spec.train_rules]]\npattern = "head.*"\nlearning_rate = 0.1\n'
+    text = '[spec]\n\n[[spec.rules]]\npattern = "head.*"\nlora_rank = 1\n'
     (tmp_path / "config.toml").write_text(text)
-    with raises(lx.SpecError, "unknown-name", "config.toml", "spec.train_rules[0] has no field 'learning_rate'"):
+    with raises(lx.SpecError, "unknown-name", "config.toml", "spec.rules[0] has no field 'lora_rank'"):
         load_config(tmp_path / "config.toml")
 
 

@@ -25,10 +25,7 @@ from tests.kit.seams import SEAMS
 from tests.parallel.training import STAGES, STEPS, data, optimizer_of, run, step
 
 SPECS: dict[str, dict[str, Any]] = {
-    "fresh": {
-        "noise": {"strength": 0.1, "keep": True},
-        "train_rules": ({"pattern": "layers.1.norm.*", "slow": True},),
-    },  # its experts outgrow their weights, and are summed
+    "fresh": {"noise": {"strength": 0.1, "keep": True}},  # its experts outgrow their weights, and are summed
     "fast": {
         "rank": 1,
         "exclude": ("head.*", "table.*"),
@@ -41,7 +38,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "optimizer_state": 0.5,
         "average": True,
         "noise": {"strength": 0.1, "distribution": "normal"},
-        "train_rules": ({"pattern": "norm.*", "slow": False},),
+        "slow_train": False,
     },
     "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_factors": "B"},
     "pairs": {"rank": 4, "restart_factors": "none", "noise": {"strength": 0.1}},

@@ -108,7 +108,7 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
 
 
 def through_a_file(plan: Plan, slow: SlowWeights, branch: Any, value: Any) -> WeightState:
-    stored = {name: Stored.of(state, plan.spec) for name, state in slow.states.items()}
+    stored = {name: Stored.of(state) for name, state in slow.states.items()}
     content = Content({}, "", {}, {}, stored, branch, False, ({},), value, history=slow.history.ends)
     plain, tensors = pack(content)
     return decoded(decode(Content, unpack(json.loads(json.dumps(plain)), tensors)), plan).slow.states["w"]
