@@ -8,7 +8,7 @@ arithmetic (2212.04089).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 
@@ -22,13 +22,12 @@ from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import install_slow
 from lorasc_fx.checkpoint.reader import RunSource
-from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, path_of, warn
+from lorasc_fx.errors import CheckpointError, SpecError, named, path_of, warn
 from lorasc_fx.facade import Cascade
-from lorasc_fx.graph import matches, named_weights
+from lorasc_fx.graph import named_weights
 from lorasc_fx.parameters import buffer_holders
 from lorasc_fx.peft.adapter_reader import Adapter, read_adapter, spec_of
-from lorasc_fx.plan import Plan, Site
-from lorasc_fx.quantized import dense
+from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import BaseMemory, Expert, History, Part, SlowWeights, StageEnd, WeightState, summing
 from lorasc_fx.util.decode import is_number
@@ -47,14 +46,16 @@ def check_summable(call: str, plans: Mapping[str, Plan], advice: str) -> None:
         )
 
 
-def check_same_kind(call: str, run_name: str, state: WeightState, reference: WeightState) -> None:
-    """Raise SpecError if a weight is a stack of matrices in one of the two states, and a single matrix in the other."""
-    if state.stacked != reference.stacked and not (state.full or reference.full):
-        raise SpecError(
-            f"{call}: {run_name}, adapted {state.name} as another kind of matrix than the first run. Sum only runs of "
-            "one model",
-            code="sites-differ",
-        )
+def check_same_weights(parts: Sequence[Part]) -> None:
+    """Raise SpecError if the runs adapted, or trained in full, other weights than the first run."""
+    first, *others = [{name: (state.stacked, state.full) for name, state in part.slow.states.items()} for part in parts]
+    for part, kinds in zip(parts[1:], others, strict=True):
+        if odd := sorted({name for name, _ in kinds.items() ^ first.items()}):
+            raise SpecError(
+                f"merge: {part.name} and {parts[0].name} differ in what they do with {named(odd)}. Merge runs that "
+                "adapt the same weights, train the same parameters in full, and keep noise in the same weights",
+                code="sites-differ",
+            )
 
 
 def check_fits(after: SlowWeights, call: str) -> None:
@@ -64,72 +65,44 @@ def check_fits(after: SlowWeights, call: str) -> None:
 
 
 def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
-    """Return `W0 + sum_i w_i S_i` for every weight of `fresh`. A run that did not adapt a weight has S = 0 there.
+    """Return `W0 + sum_i w_i S_i` for every weight.
 
     Args:
-        fresh: slow weights of a new cascade on the common base, with every weight of every run.
-        parts: the runs.
+        fresh: slow weights of a new cascade on the common base.
+        parts: the runs, which have the same weights.
         weights: one number w_i per run. They need not sum to 1.
         stage: number of the stage that ends with the sum.
-
-    Raises:
-        SpecError: a run has a weight that `fresh` does not have, or adapted one as another kind of matrix.
     """
-    terms = list(zip(weights, parts, strict=True))
-    for part in parts:
-        foreign = sorted(part.slow.states.keys() - fresh.states.keys())
-        if foreign:
-            raise SpecError(
-                f"merge: {part.name}, keeps noise in {foreign[0]}, which is not a site of the first run. Give a run "
-                "with noise.where='all' first",
-                code="sites-differ",
-            )
     history = History((StageEnd(stage, 1.0),))
-    return SlowWeights({name: _summed(state, terms, history) for name, state in fresh.states.items()}, history=history)
+    states = {}
+    for name, state in fresh.states.items():
+        terms = [(weight, part.slow.states[name]) for weight, part in zip(weights, parts, strict=True) if weight != 0]
+        states[name] = _summed(state, terms, history)
+    return SlowWeights(states, history=history)
 
 
-def _summed(fresh: WeightState, terms: Sequence[tuple[float, Part]], history: History) -> WeightState:
-    """Return the sum of one weight over (weight of the run, run) pairs."""
+def _summed(fresh: WeightState, terms: Sequence[tuple[float, WeightState]], history: History) -> WeightState:
+    """Return the sum of one weight over (weight of the run, state of the run) pairs."""
     if fresh.full:  # there are no experts, so the values themselves are summed
-        after = fresh.bare().holding(fresh.base.double() + _dense(fresh.name, fresh.base, terms))
+        delta = torch.zeros(fresh.base.shape, dtype=torch.float64)
+        for weight, state in terms:
+            slow = replace(state, base=fresh.base).exact("slow", torch.float64, device=delta.device)
+            delta += weight * (slow - fresh.base.double())
+        after = fresh.bare().holding(fresh.base.double() + delta)
         return replace(after, history=history, ends={history.last: after.dense["slow"]})
     experts: list[Expert] = []
-    noises = []
-    collapsed = False
-    for weight, part in terms:
-        state = part.slow.states.get(fresh.name)
-        if state is None or weight == 0:
-            continue
-        check_same_kind("merge", part.name, state, fresh)
+    for weight, state in terms:
         for coefficient, expert in zip(state.coefficients("slow"), state.experts, strict=True):
             if coefficient != 0:
                 summand = weight * coefficient
                 experts.append(replace(expert, stage=0, origin=(summand, summand, summand)))
-        noises += [replace(noise, amplitude=weight * noise.amplitude) for noise in state.noises]
-        collapsed |= bool(state.dense)
+    noises = (replace(noise, amplitude=weight * noise.amplitude) for weight, state in terms for noise in state.noises)
     after = replace(fresh.bare(), experts=tuple(experts), history=history, noises=tuple(noises))
-    if collapsed:  # a run whose experts were collapsed makes the sum partly dense
-        delta = _dense(fresh.name, fresh.base, terms, factors=False).view(fresh.matrix).to(summing(fresh.base.dtype))
-        after = replace(after, dense={"slow": delta})
+    # A run whose experts were collapsed makes the sum partly dense.
+    dense = [weight * state.dense["slow"].cpu().double() for weight, state in terms if state.dense]
+    if dense:
+        after = replace(after, dense={"slow": sum(dense[1:], dense[0]).to(summing(fresh.base.dtype))})
     return after.compact()
-
-
-def _dense(name: str, base: torch.Tensor, terms: Sequence[tuple[float, Part]], factors: bool = True) -> torch.Tensor:
-    """Return the weighted sum of the deltas of one weight in fp64, in the shape of the weight.
-
-    Without `factors` it has only the dense parts: collapsed deltas and parameters trained in full.
-    """
-    total = torch.zeros(base.shape, dtype=torch.float64)
-    for weight, part in terms:
-        state = part.slow.states.get(name)
-        if weight == 0 or state is None:
-            continue
-        if factors or state.full:
-            slow = replace(state, base=base).exact("slow", torch.float64, device=total.device)
-            total += weight * (slow - dense(base).cpu().double())
-        elif state.dense:
-            total += weight * state.dense["slow"].cpu().double().view(base.shape)
-    return total
 
 
 def install_sum(run: Run, after: SlowWeights, parts: Sequence[Part], undo: Undo) -> None:
@@ -173,14 +146,12 @@ def merge(
 
     S_i is the sum of the experts of run i, with their coefficients. The experts of all runs are concatenated, their
     coefficients are multiplied by w_i, and the sum is rounded once. A stage that is running counts if it has trained,
-    as in `release`. Runs may differ in ranks and sites: S_i = 0 for a weight that run i did not adapt. Parameters that
-    were trained in full are summed too.
+    as in `release`. The runs adapt the same weights, at any ranks. Parameters that were trained in full are summed too.
 
     Args:
         runs: checkpoint folders (the newest version of each), or cascades on copies of the base, which are left
-            unchanged. The result has the spec of the first run, and its sites before additional sites of other runs.
-        model, args, kwargs, base: as for `load`, which needs no inputs. The model must have the weights that every run
-            adapted.
+            unchanged. The result has the spec and the ranks of the first run.
+        model, args, kwargs, base: as for `load`, which needs no inputs.
         weights: one finite number w_i for each run. By default all are equal and sum to 1. Weights with another sum are
             known as task arithmetic, and a negative weight subtracts a run.
 
@@ -207,19 +178,15 @@ def merge(
     with torch.inference_mode(False), AllOrNothing() as undo:
         spec_run = named_runs[0]
         start = Setup.of(opened, spec_run.plan, spec_run.frontend, (args, kwargs), base, undo, loads=True)
-        # Read the runs, start a cascade with the sites of every run, and set its slow weights to the sum.
+        # Read the runs, start a cascade like the first one, and set its slow weights to the sum.
         parameters = dict(opened.named_parameters())
         digests = fingerprints(parameters)
         for run in named_runs:
             run.check_base(digests, "merge")
         parts = [run.part(parameters) for run in named_runs]
-        plan = _plan(parts, named_weights(opened).names)
-        try:
-            cascade = replace(start, plan=plan).cascade(undo)
-        except PassError as fault:
-            raise SpecError(
-                f"merge: the sites of these runs do not fit together: {fault}", code="sites-differ"
-            ) from fault
+        check_same_weights(parts)
+        plan = parts[0].plan.at_stage(max(part.plan.stage for part in parts) + 1)
+        cascade = replace(start, plan=plan).cascade(undo)
         install_sum(run_of(cascade), weighted_sum(run_of(cascade).slow, parts, shares, plan.stage - 1), parts, undo)
         return cascade
 
@@ -239,38 +206,6 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
         if not is_number(weight):
             raise SpecError(f"merge: weights contains {weight!r}. Pass finite numbers.")
     return [float(weight) for weight in shares]
-
-
-def _plan(parts: Sequence[Part], names: Mapping[str, tuple[str, ...]]) -> Plan:
-    """Return the plan of the first run with the sites of all runs added, at a stage after the stages of all runs.
-
-    `names` has all names of each parameter of the model.
-    """
-    spec = parts[0].plan.spec
-    # A parameter that any run trained in full is trained in full, and cannot be a site.
-    trained = {name for part in parts for name in part.slow.trained}
-    sites: dict[str, Site] = {}
-    for part in parts:
-        for site in part.plan.sites:
-            if site.weight not in trained:
-                sites.setdefault(site.weight, site)
-    added = sorted(trained - parts[0].slow.trained.keys())
-    if added:
-        spec = replace(spec, train=(*spec.train, *added), exclude=tuple(_without(spec.exclude, added, names)))
-    return Plan(spec, tuple(sites.values())).at_stage(max(part.plan.stage for part in parts) + 1)
-
-
-def _without(patterns: Iterable[str], added: Sequence[str], names: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
-    """Yield patterns that match the same names except the added ones.
-
-    A pattern that matches an added name is replaced by the list of the other names that it matches.
-    """
-    for pattern in patterns:
-        matching = [name for name in names if matches(pattern, names[name])]
-        if set(matching) & set(added):
-            yield from (name for name in matching if name not in added)
-        else:
-            yield pattern
 
 
 def from_peft(
