@@ -338,7 +338,7 @@ class Stored:
         return replace(bare, **values, history=history, base=bare.base if self.base is None else self.base)
 
 
-_STATE_FIELDS = [item.name for item in fields(Stored) if item.name not in ("base", "rule")]
+_STATE_FIELDS = [item.name for item in fields(Stored) if item.name != "base"]
 
 
 @dataclass(frozen=True)
