@@ -4,8 +4,7 @@ Libraries quantize in one of two ways:
 
 1. torchao quantizes a weight. The parameter of an nn.Linear becomes a tensor subclass with the shape of the dense
    weight and its own `dequantize`.
-2. bitsandbytes, HQQ, quanto, GPTQ and AWQ replace a layer. Their module holds packed values, and its forward computes
-   with them.
+2. bitsandbytes replaces a layer. Its module holds packed values, and its forward computes with them.
 
 While a cascade exists, each layer of the second kind is wrapped by a `QuantizedLinear`. The weight of the wrapper, a
 `QuantizedWeight`, is a tensor subclass of the first kind, and `F.linear(x, weight, bias)` calls the forward of the
@@ -87,14 +86,14 @@ class Library:
         holds: returns whether a layer of this class is quantized, and its forward is only `x W^T + b`.
         dequantize: returns the dense weight [out, in] of a layer.
         requantize: returns a copy of a layer that holds another dense weight [out, in], quantized with the settings of
-            the layer. None if quantization needs more than the weight, such as calibration data.
+            the layer.
         attributes: attributes that the layer must have while a cascade exists, by name. The previous values are
             restored afterwards.
     """
 
     holds: Callable[[Any], bool]
     dequantize: Callable[[Any], torch.Tensor]
-    requantize: Callable[[Any, torch.Tensor], nn.Module] | None = None
+    requantize: Callable[[Any, torch.Tensor], nn.Module]
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -129,30 +128,6 @@ def _requantize_8bit(layer: Any, value: torch.Tensor) -> nn.Module:
     return new
 
 
-def _requantize_hqq(layer: Any, value: torch.Tensor) -> nn.Module:
-    linear = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(value.to(layer.compute_dtype), False)
-    config = {**layer.quant_config, "offload_meta": layer.offload_meta}
-    new: nn.Module = type(layer)(linear, config, compute_dtype=layer.compute_dtype, device=layer.device)
-    new.bias = layer.bias
-    return new
-
-
-def _requantize_quanto(layer: Any, value: torch.Tensor) -> nn.Module:
-    new = shallow(layer)
-    new.weight = nn.Parameter(value, False)
-    freeze: Any = new.freeze
-    freeze()
-    return new
-
-
-def _dequantize_awq(layer: Any) -> torch.Tensor:
-    dequantize: Any = vars(sys.modules[type(layer).__module__])["dequantize_gemm"]
-    packed = (layer.qweight, layer.qzeros, layer.scales, layer.bits, layer.group_size)
-    plain: torch.Tensor = dequantize(*packed)
-    return plain.T.contiguous()
-
-
 LIBRARIES: dict[str, Library] = {
     "bitsandbytes.nn.modules.Linear4bit": Library(
         lambda layer: getattr(layer.weight, "quant_state", None) is not None,
@@ -165,21 +140,6 @@ LIBRARIES: dict[str, Library] = {
         lambda layer: layer.weight.dtype == torch.int8 and not layer.state.has_fp16_weights,
         _dequantize_8bit,
         _requantize_8bit,
-    ),
-    "hqq.core.quantize.HQQLinear": Library(
-        lambda layer: layer.is_initialized(), lambda layer: layer.dequantize(), _requantize_hqq
-    ),
-    # GPTQ and AWQ quantize with calibration data, so another weight cannot be quantized here.
-    "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear": Library(
-        lambda layer: layer.adapter is None, _dequantize_awq
-    ),
-    "gptqmodel.nn_modules.qlinear.torch.TorchLinear": Library(
-        lambda layer: layer.adapter is None, lambda layer: layer.dequantize_weight().T.contiguous()
-    ),
-    "optimum.quanto.nn.qlinear.QLinear": Library(
-        lambda layer: layer.frozen and layer.activation_qtype is None,
-        lambda layer: layer.weight.dequantize(),
-        _requantize_quanto,
     ),
 }
 """Libraries by the full name of the class of their layers."""

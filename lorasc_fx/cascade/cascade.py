@@ -409,7 +409,7 @@ class CascadeModule(nn.Module):
 
         Args:
             quantized: how to treat quantized weights that have trained. `dequantize` leaves them dense. `requantize`
-                quantizes them again with the settings of their layer (bitsandbytes, HQQ, quanto). A callable gets each
+                quantizes them again with the settings of their layer (bitsandbytes). A callable gets each
                 module with its dense weight and quantizes it in place, for example torchao's
                 `lambda module: quantize_(module, config)`. The relative rounding error is logged. None raises.
             view: `slow` or `averaged`, as in `weights`.

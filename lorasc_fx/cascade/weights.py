@@ -371,10 +371,10 @@ def _requantize_like_layer(module: nn.Module, kind: str, weight: nn.Parameter, u
     """Re-quantize a dense weight with the settings of the original layer.
 
     Raises:
-        StateError: there is no such layer, or its library needs more than the weight to quantize (calibration data).
+        StateError: there is no such layer, because a tensor subclass held the weight.
     """
     row = library_of(module.layer) if isinstance(module, QuantizedLinear) else None
-    if row is None or row.requantize is None:
+    if row is None:
         raise StateError(
             f"release: quantized='requantize' is not supported for {kind}, because its weight cannot be quantized "
             "again without more information; nothing was changed. Give quantized='dequantize', or a callable that "

@@ -16,17 +16,9 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.models import train
-from tests.quantized.layers import CONFIGS, FIXED, LAYERS, is_missing
+from tests.quantized.layers import CONFIGS, LAYERS, is_missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
-PACKAGES = {
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "gptq": "gptqmodel",
-    "hqq": "hqq",
-    "quanto": "optimum-quanto",
-    "torchao": "torchao",
-}
 
 
 class Model(nn.Module):
@@ -43,7 +35,7 @@ class Model(nn.Module):
 def _by_layer(case: str) -> Callable[[nn.Module], None]:
     def quantize(model: nn.Module) -> None:
         for name in ("up", "down"):
-            setattr(model, name, {**LAYERS, **FIXED}[case](model.get_submodule(name)))  # type: ignore[arg-type]
+            setattr(model, name, LAYERS[case](model.get_submodule(name)))  # type: ignore[arg-type]
 
     return quantize
 
@@ -63,10 +55,10 @@ def _again(width: str) -> Any:
     return lambda layer: torchao.quantize_(layer, CONFIGS[width]())
 
 
-def trained(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> tuple[lx.Cascade, torch.Tensor]:
+def trained(quantize: Callable[[nn.Module], None]) -> tuple[lx.Cascade, torch.Tensor]:
     """Return a cascade of two stages on the quantized model, and the inputs."""
     torch.manual_seed(0)
-    model, x = Model().to(dtype), torch.randn(64, 256).to(dtype)
+    model, x = Model(), torch.randn(64, 256)
     quantize(model)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, pace=1.0))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
@@ -79,25 +71,22 @@ def trained(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> tuple[
 def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
     """Return the row of a case. Distances are between outputs, relative to the norm of the outputs after training."""
     torch.manual_seed(0)
-    dtype = torch.float16 if case.startswith("awq") else torch.float32
-    plain = Model().to(dtype)
+    plain = Model()
     with torch.enable_grad():
-        cascade, x = trained(quantize, dtype)
+        cascade, x = trained(quantize)
     size = cascade(x).norm()
     with cascade.weights("base"):
         base = cascade.model(x)
     rounding = (base - plain(x)).norm() / plain(x).norm()
     moved = (cascade(x) - base).norm() / size
     wanted = cascade(x)
-    dense = Model().to(dtype)
+    dense = Model()
     dense.load_state_dict(cascade.folded_state_dict(quantized="dequantize"))
     folded = (dense(x) - wanted).norm() / size
     cascade.release(quantized=again)
     requantized = (cascade.model(x) - wanted).norm() / size
-    package = PACKAGES[case.partition(" ")[0]]
-    how = "a callable" if callable(again) else "not" if again == "dequantize" else '`"requantize"`'
-    last = "" if again == "dequantize" else f"{requantized:.2g}"
-    return f"| {case} | {version(package)} | {rounding:.2g} | {moved:.2g} | {folded:.0e} | {last} | {how} |"
+    package, how = case.partition(" ")[0], "a callable" if callable(again) else '`"requantize"`'
+    return f"| {case} | {version(package)} | {rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {how} |"
 
 
 def main() -> None:
@@ -106,7 +95,6 @@ def main() -> None:
     cases: dict[str, tuple[Callable[[nn.Module], None], Any]] = {
         case: (_by_layer(case), "requantize") for case in LAYERS if case != "packed" and not is_missing(case)
     }
-    cases |= {case: (_by_layer(case), "dequantize") for case in FIXED if not is_missing(case)}
     cases |= {f"torchao {width}": (_by_torchao(width), _again(width)) for width in CONFIGS}
     text = PAGE.read_text()
     for case, (quantize, again) in cases.items():
