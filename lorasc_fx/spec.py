@@ -85,12 +85,6 @@ CONFLICTS = (
         "Set placement='beside' or 'auto', or dropout=0",
     ),
     Conflict(
-        ("lr_ratio", "train_A"),
-        lambda lr_ratio, train_a: lr_ratio != 1 and not train_a,
-        "lr_ratio is relative to the learning rate of A, and A is not trained",
-        "Set lr_ratio=1 and pass the learning rate of B to param_groups",
-    ),
-    Conflict(
         ("average", "noise.keep"),
         lambda average, keep: average and keep,
         "the average would contain a share of the noise of each stage, and only experts have coefficients for shares",
@@ -107,12 +101,6 @@ CONFLICTS = (
         lambda factors, rank: factors == "none" and isinstance(rank, tuple),
         "factors that do not restart need the same rank in all stages",
         "Set restart_factors='both' or one rank",
-    ),
-    Conflict(
-        ("restart_factors", "optimizer_state"),
-        lambda factors, state: factors == "none" and state != "reset",
-        "the state of factors that do not restart is kept anyway",
-        "Set restart_factors='both' or optimizer_state='reset'",
     ),
     Conflict(
         ("restart_factors", "adapter"),
@@ -366,8 +354,8 @@ class CascadeSpec:
         restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
         noise: noise on the frozen weights (see Noise). Default: off.
         restart_factors: which factors restart at a transition: `both` (default), `B` alone (A is kept if the rank is
-            the same), or `none`: A and B continue to train with their optimizer state, and a stage only ends a cycle
-            of the slow rule.
+            the same), or `none`: A and B continue to train with their optimizer state, whatever `optimizer_state`
+            says, and a stage only ends a cycle of the slow rule.
         start: factors at the start of a stage. `lora` (default): A random, and B = 0. `pissa` (2404.02948): the largest
             singular triplets of the weight W, which holds the residual `W - s B A` while the stage trains.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in

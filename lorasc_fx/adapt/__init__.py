@@ -84,7 +84,6 @@ def adapt(
     check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
         cascade = Setup.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
-        _log_too_large_ranks(cascade.plan)
         _warn_about_frozen_sites(cascade)
         _warn_about_quantized_weights(cascade)
         return cascade
@@ -149,25 +148,6 @@ def load(
         load_into(cascade, checkpoint, undo)
         check_loaded(cascade, checkpoint.path)
         return cascade
-
-
-def _log_too_large_ranks(plan: Plan) -> None:
-    """Log sites with a rank above the maximum rank of a matrix of their shape. It wastes memory and time."""
-    too_large = [
-        (site, maximum)
-        for site in plan.sites
-        if max((site.rank, *site.options.ranks)) > (maximum := min(site.matrix_shape))
-    ]
-    if too_large:
-        site, maximum = too_large[0]
-        log.info(
-            "Rank %d is too large for %s: a matrix of shape %s has at most rank %d. The larger branch computes the "
-            "same at a higher cost. Set a smaller rank for these weights (rules=...).",
-            max((site.rank, *site.options.ranks)),
-            named([site.weight for site, _ in too_large], 1),
-            tuple(site.matrix_shape),
-            maximum,
-        )
 
 
 def _warn_about_frozen_sites(cascade: Cascade) -> None:

@@ -59,11 +59,9 @@ MISSPELT = {
 KEPT = lx.Noise(0.1, keep=True)
 CONFLICTING: dict[str, dict[str, Any]] = {
     "dropout, placement": {"dropout": 0.1, "placement": "merged"},
-    "lr_ratio, train_A": {"lr_ratio": 16, "train_A": False},
     "average, noise.keep": {"average": True, "noise": KEPT},
     "restart_factors, start": {"restart_factors": "B", "start": "pissa"},
     "restart_factors, rank": {"restart_factors": "none", "rank": (4, 2)},
-    "restart_factors, optimizer_state": {"restart_factors": "none", "optimizer_state": "kept"},
     "restart_factors, adapter": {"restart_factors": "none", "adapter": "dora"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
