@@ -495,9 +495,8 @@ class Branch(nn.Module, abc.ABC):
             scale: scale of the delta, a scalar tensor.
             args, at, options: as for `forward`.
         """
-        adapted = {"at": Placement.ADAPTED, **({"expert": options.pop("expert")} if "expert" in options else {})}
         weight = args[0] if at is Placement.WEIGHT else args[1]
-        changed: torch.Tensor = functional_call(self, dict(tensors), (weight, scale), adapted)
+        changed: torch.Tensor = functional_call(self, dict(tensors), (weight, scale), {"at": Placement.ADAPTED})
         if at is Placement.WEIGHT:
             return changed
         return self.product_with(args[0], changed, args[2] if len(args) > 2 else None, **options)

@@ -172,12 +172,9 @@ class LowRankBranch(Branch):
         """Return A and B."""
         return self.down, self.up
 
-    def adapted(
-        self, weight: torch.Tensor, scale: torch.Tensor, expert: int | torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return `weight + scale * B A`. If `expert` is given, the weight is the matrix of this expert."""
-        delta = self.product() if expert is None else MatrixOps.expert_product(self, expert)
-        return weight + (delta * scale).to(weight.dtype)
+    def adapted(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return `weight + scale * B A`."""
+        return weight + (self.product() * scale).to(weight.dtype)
 
     def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return weight plus delta, in the layout of the weight."""
@@ -414,9 +411,7 @@ class DoraBranch(LoraBranch):
         """Compute with the merged weight, see `Branch.computed_with`."""
         return Branch.computed_with(self, tensors, scale, *args, at=at, **options)
 
-    def adapted(
-        self, weight: torch.Tensor, scale: torch.Tensor, expert: int | torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def adapted(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return `g (W + scale B A)`. For scale 0 return W, with any magnitudes."""
         total = weight.to(self.lora_A.dtype) + self.product() * scale
         axis, broadcast_shape = (0, (1, -1)) if self.transposed else (1, (-1, *(1 for _ in self.weight_shape[1:])))

@@ -94,24 +94,10 @@ class MatrixOps:
         return torch.add(base, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
 
     @staticmethod
-    def on_weight(
-        branch: LowRankBranch, weight: torch.Tensor, expert: int | torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return `W + s B A` in the layout of the weight.
-
-        Args:
-            weight: the weight, or the matrix of one expert.
-            expert: index of this expert in the stack, an int or a scalar tensor. None for the full weight.
-        """
-        delta = branch.product() if expert is None else MatrixOps.expert_product(branch, expert)
-        total = plus(weight, delta.to(weight.dtype), branch.scale)
+    def on_weight(branch: LowRankBranch, weight: torch.Tensor) -> torch.Tensor:
+        """Return `W + s B A` in the layout of the weight."""
+        total = plus(weight, branch.product().to(weight.dtype), branch.scale)
         return apply(DenseGradient, total) if allows_custom_backward(weight) and total.dim() == 2 else total
-
-    @staticmethod
-    def expert_product(branch: LowRankBranch, expert: int | torch.Tensor) -> torch.Tensor:
-        """Return B A of one expert in the layout of its matrix, without the scale."""
-        delta = branch.up[expert] @ branch.down[expert]
-        return delta.transpose(-2, -1) if branch.transposed else delta
 
     @staticmethod
     def merged(

@@ -240,31 +240,6 @@ def is_impure(node: fx.Node) -> bool:
     return node.is_impure() or torch.Tag.nondeterministic_seeded in tags
 
 
-def expert_index(node: fx.Node) -> fx.Node | None:
-    """Return the node of the index by which a node selects one matrix of a stack [experts, out, in], or None.
-
-    Constant indices do not count. A graph with constant indices reads each expert once, so the whole stack is used.
-    """
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    arguments, name = node.args[1:], name_of(node)
-    if name == "select":
-        index = arguments[1] if len(arguments) == 2 and arguments[0] == 0 else None
-    else:
-        index = arguments[0] if name in ("index", "getitem") and len(arguments) == 1 else None
-    if isinstance(index, (tuple, list)) and len(index) == 1:
-        index = index[0]
-    stack, selected = shape_of(node.args[0]), shape_of(node)
-    is_matrix = stack is not None and selected is not None and len(stack) == 3 and len(selected) == 2
-    return index if is_matrix and isinstance(index, fx.Node) else None
-
-
-def indexed_experts(stack: fx.Node) -> list[fx.Node]:
-    """Return the nodes that each select one matrix of a stack. Empty if another node reads the stack too."""
-    users = [user for user in stack.users if not reads_shape_only(user)]
-    return users if users and all(expert_index(user) is not None and user.args[0] is stack for user in users) else []
-
-
 def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
     """Return the consumers of a weight, by the first rule of the module docstring that gives a site.
 

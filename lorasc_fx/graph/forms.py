@@ -243,10 +243,7 @@ def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
 aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
-"""Name in marks of the weight placement: the branch is added to the weight, before every op that reads it."""
-
-ON_INDEXED_EXPERT = "on-indexed-expert"
-"""Name in marks of a branch that is added to one matrix of a stack, which the graph selects by an index node."""
+"""The form of a use at the weight itself: the branch is added to the weight, before every op that reads it."""
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -387,8 +384,8 @@ def built_in_form(target: Any) -> FunctionForm | None:
 
 
 def is_form(name: str) -> bool:
-    """Whether a mark may have this name of a form."""
-    return name in (ON_WEIGHT, ON_INDEXED_EXPERT) or name in _BY_NAME or registered_named(name) is not None
+    """Whether there is a form of this name."""
+    return name == ON_WEIGHT or name in _BY_NAME or registered_named(name) is not None
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:

@@ -31,14 +31,11 @@ from lorasc_fx.graph.branch_calls import (
 from lorasc_fx.graph.flow import (
     Consumer,
     constants,
-    expert_index,
-    indexed_experts,
     kind_of,
     mutates,
     uses_of,
 )
 from lorasc_fx.graph.forms import (
-    ON_INDEXED_EXPERT,
     ON_WEIGHT,
     FunctionForm,
     ModuleForm,
@@ -177,13 +174,8 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
 
 
 def _after_branches(source: fx.Node) -> list[fx.Node]:
-    """Return the branch nodes that are added to a weight or to its indexed experts. Without any, the weight's node."""
-    for nodes in ([source], indexed_experts(source)):
-        users = [user for node in nodes for user in node.users if user.args == (node,)]
-        branches = [user for user in users if _adds_to_first_argument(user)]
-        if branches:
-            return branches
-    return [source]
+    """Return the branch nodes that are added to a weight. Without any, the weight's node."""
+    return [user for user in source.users if user.args == (source,) and _adds_to_first_argument(user)] or [source]
 
 
 def _adds_to_first_argument(node: fx.Node) -> bool:
@@ -426,9 +418,7 @@ def _planned_uses(
             merged = site.placement == "merged"
             planned |= {use.node: Use(weight, use.form.name, merged and use.mergeable) for use in uses.beside}
         elif uses.reached and not uses.called:
-            for source in uses.sources:
-                experts = indexed_experts(source) if site.kind == "experts" else []
-                planned |= dict.fromkeys(experts, Use(weight, ON_INDEXED_EXPERT)) or {source: Use(weight, ON_WEIGHT)}
+            planned |= dict.fromkeys(uses.sources, Use(weight, ON_WEIGHT))
         elif uses.reached:
             raise PassError(
                 f"{weight}: node {uses.called[0].name} reads it in another layout than its branch, {site.layout}. "
@@ -446,8 +436,8 @@ def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...]
         use: the use.
         base: its node. If the branch has replaced the op, the op.
     """
-    if isinstance(base, fx.Node) and use.form in (ON_WEIGHT, ON_INDEXED_EXPERT):
-        return (base,), {"at": Placement.WEIGHT, **({} if use.form == ON_WEIGHT else {"expert": expert_index(base)})}
+    if isinstance(base, fx.Node) and use.form == ON_WEIGHT:
+        return (base,), {"at": Placement.WEIGHT}
     form = form_named(use.form)
     reading = form.reads(base, called_module(base) if isinstance(base, fx.Node) else base.module)
     if not use.merged:

@@ -30,8 +30,8 @@ from tests.passes.kit import assert_close, assert_differ, fill, insert, run, tot
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 
 
-REFUSED = ("aten_chosen", "aten_grouped", "functional_grouped")
-"""Cases with grouped products or with one expert of a stack."""
+REFUSED = ("aten_grouped", "functional_grouped")
+"""Cases with grouped products."""
 
 
 def inlined(module: fx.GraphModule) -> fx.GraphModule:

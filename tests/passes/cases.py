@@ -23,9 +23,9 @@ from lorasc_fx.plan import Reason
 from tests.kit import operators
 from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import Uses, kind_in, rand, row, sites_in
-from tests.kit.operators.graphs import COMPUTED_INDEX, Attention
+from tests.kit.operators.graphs import Attention
 
-__all__ = ["ADAPTABLE", "BY_NAME", "CASES", "COMPUTED_INDEX", "SPEC", "Case", "Encoder"]
+__all__ = ["ADAPTABLE", "BY_NAME", "CASES", "SPEC", "Case", "Encoder"]
 
 # The scale is not a power of two, so that products with it are rounded.
 SPEC = CascadeSpec(rank=3, lora_alpha=5.0, pace=0.7, seed=11)

@@ -12,13 +12,13 @@ from torch.func import functional_call
 
 from lorasc_fx import CascadeSpec, PassError, Rule, SpecError, UnknownTarget
 from lorasc_fx.graph import FORMS, FunctionForm, record_of, text
-from lorasc_fx.graph.forms import ON_INDEXED_EXPERT, ON_WEIGHT
+from lorasc_fx.graph.forms import ON_WEIGHT
 from lorasc_fx.graph.record import strip
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, NoSites, Pipeline
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
 from tests.kit.state import exact_slow, weight_states
-from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, COMPUTED_INDEX, Case, Encoder
+from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, Case, Encoder
 from tests.passes.kit import (
     Photograph,
     assert_close,
@@ -87,8 +87,7 @@ def test_match(case: Case, mode: str) -> None:
 
 def test_every_row_of_the_table_has_a_case() -> None:
     seen = {form for case in CASES for uses in case.sites.values() for _, form in uses}
-    on_weights = {ON_WEIGHT, ON_INDEXED_EXPERT} if COMPUTED_INDEX else {ON_WEIGHT}
-    assert seen == {form.name for form in FORMS if form not in NARROW + QUANTIZED} | on_weights
+    assert seen == {form.name for form in FORMS if form not in NARROW + QUANTIZED} | {ON_WEIGHT}
 
 
 def test_every_target_of_a_row_has_a_case() -> None:
