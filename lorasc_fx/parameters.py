@@ -83,7 +83,6 @@ def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], und
     """Replace tensors of a model in all references to them.
 
     Args:
-        model: the model.
         new: returns the new tensor for a reference. None, or the current tensor, means no change.
         undo: receives the steps that restore the old tensors.
 
@@ -121,12 +120,7 @@ def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor
 
 
 def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Holder]:
-    """Return the references to all buffers by name, including buffers that are None.
-
-    Args:
-        model: the model.
-        more: names of further buffers. A buffer that does not exist yet gets a reference too.
-    """
+    """Return the references to all buffers by name, also to buffers that are None, and to `more` that may not exist."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
     references: dict[str, Holder] = {}

@@ -69,12 +69,9 @@ def bind(
 def _without_nones(
     signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[object] | None = None
 ) -> inspect.BoundArguments:
-    """Drop arguments whose default and value are None, and sort those that go to `**kwargs` by name.
+    """Drop arguments whose default and value are None, and sort those that go to `**kwargs` by name, in place.
 
-    Args:
-        signature: signature of forward.
-        bound: bound arguments. Changed in place.
-        values: if given, `bound` maps names to indices into this sequence instead of to values.
+    If `values` is given, `bound` has indices into it instead of values.
     """
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     has_varargs = any(

@@ -66,17 +66,10 @@ def plain_call(branch: Branch, use: Use, base: fx.Node) -> tuple[tuple[Any, ...]
 
 
 def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Graph:
-    """Return a graph of what a branch node computes, in plain nodes.
+    """Return a graph of what a branch node with these options computes, in plain nodes.
 
-    Its inputs are the op and the input of the op, or the weight. The parameters are read as attributes.
-
-    Args:
-        branch: the branch.
-        record: the record of the graph module.
-        options: options of the branch node.
-
-    Raises:
-        PassError: the method has no plain formula for this placement.
+    Its inputs are the op and the input of the op, or the weight. The parameters are read as attributes. Raises
+    PassError if the method has no plain formula for this placement.
     """
     graph, at = fx.Graph(), options["at"]
     tracer = fx.proxy.GraphAppendingTracer(graph)
@@ -140,12 +133,7 @@ def _refusal(branch: Branch, reason: str) -> PassError:
 def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
     """Return a copy of a graph module with branch nodes instead of inlined ones, or itself if none are inlined.
 
-    Args:
-        graph_module: the graph module. It is not changed.
-        when: beginning of a message, such as `before fold-branches`.
-
-    Raises:
-        VerifyError: the nodes of a branch were changed, or the graph does not agree with its plan.
+    Raises VerifyError, which begins with `when`, if the nodes of a branch were changed.
     """
     record = record_of(graph_module)
     if not record.inlined.calls:

@@ -105,16 +105,7 @@ def no_sites_message(decided: Record | Decided) -> str:
 def all_branches(
     plan: Plan, existing: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Branch]:
-    """Return the branches of a plan by key: the existing ones, and new ones for the other sites.
-
-    Args:
-        plan: sites and stage.
-        existing: branches to use again, by key.
-        parameters: weights by name. A new branch has the device of its weight.
-
-    Raises:
-        SpecError: a branch of a registered class does not keep the contract of `Branch`.
-    """
+    """Return the branches of a plan by key: the existing ones, and new ones on the devices of the other weights."""
     branches = dict(existing)
     for site in plan.sites:
         if site.key not in branches:

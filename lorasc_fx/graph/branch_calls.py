@@ -54,11 +54,7 @@ class Input:
 
 @dataclass(frozen=True)
 class CallTemplate(StoredCall):
-    """A stored call whose arguments have an `Input` instead of each node.
-
-    Args:
-        inputs: number of arguments of the branch node.
-    """
+    """A stored call whose arguments have an `Input` instead of each node; `inputs` counts those of the branch node."""
 
     inputs: int
 
@@ -86,12 +82,7 @@ def _template(is_op: bool, name: str, op: str, target: Any, *values: Any) -> Cal
 
 @dataclass(frozen=True)
 class ReplacedCall(StoredCall):
-    """A stored call with the current arguments of the branch node.
-
-    Args:
-        module: the module that the op called, or None.
-        form: form of the op, or None if the branch node was damaged.
-    """
+    """A stored call with the current arguments of the branch node. It has no form if the branch node was damaged."""
 
     module: nn.Module | None = None
     form: FunctionForm | ModuleForm | None = None

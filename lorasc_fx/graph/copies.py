@@ -17,12 +17,7 @@ from lorasc_fx.parameters import shallow
 
 
 def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a copy of a module tree that shares all tensors with the original.
-
-    Args:
-        module: the root.
-        memo: copies made so far. A submodule that occurs twice is copied once.
-    """
+    """Return a copy of a module tree that shares all tensors. `memo` has the copies made so far."""
     if module not in memo:
         memo[module] = new = shallow(module)
         for name, child in module._modules.items():

@@ -62,13 +62,7 @@ _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
 
 @dataclass(frozen=True)
 class Consumer:
-    """A node that uses a weight.
-
-    Args:
-        node: the node.
-        reads: its arguments that are derived from the weight.
-        aliases: the arguments among `reads` that may share the weight's memory.
-    """
+    """A node that uses a weight, its arguments derived from the weight, and those that may share its memory."""
 
     node: fx.Node
     reads: tuple[fx.Node, ...]
@@ -241,12 +235,7 @@ def is_impure(node: fx.Node) -> bool:
 
 
 def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
-    """Return the consumers of a weight, by the first rule of the module docstring that gives a site.
-
-    Args:
-        weight: a get_attr node, or the node of a branch that is added to one.
-        constant: the nodes that do not depend on inputs.
-    """
+    """Return the consumers of a weight, or of a branch on it, by the first rule of this file that gives a site."""
     # Rule 1.
     with_inputs = list(consumers(weight, constant, is_use=_fits))
     if any(kind_of(consumer) for consumer in with_inputs):

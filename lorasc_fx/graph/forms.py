@@ -35,11 +35,7 @@ from lorasc_fx.util.torch_private import CustomOpDef, OpOverload, grouped_mm
 
 @dataclass(frozen=True)
 class StoredCall:
-    """The call of an op that a merged branch replaced, without its node.
-
-    Args:
-        name, op, target, args, kwargs: of the op's node.
-    """
+    """The call of an op that a merged branch replaced, without its node."""
 
     name: str
     op: str
@@ -72,7 +68,7 @@ class Form(abc.ABC):
     """A row of the table.
 
     Args:
-        name: unique name, which marks, plans and messages contain.
+        name: unique name, which plans and messages contain.
         kind: kind of the sites, such as `linear` or `conv`.
     """
 
@@ -389,10 +385,7 @@ def is_form(name: str) -> bool:
 
 
 def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleForm | None:
-    """Return the row for the target of a node, or None. `module` is the module that a `call_module` node calls.
-
-    The arguments of a function call are not checked; see `FunctionForm.fits`.
-    """
+    """Return the row for the target of a node, or None. `FunctionForm.fits` checks the arguments of the node."""
     if node.op in ("call_function", "call_method"):
         form = built_in_form(node.target) or registered_form(node.target)
         return form if isinstance(form, FunctionForm) else None
@@ -413,12 +406,7 @@ def has_weight_argument(name: str) -> bool:
 
 
 def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
-    """Return the kind of site if the node multiplies by a weight or looks up its rows, otherwise None.
-
-    Args:
-        node: any node.
-        reads: its arguments that are computed from the weight. An argument that is only added does not count.
-    """
+    """Return the kind of site if a node multiplies by one of `reads` or looks up its rows, otherwise None."""
     if node.op not in ("call_function", "call_method"):
         return None
     form = registered_form(node.target)
@@ -438,12 +426,7 @@ _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
 def without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
-    """Skip a chain of transposes. Return the node before it, and whether the number of transposes is odd.
-
-    Args:
-        source: the end of the chain.
-        dims: number of axes; the last two are transposed.
-    """
+    """Skip transposes of the last two of `dims` axes. Return the node before, and whether their number is odd."""
     transposed = False
     while isinstance(source, fx.Node) and source.all_input_nodes and _transposes(source, dims):
         source, transposed = source.all_input_nodes[0], not transposed
@@ -451,12 +434,7 @@ def without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
 
 
 def stored_layout(layout: str, transposed: bool) -> str:
-    """Return the layout of a stored weight.
-
-    Args:
-        layout: the layout in which the op reads it, `out_in` or `in_out`.
-        transposed: whether the graph transposes the weight before the op.
-    """
+    """Return the layout of a stored weight that an op reads as `layout`, after a transpose if `transposed`."""
     return {"out_in": "in_out", "in_out": "out_in"}[layout] if transposed else layout
 
 

@@ -57,14 +57,7 @@ from lorasc_fx.spec import KINDS, CascadeSpec
 
 @dataclass(frozen=True)
 class BesideUse:
-    """A use of a weight in a known form, so that a branch can be added to its output.
-
-    Args:
-        node: the op.
-        form: its form.
-        layout: layout of the stored weight, `out_in` or `in_out`.
-        mergeable: whether a merged branch can replace the op.
-    """
+    """A use of a weight in a known form, so that a branch can be added to its output, or replace it if `mergeable`."""
 
     node: fx.Node
     form: FunctionForm | ModuleForm
@@ -78,11 +71,8 @@ class WeightUses:
 
     Args:
         sources: its get_attr nodes.
-        beside: uses in a known form.
         contracted: other nodes that multiply by it or look up its rows, each with the kind of site.
-        others: nodes that use it in any other way.
         opaque: calls of leaf modules that own it. The graph does not show how they use it.
-        written: nodes that write into it.
         outside: kinds of its uses in a run of the model that no graph shows.
         script: path of the TorchScript module that owns it, or "".
         touched: whether such a run uses it in any way.
@@ -234,11 +224,10 @@ def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
 
 
 def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Mapping[str, str]) -> Record:
-    """Return the record of a model that runs eagerly, with all weights classified.
+    """Return the record of a model that runs eagerly, with all weights classified. Its plan is followed.
 
     Args:
         graph_modules: a graph of some uses of its weights.
-        record: the record of this graph. Its plan is followed.
         outside: kind of each weight that a run of the model used, or "" if it was used in an unknown way.
     """
     owner = owner_of(graph_modules[0], record)
@@ -430,12 +419,7 @@ def _planned_uses(
 
 
 def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments and options of the branch node at a use.
-
-    Args:
-        use: the use.
-        base: its node. If the branch has replaced the op, the op.
-    """
+    """Return the arguments and options of the branch node at a use, whose op or weight is `base`."""
     if isinstance(base, fx.Node) and use.form == ON_WEIGHT:
         return (base,), {"at": Placement.WEIGHT}
     form = form_named(use.form)

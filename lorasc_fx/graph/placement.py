@@ -26,10 +26,6 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
     With `beside`, the branch reads the input and writes the output a second time. With `merged`, it reads the weight
     and writes the merged weight. Ops of unknown shape, small ops, and dtypes narrower than fp32 always get
     `beside`: a narrow dtype would round `W + s B A`.
-
-    Args:
-        site: the adapted weight.
-        nodes: its uses.
     """
     for node in nodes:
         module = called_module(node)

@@ -104,12 +104,7 @@ def scripted_weights(owner: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Memory:
-    """The location of a strided tensor in memory. Two views of the same entries are equal.
-
-    Args:
-        device, dtype, shape, stride: attributes of the tensor.
-        start: address of the first entry.
-    """
+    """The location of a strided tensor in memory, from its first address. Two views of the same entries are equal."""
 
     device: torch.device
     dtype: torch.dtype
