@@ -6,8 +6,6 @@ Users pass a cascade instead of a model to peft, timm, transformers, accelerate 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import FunctionType
@@ -16,28 +14,12 @@ from typing import Any, Self
 from torch import nn
 
 from lorasc_fx.cascade import graphs_of, run_of
-from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.checkpoint.saved import SavedCascade
 
 __all__ = ["Cascade"]
 
 _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 """Modules whose methods add layers of peft to a model, or enable and disable them."""
-
-SENDS_WEIGHTS = (
-    "trl.generation.vllm_generation",
-    "trl.generation.vllm_client",
-    "trl.experimental.online_dpo.online_dpo_trainer",
-)
-"""Modules that call `named_parameters` of a model to send its weights to vLLM, which samples from them."""
-
-_NEEDS_WEIGHTS = {
-    "save_pretrained": "it would write the weights without what the stage has trained. Use lorasc_fx.save for a "
-    'checkpoint, `with cascade.weights("slow"): cascade.model.save_pretrained(...)` for the folded model, or '
-    "lorasc_fx.export.peft for an adapter",
-}
-_NEEDS_WEIGHTS["push_to_hub"] = _NEEDS_WEIGHTS["save_pretrained"]
-"""Methods of the model that are available only inside `weights(...)`, with the reason and the remedy."""
 
 
 def _with_fast_weights(name: str) -> Any:
@@ -80,8 +62,13 @@ class Cascade(SavedCascade):
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's model, except methods that need other weights or add layers of peft."""
         value = super().__getattr__(name)
-        if name in _NEEDS_WEIGHTS and run_of(self).placed is None and not run_of(self).released:
-            raise AttributeError(f"{name} is not available outside `weights(...)`: {_NEEDS_WEIGHTS[name]}")
+        if name in ("save_pretrained", "push_to_hub") and run_of(self).placed is None and not run_of(self).released:
+            raise AttributeError(
+                f"{name} is not available outside `weights(...)`: it would write the weights without what the stage "
+                "has trained. Use lorasc_fx.save for a checkpoint, "
+                '`with cascade.weights("slow"): cascade.model.save_pretrained(...)` for the folded model, or '
+                "lorasc_fx.export.peft for an adapter"
+            )
         if getattr(value, "__module__", None) in _ADAPTER_METHODS:
             raise AttributeError(
                 f"{name} is for layers of peft inside a {type(self.model).__name__}, which the graphs of a cascade do "
@@ -99,14 +86,6 @@ class Cascade(SavedCascade):
     encode_document = _with_fast_weights("encode_document")
     predict = _with_fast_weights("predict")
     rank = _with_fast_weights("rank")
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Any]]:
-        """Return an iterator over the parameters. Trainers that send them to vLLM get `fast_parameters`."""
-        if sys._getframe(1).f_globals.get("__name__") in SENDS_WEIGHTS:
-            return fast_parameters(run_of(self), "named_parameters")
-        return super().named_parameters(prefix, recurse, remove_duplicate)
 
     # ---- Methods of PeftModel
 

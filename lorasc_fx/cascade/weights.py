@@ -115,38 +115,6 @@ def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Va
     return value
 
 
-def fast_parameters(run: Run, call: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return an iterator over the user's model's parameters with the fast weights, for a sampler such as vLLM.
-
-    Each tensor is computed when it is asked for, and rounded once. Inside `weights(...)` the weights in place are
-    returned.
-
-    Raises:
-        StateError: the sampler could not use the tensors, because weights are quantized, sharded or untied.
-    """
-    run.check_alive(call)
-    for name, fault in (
-        (next(iter(run.slow.quantized), None), "quantized"),
-        ("the weights", "sharded over processes") if run.is_sharded else (None, ""),
-        (next(iter(run.plan.spec.untie), None), "untied, and vLLM ties it again"),
-    ):
-        if name is not None:
-            raise StateError(
-                f"{call}: vLLM cannot sample from this cascade, because {name} is {fault}. Set use_vllm=False, so that "
-                "transformers generates",
-                code="trainer-not-supported",
-            )
-    learners = run.learners()
-
-    def value(name: str, parameter: nn.Parameter) -> torch.Tensor:
-        if run.placed is not None or name not in run.slow.states:
-            return parameter
-        with run.lock:
-            return run.slow.value(name, "fast", parameter, learners.get(name), run.plan)
-
-    return ((name, value(name, parameter)) for name, parameter in run.model.named_parameters())
-
-
 class Before:
     """Snapshot of a run's parameters before other weights replace them, which can be restored.
 

@@ -10,16 +10,14 @@ import contextlib
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 
 from lorasc_fx.cascade import run_of, transition
-from lorasc_fx.cascade.weights import fast_parameters
 from lorasc_fx.errors import SpecError, StateError
-from lorasc_fx.facade import SENDS_WEIGHTS, Cascade
+from lorasc_fx.facade import Cascade
 from lorasc_fx.quantized import QuantizedLinear, library_of
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import require
@@ -240,7 +238,6 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         result: Any = None
         for view in self._evaluated:
             sums = copy.deepcopy(vars(self._trainer).get("_metrics"))
-            self._send_weights()
             with self._placing(view):
                 output = original(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
             if result is None:
@@ -252,13 +249,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             prefix = f"{metric_key_prefix}_"
             metrics = {f"{prefix}{view}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
             result.metrics.update({name: metrics[name] for name in metrics if not name.endswith(_TIME)})
-        self._send_weights()
         return result
-
-    def _send_weights(self) -> None:
-        """Make a trainer of TRL send the weights to vLLM before the next sample. By itself it does so once per step."""
-        if hasattr(self._trainer, "_last_loaded_step"):
-            self._trainer._last_loaded_step = -1
 
     def _log(self, original: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log, and add the stage to training logs."""
@@ -351,18 +342,11 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                     code="trainer-not-supported",
                 )
         if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
-            self._check_vllm()
-
-    def _check_vllm(self) -> None:
-        """Raise an error if vLLM would not get the fast weights of `Cascade.named_parameters`, or cannot use them."""
-        kinds = [getattr(sys.modules[kind.__module__], "VLLMGeneration", kind) for kind in type(self._trainer).__mro__]
-        if not any(kind.__module__ in SENDS_WEIGHTS for kind in kinds):
             raise SpecError(
                 f"CascadeCallback: {type(self._trainer).__name__} would send weights without the branches to vLLM, and "
-                "sample from them. Set use_vllm=False, or use TRL's GRPOTrainer",
+                "sample from them. Set use_vllm=False, so that transformers generates",
                 code="trainer-not-supported",
             )
-        fast_parameters(run_of(self.cascade), "CascadeCallback")
 
 
 @contextlib.contextmanager
