@@ -12,26 +12,23 @@ running call, and reads in the backward of a node that a call has created. All o
 
 from __future__ import annotations
 
-import enum
 import functools
 import threading
 import types
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
-from weakref import ReferenceType, WeakSet, ref
+from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, Placement
-from lorasc_fx.errors import CaptureError, StateError
+from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph.forms import FunctionForm, StoredCall, WeightForm, built_in_form, registered_form
-from lorasc_fx.parameters import holders
 from lorasc_fx.quantized import is_quantized
-from lorasc_fx.signature import is_opaque_leaf
 from lorasc_fx.util.torch_private import current_autograd_node, current_backward, sequence_number
 from lorasc_fx.util.undo import Undo, isolated
 
@@ -39,20 +36,7 @@ MAX_SPANS = 1 << 17
 """Maximum number of calls remembered. Autograd graphs of more calls would not fit in memory."""
 
 _MARK = "_lorasc_effective"
-"""Attribute of effective weights. Also the key under which the metadata of autograd nodes keeps a call alive."""
-
-
-class Reads(enum.Enum):
-    """What a read of a weight returns while the model runs."""
-
-    BESIDE = enum.auto()
-    """An `AdaptedWeight`."""
-    MERGED = enum.auto()
-    """`W + s B A`, computed at each read."""
-    MERGED_ONCE = enum.auto()
-    """`W + s B A`, computed once for a call and its backward. That is needed for code that asks for the gradients of
-    tensors in `model.parameters()`: each read must then return the same tensor. It costs the memory of these weights
-    until the backward is over."""
+"""Attribute of merged weights."""
 
 
 class AdaptedWeight(torch.Tensor):
@@ -238,23 +222,6 @@ class _Parameters(dict[str, Any]):
         return (dict, (dict(self),))
 
 
-class _Call:
-    """One call of the model.
-
-    Autograd numbers the nodes that a thread creates. A call owns the nodes from `begin` up to, but not including,
-    `end`. `values` are its effective weights by name, if each is computed once per call.
-    """
-
-    def __init__(self) -> None:
-        self.begin: int = sequence_number()
-        self.end: int | None = None
-        self.values: dict[str, torch.Tensor] = {}
-
-    def owns(self, number: int) -> bool:
-        """Whether the autograd node with this sequence number was created in the call."""
-        return self.begin <= number and (self.end is None or number < self.end)
-
-
 class EffectiveWeights:
     """Makes the modules of a model read effective weights, during its calls and in their backward.
 
@@ -262,18 +229,16 @@ class EffectiveWeights:
         model: the model to call.
 
     Attributes:
-        reads: what a read returns.
+        merges: whether a read returns `W + s B A`. Otherwise it returns an `AdaptedWeight`.
         branches: the branch of each weight that has an effective weight, by name.
     """
 
-    reads = Reads.BESIDE
+    merges = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._local = threading.local()  # running calls, spans and the current backward of each thread
         self._spans: list[tuple[list[int], list[int]]] = []  # of each thread: begins and ends of its calls
-        self._calls: WeakSet[_Call] = WeakSet()
-        # RNNs keep a second list of their weights, which forward replaces by effective weights.
         self._recurrent = [
             (module, {name: vars(module)[name] for name in ("_flat_weights", "_flat_weight_refs")})
             for module in model.modules()
@@ -285,13 +250,6 @@ class EffectiveWeights:
         """Replace the branches. Earlier calls whose backward has not run yet use the new branches too."""
         self.branches = dict(branches)
         self.parameters = {name: self.model.get_parameter(name) for name in self.branches}
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._lists = [
-            (holder, names[id(holder.value)])
-            for holder in holders(self.model)
-            if isinstance(holder.store, list) and id(holder.value) in names
-            if not isinstance(holder.module, nn.RNNBase)  # an RNN builds its list from `_parameters` in each forward
-        ]
         self._open = False
 
     def open(self) -> None:
@@ -321,46 +279,25 @@ class EffectiveWeights:
         Args:
             name: name of the weight in the model.
             value: the stored value. An effective weight replaces it only if it is the parameter itself.
-
-        Raises:
-            StateError: the effective weights of the call to which this backward belongs were freed.
         """
-        number = self._node_number() if value is self.parameters[name] else None
-        if number is None:
+        if value is not self.parameters[name] or self._node_number() is None:
             return value
-        if self.reads is Reads.BESIDE:
+        if not self.merges:
             return AdaptedWeight.of(value, self.branches[name])
-        if self.reads is Reads.MERGED:
-            return self._computed(name)
-        call = next((call for call in self._calls if call.owns(number)), None)
-        if call is None:
-            raise StateError(
-                f"The backward of {type(self.model).__name__} reads the weight {name}, but the output of the call "
-                "that it belongs to was freed. Keep a tensor of that output until the backward is over.",
-                code="backward-not-supported",
-            )
-        # Inner code may run without gradients, but the next read of this value may need its autograd history.
-        with torch.enable_grad():
-            if name not in call.values:
-                call.values[name] = self._computed(name)
-            return call.values[name]
+        merged = self.branches[name].on_weight(value)
+        if merged is not value:
+            setattr(merged, _MARK, True)  # for `_Parameters.__setitem__`
+        return merged
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call the model with effective weights."""
         self.open()
-        with _running(self) as call:
-            output = self.model(*args, **kwargs)
-        if (
-            self.reads is Reads.MERGED_ONCE
-        ):  # keep the call, and with it its values, alive until the autograd graph is freed
-            for leaf in pytree.tree_leaves(output, is_leaf=is_opaque_leaf):
-                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                    cast("dict[str, Any]", leaf.grad_fn.metadata).setdefault(_MARK, []).append(call)
-        return output
+        with _running(self):
+            return self.model(*args, **kwargs)
 
     @property
-    def running(self) -> tuple[_Call, ...]:
-        """The running calls of this thread, outermost first."""
+    def running(self) -> tuple[int, ...]:
+        """For each running call of this thread, outermost first: the number of its first autograd node."""
         return getattr(self._local, "running", ())
 
     def _node_number(self) -> int | None:
@@ -369,7 +306,7 @@ class EffectiveWeights:
         Returns None if the thread computes neither a call nor a backward of one.
         """
         if self.running:
-            return self.running[-1].begin
+            return self.running[-1]
         task: int = current_backward()
         if task < 0:  # no backward is running
             return None
@@ -386,14 +323,6 @@ class EffectiveWeights:
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
         self._local.backward = (task, number)
         return number
-
-    def _computed(self, name: str) -> torch.Tensor:
-        """Compute an effective weight, and mark it for `_Parameters.__setitem__`."""
-        parameter = self.parameters[name]
-        value = self.branches[name].on_weight(parameter)
-        if value is not parameter:
-            setattr(value, _MARK, True)
-        return value
 
     def _is_of_a_call(self, number: int) -> bool:
         """Whether an autograd node was created in a call.
@@ -427,37 +356,27 @@ class EffectiveWeights:
         self._local.backward = None
         self.restore_lists()
 
-    def begin(self) -> _Call:
+    def begin(self) -> None:
         """Start a call on this thread: from now on, its reads get effective weights."""
-        call = _Call()
-        if self.reads is Reads.MERGED_ONCE:
-            self._calls.add(call)
-        self._local.running = (*self.running, call)
-        # A read from a list cannot be intercepted, so put the effective weights into the lists.
-        for holder, name in self._lists:
-            holder.put(self._computed(name))
-        return call
+        self._local.running = (*self.running, sequence_number())
 
-    def end(self, running: tuple[_Call, ...]) -> None:
+    def end(self, running: tuple[int, ...]) -> None:
         """End the calls that were started after the calls in `running`, and remember their autograd nodes."""
-        for call in self.running[len(running) :]:
-            call.end = sequence_number()
-            self._remember(call.begin, call.end)
+        for begin in self.running[len(running) :]:
+            self._remember(begin, sequence_number())
         self._local.running = running
         if not running:
             self._local.backward = None
         self.restore_lists()
 
     def restore_lists(self) -> None:
-        """Put the parameters into the lists of modules again."""
-        for holder, name in self._lists:
-            holder.put(self.parameters[name])
+        """Restore the lists of weights that RNNs keep. Forward replaces them by effective weights."""
         for module, attributes in self._recurrent:
             vars(module).update(attributes)
 
 
 @isolated
-def _running(undo: Undo, weights: EffectiveWeights) -> _Call:
+def _running(undo: Undo, weights: EffectiveWeights) -> None:
     """Context manager: make this thread read effective weights inside the block."""
     undo(partial(weights.end, weights.running))
-    return weights.begin()
+    weights.begin()

@@ -139,7 +139,6 @@ class Graphs:
         self._check_capture()
         run, start_time = self.run, time.monotonic()
         plan, axes = run.plan, self.variants.varying(call).union(dynamic)
-        self.variants.count_changes(call)
         decided = Decided(plan, run.by_key, run.refusals, ())
         if not dynamic and (earlier := self.variants.reusable(call)) is not None:
             reused = self.compiler.reuse(run.model, decided, call, earlier)

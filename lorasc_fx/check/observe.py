@@ -206,7 +206,8 @@ def observe(
         roots = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
         autograd = autograd_edges(roots, leaves | parameters) if readable else None
         same = autograd is not None and (reference is None or autograd == reference.autograd)
-        run_backward = differentiates and not same
+        refused = bool(functions or observers or use.recomputes or reentrant)  # no graph will be compared
+        run_backward = differentiates and not (same or refused)
         projections, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
     # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
     if isinstance(call, fx.GraphModule):

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import EAGER, OWNER, Captured, Conditions, not_captured, read_live
-from lorasc_fx.capture.effective import EffectiveWeights, Reads
+from lorasc_fx.capture.effective import EffectiveWeights
 from lorasc_fx.capture.uses import Uses, uses_in_a_run
 from lorasc_fx.check.isolation import isolation
 from lorasc_fx.check.observe import attempt, one_line
@@ -131,7 +131,7 @@ class EagerModel:
         self.weights, self.placements = EffectiveWeights(model), dict[str, str]()
         self.run: Callable[[], Growable | None] = lambda: None
         if decided.plan.spec.placement == "weight":
-            self.weights.reads = Reads.MERGED
+            self.weights.merges = True
         self._modules, self._compared = list(model.modules()), set[Hashable]()
         self.update(decided, beside)
 
@@ -156,7 +156,7 @@ class EagerModel:
         )
         if mode not in self._compared:
             with torch.inference_mode(False):
-                self._choose_reads(args, kwargs)
+                self._check_gradients(args, kwargs)
             self._compared.add(mode)
 
     def update(self, decided: Decided, beside: frozenset[str]) -> None:
@@ -167,7 +167,7 @@ class EagerModel:
         refused = {refusal.weight for refusal in self.decided.refusals}
         self._unused = named_weights(self.model).matrices.keys() - branches.keys() - refused
         for name in branches:
-            is_beside = name in beside and self.weights.reads is Reads.BESIDE
+            is_beside = name in beside and not self.weights.merges
             self.placements.setdefault(name, "beside" if is_beside else "weight")
 
     def _grow(self, uses: Uses) -> None:
@@ -179,21 +179,22 @@ class EagerModel:
             run.grow(grown)
         self.update(grown, uses.beside)
 
-    def _choose_reads(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        """Choose the first way to read weights with which all branches get the right gradients.
+    def _check_gradients(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """Merge weights at each read if branches beside their ops get wrong gradients.
 
         Raises:
-            CaptureError: there is none.
+            CaptureError: branches get wrong gradients.
         """
-        ways = list(Reads)
-        for way in ways[ways.index(self.weights.reads) :]:
-            self.weights.reads = way
-            if way is not Reads.BESIDE:
-                self._check_not_quantized()
-                self.placements.update(dict.fromkeys(self.placements, "weight"))
-            if not (wrong := self._wrong_gradients(args, kwargs)):
-                return
-        first, again = (self._run(args, kwargs, {}) for _ in range(2))
+        wrong = self._wrong_gradients(args, kwargs) if not self.weights.merges else tuple(self.weights.branches)
+        if wrong:
+            self.weights.merges = True
+            self._check_not_quantized()
+            self.placements.update(dict.fromkeys(self.placements, "weight"))
+            wrong = self._wrong_gradients(args, kwargs)
+        if not wrong:
+            return
+        with requiring_grad(self.model, None), without_gradients(self._leaves):
+            first, again = (self._run(args, kwargs, {}) for _ in range(2))
         if not all(map(torch.equal, first, again)):
             raise CaptureError(
                 f"Two runs of {type(self.model).__name__} under one seed differ, so a run with branches cannot be "
@@ -218,6 +219,11 @@ class EagerModel:
 
     # ---- Comparison with the eager model with merged weights
 
+    @property
+    def _leaves(self) -> list[nn.Parameter]:
+        """The parameters that may get gradients."""
+        return [value for value in writable(dict(self.model.named_parameters())).values() if value.is_leaf]
+
     def _wrong_gradients(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, ...]:
         """Return the weights whose branches get other gradients than in the model with merged weights."""
         weights = {name: value for name, value in self.weights.parameters.items() if not is_quantized(value)}
@@ -238,8 +244,7 @@ class EagerModel:
         """Return the weights whose branches get other gradients for one delta of each weight."""
         model, branches = self.model, {name: self.weights.branches[name] for name in weights}
         trained = {name for name, value in model.named_parameters() if value.requires_grad} | weights.keys()
-        leaves = [value for value in writable(dict(model.named_parameters())).values() if value.is_leaf]
-        with quiet(), without_gradients(leaves), _temporary_values(self.weights.branches.values()):
+        with quiet(), without_gradients(self._leaves), _temporary_values(self.weights.branches.values()):
             for name, branch in branches.items():
                 _probe(branch, weights[name], probe)
             deltas = {name: branch.dense_delta(weights[name].detach()) for name, branch in branches.items()}
@@ -251,14 +256,13 @@ class EagerModel:
             with requiring_grad(model, trained):
                 outputs, fault = attempt(self._run, args, kwargs, merged)
             if fault is not None:
-                self._check_frozen(args, kwargs, merged, fault)
                 return set()  # the model has no gradients
             slopes = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
             expected = {
                 name: torch.autograd.grad(deltas[name], list(branches[name].trainable().values()), slope.to_dense())
                 for name, slope in slopes.items()
             }
-            for leaf in leaves:
+            for leaf in self._leaves:
                 leaf.grad = None
             # Run it with adapted weights.
             adapted_outputs, fault = attempt(self._run, args, kwargs, None)
@@ -275,17 +279,6 @@ class EagerModel:
                 for factor, slope in zip(branches[name].trainable().values(), slopes, strict=True)
                 if not _gap(factor.grad, slope) <= allowed * (_norm(slope) + floor)
             }
-
-    def _check_frozen(self, args: object, kwargs: object, merged: Mapping[str, torch.Tensor], fault: Exception) -> None:
-        """Raise CaptureError if the backward pass of the model raises only because some parameters are frozen."""
-        with requiring_grad(self.model, None):
-            if attempt(self._run, args, kwargs, merged)[1] is None:
-                raise CaptureError(
-                    f"The backward pass of {type(self.model).__name__} raises {one_line(fault)}, because parameters "
-                    "without a branch are frozen. It asks for the gradients of all parameters of a region, as custom "
-                    "gradient checkpointing does. Turn that off, use torch.utils.checkpoint, or train these parameters "
-                    "in full (train=...)."
-                ) from fault
 
     def _run(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor]:
         """Run forward and backward with merged weights, or None for adapted ones. Return the floating-point outputs."""

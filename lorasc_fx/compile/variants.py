@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,9 +19,6 @@ from lorasc_fx.signature import Call
 
 MAX_VARIANTS = 32
 """Maximum number of variants of a cascade."""
-MAX_CHANGES = 8
-"""Number of changes of one setting of the model that trigger a warning, because each change costs a capture."""
-
 
 _NOT_CAPTURED = (
     "This call has no graph yet, and none can be captured inside torch.compile. First call the cascade once without "
@@ -126,11 +122,9 @@ class Variants:
 
     Args:
         entries: the variants, oldest first.
-        changed: how often each Python attribute of the model has changed between two captures, by name.
     """
 
     entries: list[_Entry] = field(default_factory=list)
-    changed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         # Called while dynamo traces a call without a variant: it ends dynamo's graph, or raises if fullgraph=True.
@@ -182,22 +176,6 @@ class Variants:
         """
         alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
         return frozenset[Axis]().union(*(conditions.varying_axes(call.leaves) for conditions in alike))
-
-    def count_changes(self, call: Call) -> None:
-        """Warn if a call has no variant because a setting of the model has changed, MAX_CHANGES times by now."""
-        alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
-        state = alike[-1].state if alike else None
-        if state is None or any(conditions.hold() for conditions in alike):
-            return  # a change of the state is not the cause
-        if changes := state.changes():
-            name = changes[0].entry
-            self.changed[name] += 1
-            if self.changed[name] == MAX_CHANGES:
-                warn(
-                    f"{name} has changed {MAX_CHANGES} times between calls. Each new value costs a capture, because a "
-                    "graph holds it as a constant. Make it a buffer, or a tensor argument of forward.",
-                    "too-many-variants",
-                )
 
     def compiled(self, training: bool, leaves: list[object]) -> Variant | None:
         """Return the newest valid variant while torch.compile traces a call, or None. Dynamo can trace this.

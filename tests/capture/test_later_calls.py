@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.errors import raises, warns
+from tests.kit.errors import raises
 from tests.kit.models import loss_of
-from tests.kit.seams import lower
 from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0)
@@ -213,17 +212,6 @@ def test_what_forward_sets_before_it_reads_it_costs_no_graph() -> None:
             cascade(torch.randn(4, 5))
         cascade(x)
     assert variant_count(cascade) == 1
-
-
-def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    lower(monkeypatch, "changes of a setting", 2)
-    model, x = Stateful().double(), torch.randn(4, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,))
-    model.options.gain = 0.9
-    cascade(x)
-    model.options.gain = 0.8
-    with warns("too-many-variants", "options.gain", "2"):
-        cascade(x)
 
 
 def test_replaced_state_is_not_kept_alive_for_ever() -> None:
