@@ -71,11 +71,7 @@ class Graphs:
     def split_by(
         self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
     ) -> None:
-        """Split all graphs, the present ones and those captured later.
-
-        Args:
-            gathered: returns a context manager in which modules of the model can run with gathered weights.
-        """
+        """Split all graphs, the present ones and those captured later."""
         undo(self.variants.restorer())
         undo(partial(vars(self).update, split=self.split, gathered=self.gathered))
         self.variants.exchange(split)
@@ -88,11 +84,7 @@ class Graphs:
         self.variants = Variants()
 
     def unbroken_graph(self) -> fx.GraphModule:
-        """Return the first graph as one GraphModule.
-
-        Raises:
-            StateError: there is no graph yet, it is divided by shards, or the model runs eagerly.
-        """
+        """Return the first graph as one GraphModule."""
         module = self.first("graph_module").module
         if not isinstance(module, fx.GraphModule):
             raise StateError(
@@ -114,11 +106,7 @@ class Graphs:
         return oldest
 
     def capture(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant:
-        """Capture the graph of a call and return it. If another thread has captured it meanwhile, return that graph.
-
-        Args:
-            dynamic: axes to make dynamic, in addition to axes whose sizes have varied.
-        """
+        """Capture the graph of a call and return it. If another thread has captured it meanwhile, return that graph."""
         grad = torch.is_grad_enabled()  # read before `inference_mode(False)`, which enables gradients
         # Tracers patch the whole process, so only one thread captures at a time.
         with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):
@@ -127,15 +115,7 @@ class Graphs:
             return variant
 
     def _make(self, call: Call, dynamic: Collection[Axis]) -> Variant | None:
-        """Capture a graph and add it. None if another thread has started another stage meanwhile.
-
-        Raises:
-            CheckpointError: this is the first graph, and it does not fit the loaded plan.
-            StateError: the weights are sharded, and the graph has a new site.
-            CaptureError: no front end can capture this kind of call.
-            StateError: the call is inside a transform of torch.func.
-            Exception: whatever the model itself raises for these arguments.
-        """
+        """Capture a graph and add it. None if another thread has started another stage meanwhile."""
         self._check_capture()
         run, start_time = self.run, time.monotonic()
         plan, axes = run.plan, self.variants.varying(call).union(dynamic)

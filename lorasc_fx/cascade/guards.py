@@ -85,11 +85,7 @@ class UsageWatch(Fresh):
             run.note_kept()
 
     def _check(self, code: str, what: str) -> None:
-        """Warn once if the model's outputs differ from the cascade's, unless this package is the caller.
-
-        Raises:
-            StateError: a Trainer of transformers trains the model.
-        """
+        """Warn once if the model's outputs differ from the cascade's, unless this package is the caller."""
         run, callers = self._run(), tuple(_callers())
         if run is None or any(frame.f_code.co_filename.startswith(_PACKAGE) for frame in callers):
             return

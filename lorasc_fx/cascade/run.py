@@ -73,9 +73,6 @@ class Run(RunBase):
         Args:
             empty: as for `begin`.
             adapted: weights with a new branch, some of which may have had noise already.
-
-        Raises:
-            SpecError: an option cannot be used with a new weight, for example noise with a quantized weight.
         """
         undo(self.pending.restorer())
         unsaved = self.has_unsaved_training
@@ -171,11 +168,7 @@ class Run(RunBase):
     # ---- checks before a call
 
     def check_call(self, training: bool) -> None:
-        """Check a call of the cascade: DistributedDataParallel around it, and noise in eval mode without gradients.
-
-        Raises:
-            StateError: as for `Replicas.check`, or the ranks of the wrapper have different runs.
-        """
+        """Check a call of the cascade: DistributedDataParallel around it, and noise in eval mode without gradients."""
         if not torch.is_grad_enabled():
             if self.is_noisy and not training:
                 self.warned.once(

@@ -99,15 +99,7 @@ def _built(description: Any, source: torch.Generator | None, device: torch.devic
 
 
 class RunBase:
-    """The user's model, the branches, the plan of the running stage, and the slow weights.
-
-    Args:
-        model: the user's model.
-        decided: the plan of the running stage, the branches, and the weights without a branch.
-        frontend: the requested front end.
-        memory: the kind of memory for W0.
-        written: returns the names of the parameters that forward itself writes.
-    """
+    """The user's model, the branches, the plan of the running stage, and the slow weights."""
 
     def __init__(
         self,
@@ -290,9 +282,6 @@ class RunBase:
 
         A checkpoint stores fingerprints to check onto which base it is loaded. Each is computed once. If a parameter
         that is neither adapted nor trained was written since, its fingerprint is computed again.
-
-        Raises:
-            StateError: such a parameter was written after the weights were sharded, so that no process has all values.
         """
         slow, written = self.slow, self.written_parameters()
         if self.is_sharded and (name := self.changed(self._frozen)) is not None:
@@ -319,11 +308,7 @@ class RunBase:
         return {name: digest for name, digest in self.digests.items() if name not in written}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
-        """Return descriptions of everything that must be equal on all ranks of a run (`ProcessGroup.check_equal`).
-
-        Args:
-            weights: fingerprints or checksums of the weights, by name.
-        """
+        """Return descriptions of everything that must be equal on all ranks of a run (`ProcessGroup.check_equal`)."""
         plan = json.loads(self.plan.to_json())
         code = {"torch": str(torch.__version__), "lorasc-fx": f"{version()}, source {source_digest()[:12]}"}
         spec = {f"spec.{name}": json.dumps(value) for name, value in self.plan.spec.to_dict().items()}
@@ -429,12 +414,7 @@ class WeightValues:
             self.slow.write_resting(name, self.plan, out, scratch)
 
     def matches(self, name: str, weight: torch.Tensor, noisy: bool) -> bool:
-        """Whether the weight in the model has this value already. Without noise, slow weights usually do.
-
-        Args:
-            weight: the local tensor in the model.
-            noisy: whether the weights of the model have noise now.
-        """
+        """Whether the weight in the model has this value already. Without noise, slow weights usually do."""
         state = self.slow.started(name)
         is_slow = self.plan is not None and self.view is not None and self.slow.is_slow(name, self.view)
         same_dtype = weight.dtype == state.base.dtype
@@ -563,9 +543,6 @@ def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = 
         parameters: parameters of the model, by name.
         noisy: whether restored weights have noise. An accelerator draws it in a workspace.
         narrow: whether restoring a weight narrower than fp32 needs a buffer for its exact values as well.
-
-    Returns:
-        One tensor of bytes per device.
     """
     sizes = {torch.device("cpu"): SPARE} | {local(parameter).device: SPARE for parameter in parameters.values()}
     for parameter in writable(parameters).values() if noisy else ():

@@ -155,11 +155,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def optimizers_of(call: str, optimizer: Optimizers | None) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers of an argument `optimizer`, which is one optimizer, several, or None.
-
-    Raises:
-        SpecError: something else is given, an empty sequence, or an optimizer twice.
-    """
+    """Return the optimizers of an argument `optimizer`, which is one optimizer, several, or None."""
     if optimizer is None:
         return ()
     optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
@@ -201,10 +197,6 @@ def check_rates(
 
     Then the user has built the optimizer from `parameters()`, and the lr_ratio of the spec would be ignored. Several
     rates are not checked: the user has chosen them.
-
-    Args:
-        optimizers: the optimizers. Their initial rates count, from before a scheduler changed them.
-        expected_groups: returns the groups of the spec for a learning rate of A (`groups`).
     """
     trained = {id(parameter) for group in expected_groups(0.0) for parameter in group["params"]}
     rates = {
@@ -296,14 +288,7 @@ def groups(
     lr: float,
     options: Mapping[str, object],
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for an optimizer; see `Cascade.param_groups`.
-
-    Args:
-        spec: the spec, with `lr_ratio`.
-        trained: parameters trained in full.
-        lr: learning rate of A.
-        options: more options for every group.
-    """
+    """Return parameter groups for an optimizer; see `Cascade.param_groups`."""
     parts: dict[str, tuple[float, list[nn.Parameter]]] = {}
     for branch in branches:
         for name, parameter in branch.trainable().items():

@@ -134,11 +134,7 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
 
 
 def end_idle(run: Run) -> None:
-    """Start the stage that waits since an earlier loop has ended: write its start weights with noise.
-
-    Raises:
-        StateError: the branches have been trained since that loop ended.
-    """
+    """Start the stage that waits since an earlier loop has ended: write its start weights with noise."""
     with run.exclusive("stages", sharded=True):
         if not run.slow.idle:
             return
@@ -194,11 +190,7 @@ def has_begun(run: Run) -> bool:
 
 
 def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
-    """Return the slow weights at the end of a stage. Stage 0 is the base, W0.
-
-    Raises:
-        StateError: the stage has not ended in this cascade, or its weights are no longer available.
-    """
+    """Return the slow weights at the end of a stage. Stage 0 is the base, W0."""
     ended = slow.history.numbers
     if not is_integer(stage, 0) or stage not in (0, *ended):
         raise StateError(
@@ -237,9 +229,6 @@ def ended(run: Run, call: str) -> SlowWeights:
 
     Writes nothing. Warns if the pace is below 1 and the run never had a loop over stages: the user may expect to keep
     all of the training.
-
-    Raises:
-        NonFiniteBranch: a branch holds inf or nan, or its weight would overflow.
     """
     slow, learners = run.slow, run.learners()
     if not slow.moved(learners):

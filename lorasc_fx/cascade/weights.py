@@ -57,11 +57,7 @@ def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = F
 
 
 def folded_weights(run: Run, view: str, call: str) -> WeightValues:
-    """Return the weights that a fold writes. If the running stage has trained, its slow update is included.
-
-    Raises:
-        StateError, SpecError, NonFiniteBranch: as for `Cascade.weights` and `Cascade.release`.
-    """
+    """Return the weights that a fold writes. If the running stage has trained, its slow update is included."""
     check_view(call, view, run.plan.spec)
     return WeightValues(ended(run, call), "averaged" if view == "averaged" else "slow")
 
@@ -139,11 +135,7 @@ class Before:
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in statistics.values()]
 
     def restore(self) -> None:
-        """Restore the weights of the running stage. If that raises, try once more.
-
-        Raises:
-            StateError: a weight was written inside the block. The weights are restored nevertheless.
-        """
+        """Restore the weights of the running stage. If that raises, try once more."""
         run = self.run
         self.reserve.clear()  # the memory that restoring needs
         with torch.inference_mode(False), torch.no_grad(), run.lock, AllOrNothing() as again:
@@ -267,10 +259,6 @@ def check_quantized(call: str, slow: SlowWeights, how: Requantize, modules: bool
         slow: the slow weights to fold.
         how: the argument `quantized` of the call.
         modules: whether the fold writes into modules, which can be quantized again. Otherwise it returns tensors.
-
-    Raises:
-        StateError: there are such weights, and `how` is None.
-        SpecError: `how` is invalid.
     """
     if not (how in (None, "dequantize") or (modules and (how == "requantize" or callable(how)))):
         options = ", 'requantize' or a callable that quantizes a module" if modules else ""
@@ -295,9 +283,6 @@ def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
     """Quantize dense weights again unless `how` is "dequantize", and log the change of each weight.
 
     `holders` are the places of the dense weights in the model. Their `value` is the quantized weight of before.
-
-    Raises:
-        StateError: the callable does not quantize its module.
     """
     weights = [holder for holder in holders if holder.store is holder.module._parameters]
     # Read all dense weights first, because quantizing a module replaces its weight.
@@ -336,11 +321,7 @@ def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
 
 
 def _requantize_like_layer(module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
-    """Re-quantize a dense weight with the settings of the original layer.
-
-    Raises:
-        StateError: there is no such layer, because a tensor subclass held the weight.
-    """
+    """Re-quantize a dense weight with the settings of the original layer."""
     row = library_of(module.layer) if isinstance(module, QuantizedLinear) else None
     if row is None:
         raise StateError(
@@ -360,17 +341,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool) -> None:
-    """Move or cast the model and the branches of a run. If anything raises, nothing is changed.
-
-    Args:
-        graphs: its graphs, which are dropped.
-        cascade: the module that has the model and the branches as children.
-        fn: moves or casts one tensor.
-        recurse: whether to change submodules, as for `nn.Module._apply`.
-
-    Raises:
-        StateError: after `release`, or if `fn` changes a tensor inside `weights` or inside a backward.
-    """
+    """Move or cast the model and the branches of a run. If anything raises, nothing is changed."""
     with PROCESS, run.lock, AllOrNothing() as undo:
         run.check_alive("to")
         # `to` with the current device and dtype changes nothing, and must not drop the graphs.

@@ -63,9 +63,6 @@ def start_weight(
         spec, stage: of the plan.
         noisy: whether to add the noise N_t if the spec has noise.
         device: device of the result, by default the device of W0.
-
-    Raises:
-        SpecError: as for `write_start`.
     """
     start = torch.empty(
         state.base.shape, dtype=state.base.dtype, device=state.base.device if device is None else device
@@ -86,9 +83,6 @@ def write_start(
 
     The noise depends on (seed, stage, weight name) and is drawn block by block. If `out` is narrower than the
     arithmetic, the exact weight is computed in `scratch`.
-
-    Raises:
-        SpecError: the standard deviation of the weight is not finite, or the noise exceeds the range of its dtype.
     """
     dtype = arithmetic(state.base.dtype)
     if state.base.dtype not in (out.dtype, dtype):  # the parameter was cast since: round to the dtype of W0 first
@@ -182,10 +176,6 @@ def begin_stage(
         site, spec, stage: of the plan of the new stage. The values have the rank of this site.
         keep: whether the branch keeps the factors that the spec says (A, or both).
         noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
-
-    Raises:
-        SpecError: the branch starts from a decomposition, and the weight holds inf or nan, or the branch is of a
-            registered class and does not keep the contract of `Branch`.
     """
     parameter = next(branch.parameters()).detach()
     decomposes = "factors" in branch.starts_from(spec, noisy)
@@ -265,9 +255,6 @@ def end_stage(
         noisy: whether the stage ran, so that its weight had noise.
         checked: whether the factors of branches are known to be finite.
         keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
-
-    Raises:
-        NonFiniteBranch: trained values are not finite, or the fold would make the weight overflow its dtype.
     """
     stage, on_all = history.ends[-1].number, state.shard.group.all
     if state.full:
@@ -306,18 +293,8 @@ def decomposed(
     If the branch has a larger rank than the matrix, the remaining rows of A keep LoRA's values. The remaining columns
     of B are zero.
 
-    Args:
-        weight: the full weight in its stored layout. Experts are decomposed separately.
-        branch: the branch of the weight, which is not changed.
-        site: its site in the new stage.
-        values: LoRA's initial factors of the stage.
-        group: the processes that get the same factors. A decomposition does not have the same bits on all machines.
-
     Returns:
         A [r, in] and B [out, r] by the names of their parameters. Stacked experts have one more axis.
-
-    Raises:
-        SpecError: the weight holds inf or nan.
     """
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
@@ -534,14 +511,7 @@ class SlowWeights:
         return self.group.any(any(trained))  # not lazily: every rank must make the same collective calls
 
     def after_stage(self, plan: Plan, learners: Mapping[str, Learner]) -> SlowWeights:
-        """Return the state after the slow update of the running stage (docs/algorithm.md, row "slow update").
-
-        Args:
-            learners: branches, and parameters trained in full, by weight name.
-
-        Raises:
-            NonFiniteBranch: a learner is not finite, or its weight would overflow.
-        """
+        """Return the state after the slow update of the running stage (docs/algorithm.md, row "slow update")."""
         spec, noisy = plan.spec, not self.idle
         branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
         # Check all factors in one pass. `end_stage` checks each branch only if this fails.
@@ -588,14 +558,7 @@ class SlowWeights:
 
 @dataclass(frozen=True)
 class Part:
-    """One run in a weighted sum of runs.
-
-    Args:
-        name: name of the run, for messages.
-        plan: plan of its running stage.
-        slow: its slow weights with the running stage folded. W0 is on the meta device, because all runs share one.
-        buffers: buffers of its model, and parameters that its forward writes, by name.
-    """
+    """One run in a weighted sum of runs."""
 
     name: str
     plan: Plan
