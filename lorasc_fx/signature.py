@@ -156,13 +156,13 @@ class Call(NamedTuple):
     Args:
         args, kwargs: as returned by `bind`.
         leaves: pytree leaves of the arguments, in the order of the placeholders of a graph.
-        key: input signature. Calls with equal keys can use the same graph. None if an argument is a torch.fx Proxy.
+        key: input signature. Calls with equal keys can use the same graph.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaves: list[Any]
-    key: Hashable | None
+    key: Hashable
 
 
 class Calls:
@@ -183,6 +183,7 @@ class Calls:
 
         Raises:
             TypeError: the signature does not accept these arguments.
+            CaptureError: torch.fx traces the call.
         """
         values = (*args, *kwargs.values()) if kwargs else args
         passing = (len(args), *kwargs, *map(_is_none, values))
@@ -199,7 +200,11 @@ class Calls:
             if type(leaf) not in _LEAVES:
                 leaves, spec = pytree.tree_flatten((bound, named), is_leaf=is_opaque_leaf)
                 if any(isinstance(leaf, torch.fx.Proxy) for leaf in leaves):
-                    return Call(bound, named, leaves, None)
+                    raise CaptureError(
+                        "torch.fx cannot trace a cascade. Trace cascade.folded_graph(), or pass the cascade to "
+                        "torch.export.export.",
+                        code="not-available",
+                    )
                 break
         key = () if self._one_key else (spec, *map(_leaf, leaves), _autocast(leaves))
         return Call(bound, named, leaves, key)

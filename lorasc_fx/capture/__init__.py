@@ -186,19 +186,14 @@ def open_model(model: object) -> nn.Module:
     """Return the module to adapt: the model itself, or the graph module of an ExportedProgram.
 
     Raises:
-        CaptureError: the model is neither an nn.Module nor an ExportedProgram.
+        CaptureError: the model is neither an nn.Module nor an ExportedProgram, or it is TorchScript.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
-    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
-            f"model is a {type(model).__name__}, and neither torch.export nor torch.fx can trace TorchScript. Pass the "
-            "nn.Module from which it was scripted or traced.",
-            code="not-a-model",
-        )
-    if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"model is a {type(model).__name__}. Pass an nn.Module, a GraphModule or an ExportedProgram. "
+            f"model is a {type(model).__name__}. Pass an nn.Module without TorchScript, a GraphModule or an "
+            "ExportedProgram. "
             "torch.export.load(path) returns the ExportedProgram of a .pt2 file. It unpickles: load only files that "
             "you trust.",
             code="not-a-model",

@@ -19,7 +19,6 @@ from lorasc_fx.graph import Record, copy_graph, graph_module_like, set_record
 from lorasc_fx.graph.editor import products_with_weights, retarget
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.util.environment import generator_states
-from lorasc_fx.util.torch_private import traced_assert
 
 OWNER = "model"
 """Name under which a graph module holds the user's model as a child."""
@@ -94,15 +93,6 @@ class Conditions:
                     if size < 2 if fixed is None else size != fixed:
                         return False
         return True
-
-    def assert_sizes(self, proxies: list[object]) -> None:
-        """Add asserts on input sizes to the graph that torch.fx is tracing, because it will contain this graph."""
-        for proxy, sizes in zip(proxies, self.sizes, strict=False):
-            for axis, fixed in enumerate(sizes or ()):
-                if fixed is not None and isinstance(proxy, fx.Proxy):
-                    message = f"the graph was traced for size {fixed} of axis {axis} of {proxy}"
-                    size: Any = proxy.size(axis)
-                    traced_assert(size == fixed, message)
 
     def accepts(self, leaves: list[object]) -> bool:
         """Whether the graph is valid for these inputs: their sizes, requires_grad flags and the export guards."""

@@ -120,10 +120,6 @@ class CascadeModule(nn.Module):
                 return graphs.variants.not_compiled(self, args, kwargs)
             return compiled.module(*bound, **named)
         call = graphs.compiler.calls.bind(args, kwargs)
-        if call.key is None:  # torch.fx traces the cascade with proxies, so no graph can be looked up by its inputs
-            variant, count = graphs.variants.symbolic(self.training)
-            variant.conditions.assert_sizes(call.leaves)
-            return variant.module.forward(*call.args[:count], **call.kwargs)  # type: ignore[attr-defined]
         variant = graphs.variants.find(call) or graphs.capture(call)
         run.check_call(self.training)
         return variant.run(call)

@@ -193,23 +193,6 @@ class Variants:
                     return entry.variant
         return None
 
-    def symbolic(self, training: bool) -> tuple[Variant, int]:
-        """Return the newest full graph for a mode, and its number of arguments, while torch.fx traces a call.
-
-        It cannot be selected by the arguments: the proxies of torch.fx have no sizes, and defaults are proxies too.
-
-        Raises:
-            StateError: there is no such graph.
-        """
-        for entry in self.entries[::-1]:
-            if entry.training == training and not entry.variant.universal and entry.variant.conditions.hold():
-                return entry.variant, len(entry.kinds)
-        raise StateError(
-            "torch.fx can trace a cascade only if it has a full graph for the current mode and settings. Call the "
-            "cascade once in this mode first. A model that runs eagerly has none.",
-            code="not-available",
-        )
-
     def add(self, call: Call, variant: Variant, training: bool) -> None:
         """Add a variant, with the call and the mode for which it was captured."""
         if variant.universal:

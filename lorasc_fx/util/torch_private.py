@@ -55,8 +55,6 @@ set_version_counter: Callable[[tuple[torch.Tensor, ...], tuple[int, ...]], None]
     torch._C._autograd._unsafe_set_version_counter
 )
 """Sets version counters, for a write that is undone exactly."""
-traced_assert: Callable[[Any, str], None] = torch._assert
-"""An assertion that torch.fx records in the graph."""
 
 
 def frame_callback() -> Any:
