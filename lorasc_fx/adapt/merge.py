@@ -65,14 +65,7 @@ def check_fits(after: SlowWeights, call: str) -> None:
 
 
 def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:
-    """Return `W0 + sum_i w_i S_i` for every weight.
-
-    Args:
-        fresh: slow weights of a new cascade on the common base.
-        parts: the runs, which have the same weights.
-        weights: one number w_i per run. They need not sum to 1.
-        stage: number of the stage that ends with the sum.
-    """
+    """Return `W0 + sum_i w_i S_i` for every weight of a new cascade. `stage` ends with the sum."""
     history = History((StageEnd(stage, 1.0),))
     states = {}
     for name, state in fresh.states.items():
@@ -192,11 +185,7 @@ def merge(
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the weight of each run.
-
-    Raises:
-        SpecError: the number of weights is wrong, or a weight is not a finite number.
-    """
+    """Return the weight of each run. Raise SpecError for a wrong number of weights, or one that is not finite."""
     if weights is None:
         return [1 / count] * count
     shares = list(weights)
@@ -254,10 +243,9 @@ def from_peft(
 
 
 def _install(cascade: Cascade, adapter: Adapter, changes: Mapping[str, Expert]) -> None:
-    """Make an adapter the first expert of a new cascade. `changes` has an expert for each weight, by name.
+    """Make an adapter the first expert of a new cascade. Raise CheckpointError if the spec leaves out a part of it.
 
-    Raises:
-        CheckpointError: the spec leaves out a part of the adapter.
+    `changes` has an expert for each weight, by name.
     """
     run, canonical = run_of(cascade), named_weights(cascade.model).canonical
     reasons = {refusal.weight: f"{refusal.reason.value} ({refusal.sentence})" for refusal in cascade.refusals}

@@ -82,12 +82,6 @@ class Setup:
     ) -> Self:
         """Prepare the layers and ties of a model, which must have passed `check_new`.
 
-        Args:
-            model, plan, frontend, loads: see `Setup`.
-            inputs: args and kwargs.
-            base: the argument of `adapt`.
-            checkpoint: the checkpoint to load, if any.
-
         Raises:
             SpecError: `base` is unknown, or is `pinned` on a machine without an accelerator.
         """
@@ -165,11 +159,7 @@ def _is_adapted(parameter: nn.Parameter) -> bool:
 
 
 def _trained(plan: Plan, weights: Weights) -> dict[str, nn.Parameter]:
-    """Return the parameters that the spec trains in full, by name.
-
-    Raises:
-        SpecError: a parameter has a dtype without gradients.
-    """
+    """Return the parameters that the spec trains in full, by name. Raise SpecError for a dtype without gradients."""
     trained = {name: weights.parameters[name] for name in trained_by(plan.spec, weights.names)}
     for name, parameter in trained.items():
         if not parameter.is_floating_point() and not parameter.is_complex():
@@ -187,12 +177,7 @@ def _pattern_of(plan: Plan, weights: Weights, name: str) -> str:
 
 
 def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights: Weights) -> None:
-    """Check that no trained or adapted parameter overlaps in memory with another tensor. Tied parameters are allowed.
-
-    Raises:
-        SpecError: the spec trains such a parameter in full.
-        PassError: such a parameter is a site of a saved plan.
-    """
+    """Check that no trained or adapted parameter overlaps in memory with another tensor. Ties are allowed."""
     shared = shared_memory(model)
     for name in (weight for weight in trained if weight in shared):
         raise SpecError(
@@ -209,14 +194,9 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights:
 
 
 def check_new(model: nn.Module, in_bank: bool = False) -> None:
-    """Check that a model can be adapted: it must not be adapted, sharded, offloaded, or without values.
+    """Raise an error if a model cannot be adapted, because it is adapted, sharded, offloaded or has no values.
 
-    Args:
-        in_bank: whether it may be in use by a bank.
-
-    Raises:
-        CaptureError: a tensor has no values, or cannot be trained.
-        StateError: the model is sharded, is a cascade, is already adapted, or is in use by a bank.
+    With `in_bank` it may be in use by a bank.
     """
     # accelerate's offload hooks keep the weights of a module on the meta device between calls.
     hooks = {name: getattr(module, "_hf_hook", None) for name, module in model.named_modules()}
@@ -294,18 +274,11 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
     """Tie parameters that are equal views of one memory, and untie the parameters that match a pattern.
 
     Two parameters with the same memory (`b.weight.data = a.weight.data`) are one weight: it gets one branch, and is
-    written once. So both modules get the Parameter object of the first one.
-
-    Args:
-        model: the model to change.
-        patterns: patterns of the places to untie.
-        strict: whether each pattern must match a tied parameter.
+    written once. So both modules get the Parameter object of the first one. With `strict`, raise SpecError for a
+    pattern that matches no tied parameter.
 
     Returns:
         Module, attribute name and original parameter of each place that was tied. `release` restores them.
-
-    Raises:
-        SpecError: a pattern matches no tied parameter, and `strict` is set.
     """
     by_memory: dict[Memory, nn.Parameter] = {}
     shared: dict[int, nn.Parameter] = {}

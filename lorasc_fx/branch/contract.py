@@ -42,13 +42,7 @@ class Side(Enum):
     OUT = "[out]"
 
     def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
-        """Return the axis along which a tensor is sharded if its weight is sharded, or None if every rank has all of
-        it.
-
-        Args:
-            along: axis along which the weight is sharded.
-            stacked, transposed: layout of the weight.
-        """
+        """Return the axis along which a tensor is sharded if its weight is sharded along an axis, or None for none."""
         lead = 1 if stacked else 0
         if self is Side.OUT:
             return 0 if along == lead + transposed else None
@@ -304,11 +298,8 @@ class Branch(nn.Module, abc.ABC):
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
         """Return what a stage computes from its weight: fields of `InitialFactors`, or "weight" for anything else.
 
-        An empty tuple means that `values_from` does not need the weight.
-
-        Args:
-            spec: the spec.
-            running: whether the stage trains. An idle stage follows the last transition.
+        An empty tuple means that `values_from` does not need the weight. An idle stage, after the last transition, is
+        not `running`.
         """
         return () if cls.values_from is Branch.values_from else ("weight",)
 
@@ -331,11 +322,8 @@ class Branch(nn.Module, abc.ABC):
     ) -> Mapping[str, torch.Tensor]:
         """Return the full values of the parameters that the spec keeps for the next stage (`restart_factors`).
 
-        Args:
-            values: the initial values of the next stage.
-            spec: the spec.
-            pairs: whether both factors are kept. The slow weights include their delta already, so the
-                caller subtracts it.
+        `values` are the initial values of the next stage. `pairs` says whether both factors are kept. The slow weights
+        include their delta already, so the caller subtracts it.
         """
         return {}
 
@@ -344,10 +332,7 @@ class Branch(nn.Module, abc.ABC):
     ) -> Mapping[str, torch.Tensor]:
         """Return the full values of the parameters that the method computes from the weight of the next stage.
 
-        Args:
-            site: the site in the next stage.
-            values: the other values of the next stage.
-            weight: the weight.
+        `site` and `values` are the site and the other values of that stage.
         """
         return {}
 
@@ -366,9 +351,7 @@ class Branch(nn.Module, abc.ABC):
     def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether training has changed the slice of the delta on this rank since the start of the stage.
 
-        Args:
-            initial: initial factors and magnitudes of this slice, if they were not zero.
-            cut: returns this rank's slice of a full tensor.
+        `initial` are initial factors and magnitudes of this slice, and `cut` returns this rank's slice of a tensor.
         """
         return any(bool(local(self.get_parameter(name)).any()) for name in self.zeros)
 
@@ -391,10 +374,7 @@ class Branch(nn.Module, abc.ABC):
     ) -> torch.Tensor:
         """Compute one placement. Graph nodes call this.
 
-        Args:
-            args, options: arguments of the method for the placement.
-            at: the placement.
-            tensors, scale: use these instead of the parameters and the scale of the branch (see `computed_with`).
+        `tensors` and `scale` replace the parameters and the scale of the branch (see `computed_with`).
         """
         first: Any = args[0] if args else None
         if isinstance(first, fx.Proxy):  # symbolic_trace keeps a branch as one node
@@ -429,10 +409,7 @@ class Branch(nn.Module, abc.ABC):
     ) -> torch.Tensor:
         """Return the output of the op with the adapted weight, and its bias.
 
-        Args:
-            x, weight, bias: inputs of the op.
-            op: key of `products.PRODUCTS`, or `conv`.
-            options: fields of a `ConvCall` if the op is `conv`.
+        `op` is a key of `products.PRODUCTS`, or `conv` with the fields of a `ConvCall` as options.
         """
         return self.product_with(x, self.on_weight(weight), bias, op, **options)
 
@@ -557,13 +534,9 @@ class Branch(nn.Module, abc.ABC):
         return all(bool(torch.isfinite(local(value)).all()) for value in self.parameters())
 
     def shard_axes(self, weight: torch.Tensor, parts: int) -> dict[str, int]:
-        """Return the axes along which FSDP shards parameters, by name, if they differ from axis 0.
+        """Return the axes along which FSDP shards parameters over `parts` ranks, by name, if they differ from axis 0.
 
         The key "weight" is the adapted weight itself.
-
-        Args:
-            weight: the adapted weight.
-            parts: number of ranks.
         """
         return {}
 

@@ -112,14 +112,8 @@ def differentiable_gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of x, lora_A and lora_B with an autograd graph, for a double backward.
 
-    Args:
-        term: computes the term of the branch from x, lora_A and lora_B.
-        gradient: gradient of the output.
-        x: input of the branch, or None if forward did not save it because lora_A is frozen.
-        a, b: lora_A and lora_B.
-
-    Raises:
-        StateError: x was not saved.
+    `term` computes the term of the branch from them. Raises StateError if forward did not save x, because lora_A is
+    frozen.
     """
     if x is None:
         raise StateError(

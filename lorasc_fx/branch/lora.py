@@ -242,10 +242,7 @@ class LoraBranch(LowRankBranch):
         return {DOWN: torch.where(torch.isfinite(a).all(), a, values[DOWN])}
 
     def exact_factors(self, values: Mapping[str, torch.Tensor] | None = None, scale: float | None = None) -> Factors:
-        """Return the full factors in fp64 in host memory, with the scale in the left one.
-
-        `values` and `scale` are those of another stage. By default, those of this branch.
-        """
+        """Return the full factors, or those of another stage, in fp64 in host memory. The left one has the scale."""
         up, down = (self.lora_B, self.lora_A) if values is None else (values[UP], values[DOWN])
         with torch.no_grad():
             b, a = map(full_tensor, self.oriented(up, down))
@@ -305,14 +302,9 @@ def row_norms(
     axis: int,
     total_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the norms of `W + scale * b @ a`, without gradients. A norm of 0 is replaced by 1.
+    """Return the norms of `W + scale * b @ a` over an axis, without gradients. A norm of 0 is replaced by 1.
 
-    Args:
-        weight: W, whose matrix is [rows, columns].
-        b, a: factors [rows, rank] and [rank, columns].
-        scale: scale of the product.
-        axis: axis of the matrix over which the norms are taken.
-        total_of: sums a tensor over all ranks, if this axis is sharded.
+    `total_of` sums a tensor over all ranks, if this axis is sharded.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         matrix = weight.detach().to(b.dtype).reshape(b.shape[0], a.shape[1])
@@ -369,13 +361,9 @@ class DoraBranch(LoraBranch):
         return moved
 
     def norms(self, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) -> torch.Tensor:
-        """Return `|W + s B A|` for each row [out], in the dtype of the factors and without gradients.
+        """Return `|W + s B A|` for each row [out] of this rank's slice, without gradients. 0 is replaced by 1.
 
-        The norm of a zero row is replaced by 1. All-reduces if the weight is sharded within rows.
-
-        Args:
-            weight: this rank's slice of the weight.
-            shard: which slice of the full weight this is.
+        All-reduces if the weight is sharded within rows.
         """
         b, a = self.oriented(self.up, self.down)
         if shard.axis is not None:

@@ -142,8 +142,7 @@ class MatrixOps:
 
         Args:
             base: output of the grouped product, [rows, out].
-            x: [rows, in], sorted by expert.
-            offs: [experts], the end of the rows of each expert.
+            x, offs: rows [rows, in] sorted by expert, and the end of the rows of each expert.
             by: qualified name of the op in `torch.ops` that computes grouped products, such as `aten::_grouped_mm`.
             weight: frozen weight [experts, in, out] of an op whose own backward would compute its gradient.
         """

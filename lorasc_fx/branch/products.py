@@ -136,14 +136,7 @@ def down(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def up(rows: torch.Tensor | None, low: torch.Tensor, factor: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `rows + scale * low^T @ factor` [chunks, tokens/chunks, features].
-
-    Args:
-        rows: chunked rows, or None for zeros.
-        low: the result of `down`, [chunks, rank, tokens/chunks].
-        factor: [rank, features].
-        scale: factor of the product.
-    """
+    """Return `rows + scale * low^T @ factor` for chunked rows (None for zeros) and `low` from `down`."""
     factor = factor.expand(low.shape[0], -1, -1)
     if rows is None:
         return torch.bmm(low.transpose(1, 2), factor).mul_(scale)
@@ -262,10 +255,7 @@ def conv_up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float
 def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """Return `scale * low values^T` [rank, channels], summed over batch and space.
 
-    Args:
-        low: [batch, rank, *space].
-        values: [batch, channels, *space].
-        scale: factor of the result.
+    `low` is [batch, rank, *space] and `values` [batch, channels, *space].
     """
     if _in_rows(values):
         return factor_gradient(chunked(_pixels(low)).transpose(1, 2), chunked(_pixels(values)), scale)
@@ -324,11 +314,7 @@ def onednn_is_faster() -> bool:
 def product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `op(x, weight, bias)` [..., out], with oneDNN if it is faster. For use inside an autograd.Function.
 
-    Args:
-        op: key of PRODUCTS.
-        x: [..., in].
-        weight: [out, in] for the op `linear`, [in, out] for the others.
-        bias: [out] or None.
+    `op` is a key of PRODUCTS. The weight is [out, in] for the op `linear`, and [in, out] for the others.
     """
     rows = weight if op == "linear" else weight.t()
     return _onednn(x, rows, bias) if _uses_onednn(x, rows, bias) else PRODUCTS[op](x, weight, bias)
@@ -337,11 +323,8 @@ def product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """Return the grouped product of experts [rows, out], with oneDNN if it is faster. For use in an autograd.Function.
 
-    Args:
-        op: the op for grouped products.
-        x: [rows, in], sorted by expert.
-        weight: [experts, in, out].
-        offs: [experts], the end of the rows of each expert. The output is zero for rows after the last end.
+    x is [rows, in], sorted by expert, and weight [experts, in, out]. `offs` [experts] has the end of the rows of each
+    expert. The output is zero for rows after the last end.
     """
     if not len(weight) or not _uses_onednn(x, weight[0].t(), None):
         return op(x, weight, offs)
@@ -457,11 +440,9 @@ _FROZEN: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def for_frozen(target: object, same_bits: bool = True) -> Callable[..., torch.Tensor] | None:
-    """Return a faster function for nodes with this target, whose weights are usually frozen, or None.
+    """Return a faster function with the arguments of a node's target, whose weights are usually frozen, or None.
 
-    Args:
-        target: the target of a node. The function has its arguments. Only graphs that run eagerly use it.
-        same_bits: whether the function computes the same bits as the target if gradients are disabled.
+    Only graphs that run eagerly use it. With `same_bits` it computes the bits of the target if gradients are disabled.
     """
     is_op = isinstance(target, OpOverload) or target is F.linear
     if not is_op or not onednn_is_faster():
