@@ -80,7 +80,7 @@ CODES = {
     "not-captured": "no front end can capture the model as an equivalent graph",
     "not-exportable": "the format cannot express the cascade",
     "not-serializable": "a value cannot be stored as JSON, safetensors or pickle",
-    "not-trainable": "a parameter cannot have a gradient, is from torch.inference_mode, or shares memory",
+    "not-trainable": "a parameter cannot have a gradient, or shares memory with another one",
     "optimizer-differs": "the optimizer or scheduler differs from the saved one, or does not suit the spec",
     "optimizer-lacks-parameters": "the optimizer does not contain all trained parameters",
     "other-versions": "(warning) a checkpoint was written with other library versions",

@@ -23,7 +23,7 @@ from lorasc_fx.cascade.run import Run
 from lorasc_fx.check.isolation import written_by
 from lorasc_fx.checkpoint.reader import Checkpoint
 from lorasc_fx.compile import Compiler
-from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
+from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.facade import Cascade, cascade_class
 from lorasc_fx.graph import matches, named_weights, shared_memory, trained_by
 from lorasc_fx.graph.patterns import check_patterns
@@ -198,20 +198,6 @@ def check_new(model: nn.Module, in_bank: bool = False) -> None:
 
     With `in_bank` it may be in use by a bank.
     """
-    # accelerate's offload hooks keep the weights of a module on the meta device between calls.
-    hooks = {name: getattr(module, "_hf_hook", None) for name, module in model.named_modules()}
-    offloaded = [
-        name
-        for name, hook in hooks.items()
-        if any(getattr(part, "offload", False) is True for part in (hook, *getattr(hook, "hooks", ())))
-    ]
-    if offloaded:
-        raise CaptureError(
-            f"accelerate has offloaded the weights of {named(offloaded)} to the host or to disk, and loads them only "
-            "during a call, so they cannot be adapted. Load the model without offloading: remove 'cpu' and 'disk' from "
-            "device_map, or keep the full model on the host with device_map={'': 'cpu'}.",
-            code="meta-model",
-        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise CaptureError(
@@ -220,7 +206,9 @@ def check_new(model: nn.Module, in_bank: bool = False) -> None:
             )
         if tensor.is_meta:
             raise CaptureError(
-                f"{name} is on the meta device and has no values. Load the weights of the model before adapt.",
+                f"{name} is on the meta device and has no values. Load the weights of the model before adapt. If "
+                "accelerate has offloaded them, remove 'cpu' and 'disk' from device_map, or keep the full model on the "
+                "host with device_map={'': 'cpu'}.",
                 code="meta-model",
             )
     for name, parameter in model.named_parameters():
@@ -229,11 +217,6 @@ def check_new(model: nn.Module, in_bank: bool = False) -> None:
                 f"{name} is already sharded (by FSDP, tensor parallelism or DeepSpeed ZeRO-3). Adapt the unsharded "
                 "model first, and then call lorasc_fx.parallel.fsdp.shard on the cascade.",
                 code="sharded",
-            )
-        if parameter.is_inference():
-            raise CaptureError(
-                f"{name} was created in torch.inference_mode, so it cannot be trained. Create the model outside of it.",
-                code="not-trainable",
             )
     for name, module in model.named_modules():
         bases = [(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__]

@@ -379,12 +379,10 @@ def test_out_of_memory_changes_nothing(case: str, what: str) -> None:
     assert all(torch.equal(after[name], expected[name]) for name in after)
 
 
-@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
-def test_an_offloaded_model_is_refused(how: str, tmp_path: Any) -> None:
+def test_an_offloaded_model_is_refused() -> None:
     import accelerate
 
     model, (args, _), _ = build("mlp")
-    more = {"offload_dir": tmp_path} if how == "disk_offload" else {}
-    getattr(accelerate, how)(model, execution_device=torch.device(DEVICE), **more)
-    with raises(lx.CaptureError, "meta-model", "accelerate has offloaded the weights of first, second, head"):
+    accelerate.cpu_offload(model, execution_device=torch.device(DEVICE))
+    with raises(lx.CaptureError, "meta-model", "first.weight", "device_map"):
         lx.adapt(model, (args[0].to(DEVICE),), spec=lx.CascadeSpec(rank=2))

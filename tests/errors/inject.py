@@ -1,4 +1,4 @@
-"""Faults at the k-th operation of torch, line of ours, or call on a file; and a loop that lets each of them be hit.
+"""Faults at the k-th operation of torch or line of ours; and a loop that lets each of them be hit.
 
 `each(kind)` raises at one place after the other, until a try goes through.
 """
@@ -6,20 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import linecache
-import os
-import shutil
 import signal
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,16 +44,14 @@ class FailAt(TorchDispatchMode):
 
 
 class LineAt:
-    """Acts before the k-th line of ours that runs, or before so many lines from then on.
+    """Acts before the k-th line of ours that runs.
 
     Lines that begin with `with` are left out: such a line runs again where the `with` ends, and what is raised there
     keeps the manager from being exited. The lines of `undo.py` run before a block and after it.
     """
 
-    def __init__(
-        self, at: int, act: Callable[[], None], files: tuple[str, ...] = ("lorasc_fx", "passes"), times: int = 1
-    ) -> None:
-        self.at, self.act, self.count, self.last = at, act, 0, at + times - 1
+    def __init__(self, at: int, act: Callable[[], None], files: tuple[str, ...] = ("lorasc_fx", "passes")) -> None:
+        self.at, self.act, self.count = at, act, 0
         self.files = tuple(str(ROOT / file) for file in files)
         self.finalizers = 0
 
@@ -89,67 +82,12 @@ class LineAt:
         return self.finalizer
 
     def line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line" and self.count < self.last:
+        if event == "line" and self.count < self.at:
             text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            counts = not text.startswith("with ")
-            self.count += counts
-            if counts and self.count >= self.at:
+            self.count += not text.startswith("with ")
+            if self.count == self.at:
                 self.act()
         return self.line
-
-
-FILE_CALLS: tuple[tuple[Any, str], ...] = (
-    *((os, name) for name in ("open", "stat", "lstat", "fstat", "listdir", "scandir", "rename", "replace", "fsync")),
-    *((os, name) for name in ("mkdir", "unlink", "rmdir", "link", "close")),
-    *(
-        (Path, name)
-        for name in ("open", "stat", "iterdir", "read_text", "read_bytes", "write_text", "rename", "exists")
-    ),
-    *((Path, name) for name in ("is_dir", "is_file", "mkdir", "unlink", "replace")),
-    (io, "open"),
-    (tempfile, "mkdtemp"),
-    (shutil, "rmtree"),
-)
-
-SAFETENSORS = ("safe_open", "load_file", "save_file", "serialize", "serialize_file", "deserialize")
-
-
-class FileCallAt:
-    """Acts before the k-th call that one of our modules makes on a file: of Python's own, or of safetensors."""
-
-    def __init__(self, at: int, act: Callable[[], None]) -> None:
-        self.at, self.act, self.count, self.names = at, act, 0, set[str]()
-
-    def __enter__(self) -> FileCallAt:
-        self.patch = pytest.MonkeyPatch()
-        for owner, name in FILE_CALLS:
-            if hasattr(owner, name):
-                self.patch.setattr(owner, name, self.counted(getattr(owner, name), name))
-        for module in [module for name, module in sys.modules.items() if name.startswith("lorasc_fx.")]:
-            for name in SAFETENSORS:
-                if name in vars(module):
-                    self.patch.setattr(module, name, self.counted(getattr(module, name), name))
-        self.patch.setattr("builtins.open", self.counted(open, "open"))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.undo()
-
-    def counted(self, real: Any, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if ours():
-                self.count += 1
-                self.names.add(name)
-                if self.count == self.at:
-                    self.act()
-            return real(*args, **kwargs)
-
-        return call
-
-
-def ours() -> bool:
-    """Whether the caller's caller is code of this package."""
-    return sys._getframe(2).f_code.co_filename.startswith((str(ROOT / "lorasc_fx"), str(ROOT / "passes")))
 
 
 def failing(fault: BaseException) -> Callable[[], None]:

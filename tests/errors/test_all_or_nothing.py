@@ -1,8 +1,7 @@
 """Whatever fails inside a call, and wherever, everything is as it was, bit for bit: model, flags, branches, slow state,
 plan, optimizer, gradients and process. Then the same call does what it does on a twin that nothing has disturbed.
 
-A row of CALLS is a call. Operations of torch, lines of ours and calls on files are made to fail in it, one after the
-other; Ctrl-C comes once, or again at the next 29 lines.
+A row of CALLS is a call. Operations of torch and lines of ours are made to fail in it, one after the other.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -27,7 +24,7 @@ from torch.utils._pytree import tree_leaves as leaves
 
 import lorasc_fx as lx
 from lorasc_fx.capture import capture
-from tests.errors.inject import EVERY, FailAt, FileCallAt, LineAt, failing, in_turn, python_answers, sigint
+from tests.errors.inject import EVERY, FailAt, LineAt, failing, python_answers, sigint
 from tests.errors.models import Late, Net, inputs, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.kit.errors import raises
@@ -252,7 +249,6 @@ PLACES: dict[str, Callable[[int], Any]] = {
     "memory": lambda at: FailAt(at, failing(MemoryError("no more"))),
     "after an operation": lambda at: FailAt(at, sigint, after=True),
     "line": lambda at: LineAt(at, sigint),
-    "lines": lambda at: LineAt(at, sigint, times=30),
 }
 ROWS = [(name, "noise, train") for name in CALLS] + [("transition", spec) for spec in list(SPECS)[1:]]
 ROWS += [(name, "fast, noise kept everywhere") for name in ("stage_of_a_loop", "release", "load", "rewind")]
@@ -357,26 +353,6 @@ def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) 
     assert written > 3
 
 
-@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "interrupt"])
-def test_a_file_call_that_fails(fault: BaseException, tmp_path: Path) -> None:
-    """Each in turn, whatever it then raises."""
-    saved, optimizer = made()
-    lx.save(saved, tmp_path, optimizer=optimizer)
-    model, names = prepared(), set[str]()
-
-    def call() -> Any:
-        return lx.load(tmp_path, model, args=(X,))
-
-    def place(at: int) -> FileCallAt:
-        mode = FileCallAt(at, failing(fault))
-        mode.names = names
-        return mode
-
-    failures = in_turn(place, call, (model,), (lx.CheckpointError, OSError, KeyboardInterrupt))
-    assert failures >= 3
-    assert names & {"open", "read_bytes"}
-
-
 @pytest.mark.parametrize("what", ["lora_A", "lora_B", "expert"])
 def test_load_holds_the_graph_against_its_plan(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verifier runs on what was loaded: numbers that are not finite are told by name, and nothing is changed."""
@@ -445,61 +421,3 @@ def test_ctrl_c_at_any_moment() -> None:
         step(cascade, optimizer, X)
         everything = of(cascade, optimizer)
     assert struck > 50
-
-
-def interrupted_in_turn(act: Callable[[], object], files: tuple[str, ...]) -> Iterator[str]:
-    """Call `act` again and again, with SIGINT at the first, second, ... line that it runs in these files.
-
-    Yields the file and line of each. Unlike `LineAt`, this has the lines that end a `with` block.
-    """
-    for at in range(1, EVERY):
-        count, place = 0, ""
-
-        def trace(frame: FrameType, event: str, _: object, at: int = at) -> Any:
-            nonlocal count, place
-            name = frame.f_code.co_filename
-            if not name.endswith(files) and not name.startswith(files):
-                return None
-            count += event == "line"
-            if count == at and not place:
-                place = f"{Path(name).name}:{frame.f_lineno}"
-                sys.settrace(None)
-                sigint()
-            return trace
-
-        with python_answers():
-            sys.settrace(trace)
-            try:
-                act()
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.settrace(None)
-        if not place:
-            return
-        yield place
-
-
-PACKAGE = str(Path(lx.__file__).parent)
-
-
-def test_ctrl_c_at_each_line_of_the_exit_of_weights() -> None:
-    cascade, optimizer = made()
-    step(cascade, optimizer, X)
-    before = of(cascade, optimizer)
-
-    def act() -> None:
-        block = cascade.weights("base")
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        block.__enter__()
-        sys.settrace(tracer)
-        block.__exit__(None, None, None)
-
-    places = []
-    for place in interrupted_in_turn(act, (PACKAGE, "contextlib.py")):
-        places.append(place)
-        assert_same(of(cascade, optimizer), before)
-    assert len(places) > 40
-    assert {place.partition(":")[0] for place in places} >= {"undo.py", "weights.py", "contextlib.py"}
-    cascade.transition(optimizer)
