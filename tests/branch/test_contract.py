@@ -348,25 +348,6 @@ def test_a_registered_class_with_every_kind_of_weight(kind: str) -> None:
     torch.testing.assert_close(cascade.release()(x), model(x), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "dora"])
-def test_runs_are_merged_by_their_deltas(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(SEED)
-    model, x = linear()
-    model, x = model.double(), x.double()
-    total, runs, shares = copy.deepcopy(model), list[Path](), (0.75, -0.5)
-    for seed, share in enumerate(shares):
-        cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=2, pace=1.0, seed=seed))
-        train(cascade)
-        with torch.no_grad():
-            for weight, branch in branches(cascade).items():
-                total.get_parameter(weight).add_(share * branch.dense_delta(model.get_parameter(weight)))
-        cascade.transition(None)
-        lx.save(cascade, tmp_path / str(seed))
-        runs.append(tmp_path / str(seed))
-    result = lx.merge(runs, copy.deepcopy(model), (x,), weights=shares)
-    torch.testing.assert_close(result(x), total(x), rtol=1e-11, atol=1e-11)
-
-
 @pytest.mark.parametrize("name", ["lora", "hira"])
 def test_an_average_counts_a_stage_that_trained_nothing(name: str) -> None:
     """The first stage has no delta, so the mean over two stages is half of the second."""

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import lorasc_fx as lx
-from tests.errors.models import Net, adapted, inputs, mlp
+from tests.errors.models import adapted, inputs, mlp
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
@@ -66,46 +66,26 @@ def scripted() -> Any:
     return torch.jit.script(mlp())
 
 
-SHAPES = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x6 and 5x7)"
-DTYPES = "RuntimeError: mat1 and mat2 must have the same dtype"
-CHANNELS = "RuntimeError: Given groups=1, weight of size [6, 3, 3, 3], expected input[2, 4, 8, 8]"
 NO_SITES = lx.passes.NoSites
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[lx.LorascError], tuple[str, ...]]] = {
     "no site, export": (Odd, {"frontend": "export"}, NO_SITES, ("no-sites", "table: no-form", "node add", "spare")),
     "no site, eager": (Odd, {"frontend": "eager"}, NO_SITES, ("no-sites", "table: no-form", "spare")),
     "a tensor as args": (mlp, {"args": X}, lx.CaptureError, ("invalid-value", "args", "Tensor")),
-    "a dictionary as args": (mlp, {"args": {"input": X}}, lx.CaptureError, ("invalid-value", "args")),
     "a tuple as kwargs": (mlp, {"args": (), "kwargs": (X,)}, lx.CaptureError, ("invalid-value", "kwargs")),
-    "too many inputs": (
-        mlp,
-        {"args": (X, X)},
-        lx.CaptureError,
-        ("invalid-value", "Sequential.forward", "too many positional arguments", "(input)"),
-    ),
-    "no input": (mlp, {"args": ()}, lx.CaptureError, ("invalid-value", "missing a required argument: 'input'")),
+    "too many inputs": (mlp, {"args": (X, X)}, lx.CaptureError, ("invalid-value", "Sequential.forward")),
+    "no input": (mlp, {"args": ()}, lx.CaptureError, ("invalid-value", "'input'")),
     "an unknown keyword": (
         mlp,
         {"kwargs": {"mask": X}},
         lx.CaptureError,
         ("invalid-value", "Sequential.forward", "'mask'", "(input)"),
     ),
-    "a wrong shape": (mlp, {"args": (inputs(2, 6),)}, lx.CaptureError, ("model-refuses-inputs", "Sequential", SHAPES)),
-    "integers": (mlp, {"args": (X.long(),)}, lx.CaptureError, ("model-refuses-inputs", "Sequential", DTYPES)),
-    "another precision": (mlp, {"args": (X.double(),)}, lx.CaptureError, ("model-refuses-inputs", DTYPES)),
-    "text": (mlp, {"args": ("text",)}, lx.CaptureError, ("model-refuses-inputs", "TypeError: linear()")),
-    "channels": (Net, {"args": (inputs(2, 4, 8, 8),)}, lx.CaptureError, ("model-refuses-inputs", "Net", CHANNELS)),
-    "no gradients": (NoGradients, {}, lx.CaptureError, ("model-refuses-inputs", "ValueError: no gradients here")),
+    "a wrong shape": (mlp, {"args": (inputs(2, 6),)}, lx.CaptureError, ("model-refuses-inputs", "Sequential", "2x6")),
+    "text": (mlp, {"args": ("text",)}, lx.CaptureError, ("model-refuses-inputs", "Sequential", "TypeError")),
+    "no gradients": (NoGradients, {}, lx.CaptureError, ("model-refuses-inputs", "NoGradients", "ValueError")),
     "no front end": (Once, {}, lx.CaptureError, ("not-captured", "Once", "export: ValueError", "eager: ValueError")),
     "a front end": (mlp, {"frontend": "exprot"}, lx.CaptureError, ("unknown-name", "frontend", "exprot", "export")),
-    "a front end for a graph": (
-        lambda: fx.symbolic_trace(mlp()),
-        {"frontend": "exprot"},
-        lx.CaptureError,
-        ("unknown-name", "frontend", "exprot", "export"),
-    ),
     "a dictionary as spec": (mlp, {"spec": {"rank": 8}}, lx.SpecError, ("invalid-value", "spec", "dict")),
-    "a class as spec": (mlp, {"spec": lx.CascadeSpec}, lx.SpecError, ("invalid-value", "spec", "type")),
-    "noise as spec": (mlp, {"spec": lx.Noise(0.1)}, lx.SpecError, ("invalid-value", "spec", "Noise")),
     "integers in full": (
         with_a_count,
         {"spec": lx.CascadeSpec(train=("count",))},
@@ -122,7 +102,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[lx.LorascError]
     ),
     "W0 in a file": (mlp, {"base": "base.safetensors"}, lx.SpecError, ("invalid-value", "base", "'device'")),
     "a function": (lambda: mlp, {}, lx.CaptureError, ("not-a-model", "function")),
-    "None": (lambda: None, {}, lx.CaptureError, ("not-a-model", "NoneType")),
     "a graph": (lambda: fx.symbolic_trace(mlp()).graph, {}, lx.CaptureError, ("not-a-model", "Graph")),
     "TorchScript": (scripted, {}, lx.CaptureError, ("not-a-model", "TorchScript", "nn.Module")),
 }

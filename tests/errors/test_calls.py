@@ -295,23 +295,16 @@ def test_training_on_after_the_last_stage(spec: lx.CascadeSpec) -> None:
     cascade, optimizer = adapted(spec)
     for _ in cascade.stages(2, optimizer):
         step(cascade, optimizer)
-    step(cascade, optimizer)
+    if spec is SPEC:
+        step(cascade, optimizer)
+    else:  # what is trained in full counts, too
+        with torch.no_grad():
+            cascade.model[3].bias += 1
     stages = cascade.stages(1, optimizer)
     with unchanged(cascade, optimizer), raises(lx.StateError, "stage-not-ended"):
         next(stages)
     cascade.transition(optimizer)
     assert next(cascade.stages(1, optimizer)).number == 4
-
-
-def test_what_is_trained_in_full_counts_as_training_on() -> None:
-    cascade, optimizer = adapted(TRAINED)
-    for _ in cascade.stages(1, optimizer):
-        step(cascade, optimizer)
-    with torch.no_grad():
-        cascade.model[3].bias += 1
-    stages = cascade.stages(1, optimizer)
-    with unchanged(cascade, optimizer), raises(lx.StateError, "stage-not-ended"):
-        next(stages)
 
 
 def test_resume_of_a_cascade_that_was_not_loaded() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.errors.models import Late
-from tests.kit.errors import lacking, raises
+from tests.kit.errors import lacking
 from tests.kit.state import forget_warnings
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -246,23 +246,6 @@ def test_copies_pickles_and_tracers_of_the_model() -> None:
         assert torch.equal(torch.fx.symbolic_trace(model)(X), expected)
         assert torch.equal(torch.export.export(model, (X,)).module()(X), expected)
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
-
-
-# ---- optimizers
-
-
-def test_an_optimizer_without_the_branches() -> None:
-    """Its step and its zero_grad leave the branches' gradients as they are: the error names that cause too."""
-    model = net()
-    cascade, _ = adapted(model=model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(cascade, optimizer)
-    with raises(
-        lx.StateError, "gradients-pending", "other Parameter objects", "cascade.param_groups", "cascade.zero_grad()"
-    ):
-        cascade.release()
-    cascade.zero_grad()
-    assert cascade.release() is model
 
 
 # ---- sites that come late
