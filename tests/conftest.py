@@ -122,7 +122,6 @@ SAMPLED = {
     "cascade/test_outside_writes.py::test_checksums_are_of_the_bits_in_order": 4,
     "cascade/test_transition_cost.py::test_accumulate_is_the_sum_rounded_once": 4,
     "passes/test_faults.py::test_a_pass_that_raises_leaves_its_input": 5,
-    "passes/test_fold_branches.py::test_a_fold_computes_what_the_graph_computed": 3,
     "passes/test_insert_branches.py::test_nodes_and_branches": 3,
     "passes/test_match_sites.py::test_match": 3,
     "passes/test_match_sites.py::test_every_matrix_is_reported": 4,
