@@ -137,7 +137,6 @@ SAMPLED = {
     "numerics/test_extremes.py::test_a_batch_of_none": 3,
     "branch/test_functions.py::test_a_sparse_lookup_trains_as_a_dense_one": 2,
     "peft/test_dora.py::test_slow_and_fast_weights_are_the_formula": 3,
-    "adapt/test_untie.py::test_a_module_under_two_names_is_one_place": 3,
 }
 """Tests with many rows that together take long: one row of so many is in `make test`, the others are slow."""
 
