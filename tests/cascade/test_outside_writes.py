@@ -248,16 +248,6 @@ def test_another_model_in_a_cascade_is_refused(name: str) -> None:
     copy.deepcopy(cascade).release()
 
 
-def test_noise_weights_are_watched() -> None:
-    """A transition also writes a matrix that has noise and is not a site."""
-    cascade = adapted(targets=("0.*",), noise=lx.Noise(0.1, where="all"))
-    assert [site.weight for site in cascade.sites] == ["0.weight"]
-    cascade.transition(None)
-    cascade.model[2].weight.data.neg_()
-    with raises(lx.StateError, *REFUSED):
-        cascade.transition(None)
-
-
 def test_a_head_that_was_replaced_by_one_of_another_size_is_refused() -> None:
     """`reset_classifier` of timm does this. A new head of the same size is trained from then on."""
     cascade = adapted(targets=("0.weight",), train=("4.*",))

@@ -118,7 +118,7 @@ class Reversible(nn.Module):
         return self.head(torch.cat(halves, -1))
 
 
-HOW = [("twice", True), ("nested", True), ("nested", False), ("segments", False), ("twice", False)]
+HOW = [("twice", True), ("nested", False), ("segments", False)]
 MODELS: dict[str, Callable[[], nn.Module]] = {
     f"{how}{'-breaks' if breaks else ''}-{'reentrant' if reentrant else 'hooks'}": partial(
         Checkpointed, how, breaks, reentrant

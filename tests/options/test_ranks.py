@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.kit.models import batches, branches, factors, lora_of, loss_of, mlp, train, trainable_parameters
+from tests.kit.models import batches, branches, factors, lora_of, mlp, train, trainable_parameters
 
 X = batches(1, 4, 5)[0]
 RANKS = (4, 2, 3, 1)
@@ -41,21 +41,6 @@ def test_stages_are_a_chain_of_pefts_adapters_of_these_ranks(frontend: str) -> N
     assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == held
     for name, value in cascade.release().state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-9, msg=name)
-
-
-def test_a_loss_of_an_earlier_stage_may_be_held() -> None:
-    """The AccumulateGrad node keeps the old shape as long as an earlier autograd graph exists."""
-    cascade, optimizer = adapted()
-    losses = []
-    for _ in cascade.stages(4, optimizer):
-        loss = loss_of(cascade(X))
-        loss.backward()
-        losses.append(loss)
-        for branch in branches(cascade).values():
-            assert branch.lora_B.grad.shape == branch.lora_B.shape
-        optimizer.step()
-        optimizer.zero_grad()
-    assert len(losses) == 4
 
 
 @pytest.mark.parametrize("state", ["reset", "kept", 0.5])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS as ADAPTERS
 from tests.kit.errors import raises
 from tests.kit.models import batches, mlp, train
 
@@ -48,19 +46,6 @@ def test_a_recipe_sets_options_and_the_rate_of_each_step(name: str) -> None:
             scheduler.step()
     expected = [rate_factor(name, step, stages) for step in range(STEPS)]
     assert seen == pytest.approx([0.1 * factor for factor in expected], rel=1e-12)
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("recipe", [lx.recipes.lora, lx.recipes.small_data])
-def test_a_recipe_of_another_method(recipe: Callable[..., lx.recipes.Recipe], adapter: str) -> None:
-    spec, schedule = recipe(6, adapter=adapter, rank=2)
-    assert spec.adapter == adapter
-    cascade = lx.adapt(mlp(), (X,), spec=spec)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-4))
-    scheduler = schedule(optimizer, cascade)
-    before = train(cascade, optimizer, [X])
-    scheduler.step()
-    assert train(cascade, optimizer, [X]) != before
 
 
 def test_cycles_are_those_of_one_branch() -> None:

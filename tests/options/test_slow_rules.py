@@ -82,21 +82,6 @@ def test_a_pace_of_mean_after_a_rewind(kept: int, tmp_path: Path) -> None:
             torch.testing.assert_close(value, torch.stack([end[name] for end in ends.values()]).mean(0), **EXACT)
 
 
-def test_a_pace_of_mean_after_a_merge() -> None:
-    """The sum counts as one stage."""
-    runs = []
-    for seed in (1, 2):
-        run = adapted(pace="mean")
-        move(run, seed)
-        run.transition(None)
-        runs.append(run)
-    merged = lx.merge(runs, net(), (X,))
-    before, fast = placed(merged, "slow"), move(merged, 3)
-    merged.transition(None)
-    for name, value in placed(merged, "slow").items():
-        torch.testing.assert_close(value, (before[name] + fast[name]) / 2, **EXACT)
-
-
 EYE = torch.eye(12, dtype=torch.float64)
 INPUT = batches(1, 6, 12)[0]
 PACES = (1.0, 0.5)
