@@ -15,7 +15,6 @@ from lorasc_fx.adapt.start import check_new, serve, stop_serving
 from lorasc_fx.bank.adapters import Adapters, Key, Stored, checked_factors
 from lorasc_fx.bank.graph import BankGraph
 from lorasc_fx.bank.hooked import hooked
-from lorasc_fx.bank.pair import pair_plan
 from lorasc_fx.bank.rows import check_batch_norm, row_count, segments, tensors_in
 from lorasc_fx.branch import Decided, Factors
 from lorasc_fx.branch.lora import DOWN, UP
@@ -27,8 +26,9 @@ from lorasc_fx.errors import CaptureError, SpecError, StateError, named
 from lorasc_fx.facade import Cascade
 from lorasc_fx.passes import AdapterInputs
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
-from lorasc_fx.plan import Site
+from lorasc_fx.plan import Plan, Site
 from lorasc_fx.signature import Calls, bind_inputs, leaves, signature_of
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.fingerprint import fingerprints
 from lorasc_fx.util.undo import PROCESS
@@ -98,8 +98,10 @@ class AdapterBank:
             frontend, Calls(signature_of(self.model), one_key=isinstance(self.model, fx.GraphModule))
         )
         bound = bind_inputs(self.model, args, kwargs if kwargs is not None else {})
-        plan = pair_plan(tuple(targets if targets is not None else changed), self.max_rank)
-        self._decided = Decided(plan, {}, (), ())
+        patterns = tuple(targets if targets is not None else changed)
+        # The values of these branches are not used: pairs of factors are inputs of the graphs, whatever their method.
+        spec = CascadeSpec(targets=patterns, rank=self.max_rank, lora_alpha=self.max_rank, placement="beside")
+        self._decided = Decided(Plan(spec), {}, (), ())
         self._variants = Variants()
         self._parameters = list(self.model.parameters())
         self._compile: dict[str, Any] | None = None

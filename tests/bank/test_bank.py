@@ -434,12 +434,6 @@ def test_a_bank_cannot_be_copied() -> None:
             copied(bank)
 
 
-def test_a_spec_cannot_name_the_method_of_a_bank() -> None:
-    assert all(site.options.method.__name__ == "PairBranch" for site in bank_of("a").sites)
-    with raises(lx.SpecError, "invalid-value", "adapter", "'pair'"):
-        lx.CascadeSpec(adapter="pair")
-
-
 def bank_with(*names: str, **options: Any) -> lx.AdapterBank:
     bank = lx.AdapterBank(mlp(), args=(X,), targets=("linear",), max_rank=2, **options)
     for name in names:
