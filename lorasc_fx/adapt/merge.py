@@ -26,7 +26,8 @@ from lorasc_fx.errors import CheckpointError, SpecError, named, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
 from lorasc_fx.parameters import buffer_holders
-from lorasc_fx.peft.adapter_reader import Adapter, read_adapter, spec_of
+from lorasc_fx.peft.adapter_reader import Adapter, read_adapter
+from lorasc_fx.peft.spec_from_peft import spec_of_mirror
 from lorasc_fx.plan import Plan
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import BaseMemory, Expert, History, Part, SlowWeights, StageEnd, WeightState, summing
@@ -231,7 +232,7 @@ def from_peft(
     """
     opened = open_model(model)
     adapter = read_adapter(path_of(folder), opened)
-    spec = spec if spec is not None else spec_of(adapter, opened)
+    spec = spec if spec is not None else spec_of_mirror(adapter.mirror, opened)
     changes = adapter.by_weight(opened, spec.untie)
     cascade = adapt(opened, args, kwargs, spec=spec, frontend=frontend, base=base)
     try:

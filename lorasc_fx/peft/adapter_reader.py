@@ -1,7 +1,6 @@
 """Reads a LoRA or DoRA adapter that peft saved. peft builds its layers on a copy of the model and loads the tensors.
 
-The values of the configuration are checked before peft gets them, because peft would import a module that an option
-names.
+peft gets only the known options of the configuration, because it would import a module that another one names.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -25,50 +24,23 @@ from lorasc_fx.peft.mirror import (
     ADAPTER,
     CONFIG,
     IGNORED,
+    READ,
     TENSORS,
     Mirror,
     is_transposed,
     pair_in,
     rows_with,
-    spec_for,
 )
+from lorasc_fx.peft.spec_from_peft import spec_of_mirror
 from lorasc_fx.quantized import dense
-from lorasc_fx.spec import CascadeSpec, Dropout, Rank, Tokens
+from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.state import Expert, scaled
-from lorasc_fx.util.decode import Check, decode
+from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import module_of
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
-
-Alpha = Annotated[float, Check(lambda alpha: 0 < alpha < 1e30, "it scales the factors: give a number above 0")]
-Name = Annotated[
-    str, Check(lambda name: bool(re.fullmatch(r"[\w.-]+", name)), "give the name of a module or parameter")
-]
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The keys of `adapter_config.json` that peft gets, under peft's names. Lists and tables may be null."""
-
-    r: Rank = 8
-    lora_alpha: Alpha = 8.0
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, Alpha] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_dropout: Dropout = 0.0
-    fan_in_fan_out: bool = False
-    ensure_weight_tying: bool = False
-    modules_to_save: tuple[Name, ...] | None = None
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[Name, ...] | Name | None = None
-    target_parameters: tuple[Name, ...] | None = None
-    trainable_token_indices: dict[str, Tokens] | Tokens | None = None
-    bias: Literal["none", "all", "lora_only"] = "none"
 
 
 @dataclass(frozen=True)
@@ -140,21 +112,7 @@ def peft_spec(folder: str | PathLike[str], model: nn.Module) -> CascadeSpec:
         CheckpointError: the adapter is damaged, not a LoRA, or for another model.
         MissingExtra: peft is not installed.
     """
-    return spec_of(read_adapter(path_of(folder), model), model)
-
-
-def spec_of(adapter: Adapter, model: nn.Module) -> CascadeSpec:
-    """Return a spec that trains the same parameters as an adapter, with its ranks, scales and dropout."""
-    config = adapter.mirror.config
-    return spec_for(
-        adapter.mirror,
-        model,
-        {name: (layer.r[ADAPTER], float(layer.lora_alpha[ADAPTER])) for name, layer in adapter.mirror.layers.items()},
-        (config.r, float(config.lora_alpha)),
-        use_rslora=config.use_rslora,
-        adapter="dora" if config.use_dora else "lora",
-        dropout=float(config.lora_dropout),
-    )
+    return spec_of_mirror(read_adapter(path_of(folder), model).mirror, model)
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:
@@ -166,26 +124,23 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     """
     peft = module_of("peft", "peft")
     with refusing(folder / CONFIG, _ADVICE, code="invalid-adapter"):
-        config = _config(json.loads((folder / CONFIG).read_bytes()), peft.LoraConfig)
+        options = _options(json.loads((folder / CONFIG).read_bytes()), peft.LoraConfig)
     path = folder / TENSORS
     # safetensors raises RuntimeError for a dtype that torch lacks.
     with refusing(path, _ADVICE, code="invalid-adapter", also=(RuntimeError,)):
         if not path.is_file():
-            others = sorted(file.name for file in folder.glob("adapter_model.*"))
-            hint = f"; {others[0]} is a pickle, which can run code: convert it to safetensors" if others else ""
-            raise CheckpointError(f"does not exist{hint}", code="unreadable-file")
+            raise CheckpointError("does not exist; peft writes it by save_pretrained(folder)", code="unreadable-file")
         tensors = load_file(path)
         for key, value in tensors.items():
-            if "lora_" in key and not value.is_floating_point():
-                raise ValueError(f"{key!r} is {value.dtype}, not floating-point numbers")
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise CheckpointError(f"{key!r} holds inf or nan", code="non-finite")
-        mirror = _mirror(model, peft.LoraConfig(**{key: _plain(value) for key, value in vars(config).items()}))
-        expected = {key: value.shape for key, value in mirror.state_dict().items()}
         try:
+            mirror = Mirror(model, peft.LoraConfig(**options))
+            expected = set(mirror.state_dict())
             result = peft.set_peft_model_state_dict(mirror.wrapped, tensors, low_cpu_mem_usage=True)
         except _ERRORS as fault:
-            raise _mismatch(tensors, expected, fault) from fault
+            text = sanitized(" ".join(str(fault).split()), 300)
+            raise _does_not_fit(f"peft raises {type(fault).__name__}: {text}") from fault
         if result.unexpected_keys:
             key = result.unexpected_keys[0].replace(f".{ADAPTER}", "")
             raise _does_not_fit(f"{key!r} is no tensor of peft's model{nearest(key, expected)}")
@@ -197,11 +152,11 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         return Adapter(folder, mirror, changes, _full(mirror, model))
 
 
-def _config(data: object, known: type) -> AdapterConfig:
-    """Check and decode the configuration of an adapter. It must be of a LoRA with supported options only."""
+def _options(data: object, known: type) -> dict[str, Any]:
+    """Return the options that peft gets. The adapter must be a LoRA with supported options only."""
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a JSON object")
-    unsupported, read = "adapter-not-supported", {field.name for field in fields(AdapterConfig)}
+    unsupported = "adapter-not-supported"
     if data.get("peft_type") != "LORA":
         raise CheckpointError(
             f"peft_type is {data.get('peft_type')!r}, but only adapters of type LORA can be read", code=unsupported
@@ -213,44 +168,17 @@ def _config(data: object, known: type) -> AdapterConfig:
         )
     names = {field.name for field in fields(known)}
     for key, value in data.items():
-        if value and key not in read | IGNORED | {"init_lora_weights"}:
+        if value and key not in READ | IGNORED | {"init_lora_weights"}:
             problem = "is not supported" if key in names else f"is an unknown key{nearest(key, names)}"
             raise CheckpointError(f"{key!r} {problem}; its value is {sanitized(value)}", code=unsupported)
-    config: AdapterConfig = decode(AdapterConfig, {key: value for key, value in data.items() if key in read})
-    return config
-
-
-def _plain(value: object) -> Any:
-    """Return tuples as lists, which peft expects, and anything else unchanged."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    for rank in (data.get("r", 8), *(data.get("rank_pattern") or {}).values()):
+        if not is_integer(rank, 1) or rank >= 2**31:
+            raise ValueError(f"its rank is {sanitized(rank)}; give an integer of 1 or more")
+    return {key: value for key, value in data.items() if key in READ}
 
 
 _ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError, re.error)
 """What peft raises for an adapter that does not fit the model."""
-
-
-def _mirror(model: nn.Module, config: object) -> Mirror:
-    """Return what peft makes of the model with the configuration of an adapter."""
-    try:
-        return Mirror(model, config)
-    except _ERRORS as fault:
-        raise _does_not_fit(sanitized(" ".join(str(fault).split()), 300)) from fault
-
-
-def _mismatch(
-    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], fault: Exception
-) -> CheckpointError | ValueError:
-    """Return the error for tensors that peft has refused."""
-    for key, shape in expected.items():
-        if key not in tensors:
-            return ValueError(f"has no {key!r}, which the configuration requires")
-        if tensors[key].shape != shape:
-            return _does_not_fit(
-                f"{key!r} is {list(tensors[key].shape)}, and must be {list(shape)} for this model and configuration"
-            )
-    return _does_not_fit(sanitized(" ".join(str(fault).split()), 300))
 
 
 def _expert(name: str, layer: Any, parameters: Mapping[str, torch.Tensor]) -> Expert:

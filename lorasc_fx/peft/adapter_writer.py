@@ -28,11 +28,10 @@ from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.change import Change, CutOff, change_of, merged, nothing
+from lorasc_fx.peft.change import Change, CutOff, change_of, nothing
 from lorasc_fx.peft.mirror import ADAPTER, CONFIG, TENSORS, Mirror, put
 from lorasc_fx.peft.targets import Target, targets_of
 from lorasc_fx.plan import Site
-from lorasc_fx.quantized import quantized_in
 from lorasc_fx.state import arithmetic
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import module_of
@@ -93,13 +92,12 @@ def peft(
             trained counts as ended, as in `release`.
         max_rank: largest rank of a site. If the sum of the experts has a higher rank, it is replaced by the nearest
             pair of this rank. The exact errors are logged and returned.
-        uniform_rank: pad all sites with zeros to the same rank, one of 8, 16, 32, 64, 128, 256, 320, 512. For loaders
-            that ignore rank patterns (vLLM).
+        uniform_rank: pad all sites with zeros to the largest rank, for loaders that ignore rank patterns.
         dtype: dtype of the factors. The default is fp64 for weights in fp64, otherwise fp32.
         task_type: peft's task, such as `CAUSAL_LM`. By default it is derived from the model's class in transformers, so
-            that `AutoPeftModelForCausalLM` and similar classes load the folder. The head of a classifier, adapted or
-            not, is saved completely with its merged weights, as peft's classes for these tasks do. If peft has no such
-            task, or only a head is adapted, load the folder with `AutoPeftModel`.
+            that `AutoPeftModelForCausalLM` and similar classes load the folder. peft's class for a classifier saves the
+            head completely. So there is no task if factors of the head were trained, or if peft has no such task: load
+            the folder with `AutoPeftModel`.
         base_model: name or path of the base. The default is the name or path in the config of a model of transformers
             or timm.
 
@@ -153,18 +151,10 @@ def peft(
         change.pad_to_uniform_rank()
     task = task_type if task_type is not None else _task_of(model)
     mirror, problems = _mirror(run, change, targets, task)
-    if mirror is not None and (inside := _saved_weights(mirror, targets)):
-        if _merge_saved(run, change, targets, inside, change.refused | unreached):
-            mirror, problems = _mirror(run, change, targets, task)
-        elif task_type is not None:
-            raise SpecError(
-                f"export.peft: task_type is {task!r}, and peft's class for this task reads the module of {inside[0]} "
-                "from the adapter, which cannot store it here. Omit task_type, or train the head in full (train=...)",
-                code="conflicting-options",
-            )
-        else:
-            task = None
-            mirror, problems = _mirror(run, change, targets, task)
+    if problems and task_type is None and task is not None:
+        # peft's class for a classifier saves the head completely, and has no factors for a head that was adapted.
+        task = None
+        mirror, problems = _mirror(run, change, targets, task)
 
     # Report all changes that an adapter cannot express in one error.
     refused = change.refused | unreached | problems
@@ -253,8 +243,7 @@ def _mirror(
     saved = tuple(f"{path}." for path in mirror.saved)
     problems = {name: f"peft would adapt {name} too" for name in mirror.layers.keys() - wanted.keys()}
     for name in wanted.keys() - mirror.layers.keys():
-        if not name.startswith(saved):
-            problems[wanted[name]] = f"peft does not adapt {name} if it saves {', '.join(mirror.saved) or 'no module'}"
+        problems[wanted[name]] = f"peft does not adapt {name} if it saves {', '.join(mirror.saved) or 'no module'}"
     for name in trained:
         if not name.startswith(saved) and name not in mirror.biases:
             problems[name] = "peft would not save it"
@@ -301,35 +290,6 @@ def _config(
         trainable_token_indices=rows or None,
         task_type=task,
     )
-
-
-def _saved_weights(mirror: Mirror, targets: Mapping[str, Sequence[Target]]) -> list[str]:
-    """Return the adapted weights in modules that peft saves completely, such as the head of a classifier."""
-    saved = tuple(f"{path}." for path in mirror.saved)
-    return [
-        weight
-        for weight, group in targets.items()
-        if any(target.name.startswith(saved) and target.name not in mirror.layers for target in group)
-    ]
-
-
-def _merge_saved(
-    run: Run, change: Change, targets: dict[str, tuple[Target, ...]], weights: Sequence[str], refused: Mapping[str, str]
-) -> bool:
-    """Store the merged values of these weights instead of factors. Return False, without a change, if that fails.
-
-    An adapter needs another weight with factors. Quantized weights and kept noise cannot be stored.
-    """
-    states = {name: run.slow.states[name] for name in weights}
-    quantized = quantized_in({name: state.base for name, state in states.items()})
-    if len(weights) == len(targets) or quantized or refused.keys() & states.keys():
-        return False
-    for name, state in states.items():
-        change.trained[name] = merged(change, state)
-        change.pairs.pop(name)
-        change.magnitudes.pop(name, None)
-        targets.pop(name)
-    return True
 
 
 def _tensors(

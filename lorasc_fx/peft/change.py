@@ -28,9 +28,6 @@ from lorasc_fx.state import (
     truncated,
 )
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM accepts as max_lora_rank, except 1."""
-
 KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which is not low-rank"
 """The reason why the change of a weight with kept noise is not a pair of factors."""
 
@@ -125,24 +122,9 @@ class Change:
                 self.pairs[name], self.cut[name] = compressed(self.pairs[name], rank)
 
     def pad_to_uniform_rank(self) -> None:
-        """Pad all pairs with zeros to one rank, the smallest of RANKS that fits. Refuse pairs above the largest one."""
-        ranks = self.ranks
-        too_large = {name: rank for name, rank in ranks.items() if rank > RANKS[-1]}
-        self.refused |= {
-            name: f"its rank is {rank}, above {RANKS[-1]}, the largest uniform rank; give max_rank"
-            for name, rank in too_large.items()
-        }
-        if not too_large:
-            uniform = next(rank for rank in RANKS if rank >= max(ranks.values(), default=1))
-            self.pairs = {name: padded(pair, uniform) for name, pair in self.pairs.items()}
-
-
-def merged(change: Change, state: WeightState) -> torch.Tensor:
-    """Return the weight of an unstacked site with its change, rounded once to its dtype, on the CPU."""
-    rows = rows_with(state.base, change.pairs.get(state.name) or nothing(state), state.transposed)
-    if state.name in change.magnitudes:
-        rows *= (change.magnitudes[state.name] / rows.norm(dim=1))[:, None]
-    return (rows.mT if state.transposed else rows.view(state.base.shape)).to(state.base.dtype)
+        """Pad all pairs with zeros to the largest rank."""
+        largest = max(self.ranks.values(), default=1)
+        self.pairs = {name: padded(pair, largest) for name, pair in self.pairs.items()}
 
 
 def nothing(state: WeightState) -> Factors:

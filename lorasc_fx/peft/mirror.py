@@ -6,9 +6,8 @@ So peft's rules for finding modules, naming keys and storing factors are not rep
 from __future__ import annotations
 
 import copy
-import glob
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +19,6 @@ from lorasc_fx.errors import SpecError, nearest
 from lorasc_fx.graph import named_weights
 from lorasc_fx.graph.copies import unshared
 from lorasc_fx.quantized import dense
-from lorasc_fx.spec import CascadeSpec, Rule
 from lorasc_fx.util.environment import kept_generators, module_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,6 +31,12 @@ IGNORED = {
     "task_type",
 }  # fmt: skip
 """Options of a configuration that do not affect the values, or only the initial ones."""
+READ = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out",
+    "ensure_weight_tying", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "target_parameters", "trainable_token_indices", "bias",
+}  # fmt: skip
+"""All other options of a LoRA that are supported, except `init_lora_weights`."""
 _HEADS = {"classifier", "score", "qa_outputs"}
 """Modules that peft saves completely for some tasks, if the model has them (`peft_model.py`)."""
 
@@ -148,34 +152,6 @@ class Mirror:
             train += [group[0] for group in saved]
             untie += [group[0] for group in apart]
         return train, untie
-
-
-def spec_for(
-    mirror: Mirror, model: nn.Module, sizes: Mapping[str, tuple[int, float]], default: tuple[int, float], **options: Any
-) -> CascadeSpec:
-    """Return a spec that adapts and trains what peft would.
-
-    Args:
-        mirror: what peft makes of the model.
-        model: the model.
-        sizes: rank and lora_alpha by name of an adapted parameter.
-        default: rank and lora_alpha of the spec. Weights with other values get a rule.
-        options: other fields of the spec.
-    """
-    tokens = {name: tuple(layer.token_indices[ADAPTER]) for name, layer in mirror.tokens.items()}
-    train, untie = mirror.trained(model)
-    return CascadeSpec(
-        targets=tuple(map(glob.escape, (*sizes, *tokens))),
-        train=tuple(map(glob.escape, train)),
-        untie=tuple(map(glob.escape, untie)),
-        rules=(
-            *(Rule(glob.escape(name), tokens=rows) for name, rows in tokens.items()),
-            *(Rule(glob.escape(name), *size) for name, size in sizes.items() if size != default),
-        ),
-        rank=default[0],
-        lora_alpha=default[1],
-        **options,
-    )
 
 
 # ---- the factors of one layer of peft

@@ -5,19 +5,19 @@ All unsupported options are reported in one error. Source: peft 0.21, `tuners/*/
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from lorasc_fx.errors import SpecError, UnknownTarget
-from lorasc_fx.peft.adapter_reader import AdapterConfig
-from lorasc_fx.peft.mirror import ADAPTER, IGNORED, Mirror, spec_for
-from lorasc_fx.spec import METHOD_OPTIONS, CascadeSpec
+from lorasc_fx.peft.mirror import ADAPTER, IGNORED, READ, Mirror
+from lorasc_fx.spec import METHOD_OPTIONS, CascadeSpec, Rule
 
 DEFAULT_ALPHA = float(METHOD_OPTIONS["lora_alpha"])
-_READ = {*(each.name for each in fields(AdapterConfig)), *IGNORED, "init_lora_weights", "token_indices"}
+_KNOWN = READ | IGNORED | {"init_lora_weights", "token_indices"}
 _INITIAL = {"projection_prng_key", "random_seed", "save_projection"}
 """Options that only affect the random initial values of VeRA and SHiRA."""
 
@@ -77,19 +77,38 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
         mirror = Mirror(model, config)
     except ValueError as fault:
         raise UnknownTarget(f"spec: {type(config).__name__} does not fit the model: {fault}") from fault
-    if config.peft_type == "TRAINABLE_TOKENS":
-        return spec_for(mirror, model, {}, (1, DEFAULT_ALPHA))
-    sizes = {}
-    for name, layer in mirror.layers.items():
-        rank = getattr(layer, method.layer_size or method.size)[ADAPTER]
-        sizes[name] = rank, float(getattr(layer, method.alpha)[ADAPTER]) if method.alpha else DEFAULT_ALPHA
-    alpha = float(getattr(config, method.alpha)) if method.alpha else DEFAULT_ALPHA
-    return spec_for(mirror, model, sizes, (getattr(config, method.size), alpha), **_options(config, method))
+    return replace(spec_of_mirror(mirror, model), start=_start_of(config))
+
+
+def spec_of_mirror(mirror: Mirror, model: nn.Module) -> CascadeSpec:
+    """Return a spec that adapts and trains what peft does, with LoRA's initial factors."""
+    config = mirror.config
+    method, sizes, default = METHOD_CONFIGS[config.peft_type], dict[str, tuple[int, float]](), (1, DEFAULT_ALPHA)
+    if config.peft_type != "TRAINABLE_TOKENS":
+        rank, alpha = method.layer_size or method.size, method.alpha
+        default = getattr(config, method.size), float(getattr(config, alpha)) if alpha else DEFAULT_ALPHA
+        for name, layer in mirror.layers.items():
+            scale = float(getattr(layer, alpha)[ADAPTER]) if alpha else DEFAULT_ALPHA
+            sizes[name] = getattr(layer, rank)[ADAPTER], scale
+    tokens = {name: tuple(layer.token_indices[ADAPTER]) for name, layer in mirror.tokens.items()}
+    train, untie = mirror.trained(model)
+    return CascadeSpec(
+        targets=tuple(map(glob.escape, (*sizes, *tokens))),
+        train=tuple(map(glob.escape, train)),
+        untie=tuple(map(glob.escape, untie)),
+        rules=(
+            *(Rule(glob.escape(name), tokens=rows) for name, rows in tokens.items()),
+            *(Rule(glob.escape(name), *each) for name, each in sizes.items() if each != default),
+        ),
+        rank=default[0],
+        lora_alpha=default[1],
+        **_options(config, method),
+    )
 
 
 def _problems(config: Any, method: MethodConfig) -> list[str]:
     """Return the options that a cascade does not support, with their values."""
-    default, known = type(config)(), _READ | _INITIAL | {method.size, method.alpha, *method.options}
+    default, known = type(config)(), _KNOWN | _INITIAL | {method.size, method.alpha, *method.options}
     known |= {"use_cayley_neumann", "r"} if method.adapter == "oft" else set()
     problems = [
         f"{name}={value!r}"
@@ -109,12 +128,13 @@ def _problems(config: Any, method: MethodConfig) -> list[str]:
 
 def _options(config: Any, method: MethodConfig) -> dict[str, Any]:
     """Return the fields of the spec other than its weights, ranks and scales."""
+    if config.peft_type == "TRAINABLE_TOKENS":
+        return {}
     if config.peft_type == "LORA":
         return {
             "use_rslora": bool(config.use_rslora),
             "adapter": "dora" if config.use_dora else "lora",
             "dropout": float(config.lora_dropout),
-            "start": _start_of(config),
         }
     options = {option: getattr(config, name) for name, option in method.options.items()}
     if method.adapter == "oft" and not config.use_cayley_neumann:
@@ -122,7 +142,7 @@ def _options(config: Any, method: MethodConfig) -> dict[str, Any]:
     return {"adapter": method.adapter, "adapter_options": options}
 
 
-def _start_of(config: object) -> str:
+def _start_of(config: object) -> Any:
     """Return the initial factors of a configuration by the name of the spec's option."""
     start = getattr(config, "init_lora_weights", True)
     return start.partition("_niter_")[0] if isinstance(start, str) else "lora"

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +144,9 @@ def test_one_rank_for_loaders_that_ignore_patterns(tmp_path: Path) -> None:
     lx.export.peft(cascade, tmp_path, uniform_rank=True)
     assert_loads(cascade, "suffixes", tmp_path)
     config = config_in(tmp_path)
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {8}
+    assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {5}
 
 
 def test_a_smaller_rank_and_its_exact_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -548,20 +547,23 @@ class Block(nn.Module):
 
 
 def test_a_module_that_contains_an_adapted_one(tmp_path: Path) -> None:
-    """It is saved completely, with the merged weight."""
-    build, x = partial(made, lambda: Net(Block())), normal(2, 4, 6)
-    cascade = lx.adapt(build(), (x,), spec=lx.CascadeSpec(train=("other.scale",), pace=1.0))
+    """peft would save it completely, and it has no factors then."""
+    spec = lx.CascadeSpec(train=("other.scale",), pace=1.0)
+    cascade = lx.adapt(made(lambda: Net(Block())), (normal(2, 4, 6),), spec=spec)
     randomize(cascade)
-    with torch.no_grad():
-        cascade.model.other.scale.add_(torch.linspace(-0.3, 0.4, 6))
-    written = lx.export.peft(cascade, tmp_path)
-    assert (written.saved, [*written.ranks]) == (("other",), ["lin.weight"])
-    theirs = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
-    again = lx.from_peft(tmp_path, build(), (x,))
-    with torch.no_grad():
-        right = cascade.release()(x)
-        close(theirs(x), right)
-        close(again(x), right)
+    with raises(ExportError, "not-exportable", "other.lin.weight", "peft does not adapt", "if it saves other"):
+        lx.export.peft(cascade, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_adapted_head_of_a_classifier(tmp_path: Path) -> None:
+    """peft's class for the task would save the head completely, so the adapter has no task."""
+    cascade = cascade_of("bert")
+    lx.export.peft(cascade, tmp_path / "adapter")
+    assert config_in(tmp_path / "adapter")["task_type"] is None
+    assert_loads(cascade, "bert", tmp_path / "adapter")
+    with raises(ExportError, "not-exportable", "classifier.weight", "if it saves classifier"):
+        lx.export.peft(cascade, tmp_path / "other", task_type="SEQ_CLS")
 
 
 def test_a_module_whose_path_is_a_suffix_of_an_adapted_one(tmp_path: Path) -> None:
@@ -572,15 +574,6 @@ def test_a_module_whose_path_is_a_suffix_of_an_adapted_one(tmp_path: Path) -> No
     randomize(cascade)
     with raises(ExportError, "not-exportable", "1.lin.bias", "1.lin", "11.lin"):
         lx.export.peft(cascade, tmp_path)
-
-
-def test_a_rank_above_the_largest_uniform_rank(tmp_path: Path) -> None:
-    cascade = lx.adapt(
-        made(lambda: nn.Sequential(nn.Linear(1100, 1100))), (normal(2, 1100),), spec=lx.CascadeSpec(rank=520)
-    )
-    randomize(cascade)
-    with raises(ExportError, "not-exportable", "0.weight", "520", "512"):
-        lx.export.peft(cascade, tmp_path, uniform_rank=True)
 
 
 @pytest.mark.parametrize(

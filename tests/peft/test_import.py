@@ -276,15 +276,13 @@ CONFIGURATIONS = [
     ({"use_doora": True}, ("adapter-not-supported", "use_doora", "True", "use_dora")),
     ({"use_dora": True}, ("invalid-adapter", "up.lora_magnitude_vector")),
     ({"r": None}, ("invalid-adapter", "r", "None")),
-    ({"r": 4}, ("adapter-does-not-fit", "up.lora_A.weight", "[3, 6]", "[4, 6]")),
-    ({"rank_pattern": {"up": 10**9}}, ("adapter-does-not-fit", "up.lora_A.weight", "1000000000")),
-    ({"rank_pattern": {"up": 10**12}}, ("invalid-adapter", "rank_pattern.up is 1000000000000")),
-    ({"lora_alpha": -1}, ("invalid-adapter", "lora_alpha", "-1")),
-    ({"bias": "some"}, ("invalid-adapter", "bias", "some", "lora_only")),
+    ({"r": 4}, ("adapter-does-not-fit", "up.lora_A", "[3, 6]", "[4, 6]")),
+    ({"rank_pattern": {"up": 10**9}}, ("adapter-does-not-fit", "up.lora_A", "1000000000")),
+    ({"rank_pattern": {"up": 10**12}}, ("invalid-adapter", "its rank is 1000000000000")),
+    ({"bias": "some"}, ("adapter-does-not-fit", "bias", "some")),
     ({"target_modules": "(up"}, ("adapter-does-not-fit", "unterminated subpattern")),
-    ({"modules_to_save": ["(a+)+b"]}, ("invalid-adapter", "modules_to_save", "a+)+b")),
     ({"modules_to_save": ["norm", "haed"]}, ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
-    ({"modules_to_save": ["norm", "head"]}, ("invalid-adapter", "head.0.weight")),
+    ({"modules_to_save": ["norm", "head"]}, ("adapter-does-not-fit", "KeyError", "head.0.weight")),
     ({"target_parameters": ["up.weight"]}, ("adapter-does-not-fit", "'up' of type Linear")),
 ]
 # fmt: on
@@ -309,15 +307,16 @@ TENSORS = [
     (lambda tensors: tensors.pop(P + B), ("invalid-adapter", "base_model.model.up.lora_B.weight")),
     (lambda tensors: [tensors.pop(P + A), tensors.pop(P + B)], ("invalid-adapter",)),
     (lambda tensors: tensors.update({P + B: tensors[P + B].t()}),
-        ("adapter-does-not-fit", "up.lora_B.weight", "[3, 8]", "[8, 3]")),
+        ("adapter-does-not-fit", "up.lora_B", "[3, 8]", "[8, 3]")),
     (lambda tensors: tensors.update({P + "up.lora_magnitude_vector": torch.ones(8)}),
         ("adapter-does-not-fit", "up.lora_magnitude_vector")),
     (lambda tensors: tensors.update({"up.weight": torch.ones(8)}), ("adapter-does-not-fit", "'up.weight'")),
     (lambda tensors: tensors.update({P + "norm.weight": torch.ones(9)}),
-        ("adapter-does-not-fit", "norm.weight", "[9]", "[8]")),
+        ("adapter-does-not-fit", "norm.", "[9]", "[8]")),
     (lambda tensors: tensors.update({P + "emb.weight": torch.ones(11, 6)}), ("base-differs", "'emb.weight'")),
     (lambda tensors: tensors[P + A].fill_(float("nan")), ("non-finite", "up")),
-    (lambda tensors: tensors.update({P + A: tensors[P + A].long()}), ("invalid-adapter", "torch.int64")),
+    (lambda tensors: tensors.update({P + A: tensors[P + A].long()}),
+        ("adapter-does-not-fit", "up.lora_A", "floating point")),
 ]
 # fmt: on
 
@@ -351,9 +350,7 @@ def test_files(source: Path, tmp_path: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     refused(folder, ("unreadable-file", "adapter_model.safetensors"))
-    weights.rename(folder / "adapter_model.bin")
-    refused(folder, ("unreadable-file", "adapter_model.safetensors", "adapter_model.bin"))
-    (folder / "adapter_model.bin").unlink()
+    weights.unlink()
     refused(folder, ("unreadable-file", "adapter_model.safetensors"))
     (folder / "adapter_config.json").write_text("[1]", encoding="utf-8")
     refused(folder, ("invalid-adapter", "adapter_config.json"))
