@@ -32,9 +32,6 @@ def mean_pooled(settings: Any) -> Any:
 
     Its state dict has the encoder under the prefix of the library's own classes, so that `AutoModel.from_pretrained`
     opens a saved classifier.
-
-    Args:
-        settings: the encoder's configuration in transformers.
     """
 
     class MeanPooled(transformers.PreTrainedModel):  # type: ignore[misc]

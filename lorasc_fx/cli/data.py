@@ -23,13 +23,6 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
     """Return the splits by name: `train`, `validation` and `test`.
 
     The columns are `input` and `label` for a classifier; `prompt` and `completion`, or `text`, for a language model.
-
-    Args:
-        config: the table `[data]`.
-        kind: what the model reads (`Task.kind`).
-
-    Raises:
-        SpecError: the data cannot be read, or do not suit the model.
     """
     complete = _dialogues(config) if kind == "language" else _labelled(config, kind)
     total, order = len(complete), complete.shuffle(seed=config.seed)
@@ -50,11 +43,7 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
 
 
 def read_table(path: str) -> datasets.Dataset:
-    """Return a data set with its own columns.
-
-    Raises:
-        SpecError: the data cannot be read, or have several splits.
-    """
+    """Return a data set with its own columns."""
     datasets.disable_progress_bars()
     place = Path(path)
     if not place.exists():

@@ -95,11 +95,7 @@ class Task:
         return bool(self._chat)
 
     def model(self) -> nn.Module:
-        """Build the model, with a new head for the classes. Without classes it keeps the head that it has.
-
-        Raises:
-            SpecError: the model cannot be built.
-        """
+        """Build the model, with a new head for the classes. Without classes it keeps the head that it has."""
         chosen = self.config.model.dtype
         options: dict[str, Any] = {
             **_LOCAL, "use_safetensors": True, "dtype": chosen if chosen == "auto" else getattr(torch, chosen)

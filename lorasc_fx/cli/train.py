@@ -73,12 +73,7 @@ def train(
 
 
 def check_output(path: Path, *, folder: bool) -> None:
-    """Check that a file or folder can be written, before the long work starts.
-
-    Raises:
-        SpecError: there is a folder instead of a file or the reverse.
-        OSError: it cannot be created or written.
-    """
+    """Check that a file or folder can be written, before the long work starts. Raises SpecError or OSError."""
     if path.exists() and path.is_dir() != folder:
         kind, expected = ("a file", "a folder") if folder else ("a folder", "a file")
         raise SpecError(f"{path} is {kind}, but the output is {expected}; give another path", code="path-in-the-way")
@@ -88,11 +83,7 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 
 def check_same(run: Path, config: Config) -> None:
-    """Check that a folder has a run with the settings that are about to be trained.
-
-    Raises:
-        StateError: a setting differs.
-    """
+    """Check that a folder has a run with the settings that are about to be trained."""
     old, new = (json.loads(json.dumps(to_dict(each))) for each in (load_config(run / CONFIG), config))
     for table in ("model", "data", "stages", "train", "spec"):
         for key in {**old[table], **new[table]}:
@@ -105,18 +96,14 @@ def check_same(run: Path, config: Config) -> None:
 
 
 def open_run(run: Path) -> tuple[lx.Cascade, Task]:
-    """Build the model of a run again, and load its cascade. Raises like `task_of`."""
+    """Build the model of a run again, and load its cascade."""
     config, task = task_of(run)
     set_seed(config.train.get("seed", 0))
     return lx.load(run / CASCADE, task.model()), task
 
 
 def task_of(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, Task]:
-    """Return the configuration, with overrides, and the task of a run, whose data are not read.
-
-    Raises:
-        StateError: the folder has no run.
-    """
+    """Return the configuration, with overrides, and the task of a run, whose data are not read."""
     for name in (CONFIG, TASK):
         if not (run / name).is_file():
             raise StateError(f"{run} is not a run of lorasc-fx train: there is no {name} in it", code="no-checkpoint")

@@ -30,13 +30,7 @@ _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup
 
 
 class StagedTrainer(Trainer):  # type: ignore[misc]
-    """Trains the groups of a cascade with the learning rate of its stages.
-
-    Args:
-        count: number of stages.
-        stages: the table `[stages]`, or None for the Trainer's own schedule.
-        more: arguments of the Trainer.
-    """
+    """Trains a cascade in `count` stages, with the schedule of `[stages]`, or the Trainer's own if that is None."""
 
     optimizer: Any
     lr_scheduler: Any
@@ -92,12 +86,7 @@ def _accuracy(found: Any) -> dict[str, float]:
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Evaluates and saves at the end of each stage, stops after Ctrl-C, and raises if the loss is not finite.
-
-    Args:
-        cascade: the trained cascade.
-        evaluates, saves: whether the end of a stage does so.
-    """
+    """Evaluates and saves at the end of each stage, stops after Ctrl-C, and raises if the loss is not finite."""
 
     def __init__(self, cascade: lx.Cascade, *, evaluates: bool, saves: bool) -> None:
         self._cascade, self._evaluates, self._saves = cascade, evaluates, saves
@@ -181,13 +170,7 @@ def arguments_of(config: Config, task: Task, **more: object) -> TrainingArgument
 
 
 def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) -> tuple[Any, lx.Cascade, RunCallback]:
-    """Return a Trainer, its cascade, and its callback.
-
-    Args:
-        task: the model and the data.
-        arguments: the Trainer's arguments.
-        saves: whether the end of a stage evaluates and saves, unless `[train]` has a strategy for it.
-    """
+    """Return a Trainer, its cascade, and its callback. With `saves`, the end of a stage evaluates and saves."""
     config, data = task.config, task.data
     set_seed(arguments.seed)
     model = task.model().to(arguments.device).train()

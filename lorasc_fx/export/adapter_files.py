@@ -69,7 +69,7 @@ def adapter(
 
     Raises:
         SpecError: the ending or the rank is invalid, factors cannot express the run (which may have changed buffers),
-            the run changes a weight that is not a site of `base`, or two weights have the same input names.
+            or the run changes a weight that is not a site of `base`.
         CheckpointError: the run has another base, or cannot be read.
         StateError: `base` is missing for a checkpoint in the middle of a stage.
         ExportError: the path cannot be written.
@@ -120,24 +120,10 @@ def checked_rank(rank: int, call: str, name: str) -> int:
 def inputs_of(
     change: LowRankAdapter, plan: Plan, max_rank: int, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, torch.Tensor], dict[str, CutOff]]:
-    """Return the tensors of an adapter by input name, in the order of the inputs, and the errors of `max_rank`.
-
-    Raises:
-        SpecError: two weights have the same input names.
-    """
+    """Return the tensors of an adapter by input name, in the order of the inputs, and the errors of `max_rank`."""
     tensors: dict[str, torch.Tensor] = {}
     cut: dict[str, CutOff] = {}
-    stems: dict[str, str] = {}  # weight names, by the start of their input names
     for site in plan.sites:
-        stem = input_name(site.weight, "")
-        if stem in stems:
-            raise SpecError(
-                f"export: the adapter inputs of {stems[stem]} and {site.weight} would both be named {stem}lora_a, "
-                "because names are in lower case and have _ instead of a dot. Rename a module, or exclude one of the "
-                f"weights: exclude=({site.weight!r},)",
-                code="not-exportable",
-            )
-        stems[stem] = site.weight
         values, error = change.tensors(site, max_rank)
         dtype = dtypes[site.weight]
         tensors |= {input_name(site.weight, name): value.to(dtype).contiguous() for name, value in values.items()}

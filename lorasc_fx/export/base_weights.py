@@ -99,11 +99,6 @@ def matched(
 
     If the files lack a parameter that was trained in full, or have it in another shape, it is a new head and is added.
 
-    Args:
-        weights: the folded weights.
-        base: the path that the user gave, for messages.
-        files: the files of the base.
-
     Raises:
         CheckpointError: the files are from another base, or lack a changed weight.
     """

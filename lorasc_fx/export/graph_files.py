@@ -178,17 +178,7 @@ def _program(
     rank: int | None,
     call: str,
 ) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]], dict[str, torch.Tensor]]:
-    """Export a cascade with torch.export.
-
-    Args:
-        cascade, args, kwargs, folded, view: as for `pt2`.
-        rank: rank of the adapters if they are inputs of the graph, otherwise None.
-        call: name of the user's call, for messages.
-
-    Returns:
-        The program, the smallest sizes that it accepts by input and axis, and a zero adapter by input (empty without a
-        rank).
-    """
+    """Return the program, its smallest sizes by input and axis, and a zero adapter by input (empty without a rank)."""
     if rank is not None:
         checked_rank(rank, call, "adapter_rank")
         if not folded or view != "slow":
@@ -241,12 +231,7 @@ def _program(
 def _lifted(
     cascade: Cascade, variant: Variant, captured_call: Call, rank: int, call: str
 ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[Axis, int]]:
-    """Return a graph on W0 whose adapters are inputs, a zero adapter by input, and the smallest sizes.
-
-    Raises:
-        CaptureError: the inputs differ from the tensors that `lorasc_fx.export.adapter` writes for this cascade.
-        SpecError: the adapter is not `lora`, buffers have changed, or two weights have the same input names.
-    """
+    """Return a graph on W0 whose adapters are inputs, a zero adapter by input, and the smallest sizes."""
     run, plan = run_of(cascade), cascade.plan
     if plan.spec.adapter != "lora":
         raise SpecError(

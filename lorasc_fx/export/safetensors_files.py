@@ -1,7 +1,6 @@
 """Writes folded weights as safetensors, with the model's state dict names or in the layout of the base's files.
 
-Only the new tensors of one file are in memory at a time. In the layout of the base, the names, dtypes and metadata of
-the files are kept. This does not need the model.
+Only the new tensors of one file are in memory at a time.
 """
 
 from __future__ import annotations
@@ -153,11 +152,7 @@ def fold_files(
 ) -> Path:
     """Write copies of a base's files with the folded weights. A new head is added to the last file.
 
-    Args:
-        weights: the folded weights.
-        base: a safetensors file, or a folder with `model.safetensors` or its shards.
-        out: the file or folder to write. A folder also gets the other files of the base (configuration, tokenizer).
-        classes: names of a classifier's classes, for the `config.json` of transformers.
+    A folder also gets the other files of the base (configuration, tokenizer), with `classes` in its configuration.
 
     Raises:
         CheckpointError: the base cannot be read, or is not the model that was adapted.
