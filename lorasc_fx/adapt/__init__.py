@@ -13,7 +13,7 @@ from torch import nn
 from lorasc_fx.adapt.start import Setup, check_loaded, check_new
 from lorasc_fx.capture import FRONTENDS, open_model
 from lorasc_fx.cascade import flags_of
-from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_plan, read
+from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_ties, read
 from lorasc_fx.checkpoint.saved import load_into
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
 from lorasc_fx.facade import Cascade
@@ -131,7 +131,7 @@ def load(
         start = Setup.of(opened, checkpoint.plan, checkpoint.frontend, inputs, base, undo, checkpoint, loads=True)
         weights = named_weights(opened)
         check_base(checkpoint, weights.parameters)
-        check_plan(checkpoint, weights.matrices, weights.parameters)
+        check_ties(checkpoint, weights.matrices)
         sites = {site.form: site.weight for site in reversed(checkpoint.plan.sites)}
         for form, hint in forms_missing(sites).items():
             raise CheckpointError(

@@ -56,15 +56,6 @@ def stand_ins(description: Description, device: torch.device) -> tuple[tuple[Any
     return args, kwargs
 
 
-def is_description(value: object) -> bool:
-    """Whether plain data from a file is a valid description of the arguments of a call."""
-    try:
-        args, kwargs = _built(value, None, torch.device("meta"))
-        return isinstance(args, tuple) and isinstance(kwargs, dict)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return False
-
-
 def _described(value: Any) -> Description:
     """Return the description of a value. Raise TypeError if it has none."""
     if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
@@ -83,13 +74,13 @@ def _described(value: Any) -> Description:
     raise TypeError(f"a {type(value).__name__} cannot be described")
 
 
-def _built(description: Any, source: torch.Generator | None, device: torch.device) -> Any:
+def _built(description: Any, source: torch.Generator, device: torch.device) -> Any:
     """Return a value that fits a description. `source` draws floating-point tensors, in order."""
     if "tensor" in description:
         shape, dtype = description["tensor"], getattr(torch, description["dtype"])
         if "fill" in description:
             return torch.full(shape, description["fill"], dtype=dtype, device=device)
-        return torch.randn(shape, generator=source, device=device if source is None else "cpu").to(device, dtype)
+        return torch.randn(shape, generator=source).to(device, dtype)
     if "dict" in description:
         return {key: _built(part, source, device) for key, part in description["dict"].items()}
     if "value" in description:

@@ -1,8 +1,8 @@
 """The content of a checkpoint, as one dataclass. `Content.of` makes it; `install` and `resume` restore it in a run.
 
 Folders of one or several ranks, state dicts, and folds of saved runs all use it. `files.pack` converts it to JSON and
-tensors, and `util.decode` checks the types of all fields on the way back. Conditions on several fields are checked
-once: by `WeightState.faults`, and here by `decoded`.
+tensors, and `util.decode` checks the types of all fields on the way back. A digest tells damage, so values are checked
+no further, except by `WeightState.faults` and where they must fit the model.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, InitialFactors, Side, generator
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import Planned, WeightValues, is_description
-from lorasc_fx.cascade.training import check_holds, check_numbers
-from lorasc_fx.checkpoint.files import Count, Digest, Tensors, is_storable, refusing, sanitized, versions
+from lorasc_fx.cascade.run_base import Planned, WeightValues
+from lorasc_fx.cascade.training import check_holds
+from lorasc_fx.checkpoint.files import Tensors, is_storable, refusing, versions
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
 from lorasc_fx.shards import UNSHARDED, ProcessGroup, dtensor_like, local, local_like, shard_axis
 from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, StageEnd, Summed, WeightState
-from lorasc_fx.util.decode import Check, decode
 from lorasc_fx.util.environment import generator_states, set_generator_states
 from lorasc_fx.util.undo import Undo, commit
 
@@ -37,15 +36,6 @@ T = TypeVar("T")
 
 _OTHER_SHAPES = ("Adafactor", "LBFGS", "SparseAdam")
 """Optimizers of torch whose state has other shapes than the parameter."""
-
-_Words = Annotated[
-    tuple[Annotated[int, Check(lambda word: 0 <= word < 2**32, "give a word of 32 bits")], ...],
-    Check(lambda words: len(words) in (624, 625), "give 624 words"),
-]
-_Position = Annotated[int, Check(lambda number: 0 <= number <= 624, "give a position in 624 words")]
-_PYTHON = tuple[Annotated[int, Check(lambda version: version == 3, "give version 3")], _Words, float | None]
-_NUMPY = tuple[str, _Words, _Position, int, float]
-"""States of Mersenne twisters. numpy reads at the position without a check."""
 
 
 class Stateful(Protocol):
@@ -99,11 +89,7 @@ class Owner:
 
 
 def matched(path: object, part: str, owners: Sequence[T], saved: Sequence[Owner]) -> list[tuple[T, Owner]]:
-    """Return each optimizer or scheduler (`part`) with a copy of its saved state, which a training may change.
-
-    Raises:
-        CheckpointError: the checkpoint has no such state, or the number or the classes differ.
-    """
+    """Return each optimizer or scheduler (`part`) with a copy of its saved state. Raises CheckpointError."""
     if not owners:
         return []
     if not saved:
@@ -114,7 +100,7 @@ def matched(path: object, part: str, owners: Sequence[T], saved: Sequence[Owner]
     kinds, given = [owner.kind for owner in saved], [type(owner).__name__ for owner in owners]
     if kinds != given:
         raise CheckpointError(
-            f"{path}: has the {part} state of {sanitized(', '.join(kinds), 300)}, but resume was called with "
+            f"{path}: has the {part} state of {', '.join(kinds)}, but resume was called with "
             f"{', '.join(given)}; give the same number of {part}s of these classes, in this order",
             code="optimizer-differs",
         )
@@ -129,87 +115,28 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], complete: bool) -> None:
-    """Check that a saved state fits an optimizer, and shard its tensors like the parameters.
-
-    Args:
-        saved: the state. Its tensors are replaced by shards.
-        complete: whether a missing option is an error, because the same version of torch has saved it.
-
-    Raises:
-        ValueError: the state does not fit. It does not if the order of the parameters has changed.
-    """
-    check_numbers(saved, "optimizer")
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Check that a saved state fits the optimizer's parameters, and shard its tensors like them. Raises ValueError."""
     groups, parameters = optimizer.state_dict()["param_groups"], parameters_of(optimizer)
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("the optimizer has other parameter groups than the saved one")
-    from_torch = type(optimizer).__module__.startswith("torch.optim.")
-    for number, (group, new) in enumerate(zip(groups, saved["param_groups"], strict=True)):
-        if from_torch:
-            check_kinds(f"optimizer.param_groups[{number}]", new, group, optimizer.defaults if complete else ())
+    for group, new in zip(groups, saved["param_groups"], strict=True):
         # A learning rate may be a tensor on a device.
         new |= {key: new[key].to(value.device) for key, value in group.items() if isinstance(value, torch.Tensor)}
-    has_shapes = from_torch and type(optimizer).__name__ not in _OTHER_SHAPES
+    kind = type(optimizer)
+    has_shapes = kind.__module__.startswith("torch.optim.") and kind.__name__ not in _OTHER_SHAPES
     for index, entries in saved["state"].items():
-        if index not in range(len(parameters)):
-            raise ValueError(f"optimizer.state has the entry {sanitized(index)}, but there is no such parameter")
         shape = parameters[index].shape
         for name, value in entries.items():
             if not isinstance(value, torch.Tensor):
                 continue
             if has_shapes and value.dim() and value.shape != shape:
                 raise ValueError(
-                    f"optimizer: {sanitized(name)} of parameter {index} is {tuple(value.shape)}, but the parameter is "
+                    f"optimizer: {name} of parameter {index} is {tuple(value.shape)}, but the parameter is "
                     f"{tuple(shape)}"
                 )
             if value.shape == shape:
                 entries[name] = dtensor_like(value, parameters[index])
-
-
-def check_scheduler(scheduler: Stateful, saved: dict[str, Any], complete: bool) -> None:
-    """Check that a saved state fits a scheduler, and restore the types of its tables (a Counter of MultiStepLR).
-
-    `complete`: see `check_optimizer`.
-
-    Raises:
-        ValueError: the state does not fit.
-    """
-    current = scheduler.state_dict()
-    if len(saved.get("base_lrs", ())) != len(current.get("base_lrs", ())):
-        raise ValueError("scheduler.base_lrs: the optimizer has other parameter groups than the saved one")
-    if type(scheduler).__module__.startswith("torch.optim."):
-        check_kinds("scheduler", saved, current, current if complete else ())
-    for name, value in saved.items():
-        if isinstance(value, dict) and isinstance(current.get(name), dict):
-            saved[name] = type(current[name])(value)
-
-
-def check_kinds(path: str, saved: Any, current: object, needed: Iterable[str] = ()) -> None:
-    """Check that saved values are flags, texts, numbers, lists and tables where the current ones are.
-
-    Args:
-        path: where the values come from, for messages.
-        saved: the saved value. It may be anything where the current one is None.
-        current: the current value.
-        needed: keys that the saved table must have.
-
-    Raises:
-        ValueError: names the first value of another kind. For example, the learning rate is None.
-    """
-    for kinds in ((dict,), (list, tuple), (bool,), (str,), (int, float, torch.Tensor)):
-        if isinstance(current, kinds):
-            if not isinstance(saved, kinds) or (bool not in kinds and isinstance(saved, bool)):
-                raise ValueError(f"{path} is {sanitized(saved)}, which is not like {sanitized(current)}")
-            break
-    if isinstance(current, dict):
-        for name in needed:
-            if name not in saved:
-                raise ValueError(f"{path} has no {sanitized(name)}")
-        for name in current.keys() & saved.keys():
-            check_kinds(f"{path}.{sanitized(name)}", saved[name], current[name])
-    elif isinstance(current, (list, tuple)):
-        for index, (new, old) in enumerate(zip(saved, current, strict=False)):
-            check_kinds(f"{path}[{index}]", new, old)
 
 
 def keep_as_saved(
@@ -218,16 +145,10 @@ def keep_as_saved(
     host: Collection[str],
     dtypes: Mapping[nn.Parameter, torch.dtype],
 ) -> None:
-    """Restore the saved dtypes of the tensors in an optimizer's state, and move tensors back to the CPU.
+    """Restore the saved dtypes of the tensors in the state that an optimizer has loaded, and move tensors to the CPU.
 
     `Optimizer.load_state_dict` converts each tensor, except `step`, to the dtype and device of the parameter. This is
-    right only if the tensor was saved in the dtype of its parameter, and the parameter now has another dtype.
-
-    Args:
-        optimizer: the optimizer, after it has loaded the state.
-        state: the saved state, by the index of the parameter.
-        host: see `Owner`.
-        dtypes: dtypes of the parameters when they were saved.
+    right only if the tensor was saved in the dtype of its parameter (`dtypes`), and the parameter now has another one.
     """
     table = optimizer.state
     for index, parameter in enumerate(parameters_of(optimizer)):
@@ -268,17 +189,14 @@ def random_state() -> Tensors:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    """Restore the states that `random_state` returned. Missing devices and packages are skipped.
-
-    Raises:
-        KeyError, RuntimeError, TypeError, ValueError, SpecError: a state is invalid.
-    """
-    texts = {name: bytes(state[name].tolist()) for name in ("python", "numpy") if name in state}
-    python = decode(_PYTHON, json.loads(texts["python"]), ("rng", "python"))
-    numpy = decode(_NUMPY, json.loads(texts["numpy"]), ("rng", "numpy")) if "numpy" in texts else None
-    random.setstate(python)
-    if numpy is not None and "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].set_state(numpy)
+    """Restore the states that `random_state` returned. Missing devices and packages are skipped."""
+    version, words, gauss = json.loads(bytes(state["python"].tolist()))
+    random.setstate((version, tuple(words), gauss))
+    if "numpy" in state and "numpy.random" in sys.modules:
+        name, words, position, *rest = json.loads(bytes(state["numpy"].tolist()))
+        if not 0 <= position <= len(words) == 624:
+            raise ValueError("rng/numpy has an invalid position")  # numpy would read there without a check
+        sys.modules["numpy.random"].set_state((name, words, position, *rest))
     set_generator_states(state)
 
 
@@ -292,20 +210,13 @@ def gathered_random_states(group: ProcessGroup, call: str) -> tuple[Tensors, ...
 
 
 def set_rank_random_state(ranks: Sequence[Tensors], group: ProcessGroup, stage: int) -> None:
-    """Restore the random state of this rank from the states of all ranks that wrote a checkpoint.
-
-    If the number of ranks has changed, each rank gets a new state. It is derived from the first rank's state, the rank
-    and the number of ranks.
-    """
+    """Restore the state of this rank, or derive one from the first rank's state if the number of ranks has changed."""
     if len(ranks) == group.size:
         set_random_state(ranks[group.rank])
         return
     set_random_state(ranks[0])
     seed = int(torch.randint(2**62, ()).item())
     torch.manual_seed(generator(seed, stage, "rank", f"{group.rank} of {group.size}").initial_seed())
-
-
-Inputs = Annotated[dict[str, Any], Check(is_description, "give the shapes of the arguments, see cascade/run_base.py")]
 
 
 @dataclass(frozen=True)
@@ -318,8 +229,8 @@ class Stored:
 
     experts: tuple[Expert, ...] = ()
     dense: dict[Summed, torch.Tensor] = field(default_factory=dict)
-    ends: dict[Count, torch.Tensor] = field(default_factory=dict)
-    gone: Count = 0
+    ends: dict[int, torch.Tensor] = field(default_factory=dict)
+    gone: int = 0
     row_scale: torch.Tensor | None = None
     noises: tuple[KeptNoise, ...] = ()
     initial: InitialFactors | None = None
@@ -367,18 +278,18 @@ class Content:
     plan: dict[str, Any]
     frontend: str
     versions: dict[str, str]
-    base: dict[str, Digest]
+    base: dict[str, str]
     slow: dict[str, Stored]
     branch: dict[str, Tensors]
     idle: bool
-    rng: Annotated[tuple[Tensors, ...], Check(bool, "give the generators of at least one rank")]
+    rng: tuple[Tensors, ...]
     value: Tensors = field(default_factory=dict)
     buffer: dict[str, torch.Tensor | None] = field(default_factory=dict)
     changed_buffers: tuple[str, ...] = ()
     history: tuple[StageEnd, ...] = ()
     gradient: Tensors = field(default_factory=dict)
     pending: tuple[str, ...] = ()
-    inputs: Inputs | None = None
+    inputs: dict[str, Any] | None = None
     optimizers: tuple[Owner, ...] = ()
     schedulers: tuple[Owner, ...] = ()
     extra: dict[Any, Any] = field(default_factory=dict)
@@ -514,69 +425,36 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
             Without it, W0 is on the meta device, with the shapes in the plan.
 
     Raises:
-        ValueError, CheckpointError: weights are missing or unexpected, or a tensor is not finite or does not fit.
+        ValueError, CheckpointError: weights are missing or unexpected, or the slow state of a weight is invalid.
     """
     bare = {state.name: state for state in _bare(content, plan, taker)}
     if odd := sorted((content.slow.keys() ^ bare.keys()) | (plan.by_weight.keys() - content.slow.keys())):
-        raise ValueError(f"the slow state and the plan disagree about {sanitized(odd[0])}")
-    trained = {name for name, stored in content.slow.items() if stored.base is not None}
-    if trained != content.value.keys() or trained != {name for name, state in bare.items() if state.full}:
-        raise ValueError("the parameters that were trained in full differ from the spec")
-    check_branches(content, plan, finite=True)
+        raise ValueError(f"the slow state and the plan disagree about {odd[0]}")
     history = History(content.history)
-    if list(history.numbers) != sorted({*history.numbers} - {0}) or history.last >= plan.stage:
-        raise ValueError(f"its history has the stages {sanitized(str(history.numbers))}, and stage {plan.stage} runs")
-    states = {name: _decoded(name, stored, bare[name], content, history) for name, stored in content.slow.items()}
-    for site in plan.sites:
-        initial = states[site.weight].initial
-        for name in site.options.method.starts_from(plan.spec, not content.idle):
-            if name != "weight" and getattr(initial, name, None) is None:
-                raise ValueError(f"has no initial {name} of {sanitized(site.weight)}")
+    states = {name: stored.on(bare[name], history) for name, stored in content.slow.items()}
+    for name, weight in states.items():
+        if faults := weight.faults():
+            code = "non-finite" if "inf or nan" in faults[0] else None
+            raise CheckpointError(f"slow/{name} {faults[0]}", code=code)
     slow = SlowWeights(states, content.idle, history=history)
     values = dict(content.value)
-    for name in trained:
+    for name, value in content.value.items():
         start = slow.started(name).dense_in("fast")
-        if start is not None and not slow.moved({name: values[name]}):
+        if start is not None and not slow.moved({name: value}):
             values[name] = start  # the value only differs by rounding: the cascade was saved in another dtype
     state = RunState(plan, slow, content.branch, values, content.buffer)
     return state if taker is None else state.placed_like(taker)
 
 
-def _decoded(name: str, stored: Stored, bare: WeightState, content: Content, history: History) -> WeightState:
-    """Return the slow state of one weight, after all checks."""
-    state = stored.on(bare, history)
-    if state.full:
-        fit(f"slow/{name}/base", state.base, state.matrix, bare.base.dtype)
-        fit(f"value/{name}", content.value[name], state.matrix, state.base.dtype)
-    if faults := state.faults():
-        is_finite = "inf or nan" not in faults[0]
-        raise CheckpointError(f"slow/{sanitized(name)} {faults[0]}", code=None if is_finite else "non-finite")
-    return state
-
-
-def check_branches(content: Content, plan: Plan, finite: bool = False) -> None:
+def check_branches(content: Content, plan: Plan) -> None:
     """Check that branches have the shapes in the plan. So the plan cannot request more memory than the file has."""
     shapes = {(site.weight, name): shape for site in plan.sites for name, shape in site.parameter_shapes.items()}
     found = {(weight, name): value for weight, factors in content.branch.items() for name, value in factors.items()}
     if odd := sorted(found.keys() ^ shapes.keys()):
-        raise ValueError(f"the branches and the plan disagree about {sanitized('branch/' + '/'.join(odd[0]))}")
+        raise ValueError(f"the branches and the plan disagree about branch/{'/'.join(odd[0])}")
     for key, shape in shapes.items():
-        fit(f"branch/{'/'.join(key)}", found[key], shape, torch.float32, finite)
-
-
-def fit(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.dtype, finite: bool = False
-) -> torch.Tensor:
-    """Return a tensor if it has this shape, and a dtype like another one: floating-point, complex, or the same."""
-    shown = sanitized(repr(name))
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{shown} is {tuple(tensor.shape)}, but must be {tuple(shape)}")
-    same_kind = (tensor.dtype.is_floating_point, tensor.dtype.is_complex) == (like.is_floating_point, like.is_complex)
-    if not same_kind or (tensor.dtype != like and not like.is_floating_point and not like.is_complex):
-        raise ValueError(f"{shown} is {tensor.dtype}, not {like}")
-    if finite and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{shown} holds inf or nan, which save never writes", code="non-finite")
-    return tensor
+        if tuple(found[key].shape) != shape:
+            raise ValueError(f"branch/{'/'.join(key)} is {tuple(found[key].shape)}, but must be {shape}")
 
 
 def _bare(content: Content, plan: Plan, taker: RunState | None) -> list[WeightState]:
@@ -644,27 +522,24 @@ def _model_state(
         if name in saved and name not in places and name not in run.slow.states
     }
     if odd := sorted(saved.keys() - places.keys() - written.keys()):
-        raise ValueError(f"has the buffer {sanitized(repr(odd[0]))}, but the model has no such buffer")
+        raise ValueError(f"has the buffer {odd[0]}, but the model has no such buffer")
     needed = [name for name, place in places.items() if place.value is not None and is_saved(place)]
     if missing := [name for name in needed if name not in saved]:
-        raise ValueError(f"has no tensor {sanitized(repr('buffer/' + missing[0]))}")
+        raise ValueError(f"has no tensor buffer/{missing[0]}")
     in_place, replaced = [], list[tuple[Holder, torch.Tensor | None]]()
     groups: dict[int, tuple[torch.Tensor, list[str]]] = {}  # names of the buffers that share a tensor in the file
     for name, value in saved.items():
-        if name in written:
-            out = written[name]
-            if value is None:
-                raise ValueError(f"has no tensor {sanitized(repr('buffer/' + name))}")
-            in_place.append((out, fit(f"buffer/{name}", value, tuple(out.shape), out.dtype)))
-        elif value is None:
+        if value is None:
             replaced.append((places[name], None))
+        elif name in written:
+            in_place.append((written[name], value))
         else:
             groups.setdefault(id(value), (value, []))[1].append(name)
     for value, names in groups.values():
         current = places[names[0]].value
         together = [name for name, place in places.items() if place.value is current]
         if current is not None and value.shape == current.shape and sorted(together) == sorted(names):
-            in_place.append((current, fit(f"buffer/{names[0]}", value, tuple(current.shape), current.dtype)))
+            in_place.append((current, value))
         else:
             new = value.to(places[names[0]].device, copy=True)
             replaced += [(places[name], new) for name in names]
@@ -675,20 +550,10 @@ def gradients_of(run: Run, content: Content) -> Planned:
     """Return a commit that restores the gradients of a checkpoint, for a cascade that already has its state.
 
     Raises:
-        CheckpointError: a gradient belongs to no trained parameter, or has another shape or dtype.
+        ValueError: a gradient belongs to no trained parameter.
     """
-    parameters = run.trainable()
-    for name, tensor in content.gradient.items():
-        parameter, key = parameters.get(name), f"gradient/{sanitized(name)}"
-        if parameter is None:
-            raise CheckpointError(f"{key!r} belongs to no trained parameter")
-        if parameter.shape != tensor.shape or parameter.dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{key!r} is {tuple(tensor.shape)} {tensor.dtype}, but its parameter is {tuple(parameter.shape)} "
-                f"{parameter.dtype}: it is from another run"
-            )
-    if odd := [name for name in content.pending if name not in content.gradient]:
-        raise CheckpointError(f"has no gradient of {sanitized(odd[0])}, which waits for an optimizer step")
+    if odd := sorted({*content.gradient, *content.pending} - run.trainable().keys()):
+        raise ValueError(f"has the gradient of {odd[0]}, which is not trained")
     return Planned(run.plan, run.slow, gradients=content.gradient, pending=content.pending)
 
 
@@ -710,22 +575,19 @@ def resume(
         StateError: the optimizers do not have the branches' parameters.
     """
     # Check everything before anything is changed.
-    now = versions()
+    now, same_way = versions(), "build optimizer and scheduler the same way"
     changed = [f"{name} {then} (now {now[name]})" for name, then in content.versions.items() if now.get(name) != then]
-    same_torch, same_way = content.versions.get("torch") == now["torch"], "build optimizer and scheduler the same way"
     with_optimizer = matched(path, "optimizer", optimizers, content.optimizers)
     with_scheduler = matched(path, "scheduler", schedulers, content.schedulers)
     if optimizers:
         check_holds(optimizers, run.trainable())
     with refusing(path, same_way, code="optimizer-differs"):
         for optimizer, saved in with_optimizer:
-            check_optimizer(optimizer, saved.state, same_torch)
-        for scheduler, saved in with_scheduler:
-            check_scheduler(scheduler, saved.state, same_torch)
+            check_optimizer(optimizer, saved.state)
     # Restore everything in one transaction: optimizers and schedulers by their own methods, the gradients as a commit
     # of the run, and the random generators, which belong to the process.
     with (
-        refusing(path, f"{same_way}, or resume without them", code="optimizer-differs", also=(RuntimeError,)),
+        refusing(path, f"{same_way}, or resume without them", code="optimizer-differs"),
         run.lock,
         commit() as undo,
     ):
@@ -738,14 +600,17 @@ def resume(
         if with_optimizer:
             run.commit(gradients_of(run, content), undo)
         for scheduler, saved in with_scheduler:
-            undo(partial(scheduler.load_state_dict, deepcopy(scheduler.state_dict())))
-            scheduler.load_state_dict(saved.state)
+            undo(partial(scheduler.load_state_dict, deepcopy(current := scheduler.state_dict())))
+            tables = {name: value for name, value in current.items() if isinstance(value, dict)}
+            # Restore the types of tables, such as the Counter of MultiStepLR.
+            restored = {name: type(value)(saved.state[name]) for name, value in tables.items() if name in saved.state}
+            scheduler.load_state_dict(saved.state | restored)
         undo(partial(set_random_state, random_state()))
         set_rank_random_state(content.rng, group, run.plan.stage)
     if changed:
-        names = sanitized(", ".join(changed), 300)
         warn(
-            f"{path}: was written with {names}. The run can continue, but may not give bit-identical results",
+            f"{path}: was written with {', '.join(changed)}. The run can continue, but may not give bit-identical "
+            "results",
             "other-versions",
         )
     return deepcopy(content.extra)

@@ -19,16 +19,15 @@ times is stored once, and is one object again after the load.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +35,7 @@ from torch import nn
 
 from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
 from lorasc_fx.shards import local
-from lorasc_fx.util.decode import Check, decode
-from lorasc_fx.util.environment import version
+from lorasc_fx.util.environment import OUT_OF_MEMORY, version
 from lorasc_fx.util.fingerprint import fingerprint, text_digest
 
 FORMAT = 2
@@ -59,44 +57,32 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAME = re.compile(r"version-([0-9]{8,})")
 """Name of a version. The number counts the saves into the folder."""
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
-_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Exceptions that code may raise if it gets damaged content without checking it."""
 
 
 @contextmanager
-def refusing(
-    where: object, advice: str, *, code: str | None = None, also: tuple[type[Exception], ...] = ()
-) -> Iterator[None]:
-    """Convert exceptions that a damaged or forged file causes inside the block to CheckpointError.
+def refusing(where: object, advice: str, *, code: str | None = None) -> Iterator[None]:
+    """Convert exceptions that the content of a file causes inside the block to CheckpointError.
 
-    The message is `WHERE: REASON; ADVICE`. Other errors of this package are not converted.
+    The message is `WHERE: REASON; ADVICE`. Other errors of this package, and too little memory, are not converted.
 
     Args:
         where: the file or folder.
         advice: what the user can do.
         code: the code of errors that have none.
-        also: further exceptions to convert. A MemoryError gets the code "unreadable-file".
     """
-    damage: tuple[type[Exception], ...] = (*_DAMAGE, *also)
     try:
         yield
     except (CheckpointError, SpecError) as fault:
         original = fault.code if isinstance(fault, CheckpointError) else code
         raise CheckpointError(f"{where}: {fault}; {advice}", code=original) from fault
-    except LorascError:
+    except (LorascError, *OUT_OF_MEMORY):
         raise
     except (OSError, SafetensorError) as fault:
         reason = sanitized(reason_of(fault), 300)
         raise CheckpointError(f"{where}: cannot be read: {reason}; {advice}", code="unreadable-file") from fault
-    except damage as fault:
+    except Exception as fault:  # content that is not checked may cause any exception
         name = "" if isinstance(fault, ValueError) else f"{type(fault).__name__}: "
-        code = "unreadable-file" if isinstance(fault, MemoryError) else code
         raise CheckpointError(f"{where}: {name}{sanitized(str(fault), 400)}; {advice}", code=code) from fault
-
-
-def is_our_file(name: str) -> bool:
-    """Return whether a file of a version can have this name."""
-    return _FILE.fullmatch(name) is not None
 
 
 def file_names(count: int) -> list[str]:
@@ -121,7 +107,7 @@ def list_versions(root: Path) -> list[Path]:
     numbered = []
     for path in root.iterdir():
         try:
-            if _number(path) and not path.is_symlink() and any(is_our_file(entry.name) for entry in path.iterdir()):
+            if _number(path) and not path.is_symlink() and any(_FILE.fullmatch(entry.name) for entry in path.iterdir()):
                 numbered.append((_number(path), path))
         except (FileNotFoundError, NotADirectoryError):  # it is a file, or a writer has just deleted this version
             continue
@@ -158,10 +144,6 @@ def versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "lorasc-fx": version(), "python": platform.python_version()}
 
 
-Count = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
-Digest = Annotated[str, Check(re.compile("[0-9a-f]{64}").fullmatch, "a digest has 64 hexadecimal digits")]
-
-
 @dataclass(frozen=True)
 class Manifest:
     """The text file of a version.
@@ -176,8 +158,8 @@ class Manifest:
 
     format: int
     content: dict[str, Any]
-    shards: dict[str, Count]
-    files: dict[str, Digest]
+    shards: dict[str, int]
+    files: dict[str, str]
     digest: str
 
     @classmethod
@@ -187,7 +169,7 @@ class Manifest:
             manifest = json.loads(data)
         with refusing(path / MANIFEST, advice):
             written = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-            if type(written) is not int or written != FORMAT:
+            if written != FORMAT:
                 raise CheckpointError(
                     f"has format {sanitized(repr(written))}, but this version of lorasc-fx reads format {FORMAT}: load "
                     "it with the version that wrote it",
@@ -195,10 +177,7 @@ class Manifest:
                 )
             if manifest.get("digest") != text_digest(canonical(manifest)):
                 raise ValueError("differs from its own digest: the file is damaged, or was edited")
-            checked: Self = decode(cls, manifest)
-            if list(checked.files) != file_names(max(len(checked.files), 1)):
-                raise ValueError(f"files names {sanitized(', '.join(checked.files))}")
-            return checked
+            return cls(**manifest)
 
 
 def packed(manifest: dict[str, object], digest: str) -> torch.Tensor:
@@ -222,8 +201,7 @@ def is_storable(tensor: torch.Tensor) -> bool:
 def pack(value: object) -> tuple[Any, Tensors]:
     """Return a value as JSON, and its tensors by name, which are not copied.
 
-    Fields of a dataclass that equal their default are left out. Its tuples become lists, because `util.decode` restores
-    the types of its fields.
+    Tuples that are fields of a dataclass become lists, because `util.decode` restores the types of its fields.
 
     Raises:
         TypeError: safetensors cannot store a tensor.
@@ -236,12 +214,10 @@ def pack(value: object) -> tuple[Any, Tensors]:
             return {"$tensor": names[id(value)] if id(value) in names else added(value, path)}
         if isinstance(value, float):
             return value if isfinite(value) else {"$float": repr(float(value))}
-        if dataclasses.is_dataclass(value):
-            return {
-                item.name: packed([*field] if isinstance(field, tuple) else field, f"{path}/{item.name}")
-                for item in dataclasses.fields(value)
-                if not _is_default(item, field := getattr(value, item.name))
-            }
+        if is_dataclass(value):
+            parts = {item.name: getattr(value, item.name) for item in fields(value)}
+            parts = {name: [*part] if isinstance(part, tuple) else part for name, part in parts.items()}
+            return {name: packed(part, f"{path}/{name}") for name, part in parts.items()}
         if isinstance(value, Mapping):
             pairs = [(key, packed(item, f"{path}/{key}")) for key, item in value.items()]
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
@@ -265,51 +241,19 @@ def pack(value: object) -> tuple[Any, Tensors]:
     return packed(value, ""), tensors
 
 
-def _is_default(item: dataclasses.Field[Any], value: object) -> bool:
-    """Return whether a field has its default, or is empty if `default_factory` makes an empty one."""
-    if item.default_factory is not dataclasses.MISSING:
-        return not value
-    return type(value) is type(item.default) and value == item.default
-
-
 def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the value that was packed. Dataclasses are dicts: `util.decode.decode` converts and checks them.
-
-    Raises:
-        ValueError: a tensor is missing, no part of the value uses it, or two keys of a dict are equal.
-    """
-    used: set[str] = set()
-
-    def tensor(name: str) -> torch.Tensor:
-        if name not in tensors:
-            raise ValueError(f"has no tensor {name!r:.90}")
-        used.add(name)
-        return tensors[name]
-
-    def table(pairs: list[tuple[object, object]]) -> dict[Any, Any]:
-        found = {unpacked(key): unpacked(item) for key, item in pairs}
-        if len(found) < len(pairs):  # for example 1 and true
-            raise ValueError("has two equal keys in one table")
-        return found
-
+    """Return the value that was packed. Dataclasses are dicts: `util.decode.decode` converts and checks them."""
     special: dict[str, Callable[[Any], Any]] = {
-        "$tensor": tensor,
+        "$tensor": tensors.__getitem__,
         "$float": float,
-        "$tuple": lambda items: tuple(unpacked(items)),
-        "$dict": table,
+        "$tuple": lambda items: tuple(unpack(items, tensors)),
+        "$dict": lambda pairs: {unpack(key, tensors): unpack(item, tensors) for key, item in pairs},
     }
-
-    def unpacked(value: object) -> Any:
-        if isinstance(value, list):
-            return [unpacked(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        if any(key.startswith("$") for key in value):
-            ((key, item),) = value.items()
-            return special[key](item)
-        return {name: unpacked(item) for name, item in value.items()}
-
-    value = unpacked(plain)
-    if odd := next((name for name in tensors if name not in used), None):
-        raise ValueError(f"has the unexpected tensor {odd!r:.90}")
-    return value
+    if isinstance(plain, list):
+        return [unpack(item, tensors) for item in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if any(key.startswith("$") for key in plain):
+        ((key, item),) = plain.items()
+        return special[key](item)
+    return {name: unpack(item, tensors) for name, item in plain.items()}

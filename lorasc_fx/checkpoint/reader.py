@@ -1,9 +1,7 @@
 """Reads and checks a checkpoint, restores it, and computes the folded weights of a checkpoint or a cascade.
 
-A checkpoint is not trusted: it is either restored completely, or rejected with one error.
-
-Sizes are checked before anything is allocated: a tensor cannot be larger than its file, and a branch cannot be larger
-than its tensors. Names in a file are not used as paths, and nothing in a file is executed.
+A checkpoint is either restored completely, or rejected with one error. Digests tell damage. Names in a file are not
+used as paths, and nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ from lorasc_fx.checkpoint.files import (
     MANIFEST,
     Manifest,
     digest_of,
+    file_names,
     list_versions,
     recovery_advice,
     refusing,
-    sanitized,
     unpack,
 )
 from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, path_of
@@ -110,15 +108,14 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     with refusing(path / MANIFEST, advice, code="unreadable-file"):
         data = (path / MANIFEST).read_bytes()
     manifest, files = Manifest.of(data, path, advice), []
-    for name, digest in manifest.files.items():
-        # torch raises RuntimeError or AssertionError for a dtype or a size that it does not support.
-        with refusing(path / name, advice, also=(RuntimeError, AssertionError, MemoryError)):
+    for name, digest in zip(file_names(len(manifest.files)), manifest.files.values(), strict=True):
+        with refusing(path / name, advice):
             data = (path / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"differs from its digest in {MANIFEST}: the file is damaged")
             files.append(dict(sorted(load(data).items())))  # the order of safetensors differs between processes
     tensors = dict(files[0])  # with the tensors that are not sharded, which only the first file has
-    with refusing(path, advice, also=(RuntimeError,)):
+    with refusing(path, advice):
         for name, axis in manifest.shards.items():
             tensors[name] = torch.cat([file[name] for file in files], axis)
     return _checkpoint(path, manifest, tensors, advice)
@@ -133,13 +130,8 @@ def _checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
     with refusing(path / MANIFEST, advice):
         content: Content = decode(Content, unpack(manifest.content, tensors))
         plan = Plan.from_json(json.dumps(content.plan))
-    checkpoint = Checkpoint(path, content, plan, advice)
-    with checkpoint.refusing():
         check_branches(content, plan)
-        for name, digest in fingerprints(checkpoint.bases).items():
-            if content.base.get(name, digest) != digest:
-                raise ValueError(f"{sanitized(repr(f'slow/{name}/base'))} differs from its fingerprint in {MANIFEST}")
-    return checkpoint
+    return Checkpoint(path, content, plan, advice)
 
 
 def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> Checkpoint:
@@ -150,14 +142,14 @@ def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> Checkpoint
     """
     packed, advice, path = table.get(KEY), "use another checkpoint", Path(where)
     if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
-        names = ", ".join(sanitized(name) for name in list(table)[:2]) or "nothing"
+        names = ", ".join(list(table)[:2]) or "nothing"
         raise CheckpointError(
             f"{where}: this is not the state of a cascade: it has no {KEY}, but {names}. Load weights of the model "
             "itself before you adapt it"
         )
     foreign = next((name for name in table if name != KEY and "/" not in name), None)
     if foreign is not None:  # for example, a weight of the model
-        raise CheckpointError(f"{where}: {sanitized(repr(foreign))} is not a tensor of a cascade; remove it")
+        raise CheckpointError(f"{where}: {foreign} is not a tensor of a cascade; remove it")
     tensors = {name: tensor.cpu() for name, tensor in table.items()}  # experts are kept in host memory
     manifest = Manifest.of(bytes(data_of(tensors.pop(KEY).contiguous())), path, advice)
     with refusing(path, advice):
@@ -173,18 +165,13 @@ def check_base(
     written: Collection[str] = (),
     advice: str = "load onto the weights that were adapted",
 ) -> None:
-    """Check that a model has the parameters of a checkpoint's base.
+    """Check that a model has the parameters of a checkpoint's base. Raises CheckpointError.
 
     Parameters trained in full may have other values, because the checkpoint contains their W0.
 
     Args:
-        parameters: parameters of the model, by name.
-        digests: fingerprints of their W0, if they are known.
+        digests: fingerprints of the parameters' W0, if they are known.
         written: names of further parameters that forward writes.
-        advice: what the user can do about another base, for messages.
-
-    Raises:
-        CheckpointError: parameters are missing, unexpected or different. The message names them.
     """
     base: Mapping[str, str] = checkpoint.content.base
     replaced = {}
@@ -207,7 +194,7 @@ def check_digests(
     written: Collection[str],
     advice: str,
 ) -> None:
-    """Check that the fingerprints of a model equal the fingerprints of a base.
+    """Raise CheckpointError if the fingerprints of a model differ from those of a base.
 
     Args:
         subject: the start of the message, before "another base".
@@ -215,10 +202,6 @@ def check_digests(
         digests: fingerprints of the model, for parameters that the base has.
         names: names of all parameters of the model.
         written: names of parameters that are not compared, because forward writes them.
-        advice: what the user can do, for the message.
-
-    Raises:
-        CheckpointError: parameters are missing, unexpected or different. The message names them.
     """
     missing = [name for name in base if name not in digests and name not in written]
     unexpected = [name for name in names if name not in base and name not in written]
@@ -226,50 +209,28 @@ def check_digests(
     for fault, parameters in (("lacks", missing), ("also has", unexpected), ("differs in", changed)):
         if parameters:
             raise CheckpointError(
-                f"{subject} another base: the model {fault} {named(map(sanitized, parameters))}; {advice}",
+                f"{subject} another base: the model {fault} {named(parameters)}; {advice}",
                 code="base-differs",
             )
 
 
-def check_plan(
-    checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]], parameters: Mapping[str, torch.Tensor]
-) -> None:
-    """Check that the sites of a checkpoint's plan are weights of the model, before a cascade is built from it.
+def check_ties(checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise CheckpointError if a site of a checkpoint's plan has other ties in the model.
 
-    Args:
-        matrices: all names of each weight matrix, by its first name.
-        parameters: parameters of the model, by first name.
-
-    Raises:
-        CheckpointError: a site does not fit. The message names the weight.
+    `matrices` has all names of each weight matrix, by its first name.
     """
-    plan, same_model = checkpoint.plan, "build the same model that was adapted"
-
-    def fault(problem: str, advice: str) -> CheckpointError:
-        return CheckpointError(f"{checkpoint.path / MANIFEST}: {problem}; {advice}", code="sites-differ")
-
-    for site in plan.sites:
-        names = matrices.get(site.weight)
-        if names is None:
-            raise fault(f"the plan adapts {sanitized(site.weight)}, which the model does not have", same_model)
-        if (site.weight, *site.aliases) != names:
-            saved, current = sanitized(", ".join(site.aliases) or "nothing"), ", ".join(names[1:]) or "nothing"
-            raise fault(
-                f"{sanitized(site.weight)} is tied to {saved} in the plan, but to {current} in the model", same_model
+    for site in checkpoint.plan.sites:
+        if (site.weight, *site.aliases) != (names := matrices.get(site.weight, ())):
+            saved, current = ", ".join(site.aliases) or "nothing", ", ".join(names[1:]) or "nothing"
+            raise CheckpointError(
+                f"{checkpoint.path / MANIFEST}: {site.weight} is tied to {saved} in the plan, but to {current} in the "
+                "model; build the same model that was adapted",
+                code="sites-differ",
             )
-        shape = tuple(parameters[site.weight].shape)
-        if site.shape != shape:
-            raise fault(f"{site.weight} is {site.shape} in the plan, but {shape} in the model", checkpoint.advice)
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
-    """Restore the state of a checkpoint in a cascade with the same sites, as part of a transaction.
-
-    The cascade also gets the checkpoint's plan. If the weights are sharded, every rank restores its shards.
-
-    Raises:
-        CheckpointError: the values do not fit. The cascade is unchanged.
-    """
+    """Restore the plan and the state of a checkpoint in a cascade with the same sites, as part of a transaction."""
     state = checkpoint.decoded(RunState.of(run))
     with checkpoint.refusing():
         install(run, state, undo)
@@ -280,28 +241,22 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
 
 
 def take_over(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
-    """Replace the state of a cascade by a checkpoint of the same base and spec, as part of a transaction.
-
-    Gradients that no optimizer step has used are replaced too.
-
-    Raises:
-        CheckpointError: the checkpoint has another base, another spec, other sites, or values that do not fit.
-    """
+    """Replace state and pending gradients of a cascade by a checkpoint of the same base, spec and sites."""
     advice = "adapt a model with the same weights as the saved run"
     check_base(checkpoint, run.parameters_by_name(), run.fingerprints(), run.written_parameters(), advice)
     ours, theirs = run.plan.spec.to_dict(), checkpoint.plan.spec.to_dict()
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{checkpoint.path}: was saved with {name} = {sanitized(theirs.get(name))}, but this cascade has "
-                f"{sanitized(ours.get(name))}; adapt with the same spec",
+                f"{checkpoint.path}: was saved with {name} = {theirs.get(name)}, but this cascade has "
+                f"{ours.get(name)}; adapt with the same spec",
                 code="spec-differs",
             )
     sites, saved_sites = run.plan.by_weight, checkpoint.plan.by_weight
     if odd := sorted(sites.keys() ^ saved_sites.keys()):
         where = "only in the checkpoint" if odd[0] in saved_sites else "only in this cascade"
         raise CheckpointError(
-            f"{checkpoint.path}: {sanitized(odd[0])} is adapted {where}; adapt in the same mode and with the same "
+            f"{checkpoint.path}: {odd[0]} is adapted {where}; adapt in the same mode and with the same "
             "example inputs, or create the cascade with lorasc_fx.load",
             code="sites-differ",
         )

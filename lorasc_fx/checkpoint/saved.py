@@ -3,8 +3,8 @@
 A version is written into a temporary folder, which is synced and then renamed.
 
 The next save deletes temporary folders that a killed writer has left, under the lock of `files.one_writer`. A version
-is renamed before it is deleted, so that a partly deleted version is never loaded. Only the files of a version are
-deleted, and never a folder with unknown files, because other programs may write into the same folder.
+is renamed before it is deleted, so that a partly deleted version is never loaded. Only versions of the same run are
+deleted, because other programs may write into the same folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import stat
 import uuid
 from collections import OrderedDict
@@ -41,14 +42,12 @@ from lorasc_fx.checkpoint.files import (
     canonical,
     digest_of,
     file_names,
-    is_our_file,
     list_versions,
     next_name,
     pack,
     packed,
 )
 from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, path_of, reason_of
-from lorasc_fx.plan import Plan
 from lorasc_fx.shards import ProcessGroup, local
 from lorasc_fx.state.stage import all_finite
 from lorasc_fx.util.decode import is_integer
@@ -58,8 +57,6 @@ from lorasc_fx.util.undo import Undo, commit
 
 _WRITING, _DELETING = ".writing-", ".leaving-"
 _TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")
-_PARTIAL = re.compile(r"\.tmp\w{6}")
-"""Name of a file while safetensors writes it."""
 
 
 def write_version(
@@ -102,9 +99,9 @@ def write_version(
                 reading.close()  # the copies are written without holding the locks of the weights
                 if is_first:
                     make_folder(root)
-                    if stack.enter_context(one_writer(root / ".lock", root)):
+                    if stack.enter_context(one_writer(root)):
                         for path in root.iterdir():  # delete what killed writers have left
-                            if _TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                            if _TEMPORARY.fullmatch(path.name):
                                 remove(path)
                     version = root / next_name(root)
                     created = temporary = root / f"{_WRITING}{uuid.uuid4().hex}"
@@ -233,40 +230,24 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dic
 
 
 def remove(folder: Path) -> None:
-    """Delete the files of a version in a folder, the manifest last. Then delete the folder if it is empty.
-
-    Files that cannot be deleted stay.
-    """
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
-            if is_our_file(path.name) or _PARTIAL.fullmatch(path.name):
-                path.unlink()
-        folder.rmdir()
+    """Delete a folder. Files that cannot be deleted stay."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _drop(version: Path) -> None:
-    """Delete a version, or the temporary folder of a failed save.
-
-    Files that cannot be deleted now are deleted by the next save. If a version contains files of other programs, they
-    stay, and the folder keeps its name.
-    """
+    """Delete a version, or the temporary folder of a failed save. If it is busy, a later save deletes it."""
     with contextlib.suppress(OSError):
-        if not _TEMPORARY.fullmatch(version.name) and all(is_our_file(path.name) for path in version.iterdir()):
+        if not _TEMPORARY.fullmatch(version.name):
             version = version.rename(version.with_name(f"{_DELETING}{uuid.uuid4().hex}"))
         remove(version)
 
 
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
-    """Return whether an older version has an undamaged manifest with the same base and spec as this one."""
-    try:
-        older = json.loads((version / MANIFEST).read_bytes())
-        if older["digest"] != text_digest(canonical(older)):
-            return False
-        old, new = older["content"], manifest["content"]
-        specs = [Plan.from_json(json.dumps(item["plan"])).spec for item in (old, new)]
-        return bool(old["base"] == new["base"] and specs[0] == specs[1])
-    except (OSError, CheckpointError, KeyError, RecursionError, TypeError, ValueError):  # damaged, or not a manifest
-        return False
+    """Return whether an older version is of the same run: it has the same base and spec."""
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # damaged, or not a manifest
+        old, new = json.loads((version / MANIFEST).read_bytes())["content"], manifest["content"]
+        return bool(old["base"] == new["base"] and old["plan"]["spec"] == new["plan"]["spec"])
+    return False
 
 
 class SavedCascade(CascadeModule):

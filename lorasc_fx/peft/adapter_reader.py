@@ -127,7 +127,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         options = _options(json.loads((folder / CONFIG).read_bytes()), peft.LoraConfig)
     path = folder / TENSORS
     # safetensors raises RuntimeError for a dtype that torch lacks.
-    with refusing(path, _ADVICE, code="invalid-adapter", also=(RuntimeError,)):
+    with refusing(path, _ADVICE, code="invalid-adapter"):
         if not path.is_file():
             raise CheckpointError("does not exist; peft writes it by save_pretrained(folder)", code="unreadable-file")
         tensors = load_file(path)

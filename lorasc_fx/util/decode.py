@@ -14,24 +14,22 @@ An error message names the field by its path: `rules[1].ranks[0] is -1; a rank i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import (
     Annotated,
     Any,
     Literal,
     NamedTuple,
-    NotRequired,
     TypeGuard,
     TypeVar,
     Union,
     get_args,
     get_origin,
     get_type_hints,
-    is_typeddict,
 )
 
 from lorasc_fx.errors import SpecError, nearest
@@ -118,7 +116,7 @@ def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
         value = origin(decode(item_kind, item, (*path, index)) for index, (item_kind, item) in pairs)
     elif origin is dict:
         value = {decode(parts[0], key, path): decode(parts[1], item, (*path, key)) for key, item in value.items()}
-    elif is_typeddict(kind) or (_is_dataclass(kind) and not isinstance(value, kind)):
+    elif isinstance(kind, type) and is_dataclass(kind) and not isinstance(value, kind):
         value = _table(kind, value, path)
     for check in checks:
         if not check.accepts(value):
@@ -158,16 +156,16 @@ def check_names(cls: object, names: Iterable[object], path: FieldPath) -> None:
     Raises:
         SpecError: lists all unknown names, each with our name for it or the nearest field.
     """
-    fields, other_names = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
-    if unknown := [name for name in names if name not in fields][:20]:
+    known, other_names = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
+    if unknown := [name for name in names if name not in known][:20]:
         entries = [
             f"{name!r} (here {other_names[name]})"
             if name in other_names
-            else f"{_shown(name)}{nearest(str(name), fields)}"
+            else f"{_shown(name)}{nearest(str(name), known)}"
             for name in unknown
         ]
         raise SpecError(
-            f"{path_text(path) or 'the table'} has no field {', '.join(entries)}; known: {', '.join(fields)}",
+            f"{path_text(path) or 'the table'} has no field {', '.join(entries)}; known: {', '.join(known)}",
             code="unknown-name",
         )
 
@@ -198,8 +196,6 @@ def _split(hint: object) -> tuple[Any, list[Check]]:
     """Split an annotation into its type and its checks."""
     if get_origin(hint) is Literal:
         return str, [choice(get_args(hint))]
-    if get_origin(hint) is NotRequired:
-        return _split(get_args(hint)[0])
     kind, *checks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     return kind, checks
 
@@ -214,41 +210,28 @@ def _fits(hint: object, value: object) -> bool:
         return isinstance(value, (tuple, list))
     if kind is float:  # an int is a number too, and inf and nan are not accepted
         return is_number(value)
-    if is_typeddict(kind):
-        return isinstance(value, dict)
-    if _is_dataclass(kind) and isinstance(value, Mapping):
+    if is_dataclass(kind) and isinstance(value, Mapping):
         return True
     # A bool is an int in Python, but not for us.
     return kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
 
 
 def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
-    """Convert a table to a dataclass or a TypedDict, after checking that no key is unknown or missing."""
+    """Convert a table to a dataclass, after checking that no key is unknown or missing."""
     check_names(cls, data, path)
     hints = _hints(cls)
-    for name in _required(cls):
-        if name not in data:
-            raise SpecError(f"{path_text((*path, name))} is missing; {_remedy(hints[name])}")
+    for field in fields(cls):
+        if field.name not in data and field.default is field.default_factory is MISSING:
+            raise SpecError(f"{path_text((*path, field.name))} is missing; {_remedy(hints[field.name])}")
     values = {name: decode(hints[name], value, (*path, name)) for name, value in data.items()}
     return cls(**values)
 
 
-def _is_dataclass(kind: object) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """Return the types of the fields of a dataclass, or of the keys of a TypedDict."""
+    """Return the types of the fields of a dataclass."""
     hints = get_type_hints(cls, include_extras=True)
-    return hints if is_typeddict(cls) else {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _required(cls: Any) -> Iterable[str]:
-    if is_typeddict(cls):
-        return [name for name, hint in _hints(cls).items() if get_origin(hint) is not NotRequired]
-    unset = dataclasses.MISSING
-    return [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is unset]
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def _remedy(hint: object) -> str:
@@ -258,7 +241,7 @@ def _remedy(hint: object) -> str:
         return checks[0].remedy
     if get_origin(kind) in _UNIONS:
         return _remedy(get_args(kind)[0])
-    kind = dict if is_typeddict(kind) else get_origin(kind) or kind
+    kind = get_origin(kind) or kind
     return f"give {_REMEDIES.get(kind) or f'{kind.__name__}(...), or a table of its fields'}"
 
 

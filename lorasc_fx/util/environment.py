@@ -93,12 +93,6 @@ def in_use() -> tuple[str, ModuleType] | None:
     return (device.type, module) if used else None
 
 
-def name_of(device: torch.device) -> str:
-    """Return the device type of an accelerator and, if torch knows it, the product name."""
-    product = getattr(torch.get_device_module(device), "get_device_name", None)  # torch.mps has none
-    return f"{device.type} {product(device) if product is not None else ''}"
-
-
 @lru_cache(maxsize=8)
 def has_fp64(device: torch.device) -> bool:
     """Whether a device supports fp64. MPS does not."""

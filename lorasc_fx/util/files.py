@@ -1,8 +1,4 @@
-"""Atomic writes of files and folders, by one process at a time.
-
-New data is written to a temporary path next to its target, synced to disk, and then renamed. If a writer is killed, the
-operating system releases its lock, and the next writer deletes its temporary files.
-"""
+"""Atomic writes of files and folders: to a temporary path next to the target, synced to disk, and then renamed."""
 
 from __future__ import annotations
 
@@ -12,13 +8,11 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lorasc_fx.errors import CheckpointError, ExportError, LorascError, reason_of
-from lorasc_fx.util.undo import Block, isolated
+from lorasc_fx.errors import CheckpointError, ExportError, reason_of
 
 
 def sync(path: Path) -> None:
@@ -38,49 +32,34 @@ def make_folder(root: Path) -> None:
         sync(folder.parent)
 
 
-@isolated
-def one_writer(undo: Block, file: Path, target: Path, kind: type[LorascError] = CheckpointError) -> bool:
-    """Context manager: hold an exclusive lock, so that no other process writes the same target.
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[bool]:
+    """Context manager: lock the file `.lock` of a folder, so that no other process writes into the folder.
 
     Yields whether the lock is held. It is not held if the file system does not support locks. The operating system
     releases the lock if the process dies.
 
-    Args:
-        file: the lock file. It exists only while a process writes.
-        target: the path to write, for error messages.
-        kind: class of the error to raise.
-
     Raises:
-        kind: another process is writing the target.
+        CheckpointError: another process is writing into the folder.
         OSError: the lock file cannot be created.
     """
-    while True:
-        handle, locked = os.open(file, os.O_RDWR | os.O_CREAT, 0o666), True
+    lock = folder / ".lock"
+    with lock.open("a") as file:
+        locked = True
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
-            os.close(handle)
-            raise kind(
-                f"{target}: another process is writing to this path. Give each run its own path, and write from one "
+            raise CheckpointError(
+                f"{folder}: another process is writing to this path. Give each run its own path, and write from one "
                 "process of a run only",
                 code="concurrent-save",
             ) from fault
         except OSError:
             locked = False
-        if _names(file, handle):
-            break
-        os.close(handle)  # the previous owner deleted the file in the meantime, so lock the new one
-    undo(partial(os.close, handle))
-    undo(partial(file.unlink, missing_ok=True))
-    return locked
-
-
-def _names(file: Path, handle: int) -> bool:
-    """Whether a path still refers to the open file."""
-    try:
-        return os.path.samestat(file.lstat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+        try:
+            yield locked
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -90,7 +69,7 @@ def replacing(out: Path) -> Iterator[Path]:
     If the block raises, `out` is unchanged.
 
     Raises:
-        ExportError: `out` cannot be written, or another process is writing it.
+        ExportError: `out` cannot be written.
     """
     target = Path(os.path.realpath(out)) if out.is_dir() else out
     token = uuid.uuid4().hex
@@ -98,40 +77,28 @@ def replacing(out: Path) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.leaving-{token}")
     try:
         make_folder(target.parent)
-        with one_writer(target.with_name(f".{target.name}.lock"), out, ExportError) as locked:
-            if locked:
-                _clear(target)
+        try:
+            yield new
+            for path in [*new.rglob("*"), new]:
+                if path.is_file() or path.is_dir():
+                    sync(path)
+            # A rename can replace a file, but not a folder with content.
+            if target.is_dir():
+                target.rename(old)
             try:
-                yield new
-                for path in [*new.rglob("*"), new]:
-                    if path.is_file() or path.is_dir():
-                        sync(path)
-                # A rename can replace a file, but not a folder with content.
-                if target.is_dir():
-                    target.rename(old)
-                try:
-                    new.replace(target)
-                except BaseException:
-                    if old.exists():
-                        old.rename(target)
-                    raise
-                sync(target.parent)
-            finally:
-                _remove(new)
-                _remove(old)
+                new.replace(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
+            sync(target.parent)
+        finally:
+            _remove(new)
+            _remove(old)
     except (OSError, SafetensorError) as fault:
         raise ExportError(
             f"{out}: was not written: {reason_of(fault)}. The previous content is unchanged", code="write-failed"
         ) from fault
-
-
-def _clear(target: Path) -> None:
-    """Delete the temporary files of killed writers. If one of them had moved the target away, restore it."""
-    for path in target.parent.iterdir():
-        if path.name.startswith(f".{target.name}.leaving-") and not target.exists():
-            path.rename(target)
-        elif path.name.startswith((f".{target.name}.writing-", f".{target.name}.leaving-")):
-            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import _thread
 import functools
-import os
 import signal
 import threading
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -144,38 +142,14 @@ def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractC
 
 
 class Lock(_thread.RLock):  # type: ignore[misc]  # not final at runtime
-    """A re-entrant lock that can be copied and survives a fork.
-
-    A copy (deepcopy, pickle) is a new lock. In a forked process, a lock that another thread held is free, because this
-    thread does not exist there. If it was writing weights, checksums detect the partial write.
-    """
-
-    def __init__(self) -> None:
-        _LOCKS.add(self)
+    """A re-entrant lock whose copy (deepcopy, pickle) is a new lock."""
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
         return (Lock, ())
 
-    @property
-    def is_held(self) -> bool:
-        """Whether this thread holds the lock."""
-        return bool(self._is_owned())  # type: ignore[attr-defined]  # as in threading.Condition
-
-
-_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 PROCESS = Lock()
 """Held while a capture changes parameters of its model or state of the process, such as random generators.
 
 A thread that also needs the lock of a cascade must acquire this lock first.
 """
-
-
-def _after_fork() -> None:
-    """Reset the locks that other threads held. Runs in the child process."""
-    for lock in list(_LOCKS):
-        if not lock.is_held:
-            lock._at_fork_reinit()  # type: ignore[attr-defined]  # as in threading
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.cascade import run_of
 from lorasc_fx.check.process_state import eager, quiet
-from tests.cascade.test_threads import moved_cascade, together
+from tests.cascade.test_threads import together
 
 
 def process_state() -> tuple[Any, ...]:
@@ -118,7 +117,7 @@ def test_branches_are_used_under_every_stance_of_torch_compile() -> None:
     assert torch.equal(outputs[0], expected)
 
 
-# Python 3.12 warns about forks with several threads, which these tests are about.
+# Python 3.12 warns about forks with several threads.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
@@ -135,36 +134,6 @@ def in_a_fork(call: Callable[[], object]) -> int:
             os._exit(1)
         os._exit(0)
     return os.waitpid(pid, 0)[1]
-
-
-@forks
-@pytest.mark.parametrize("forking", ["main", "other"])
-def test_a_fork_while_another_thread_is_inside(forking: str) -> None:
-    """Locks of the other thread are released in the new process."""
-    cascade, x = moved_cascade(0)[0], torch.randn(3, 2, 9)
-    before, inside, go_on, ended = process_state(), threading.Event(), threading.Event(), list[int]()
-
-    def hold() -> None:
-        with quiet(), run_of(cascade).exclusive("save"):
-            inside.set()
-            go_on.wait(60)
-
-    def child() -> None:
-        cascade.folded_state_dict()
-        cascade(x)  # another shape, and so a capture
-
-    def fork() -> None:
-        assert inside.wait(10)
-        ended.append(in_a_fork(child))
-        go_on.set()
-
-    thread = threading.Thread(target=hold if forking == "main" else fork)
-    thread.start()
-    (fork if forking == "main" else hold)()
-    thread.join()
-    assert ended == [0]
-    assert process_state() == before
-    cascade.transition(None)
 
 
 @forks

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,41 +125,6 @@ def test_a_lock_file_without_an_owner_is_taken_over(tmp_path: Path) -> None:
         (tmp_path / ".lock").write_text(content)
         training.save(tmp_path)
         assert len(names(tmp_path)) == 1
-
-
-def held(lock: Path) -> Iterator[None]:
-    """The lock file of another process, which is killed after the first `next`."""
-    holds = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
-    command, pipe = [sys.executable, "-c", holds, lock], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield
-        process.kill()
-    yield
-
-
-def test_an_export_has_one_writer_and_clears_what_killed_ones_left(tmp_path: Path) -> None:
-    """One that was killed between two renames has left the old folder under another name: it comes back."""
-    cascade = lx.adapt(mlp(), args=(inputs(2, 5),), spec=lx.CascadeSpec(rank=1))
-    cascade.branches["0/weight"].lora_B.data.fill_(0.1)
-    out, file = tmp_path / "adapter", tmp_path / "folded.safetensors"
-    lx.export.peft(cascade, out)
-    (out / "mine").write_text("x")
-    holder = held(tmp_path / ".adapter.lock")
-    next(holder)
-    before = names(out)
-    with raises(lx.export.ExportError, "concurrent-save", out, "another process"):
-        lx.export.peft(cascade, out)
-    assert names(out) == before
-    next(holder)
-    out.rename(tmp_path / ".adapter.leaving-1")
-    (tmp_path / ".adapter.writing-1").mkdir()
-    (tmp_path / ".folded.safetensors.writing-1.safetensors").write_text("half")
-    lx.export.peft(cascade, out)
-    lx.export.safetensors(cascade, file)
-    assert names(tmp_path) == ["adapter", "folded.safetensors"]
-    assert names(out) == before
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

@@ -252,7 +252,6 @@ def with_shards(path: Path, change: Callable[[dict[str, object], list[dict[str, 
 
 LORA_B = "branch/0.weight/lora_B"
 DAMAGED: dict[str, tuple[Callable[[Any, Any], object], tuple[str, ...]]] = {
-    "no axis": (lambda manifest, files: manifest["shards"].update({LORA_B: True}), ("shards", LORA_B)),
     "another axis": (lambda manifest, files: manifest["shards"].update({LORA_B: 1}), ("damaged", "dimension 1")),
     "a missing shard": (lambda manifest, files: files[1].pop(LORA_B), (LORA_B,)),
     "a missing first shard": (lambda manifest, files: files[0].pop(LORA_B), (LORA_B,)),
