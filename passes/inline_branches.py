@@ -20,32 +20,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import fx
 
-from lorasc_fx.branch import Branch
 from lorasc_fx.errors import PassError
 from lorasc_fx.graph import GraphEditor, branch_nodes, record_of
 from lorasc_fx.graph.matching import uses_in
 from lorasc_fx.graph.record import Inlined
-from lorasc_fx.parameters import shallow
 
 from .base import CascadePass
-from .inlined import DROPOUT, formula, plain_call
+from .inlined import formula, plain_call, refusal
 
 
 @dataclass(frozen=True)
 class InlineBranches(CascadePass):
     """Replace each branch node by the nodes of its formula, for compilers and passes of others.
 
-    The nodes read the parameters of the branches, so training goes on. `module.train()` and `eval()` switch dropout. A
-    branch that replaced its op is added to the output of the op, or to its weight.
+    The nodes read the parameters of the branches, so training goes on, without dropout. A branch that replaced its op
+    is added to the output of the op, or to its weight.
 
     Every other pass of this package first restores the branch nodes, as long as the nodes of each branch are there. If
     they were changed, it raises VerifyError and says how.
 
     Raises:
-        PassError: the graph module reads a live model, or the method of a branch has no plain formula, such as DoRA and
-            branches of stacked experts.
+        PassError: the graph module reads a live model, a branch has dropout in train mode, or its method has no plain
+            formula, such as DoRA and branches of stacked experts.
     """
 
     name: ClassVar[str] = "inline-branches"
@@ -78,19 +76,10 @@ class InlineBranches(CascadePass):
                 continue
             key = record.plan.by_weight[use.weight].key
             branch = branches[key]
+            if branch.training and branch.dropout:
+                raise refusal(branch, "it has dropout in train mode, so call eval() first")
             inputs, options = plain_call(branch, use, node)
             if inputs[0] not in done:  # several ops may read one node of the weight
                 done |= {inputs[0], graph.insert_formula(inputs, formula(branch, record, options))}
                 calls[f"{key} {options}"] = key, options
-        graph.set_branches({key: _with_dropout(branch) for key, branch in branches.items()})
         graph.record = replace(record, inlined=Inlined(branches, tuple(calls.values())))
-
-
-def _with_dropout(branch: Branch) -> Branch:
-    """Return a copy of a branch with its dropout as a module, or the branch itself if it has none."""
-    if not branch.dropout:
-        return branch
-    new = shallow(branch)
-    assert isinstance(new, Branch)
-    new._modules[DROPOUT] = nn.Dropout(branch.dropout).train(branch.training)
-    return new

@@ -28,9 +28,6 @@ from lorasc_fx.parameters import shallow
 
 aten = torch.ops.aten
 
-DROPOUT = "input_dropout"
-"""Name of the dropout module of an inlined branch, a child of the branch, so that it follows `train` and `eval`."""
-
 _CONSTANT = "it computes with a tensor that is neither a parameter nor a buffer"
 
 
@@ -61,7 +58,7 @@ def plain_call(branch: Branch, use: Use, base: fx.Node) -> tuple[tuple[Any, ...]
     if isinstance(branch, LowRankBranch):
         return branch_call(replace(use, merged=False), base)
     if base.op == "call_module":
-        raise _refusal(branch, f"node {base.name} calls a module, so its weight is not in the graph")
+        raise refusal(branch, f"node {base.name} calls a module, so its weight is not in the graph")
     return args[1:2], {"at": Placement.WEIGHT}
 
 
@@ -82,47 +79,42 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
     plain._parameters, plain._buffers = {}, {}
     vars(plain).update({name: tracer.create_proxy("get_attr", f"{path}.{name}", (), {}) for name in tensors})
     if any(isinstance(value, SharedTensor) for value in vars(branch).values()):
-        raise _refusal(branch, _CONSTANT)
+        raise refusal(branch, _CONSTANT)
     same_dtype = record.slow.states[branch.weight_name].base.dtype == next(branch.parameters()).dtype
-    drop = _dropout(tracer, f"{path}.{DROPOUT}") if branch.dropout else lambda x: x
     try:
-        graph.output(_compute(plain, inputs, drop, same_dtype, **options).node)
+        graph.output(_compute(plain, inputs, same_dtype, **options).node)
     except (TypeError, AttributeError, KeyError, ValueError) as fault:  # of the method, which cannot use proxies
         reason = str(fault).partition(". ")[0]
-        raise _refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
+        raise refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
     if any(isinstance(value, torch.Tensor) for node in graph.nodes for value in _flat(node)[0]):
-        raise _refusal(branch, _CONSTANT)
+        raise refusal(branch, _CONSTANT)
     drop_nodes(graph, lambda node: node.op == "get_attr")
     return graph
 
 
-def _compute(branch: Any, inputs: Sequence[Any], drop: Any, same_dtype: bool, at: Placement, **options: Any) -> Any:
+def _compute(branch: Any, inputs: Sequence[Any], same_dtype: bool, at: Placement, **options: Any) -> Any:
     """Compute a placement with plain operations. The tensors of the branch and the inputs may be proxies."""
     if branch.magnitude:
-        raise _refusal(branch, "it scales the rows of the weight")
+        raise refusal(branch, "it scales the rows of the weight")
     if at is Placement.WEIGHT and not options:
         base, term = inputs[0], branch.dense_delta(inputs[0])
         return aten.add.Tensor(base, term if same_dtype else aten.type_as.default(term, base))
     if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
-        raise _refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
+        raise refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
     base, x = inputs
     if at is Placement.LOOKUP:
         return MatrixOps.at_lookup(branch, base, x, **options)
     if branch.kind == "conv":
         call = ConvCall(**options)
-        term = low_rank_conv(branch, drop(call.padded(x)), call)
+        term = low_rank_conv(branch, call.padded(x), call)
     else:
         a, b = (t if same_dtype else aten.type_as.default(t, x) for t in (branch.down, branch.up))
-        term = aten.linear.default(aten.linear.default(drop(x), a), b)
+        term = aten.linear.default(aten.linear.default(x, a), b)
     return aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
 
 
-def _dropout(tracer: fx.proxy.TracerBase, path: str) -> Any:
-    """Return a function that records a call of the dropout module."""
-    return lambda x: tracer.create_proxy("call_module", path, (x,), {})
-
-
-def _refusal(branch: Branch, reason: str) -> PassError:
+def refusal(branch: Branch, reason: str) -> PassError:
+    """Return the error for a branch that cannot be inlined."""
     return PassError(
         f"inline-branches: the branch of {branch.weight_name} ({type(branch).__name__}) cannot be written as plain "
         f"nodes: {reason}. Exclude it (exclude=({branch.weight_name!r},)), or fold the branches before other passes",
