@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import lorasc_fx as lx
 from tests.kit.errors import raises, warns
 from tests.kit.models import (
-    Breaking,
     TwoLayers,
     assert_merged,
     batches,
@@ -431,17 +430,6 @@ def test_dropout_of_branches() -> None:
     assert torch.equal(run(cascade, x), run(cascade, x))
     assert not torch.equal(run(cascade, x), run(cascade, x, seed=4))
     assert_merged(cascade.eval(), copy.deepcopy(cascade.model), x)
-
-
-def test_beside_fabric() -> None:
-    """Lightning Fabric wraps torch.compile, and copies keyword arguments onto the model. It must not copy ours."""
-    fabric = pytest.importorskip("lightning_fabric")
-    assert hasattr(torch.compile, "__wrapped__"), fabric
-    model = Breaking(4)
-    cascade = lx.adapt(model, args=(torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
-    assert cascade.frontend == "eager"
-    assert "_compile_kwargs" not in vars(model)
-    assert torch.equal(cascade(-torch.ones(2, 4)), model.linear(torch.ones(2, 4)))
 
 
 class Recomputing(Stack):

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
 from lorasc_fx.plan import Reason
@@ -129,20 +128,6 @@ def test_mamba_is_one_graph_with_its_cache() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, computed.logits, rtol=0, atol=1e-12)
     again = cascade(input_ids=ids[:, :3], cache_params=computed.cache_params)  # the cache as an input
     assert again.logits.shape[1] == 3
-
-
-class Memory:
-    """A state that is registered with torch's pytree, but cannot be flattened."""
-
-    def __init__(self, state: torch.Tensor) -> None:
-        self.state = state
-
-
-def _refuse_to_flatten(_: Any) -> Any:
-    raise RuntimeError("should be applied to another Memory")
-
-
-pytree.register_pytree_node(Memory, _refuse_to_flatten, lambda children, context: Memory(*children))
 
 
 class Padded(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -270,27 +269,3 @@ def test_the_history_of_a_buffer_stays(how: str) -> None:
     model.zero_grad()
     output.sum().backward()
     torch.testing.assert_close(model.a.weight.grad, model.head.weight.sum(0)[:, None] * x.sum(0))
-
-
-class Positions(nn.Module):
-    """A lookup with the indices in a buffer, which autograd saves for backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(9, 5), nn.Linear(5, 3)
-        self.register_buffer("ids", torch.arange(9))
-
-    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
-        hidden = x + self.table(self.ids[: x.shape[1]])
-        return self.head(hidden + hidden if twice else hidden)
-
-
-def test_a_graph_is_made_between_a_forward_and_its_backward() -> None:
-    """A contrastive loss calls the model twice before backward. The buffer saved by the first call is not written."""
-    torch.manual_seed(0)
-    plain, x = Positions(), torch.randn(2, 4, 5)
-    cascade = lx.adapt(copy.deepcopy(plain), (x,), spec=lx.CascadeSpec(rank=2, train=("head.bias",)))
-    for model in (plain, cascade):
-        (model(x).square().sum() + model(x[:, :3], twice=True).square().sum()).backward()
-    assert variant_count(cascade) == 2
-    torch.testing.assert_close(cascade.model.head.bias.grad, plain.head.bias.grad)

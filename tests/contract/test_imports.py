@@ -267,21 +267,6 @@ def test_nothing_is_fetched() -> None:
     assert seen[0].startswith("socket.__new__")
 
 
-RUFF = Path(sys.executable).with_name("ruff")
-
-
-def found(path: Path, code: str) -> dict[int, set[str]]:
-    """Return the rules that the linter names, by line."""
-    path.write_text(f"{code}\n")
-    command = [RUFF, "check", "--no-cache", "--config", ROOT / "pyproject.toml", "--output-format", "json", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    rules: dict[int, set[str]] = {}
-    for each in json.loads(done.stdout):
-        rules.setdefault(each["location"]["row"], set()).add(each["code"])
-    return rules
-
-
 def test_each_exception_tells_why() -> None:
     """A line that the rules above let through on request says what makes it safe."""
     for path in [*(ROOT / "lorasc_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:

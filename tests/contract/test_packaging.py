@@ -20,8 +20,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.contract.licences import PAGE, groups, licence, page, pinned
-
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
@@ -157,24 +155,13 @@ def test_wheel_works_away_from_the_checkout(built: Built, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
-FREE = (
-    "MIT",
-    "BSD",
-    "Apache",
-    "PSF",
-    "Python Software Foundation",
-    "MPL",
-    "Mozilla",
-    "ISC",
-    "Unlicense",
-    "HPND",
-    "CNRI",
-)
-
-
-def test_the_page_is_what_the_packages_say() -> None:
-    told = "requirements/licences.md is out of date: python -m tests.contract.licences"
-    assert PAGE.read_text(encoding="utf-8") == page(), told
+def groups() -> dict[str, list[Requirement]]:
+    """The requirements of the core and of each extra, but for `all`, which names others, and `docs`, which no
+    test installs.
+    """
+    project = PYPROJECT["project"]
+    named = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {name: [Requirement(line) for line in lines] for name, lines in named.items() if name not in ("all", "docs")}
 
 
 def test_the_core_is_three_packages() -> None:
@@ -188,13 +175,6 @@ def test_every_dependency_has_a_lower_bound() -> None:
             assert ">=" in operators, f"{extra}: {each} has no lower bound"
             assert each.url is None, f"{extra}: {each} comes from an address"
             assert each.specifier.contains(importlib.metadata.version(each.name), prereleases=True)
-
-
-def test_every_licence_lets_it_be_used() -> None:
-    """None of the core and of what it needs asks more than to be named; those of others are for the reader."""
-    for each in groups()["core"]:
-        assert any(word in licence(each.name) for word in FREE), f"{each.name}: {licence(each.name)}"
-    assert all(licence(name) for name in pinned())
 
 
 def imported(path: Path) -> set[str]:
