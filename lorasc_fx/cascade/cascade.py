@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.cascade import transition
@@ -121,7 +122,8 @@ class CascadeModule(nn.Module):
             return compiled.module(*bound, **named)
         call = graphs.compiler.calls.bind(args, kwargs)
         variant = graphs.variants.find(call) or graphs.capture(call)
-        run.check_call(self.training)
+        if DistributedDataParallel._active_ddp_module is not None or not torch.is_grad_enabled():
+            run.check_call(self.training)
         return variant.run(call)
 
     # ---- the plan and the graphs
@@ -458,8 +460,12 @@ class CascadeModule(nn.Module):
             StateError: the caller is not Python's `copy` module, or makes a deep copy of sharded weights.
         """
         if sys._getframe(1).f_globals.get("__name__") == "copy":
-            if sys._getframe(1).f_code.co_name == "deepcopy":
-                self._run.check_copy()
+            if sys._getframe(1).f_code.co_name == "deepcopy" and self._run.is_sharded:
+                raise StateError(
+                    "deepcopy: the weights are sharded over processes, and FSDP would not manage the copy. Write a "
+                    "checkpoint by lorasc_fx.save and load it onto another model by lorasc_fx.load",
+                    code="sharded",
+                )
             return super().__reduce_ex__(protocol)
         raise StateError(
             "a cascade cannot be pickled (by torch.save, a spawned process or otherwise), because its graphs read the "

@@ -15,8 +15,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
+from lorasc_fx.cascade.inputs import describe
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import describe
 from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
 from lorasc_fx.util.torch_private import functorch_is_active

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.errors import SpecError, StateError, named, warn
@@ -101,37 +100,6 @@ class PendingWatch(Fresh):
     def note(self, parameter: nn.Parameter) -> None:
         """Record that the current gradient of a parameter waits for a step."""
         self._versions[id(parameter)] = parameter._version
-
-
-class Replicas(Fresh):
-    """Checks that DistributedDataParallel averages the gradients of all trained parameters."""
-
-    def __init__(self) -> None:
-        # The shapes of the parameters at the first call of each wrapper, by id.
-        self._shapes = weakref.WeakKeyDictionary[nn.Module, dict[int, torch.Size]]()
-
-    def check(self, trainable: Callable[[], Mapping[str, nn.Parameter]]) -> Any:
-        """Check the wrapper whose forward runs. Return its process group at its first call, otherwise None.
-
-        Raises:
-            StateError: a parameter was added, or changed its shape, after the model was wrapped.
-        """
-        wrapper = DistributedDataParallel._active_ddp_module
-        if wrapper is None:
-            return None
-        is_new = wrapper not in self._shapes
-        if is_new:
-            self._shapes[wrapper] = {id(parameter): parameter.shape for parameter in wrapper._module_parameters}
-        shapes = self._shapes[wrapper]
-        late = [name for name, parameter in trainable().items() if shapes.get(id(parameter)) != parameter.shape]
-        if late:
-            raise StateError(
-                f"{named(late)} came with a new graph, or has another rank, since DistributedDataParallel has wrapped "
-                "the cascade, so its gradients would not be averaged over the processes. Wrap the cascade again, after "
-                "a call in each mode and with each kind of arguments",
-                code="wrapper-not-supported",
-            )
-        return wrapper.process_group if is_new else None
 
 
 def check_numbers(state: object, path: str) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import Planned, write_planned
+from lorasc_fx.cascade.run import Planned, Run, write_planned
 from lorasc_fx.cascade.training import check_holds, state_of, treated_state
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders

@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.cascade.graphs import Graphs
-from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import Planned, WeightValues, reserve, weights_to_write
+from lorasc_fx.cascade.run import Planned, Run, WeightValues, reserve, weights_to_write
 from lorasc_fx.cascade.transition import at_stage, ended
 from lorasc_fx.errors import SpecError, StateError, named, nearest
 from lorasc_fx.parameters import Holder, holders_of, substituted

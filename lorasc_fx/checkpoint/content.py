@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from lorasc_fx.branch import Branch, InitialFactors, Side, generator
-from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import Planned, WeightValues
+from lorasc_fx.cascade.run import Planned, Run, WeightValues
 from lorasc_fx.cascade.training import check_holds
 from lorasc_fx.checkpoint.files import Tensors, is_storable, refusing, versions
 from lorasc_fx.errors import CheckpointError, warn

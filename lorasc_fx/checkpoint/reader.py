@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load
 
 from lorasc_fx.branch import Branch
-from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import Planned
+from lorasc_fx.cascade.run import Planned, Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.cascade.weights import check_quantized, check_view
 from lorasc_fx.checkpoint.content import Content, RunState, check_branches, decoded, gradients_of, install

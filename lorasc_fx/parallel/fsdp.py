@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from lorasc_fx.cascade import graphs_of, run_of
-from lorasc_fx.cascade.run_base import Planned
+from lorasc_fx.cascade.run import Planned
 from lorasc_fx.cascade.weights import folded_each
 from lorasc_fx.compile import Variant
 from lorasc_fx.errors import StateError, named

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from lorasc_fx.cascade import graphs_of, run_of
+from lorasc_fx.cascade.inputs import stand_ins
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.cascade.run_base import stand_ins
 from lorasc_fx.cascade.weights import check_view
 from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn

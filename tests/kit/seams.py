@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from lorasc_fx.branch.lora import LoraBranch
-from lorasc_fx.cascade import run_base, transition
+from lorasc_fx.cascade import run, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
 from lorasc_fx.checkpoint import reader, saved
@@ -45,7 +45,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "transition": (transition, "next_stage"),
     "start of a weight": (LoraBranch, "kept_values"),
     "commit": (Run, "commit"),
-    "digest of the source": (run_base, "source_digest"),
+    "digest of the source": (run, "source_digest"),
     "redraw": (stage, "write_start"),
     "sum over ranks": (ProcessGroup, "sum"),
     "rest a weight": (SlowWeights, "write_resting"),

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
-from lorasc_fx.cascade.run_base import SPARE
+from lorasc_fx.cascade.run import SPARE
 from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical, pack
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of
