@@ -15,7 +15,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.branch import Decided
-from lorasc_fx.cascade.inputs import describe
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.compile import Axis, Call, Compiler, NewVariant, Variant, Variants
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError, named
@@ -40,8 +39,6 @@ class Graphs:
 
     def __init__(self, run: Run, compiler: Compiler, decided: Decided, example: Example | None) -> None:
         self.run, self.compiler, self.example = run, compiler, example
-        if example is not None:
-            run.inputs = describe(*example)
         self.variants = Variants()
         self.frontend = ""
         self.refused_frontends: tuple[tuple[str, str], ...] = ()
@@ -198,7 +195,6 @@ class Graphs:
                 lambda tensor: tensor if tensor.is_leaf else tensor.detach().requires_grad_(),  # drop autograd graphs
                 (call.args, call.kwargs),
             )
-            self.run.inputs = describe(*self.example)
 
 
 def _axes_of(call: Call) -> frozenset[Axis]:

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.branch import Branch, Decided, fill
 from lorasc_fx.branch.noise import PIECE, WORKSPACE
-from lorasc_fx.cascade.inputs import Description
 from lorasc_fx.cascade.training import PendingWatch, Warned, check_holds, check_rates, groups, put_state
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.parameters import Holder, exchange
@@ -53,7 +52,6 @@ class Run:
         self.model, self.frontend = model, frontend
         self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; the child of the cascade
         self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
-        self.inputs: Description | None = None  # of the example inputs, for the checkpoint
         self.lock = Lock()  # held while weights are read or written, but not while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()

@@ -258,7 +258,6 @@ class Content:
     Args:
         plan: the plan in the running stage, as `Plan.to_json` writes it.
         frontend: the front end that the user has chosen.
-        inputs: description of the example inputs.
         versions: versions of libraries.
         base: fingerprint of each parameter of the base.
         slow: the slow state of each weight.
@@ -288,7 +287,6 @@ class Content:
     history: tuple[StageEnd, ...] = ()
     gradient: Tensors = field(default_factory=dict)
     pending: tuple[str, ...] = ()
-    inputs: dict[str, Any] | None = None
     optimizers: tuple[Owner, ...] = ()
     schedulers: tuple[Owner, ...] = ()
     extra: dict[Any, Any] = field(default_factory=dict)
@@ -310,7 +308,6 @@ class Content:
         return cls(
             plan=json.loads(run.plan.to_json()),
             frontend=run.frontend,
-            inputs=run.inputs,
             versions=versions(),
             base=run.fingerprints(),
             slow={name: Stored.of(weight) for name, weight in slow.states.items()},

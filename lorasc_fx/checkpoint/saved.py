@@ -382,8 +382,6 @@ class SavedCascade(CascadeModule):
     def _note_loaded(self, checkpoint: reader.Checkpoint) -> None:
         self._loaded, graphs_of(self).origin = checkpoint, str(checkpoint.path)
         run_of(self).note_kept()
-        if run_of(self).inputs is None:  # no graph was captured here yet
-            run_of(self).inputs = checkpoint.content.inputs
 
 
 def load_into(cascade: SavedCascade, checkpoint: reader.Checkpoint, undo: Undo) -> None:

@@ -43,7 +43,7 @@ def export(
     options: dict[str, Any] = {"view": view}
     if to == "peft":
         options |= {"max_rank": max_rank, "uniform_rank": uniform_rank}
-    elif to != "safetensors":
+    if to != "safetensors":
         options["kwargs"] = task.example()
     print(getattr(lx.export, to)(cascade, output, **options))
     return 0

@@ -20,8 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lorasc_fx.cascade import graphs_of, run_of
-from lorasc_fx.cascade.inputs import stand_ins
+from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.weights import check_view
 from lorasc_fx.checkpoint.saved import write_tensors
@@ -31,7 +30,6 @@ from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.change import Change, CutOff, change_of, nothing
 from lorasc_fx.peft.mirror import ADAPTER, CONFIG, TENSORS, Mirror, put
 from lorasc_fx.peft.targets import Target, targets_of
-from lorasc_fx.plan import Site
 from lorasc_fx.state import arithmetic
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import module_of
@@ -71,6 +69,8 @@ class PeftAdapter:
 def peft(
     cascade: Cascade,
     folder: str | PathLike[str],
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     view: Literal["slow", "fast", "averaged"] = "slow",
     max_rank: int | None = None,
@@ -85,9 +85,10 @@ def peft(
     modules (`modules_to_save`). Other buffers, such as the statistics of a batch norm, are not part of an adapter.
 
     Args:
-        cascade: the cascade, which is not changed. Its model runs on the example inputs, to find out where an adapter
-            has an effect. After a `load` without inputs, it runs on tensors of the shapes in the checkpoint.
+        cascade: the cascade, which is not changed.
         folder: a new or empty folder, or an existing adapter. An adapter is replaced once the new one is complete.
+        args, kwargs: inputs that the model runs on, to find out where an adapter has an effect. The default is the
+            example inputs.
         view: the weights to export: `slow`, `averaged` or `fast`. For `slow` and `averaged`, a running stage that has
             trained counts as ended, as in `release`.
         max_rank: largest rank of a site. If the sum of the experts has a higher rank, it is replaced by the nearest
@@ -107,7 +108,8 @@ def peft(
     Raises:
         ExportError: an adapter of peft cannot express some sites; the message lists them all with the reasons. Or the
             folder contains other files, or cannot be written. Nothing is written.
-        StateError: nothing was trained, the cascade was released, or the call is inside `with cascade.weights(...)`.
+        StateError: nothing was trained, the cascade was released, there are no inputs, or the call is inside `with
+            cascade.weights(...)`.
         NonFiniteBranch: a branch holds inf or nan.
         SpecError: an argument is invalid.
         MissingExtra: peft is not installed.
@@ -144,7 +146,7 @@ def peft(
 
     # Find out where peft can adapt each weight, and let peft build the adapter on a copy of the model.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
-    targets, unreached = _targets(cascade, sites)
+    targets, unreached = targets_of(model, sites, *cascade._inputs(args, kwargs))
     if max_rank is not None:
         change.limit_rank(max_rank)
     if uniform_rank:
@@ -202,22 +204,6 @@ def peft(
                 "tied-weight-exported-twice",
             )
     return written
-
-
-def _targets(cascade: Cascade, sites: Sequence[Site]) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
-    """Return the result of `targets_of` on the example inputs, or on stand-ins after a load without inputs."""
-    description = run_of(cascade).inputs
-    if graphs_of(cascade).example is not None or description is None:
-        return targets_of(cascade.model, sites, *cascade.example)
-    device = next(cascade.model.parameters()).device
-    try:
-        return targets_of(cascade.model, sites, *stand_ins(description, device))
-    except Exception as fault:  # whatever the user's model raises on other values
-        raise StateError(
-            "export.peft: the run was loaded without example inputs, and the model raises on tensors of the shapes "
-            f"that the checkpoint holds: {type(fault).__name__}: {fault}. Give args or kwargs to lorasc_fx.load",
-            code="not-available",
-        ) from fault
 
 
 def _mirror(

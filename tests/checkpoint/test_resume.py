@@ -584,55 +584,26 @@ def test_what_needs_a_graph_says_so_until_the_first_call(tmp_path: Path) -> None
     assert torch.equal(cascade.example[0][0], X)
 
 
-class Masked(nn.Module):
-    """Token ids with a mask, which must not be all False, nested in a dictionary, and a plain option."""
-
-    def __init__(self) -> None:
-        super().__init__()
+def test_an_export_to_peft_needs_inputs(tmp_path: Path) -> None:
+    def build() -> nn.Module:
         torch.manual_seed(0)
-        self.table, self.out, self.refuses = nn.Embedding(7, 6), nn.Linear(6, 5), False
+        return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
 
-    def forward(self, ids: torch.Tensor, extra: dict[str, Any], scale: float = 1.0) -> torch.Tensor:
-        mask = extra["mask"]
-        if self.refuses or not bool(mask.any()):
-            raise ValueError("nothing is left")
-        return self.out(self.table(ids) * mask.unsqueeze(-1)) * scale
-
-
-IDS = torch.tensor([[3, 6, 0], [1, 1, 2]])
-MASK = torch.tensor([[True, True, False], [True, True, True]])
-
-
-def test_an_export_to_peft_runs_on_the_shapes_of_the_checkpoint(tmp_path: Path) -> None:
-    cascade = lx.adapt(Masked(), (IDS, {"mask": MASK}), {"scale": 0.5}, spec=lx.CascadeSpec(rank=2))
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-    cascade(IDS, {"mask": MASK}, scale=0.5).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    x = torch.ones(3, 4)
+    cascade = lx.adapt(build(), (x,), spec=lx.CascadeSpec(rank=2))
+    with torch.no_grad():
+        for branch in cascade.branches.values():
+            branch.lora_B.fill_(1)
     lx.save(cascade, tmp_path / "run")
-    loaded = lx.load(tmp_path / "run", Masked())
+    loaded = lx.load(tmp_path / "run", build())
+    with raises(lx.StateError, "not-available", "without example inputs"):
+        lx.export.peft(loaded, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     with unchanged(loaded):
-        written = [lx.export.peft(each, tmp_path / name) for name, each in (("one", cascade), ("other", loaded))]
-    assert written[0].ranks == written[1].ranks == {"table.weight": 2, "out.weight": 2}
+        lx.export.peft(cascade, tmp_path / "one")
+        lx.export.peft(loaded, tmp_path / "other", (x,))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
-    lx.save(loaded, tmp_path / "again")
-    manifests = [next((tmp_path / each).glob("*/manifest.json")).read_text() for each in ("run", "again")]
-    described = [json.loads(text)["content"]["inputs"] for text in manifests]
-    assert described[0] == described[1]
-    assert described[0]["tuple"][0]["tuple"][0] == {"tensor": [2, 3], "dtype": "int64", "fill": 6}
-
-
-def test_a_model_that_raises_on_stand_ins_asks_for_inputs(tmp_path: Path) -> None:
-    cascade = lx.adapt(Masked(), (IDS, {"mask": MASK}), spec=lx.CascadeSpec(rank=2))
-    with torch.no_grad():
-        next(iter(cascade.branches.values())).lora_B.fill_(1)
-    lx.save(cascade, tmp_path / "run")
-    loaded, folder = lx.load(tmp_path / "run", Masked()), tmp_path / "out"
-    loaded.model.refuses = True
-    with raises(lx.StateError, "not-available", "shapes", "ValueError: nothing is left", "lorasc_fx.load"):
-        lx.export.peft(loaded, folder)
-    assert not folder.exists()
 
 
 def test_a_first_call_that_cannot_be_captured_leaves_the_cascade_as_it_was(tmp_path: Path) -> None:
