@@ -93,7 +93,7 @@ def test_a_merged_branch_restores_its_op(way: str) -> None:
 def test_the_next_stage(way: str) -> None:
     module = adapted("aten", "beside")
     expected = StageTransition()(copy.deepcopy(module)).graph_module
-    after = StageTransition()(WAYS[way](module)).graph_module
+    after = Pipeline([StageTransition()])(WAYS[way](module)).graph_module
     assert record_of(after).plan.stage == 2
     assert torch.equal(after(X), expected(X))
     assert faults(after) == []

@@ -120,7 +120,7 @@ def test_damage_by_a_pass_is_an_error_and_nothing_is_committed() -> None:
     case = BY_NAME["module_conv2d"]
     inserted = fill(insert(case.own(), case.spec))
     photograph = Photograph(inserted, case)
-    for runner in (Careless(), Pipeline([StageTransition(), Careless()])):
+    for runner in (Careless(), Pipeline([StageTransition(), Careless()]), Pipeline([Careless(), FoldBranches()])):
         with raises(VerifyError, "graph-not-verified", "after careless", "0.weight is used at node _0 with 0 branches"):
             runner(inserted)
         photograph.assert_unchanged()
