@@ -81,7 +81,7 @@ class Site:
         weight: name of the weight in the model. For a tied weight, the first of its names.
         kind: one of `lorasc_fx.spec.KINDS`.
         shape: shape of the weight: [out, in], [out, in/groups, *kernel], or [experts, out, in].
-        options: options of the branch in the running stage.
+        options: options of the branch.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` if the weight is stored transposed (transformers' Conv1D).
         placement: where the branch computes: `beside` the op, `merged` into it, or on the `weight`. Nodes that do not
@@ -101,13 +101,9 @@ class Site:
     dropout: Dropout = 0.0
     form: str = ""
 
-    def at_stage(self, stage: int) -> Site:
-        """Return the site with the rank that it has in a stage."""
-        return replace(self, options=self.options.at_stage(stage)) if self.options.ranks else self
-
     @property
     def rank(self) -> int:
-        """Rank of the branch in the running stage."""
+        """Rank of the branch."""
         return self.options.rank
 
     @cached_property
@@ -186,13 +182,11 @@ class Plan:
     def with_sites(self, sites: tuple[Site, ...]) -> Plan:
         """Return the plan with more sites. A site that the plan has already is not replaced."""
         planned = self.by_weight
-        new = tuple(site.at_stage(self.stage) for site in sites if site.weight not in planned)
-        return replace(self, sites=self.sites + new)
+        return replace(self, sites=self.sites + tuple(site for site in sites if site.weight not in planned))
 
     def at_stage(self, stage: int) -> Plan:
-        """Return the plan at the start of another stage, with the ranks of that stage."""
-        sites = tuple(site.at_stage(stage) for site in self.sites)
-        return replace(self, stage=stage, sites=sites)
+        """Return the plan at the start of another stage."""
+        return replace(self, stage=stage)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -222,8 +216,6 @@ class Plan:
             names = [name for site in plan.sites for name in (site.weight, *site.aliases)]
             if len(set(names)) != len(names):
                 raise ValueError("a weight has two sites")
-            if any(site.at_stage(plan.stage) != site for site in plan.sites):
-                raise ValueError(f"the rank of a site differs from the entry of its ranks for stage {plan.stage}")
             return plan
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as fault:
             raise CheckpointError(f"this is not a plan: {type(fault).__name__}: {str(fault)[:300]}") from fault

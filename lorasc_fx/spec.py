@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from lorasc_fx.errors import SpecError, nearest
@@ -95,12 +95,6 @@ CONFLICTS = (
         lambda factors, start: factors != "both" and start != "lora",
         "this start computes both factors of a branch from the weight at each stage",
         "Set restart_factors='both' or start='lora'",
-    ),
-    Conflict(
-        ("restart_factors", "rank"),
-        lambda factors, rank: factors == "none" and isinstance(rank, tuple),
-        "factors that do not restart need the same rank in all stages",
-        "Set restart_factors='both' or one rank",
     ),
     Conflict(
         ("restart_factors", "adapter"),
@@ -190,7 +184,6 @@ Adapter = Annotated[
 AdapterOptions = tuple[tuple[str, float], ...]
 Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
 Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
-Ranks = Annotated[Rank | tuple[Rank, ...], Check(lambda rank: rank != (), "give one rank, or one for each stage")]
 Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "give a number above 0, because it scales the branch")]
 Rate = Annotated[float, Check(lambda rate: rate > 0, "give a number above 0, because it defines a learning rate")]
 Dropout = Annotated[float, Check(lambda p: 0 <= p < 1, "it is a probability: give a number in [0, 1)")]
@@ -250,7 +243,7 @@ class Rule:
 
     Args:
         pattern: one of KINDS, or a glob on weight names.
-        rank: rank of these branches in every stage. None (default): `CascadeSpec.rank`.
+        rank: rank of these branches. None (default): `CascadeSpec.rank`.
         lora_alpha: numerator of the scale of these branches. None (default): `CascadeSpec.lora_alpha`.
         tokens: indices of rows to train directly, such as new tokens of an embedding, without a branch of
             `CascadeSpec.adapter`. If the weight is tied, all its names get the same rows. As peft's
@@ -271,12 +264,11 @@ class SiteOptions:
     """Options of the branch of one site, resolved from a spec and the rule that matches the site.
 
     Args:
-        rank: rank in the running stage.
+        rank: rank of the branch.
         lora_alpha: numerator of the scale.
         adapter: name of the adapter method.
         use_rslora: whether the scale divides by `sqrt(rank)` instead of `rank`.
         adapter_options: options of the method, as (name, value) pairs.
-        ranks: rank in stage 1, 2, ...; the last entry repeats. Empty if the rank is the same in all stages.
         train_A: whether A is trained.
         tokens: indices of the trained rows. Empty unless a rule gives them.
     """
@@ -286,13 +278,8 @@ class SiteOptions:
     adapter: Adapter = "lora"
     use_rslora: bool = False
     adapter_options: AdapterOptions = ()
-    ranks: tuple[Rank, ...] = ()
     train_A: bool = True
     tokens: Tokens = ()
-
-    def at_stage(self, stage: int) -> SiteOptions:
-        """Return the options in a stage, with the rank that `ranks` has for it. The first stage is 1."""
-        return replace(self, rank=self.ranks[min(stage, len(self.ranks)) - 1]) if self.ranks else self
 
     @property
     def scale(self) -> float:
@@ -332,8 +319,7 @@ class CascadeSpec:
             to `register_branch`.
         adapter_options: options of the adapter method by name (docs/method.md), as a mapping. Stored as sorted pairs.
             Default: none.
-        rank: rank r of the branches, or a sequence with one rank per stage, whose last entry repeats. Rules with a rank
-            are not affected. Default: 8.
+        rank: rank r of the branches. Default: 8.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. Default: 8.0.
         use_rslora: divide by `sqrt(rank)` instead of rank (rsLoRA, 2312.03732). Default: False.
         dropout: probability that an entry of a branch's input is set to zero in train mode, as peft's lora_dropout.
@@ -353,9 +339,9 @@ class CascadeSpec:
             restart="fast", the slow weights are then the mean of the weights at the ends of these stages. Default: 0.5.
         restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
         noise: noise on the frozen weights (see Noise). Default: off.
-        restart_factors: which factors restart at a transition: `both` (default), `B` alone (A is kept if the rank is
-            the same), or `none`: A and B continue to train with their optimizer state, whatever `optimizer_state`
-            says, and a stage only ends a cycle of the slow rule.
+        restart_factors: which factors restart at a transition: `both` (default), `B` alone, or `none`: A and B continue
+            to train with their optimizer state, whatever `optimizer_state` says, and a stage only ends a cycle of the
+            slow rule.
         start: factors at the start of a stage. `lora` (default): A random, and B = 0. `pissa` (2404.02948): the largest
             singular triplets of the weight W, which holds the residual `W - s B A` while the stage trains.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
@@ -377,7 +363,7 @@ class CascadeSpec:
     rules: tuple[Rule, ...] = ()
     adapter: Adapter = "lora"
     adapter_options: AdapterOptions = ()
-    rank: Ranks = 8
+    rank: Rank = 8
     lora_alpha: Alpha = 8.0
     use_rslora: bool = False
     dropout: Dropout = 0.0
@@ -405,17 +391,14 @@ class CascadeSpec:
         check_adapter_options(self.adapter, self.adapter_options)
 
     def site_options(self, rule: Rule | None = None) -> SiteOptions:
-        """Return the options of a site in the first stage. `rule` is the rule that matches the site, if any."""
+        """Return the options of a site. `rule` is the rule that matches the site, if any."""
         if rule is not None and rule.tokens:
             return SiteOptions(len(rule.tokens), float(self.lora_alpha), "tokens", tokens=rule.tokens)
         rank, alpha = self.rank, self.lora_alpha
         if rule is not None:
             rank = rank if rule.rank is None else rule.rank
             alpha = alpha if rule.lora_alpha is None else rule.lora_alpha
-        first, ranks = (rank[0], rank) if isinstance(rank, tuple) else (rank, ())
-        return SiteOptions(
-            first, float(alpha), self.adapter, self.use_rslora, self.adapter_options, ranks, self.train_A
-        )
+        return SiteOptions(rank, float(alpha), self.adapter, self.use_rslora, self.adapter_options, self.train_A)
 
     @property
     def decomposes(self) -> bool:

@@ -53,7 +53,7 @@ class StageTransition(EndsStage):
         for site in after.sites:
             state, branch = states[site.weight], branches[site.key]
             states[site.weight], values = begin_stage(state, branch, site, after.spec, after.stage)
-            new[site.key] = branch.with_values(site, values)
+            new[site.key] = branch.with_values(values)
         # Weights without a branch may have noise too, so that all slow states are written.
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))

@@ -431,7 +431,7 @@ class Branch(nn.Module, abc.ABC):
             PassError: the rank of the site is larger, or padding would change the delta of this method.
         """
         values = {name: full_tensor(self.get_parameter(name).detach()) for name in self.shapes(site)}
-        padded_shapes = self.shapes(replace(site, options=replace(site.options, rank=rank, ranks=())))
+        padded_shapes = self.shapes(replace(site, options=replace(site.options, rank=rank)))
         if all(tuple(value.shape) == padded_shapes.get(name) for name, value in values.items()):
             return values
         if site.rank > rank:
@@ -504,30 +504,12 @@ class Branch(nn.Module, abc.ABC):
         flat = weight.reshape(*weight.shape[: lead + 1], -1)
         return flat.mT if self.transposed else flat
 
-    def with_values(self, site: Site, values: Mapping[str, torch.Tensor]) -> Branch:
-        """Return a copy with the full values of another stage, and the rank that the site has in it."""
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Branch:
+        """Return a copy with the full values of another stage."""
         started = copy.deepcopy(self.whole())
-        started.resize(site)
         for name, value in values.items():
             fill(started.get_parameter(name), value)
         return started
-
-    def resize(self, site: Site) -> None:
-        """Set the rank and scale of a site.
-
-        The Parameter objects stay the same, so that optimizers keep them. Parameters whose shape changes are set to
-        zero, and lose their gradient.
-        """
-        self.rank, self.scale = site.rank, site.scale
-        for name, shape in self.shapes(site).items():
-            parameter = self.get_parameter(name)
-            if tuple(parameter.shape) != shape:
-                fill(parameter, parameter.detach().new_zeros(shape))
-
-    def resized(self, site: Site) -> list[nn.Parameter]:
-        """Return the parameters whose shape `resize` would change."""
-        shapes = self.shapes(site)
-        return [value for name, value in self.named_parameters() if tuple(value.shape) != shapes[name]]
 
     def finite(self) -> bool:
         """Whether no entry of the parameters on this rank is inf or nan."""
@@ -553,22 +535,9 @@ def pad_to(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """Write a value into a Parameter. If the shape differs, replace its data and drop its gradient.
-
-    The AccumulateGrad node of a parameter remembers its shape, and an earlier loss may keep it alive. torch creates a
-    new node if the dtype of the data changes, so the data is temporarily of another dtype.
-    """
-    if parameter.shape == value.shape:
-        with torch.no_grad():
-            parameter.copy_(value)
-        return
-    parameter.grad = None
-    target: Any = parameter
-    data: Any
-    for data in (value.detach().half(), value.detach()):
-        target.data = data
-        if hasattr(data, "to_local"):  # `.data` of a DTensor replaces the C++ tensor only
-            target._local_tensor, target._spec = data._local_tensor, data._spec
+    """Write a value into a Parameter."""
+    with torch.no_grad():
+        parameter.copy_(value)
 
 
 @dataclass(frozen=True)

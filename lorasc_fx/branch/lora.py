@@ -232,11 +232,11 @@ class LoraBranch(LowRankBranch):
     ) -> Mapping[str, torch.Tensor]:
         """Return both factors, or A if restart_factors="B".
 
-        A restarts if it has another rank in the next stage, or has become inf or nan.
+        A restarts if it has become inf or nan.
         """
         if pairs:
             return {DOWN: full_tensor(self.lora_A.detach()), UP: full_tensor(self.lora_B.detach())}
-        if spec.restart_factors != "B" or self.lora_A.shape != values[DOWN].shape:
+        if spec.restart_factors != "B":
             return {}
         a = full_tensor(self.lora_A.detach())
         return {DOWN: torch.where(torch.isfinite(a).all(), a, values[DOWN])}

@@ -117,8 +117,8 @@ class VeraBranch(LowRankBranch):
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
-        self.seed = seed
-        self._share(site)
+        a, b = site.factor_shapes
+        self.vera_A, self.vera_B = shared_tensor(seed, "vera_A", a), shared_tensor(seed, "vera_B", b)
 
     @classmethod
     def table(cls, site: Site) -> Table:
@@ -135,15 +135,6 @@ class VeraBranch(LowRankBranch):
     def up(self) -> torch.Tensor:
         """`diag(b) B`."""
         return self.vera_lambda_b.unsqueeze(-1) * self.vera_B.like(self.vera_lambda_b)
-
-    def resize(self, site: Site) -> None:
-        """Change the rank of the shared tensors too."""
-        super().resize(site)
-        self._share(site)
-
-    def _share(self, site: Site) -> None:
-        a, b = site.factor_shapes
-        self.vera_A, self.vera_B = shared_tensor(self.seed, "vera_A", a), shared_tensor(self.seed, "vera_B", b)
 
 
 class SharedTensor:
@@ -214,7 +205,7 @@ class MissBranch(LowRankBranch):
     @classmethod
     def fault(cls, site: Site) -> str:
         """Return why a rank larger than the number of inputs is refused, or "". Some rows of D would have no input."""
-        rank, inputs = max(site.rank, *site.options.ranks, 0), site.matrix_shape[1]
+        rank, inputs = site.rank, site.matrix_shape[1]
         if rank <= inputs:
             return ""
         unused = rank - inputs
@@ -443,9 +434,7 @@ class OftBranch(Branch):
 
     @classmethod
     def fault(cls, site: Site) -> str:
-        """Return why a single input, or another rank in later stages, is refused, or ""."""
-        if site.options.ranks:
-            return "cannot have blocks of another size in later stages. Give one rank"
+        """Return why a single input is refused, or ""."""
         if site.matrix_shape[1] == 1:
             return f"has a single input, which cannot be rotated. Exclude the weight (exclude=({site.weight!r},))"
         return ""
@@ -534,11 +523,6 @@ class LokrBranch(Branch):
             "give the number of rows of w1, an integer of 1 or more, or -1 for the most even split",
         )
     }
-
-    @classmethod
-    def fault(cls, site: Site) -> str:
-        """Return why another rank in later stages is refused, or "". It may need other parameters."""
-        return "cannot have another rank in later stages. Give one rank" if site.options.ranks else ""
 
     @classmethod
     def table(cls, site: Site) -> Table:

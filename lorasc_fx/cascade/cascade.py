@@ -278,8 +278,7 @@ class CascadeModule(nn.Module):
         are safe to call from several threads. Calls of the cascade take no lock: a call in another thread may compute
         with weights of both stages.
 
-        Parameter objects stay the same, so optimizers, compiled code and wrappers stay valid. If the spec's `ranks`
-        change shapes, compiled code is compiled again and the optimizer's state is reset.
+        Parameter objects stay the same, so optimizers, compiled code and wrappers stay valid.
 
         Args:
             optimizer: the optimizer of all trained parameters, or a list of several; None if there is none.

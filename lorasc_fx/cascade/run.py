@@ -55,7 +55,7 @@ class Run:
         self.lock = Lock()  # held while weights are read or written, but not while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
-        self._wrapped = WeakKeyDictionary[nn.Module, dict[int, torch.Size]]()  # shapes that each DDP has wrapped
+        self._wrapped = WeakKeyDictionary[nn.Module, set[int]]()  # ids of the parameters that each DDP has wrapped
         self.warned = Warned()
         self.placed: str | int | None = None  # inside `weights(...)`: the view or the stage that is in place
         self.released = False
@@ -459,14 +459,13 @@ class Run:
         if wrapper not in self._wrapped:
             # The wrapper has broadcast the parameters of rank 0, but not its W0, so compare the runs.
             ProcessGroup.of(wrapper.process_group).check_equal("DistributedDataParallel", self.facts(self._checksums))
-            self._wrapped[wrapper] = {id(parameter): parameter.shape for parameter in wrapper._module_parameters}
-        shapes = self._wrapped[wrapper]
-        late = [name for name, parameter in self.trainable().items() if shapes.get(id(parameter)) != parameter.shape]
+            self._wrapped[wrapper] = {id(parameter) for parameter in wrapper._module_parameters}
+        late = [name for name, value in self.trainable().items() if id(value) not in self._wrapped[wrapper]]
         if late:
             raise StateError(
-                f"{named(late)} came with a new graph, or has another rank, since DistributedDataParallel has wrapped "
-                "the cascade, so its gradients would not be averaged over the processes. Wrap the cascade again, after "
-                "a call in each mode and with each kind of arguments",
+                f"{named(late)} came with a new graph since DistributedDataParallel has wrapped the cascade, so its "
+                "gradients would not be averaged over the processes. Wrap the cascade again, after a call in each mode "
+                "and with each kind of arguments",
                 code="wrapper-not-supported",
             )
 
@@ -676,7 +675,6 @@ def write_planned(run: Run, planned: Planned, undo: Undo) -> None:
     undo(_values_restorer(run, planned))
     with torch.no_grad():
         for weight, values in planned.factors.items():
-            branches[weight].resize(planned.plan.by_weight[weight])
             for name, factor in branches[weight].named_parameters():
                 if name in values:
                     local(factor).copy_(values[name])
@@ -777,7 +775,6 @@ def _values_restorer(run: Run, planned: Planned) -> Callable[[], None]:
     """
     branches, trained = run.branches_by_weight(), run.slow.trained
     written = [branches[weight] for weight in planned.factors]
-    sites = [run.plan.by_weight[weight] for weight in planned.factors]
     copied = [factor for branch in written for factor in branch.parameters()]
     copied += [
         parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.current
@@ -793,8 +790,6 @@ def _values_restorer(run: Run, planned: Planned) -> Callable[[], None]:
             fill(parameter, value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for branch, site in zip(written, sites, strict=True):
-            branch.resize(site)  # the values have this rank already
         with torch.no_grad():
             for tensor, value in tensors:
                 tensor.copy_(value)

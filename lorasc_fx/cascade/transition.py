@@ -84,9 +84,6 @@ def next_stage(
         for branch in branches.values():
             how = plan.spec.optimizer_state if idle or branch.restarts(plan.spec) else "kept"
             state |= treated_state(states, branch.parameters(), how)
-        # Reset the state of factors with a new shape.
-        reset = [parameter for site in planned.sites for parameter in branches[site.weight].resized(site)]
-        state |= treated_state(states, reset, "reset")
         # Write everything, or nothing.
         with commit() as undo:
             begin(run, Planned(planned, after, optimizers=optimizers, states=state), undo)

@@ -177,7 +177,7 @@ class Compiler:
             CaptureError: the variant has no graph.
         """
         module = _graph_of(variant, model)
-        at_stage(module, stage)  # the ranks of a stage may differ, and the graph may be from an earlier stage
+        at_stage(module, stage)  # the graph may be from an earlier stage
         folded = FoldBranches()(module).graph_module
         least = {} if variant.frontend.serves_all_calls else least_sizes(folded, model, args, kwargs)
         if values is None:

@@ -192,11 +192,6 @@ def _check(cascade: Cascade, units: Mapping[int, str]) -> dict[int, SegmentedGra
         )
     if run.is_sharded:
         raise StateError("shard: this cascade is already sharded", code="sharded")
-    if any(site.options.ranks for site in run.plan.sites):
-        raise StateError(
-            "shard: the rank changes between stages, but FSDP keeps the shapes of parameters. Give one rank",
-            code="sharded",
-        )
     variants = graphs_of(cascade).variants.all
     if not variants:
         raise StateError(

@@ -58,7 +58,7 @@ class LowRankAdapter:
         """
         pair = self.pairs.get(site.weight)
         if pair is None:
-            a, b = replace(site, options=replace(site.options, rank=max_rank, ranks=())).factor_shapes
+            a, b = replace(site, options=replace(site.options, rank=max_rank)).factor_shapes
             zeros = {"lora_A": torch.zeros(a).double(), "lora_B": torch.zeros(b).double()}
             return {**zeros, "scale": torch.ones(()).double()}, CutOff(0, 0, 0.0, 0.0)
         up, down = (pair.a.mT, pair.b.mT) if site.layout == "in_out" else (pair.b, pair.a)

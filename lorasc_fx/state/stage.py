@@ -200,7 +200,7 @@ def begin_stage(
             magnitude = state.cut(values[branch.magnitude], Side.OUT).cpu().double().clone()
             state = replace(state, initial=InitialFactors(factors, magnitude))
         if state.initial is None and type(branch) not in BUILT_IN:
-            started = branch.with_values(site, values)
+            started = branch.with_values(values)
             check_registered(started, site, lambda: state.exact("fast", arithmetic(state.base.dtype)))
     return state, values
 

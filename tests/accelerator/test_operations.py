@@ -27,7 +27,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "rows": {"rules": (lx.Rule("*", tokens=(0, 2)),)},
     "average": {"average": True, "restart": "fast"},
     "train": {"train": ("*.bias",)},
-    "ranks": {"rank": (3, 1, 2), "optimizer_state": "kept"},
+    "kept": {"optimizer_state": "kept"},
 }
 OTHERS = [name for name in METHODS if name not in ("lora", "dora")]
 SPECS |= {name: {"adapter": name, "noise": lx.Noise(0.1)} for name in OTHERS}
@@ -184,7 +184,7 @@ def release(side: Side) -> None:
 
 OPERATIONS = (middle, weights, methods, folded, adapter, state_dict, checkpoint, runs, rewind, release)
 
-QUICK = ("dora", "ranks")
+QUICK = ("dora", "kept")
 NAMES = ("conv", "llama", "attention", "tied", "bert")
 ROWS = [
     *(pytest.param("mlp", spec, marks=() if spec in QUICK else pytest.mark.slow) for spec in SPECS),

@@ -362,27 +362,6 @@ def test_an_average_counts_a_stage_that_trained_nothing(name: str) -> None:
             torch.testing.assert_close(cascade.model.get_parameter(weight), value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("oft", "lokr")])
-def test_a_transition_that_raises_restores_the_rank(name: str) -> None:
-    _, cascade, x = adapted(name, "linear", rank=(2, 3))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    train(cascade)
-    before = cascade(x)
-    scheduler.step = lambda: 1 / 0  # type: ignore[assignment,method-assign,return-value]
-    with pytest.raises(ZeroDivisionError):
-        list(cascade.stages(2, optimizer, scheduler))
-    assert torch.equal(cascade(x), before)
-    cascade.transition(optimizer)
-    assert [branch.rank for branch in branches(cascade).values()] == [3, 3]
-
-
-@pytest.mark.parametrize("name", ["oft", "lokr"])
-def test_a_method_whose_parameters_depend_on_the_rank_refuses_ranks_by_stage(name: str) -> None:
-    with pytest.raises(lx.SpecError, match=r"0\.weight cannot have .* in later stages\. Give one rank"):
-        adapted(name, "linear", rank=(2, 3))
-
-
 def test_lora_xs_refuses_a_weight_without_a_decomposition() -> None:
     model = nn.Linear(4, 3)
     with torch.no_grad():

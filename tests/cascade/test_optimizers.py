@@ -36,7 +36,7 @@ def step(cascade: lx.Cascade, optimizers: list[torch.optim.Optimizer], count: in
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"optimizer_state": "kept"}, {"optimizer_state": 0.5}, {"restart_factors": "none"}, {"rank": (3, 2)}],
+    [{}, {"optimizer_state": "kept"}, {"optimizer_state": 0.5}, {"restart_factors": "none"}],
 )
 def test_several_give_the_bits_of_one(options: dict[str, Any]) -> None:
     """AdamW treats each parameter alone, so it does not matter how many optimizers share them."""

@@ -113,7 +113,7 @@ Edit = Callable[[Any], Any]
 
 SPECS = {
     "plain": SPEC,
-    "average": replace(SPEC, average=True, rank=(1, 1), noise=lx.Noise()),
+    "average": replace(SPEC, average=True, noise=lx.Noise()),
     "pissa": replace(SPEC, start="pissa"),
     "dora": replace(SPEC, adapter="dora", restart="slow", noise=lx.Noise(0.2)),
 }

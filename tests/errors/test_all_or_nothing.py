@@ -56,7 +56,6 @@ SPECS = {
         targets=("conv", "linear"), rank=1, start="pissa", restart="fast", noise=lx.Noise(0.2)
     ),
     "kept": lx.CascadeSpec(targets=("body", "head"), rank=1, pace=1.0, optimizer_state="kept"),
-    "ranks": lx.CascadeSpec(targets=("conv", "body"), rank=(1, 3, 2, 4), optimizer_state="kept", noise=lx.Noise(0.2)),
 }
 SPEC = SPECS["noise, train"]
 

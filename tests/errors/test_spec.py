@@ -29,7 +29,7 @@ FIELDS = (
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
 INVALID: dict[str, tuple[Any, ...]] = {
-    "rank": (0, True, 2.0, "8", 2**31, (), (4, 0)),
+    "rank": (0, True, 2.0, "8", 2**31, (4, 2)),
     "pace": (0, 1.5, math.nan, True, "0.5", (), (0.5, 0)),
     "lora_alpha": (math.nan, "16", None, 0),
     "targets": ((), "linear", (1,)),
@@ -57,7 +57,6 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "dropout, placement": {"dropout": 0.1, "placement": "merged"},
     "average, noise.keep": {"average": True, "noise": KEPT},
     "restart_factors, start": {"restart_factors": "B", "start": "pissa"},
-    "restart_factors, rank": {"restart_factors": "none", "rank": (4, 2)},
     "restart_factors, adapter": {"restart_factors": "none", "adapter": "dora"},
     "adapter, restart": {"adapter": "dora", "restart": "fast"},
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
@@ -201,7 +200,7 @@ def test_a_site_is_read_back() -> None:
 
 RICH = lx.CascadeSpec(
     train=("head.*", "norm.*"),
-    rank=(8, 4),
+    rank=8,
     pace=(1.0, 0.5),
     lr_ratio=16.0,
     average=True,
@@ -215,12 +214,6 @@ def test_there_and_back(spec: lx.CascadeSpec, tmp_path: Path) -> None:
     write_config(Config(spec=spec), tmp_path / "config.toml")
     assert load_config(tmp_path / "config.toml").spec == spec
     assert tomllib.loads((tmp_path / "config.toml").read_text())["spec"]["average"] == spec.average
-
-
-def test_ranks_of_stages() -> None:
-    spec = lx.CascadeSpec(rank=[6, 3])  # type: ignore[arg-type]
-    assert spec.rank == (6, 3)
-    assert [spec.site_options().at_stage(stage).rank for stage in (1, 2, 3)] == [6, 3, 3]
 
 
 def test_a_wrong_key_of_a_rule_is_told(tmp_path: Path) -> None:

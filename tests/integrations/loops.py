@@ -25,7 +25,7 @@ from tests.integrations.kit import adapted, arguments, rows
 SPECS: dict[str, dict[str, Any]] = {
     "noise": {"noise": lx.Noise(0.2), "pace": 0.5, "train": ("*head.bias",)},
     "fast": {"restart": "fast", "optimizer_state": "kept", "restart_factors": "B"},
-    "ranks": {"rank": (2, 1, 3), "noise": lx.Noise(0.2)},
+    "noise, A kept": {"restart_factors": "B", "noise": lx.Noise(0.2)},
     "dora": {"adapter": "dora"},
     "pairs": {"restart_factors": "none", "pace": 1.0},
     "mean": {"pace": "mean", "restart": "fast"},

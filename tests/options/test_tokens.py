@@ -176,10 +176,6 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"adapter": "miss", "rank": 5, "targets": ("1.weight",)},
         ("method-not-supported", "miss", "1.weight", "3 inputs", "rank 5"),
     ),
-    "a rank of MiSS above the inputs in a later stage": (
-        {"adapter": "miss", "rank": (2, 4), "targets": ("1.weight",)},
-        ("method-not-supported", "1.weight", "rank 4"),
-    ),
 }
 
 

@@ -165,7 +165,6 @@ def quantized() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
-    "ranks": ({"rank": [2, 3]}, None, ("sharded", "rank changes between stages")),
     "eager": ({}, Breaking, ("no-graph",)),
     "quantized": ({}, quantized, ("quantized-not-supported", "1.weight")),
 }

@@ -151,7 +151,6 @@ RUNS: dict[str, tuple[str, Callable[[Case], Any]]] = {
 }
 ACTS: dict[str, Callable[[], None]] = {"memory": failing(MemoryError("no more")), "ctrl-c": sigint}
 CASE = BY_NAME["module_two_names"]
-CASE = replace(CASE, spec=replace(CASE.spec, rank=(3, 2)))  # a transition also writes another scale
 
 
 def fails_in_turn(
