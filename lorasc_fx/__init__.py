@@ -32,7 +32,7 @@ from lorasc_fx.graph import register_form
 from lorasc_fx.passes.backend import backend
 from lorasc_fx.plan import Plan, Refusal, Site
 from lorasc_fx.schedules import StageSchedule
-from lorasc_fx.spec import CascadeSpec, Noise, Rule
+from lorasc_fx.spec import CascadeSpec, Noise, Rule, register_grid
 from lorasc_fx.util.environment import version as _version
 
 __version__ = _version()
@@ -67,5 +67,6 @@ __all__ = [
     "recipes",
     "register_branch",
     "register_form",
+    "register_grid",
     "save",
 ]

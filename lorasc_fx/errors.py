@@ -47,6 +47,7 @@ CODES = {
     "backward-not-supported": "a second derivative, or a backward of a freed output, needs tensors that were not saved",
     "base-differs": "a checkpoint, an adapter or a base file belongs to another base model",
     "buffers-differ": "(warning) the runs to merge have different buffers",
+    "change-rounded-away": "(warning) the rounding of a fold loses a part of what was trained",
     "concurrent-save": "another process is writing to the same path",
     "conflicting-options": "options or arguments cannot be combined",
     "constant-adapted": "(warning) a frozen weight, which may be a constant, was adapted",

@@ -151,6 +151,81 @@ def library_of(layer: nn.Module) -> Library | None:
     return next((library for library in libraries if library is not None and library.holds(layer)), None)
 
 
+# ---- Libraries that quantize a weight
+
+
+def _like_int8(old: Any, value: torch.Tensor) -> torch.Tensor:
+    made: torch.Tensor = type(old).from_hp(value, _granularity(old), scale=old.scale, zero_point=old.zero_point)
+    return made
+
+
+def _like_intx(old: Any, value: torch.Tensor) -> torch.Tensor:
+    scales = {"custom_scale": old.scale, "custom_zero_point": old.zero_point}
+    made: torch.Tensor = type(old).from_hp(
+        value, old.block_size, old.target_dtype, intx_choose_qparams_algorithm=None, **scales
+    )
+    return made
+
+
+def _like_float8(old: Any, value: torch.Tensor) -> torch.Tensor:
+    made: torch.Tensor = type(old).from_hp(value, old.qdata.dtype, _granularity(old))
+    return made
+
+
+def _like_nvfp4(old: Any, value: torch.Tensor) -> torch.Tensor:
+    scale: Any = sys.modules[type(old).__module__].per_tensor_amax_to_scale
+    whole = None if old.per_tensor_scale is None else scale(value.abs().amax())
+    made: torch.Tensor = type(old).to_nvfp4(
+        value,
+        per_tensor_scale=whole,
+        **{name: getattr(old, name) for name in ("block_size", "is_swizzled_scales", "act_quant_kwargs")},
+    )
+    return made
+
+
+def _like_mx(old: Any, value: torch.Tensor) -> torch.Tensor:
+    names = ("elem_dtype", "block_size", "kernel_preference", "act_quant_kwargs", "is_swizzled_scales")
+    made: torch.Tensor = type(old).to_mx(value, **{name: getattr(old, name) for name in names})
+    return made
+
+
+def _granularity(old: Any) -> Any:
+    library: Any = sys.modules["torchao.quantization"]
+    return library.PerTensor() if tuple(old.block_size) == tuple(old.shape) else library.PerRow()
+
+
+TENSORS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "torchao.quantization.Int8Tensor": _like_int8,
+    "torchao.quantization.IntxUnpackedToInt8Tensor": _like_intx,
+    "torchao.quantization.Float8Tensor": _like_float8,
+    "torchao.prototype.mx_formats.nvfp4_tensor.NVFP4Tensor": _like_nvfp4,
+    "torchao.prototype.mx_formats.mx_tensor.MXTensor": _like_mx,
+}
+"""Functions that quantize another dense weight with the settings of a quantized one, by the name of its class."""
+
+
+def quantizer_of(weight: torch.Tensor) -> Callable[[torch.Tensor], Any] | None:
+    """Return a function that quantizes another dense weight [out, in] with the settings of a quantized one.
+
+    It returns a layer for a `QuantizedWeight`, otherwise a weight. None if that needs more than the weight.
+    """
+    if isinstance(weight, QuantizedWeight):
+        library = library_of(weight.layer)
+        return None if library is None else partial(library.requantize, weight.layer)
+    function = TENSORS.get(f"{type(weight).__module__}.{type(weight).__qualname__}")
+    return None if function is None else partial(function, weight.detach())
+
+
+def requantized(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a dense weight rounded to the grid of a quantized one: quantized like it, and dequantized again."""
+    quantize = quantizer_of(weight)
+    assert quantize is not None, "checked when the branch was inserted"
+    with torch.no_grad():
+        made = quantize(value)
+        plain: torch.Tensor = QuantizedWeight(made).dequantize() if isinstance(made, nn.Module) else made.dequantize()
+    return plain.to(value.dtype)
+
+
 # ---- The weight of a layer, and the module that wraps the layer
 
 

@@ -9,11 +9,14 @@ own choice (docs/method.md, "What the paper leaves open").
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
+
 from lorasc_fx.errors import SpecError, nearest
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.util.decode import Check, Conflict, check, checks_names, decode
 
 
@@ -28,6 +31,33 @@ ADAPTERS: dict[str, type[Any]] = {}
 `lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
 checks names before the branches, which need the spec, can be imported.
 """
+
+
+GRIDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    str(dtype).removeprefix("torch."): lambda weight, dtype=dtype: weight.to(dtype).to(weight.dtype)  # type: ignore[misc]
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+}
+"""Functions that round a weight [out, in], or a kernel [out, in, ...], by the value of `CascadeSpec.grid`."""
+
+OWN_GRID = "own"
+"""The value of `CascadeSpec.grid` for the grid of each quantized weight."""
+
+
+def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Give a grid a name, for `CascadeSpec(grid=name)`. A checkpoint stores the name, so register it before `load`.
+
+    Args:
+        name: the name. A function that is given as `CascadeSpec.grid` has its qualified name.
+        function: returns a weight [out, in], or the kernel of a convolution [out, in/groups, *kernel], rounded to the
+            nearest values of a grid, in the same shape and dtype. Each expert of a stack is given alone. It must
+            compute the same in each call, and must not write to its argument.
+
+    Raises:
+        SpecError: the name is empty, or has another function already.
+    """
+    if not name or GRIDS.get(name, function) is not function or name == OWN_GRID:
+        raise SpecError(f"register_grid: {name!r} is {'taken' if name else 'empty'}. Give another name")
+    GRIDS[name] = function
 
 
 PEFT_OPTIONS = {
@@ -126,6 +156,14 @@ CONFLICTS = (
         "this adapter method does not support the placement",
         "Set placement='auto'",
     ),
+    Conflict(
+        ("grid", "placement", "dropout", "start", "restart_factors", "noise.keep"),
+        lambda grid, placement, dropout, start, factors, keep: (
+            grid and (placement not in ("auto", "weight") or dropout or start != "lora" or factors == "none" or keep)
+        ),
+        "the branch computes the rounded sum of the weight and its delta, which starts at zero in each stage",
+        "Set grid=None, or the defaults of the other options",
+    ),
     *(
         Conflict(
             ("adapter", option),
@@ -182,6 +220,18 @@ Adapter = Annotated[
     ),
 ]
 AdapterOptions = tuple[tuple[str, float], ...]
+Grid = (
+    Annotated[
+        str,
+        Check(
+            lambda grid: grid in GRIDS or grid == OWN_GRID,
+            f"give a dtype, {OWN_GRID!r} for quantized weights, or a function (after a load: register_grid first)",
+            GRIDS,
+        ),
+    ]
+    | Callable[[torch.Tensor], torch.Tensor]
+    | None
+)
 Pattern = Annotated[str, Check(bool, f"give a kind {KINDS} or a glob on weight names")]
 Rank = Annotated[int, Check(lambda rank: 1 <= rank < 2**31, "a rank is an integer of 1 or more")]
 Alpha = Annotated[float, Check(lambda alpha: alpha > 0, "give a number above 0, because it scales the branch")]
@@ -271,6 +321,7 @@ class SiteOptions:
         adapter_options: options of the method, as (name, value) pairs.
         train_A: whether A is trained.
         tokens: indices of the trained rows. Empty unless a rule gives them.
+        grid: name of the grid, or "".
     """
 
     rank: Rank
@@ -280,6 +331,11 @@ class SiteOptions:
     adapter_options: AdapterOptions = ()
     train_A: bool = True
     tokens: Tokens = ()
+    grid: str = ""
+
+    def grid_of(self, weight: torch.Tensor) -> str:
+        """Return the grid of a weight. "" if there is none: only quantized weights have an own grid."""
+        return self.grid if self.grid != OWN_GRID or is_quantized(weight) else ""
 
     @property
     def scale(self) -> float:
@@ -347,6 +403,9 @@ class CascadeSpec:
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
         slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
+        grid: train with the weights that a fold will store, rounded to a grid: `bfloat16`, `float16`, `float8_e4m3fn`,
+            `own` for the grid of each quantized weight, or a function that rounds a weight (see `register_grid`).
+            Forward computes with the rounded `W + s B A`, and gradients pass through the rounding. Default: None.
         seed: seed of initial values and noise. `torch.manual_seed` and the seed of a trainer do not change them, so
             give another seed to each repetition of an experiment. Default: 0.
 
@@ -381,12 +440,17 @@ class CascadeSpec:
         | Annotated[float, Check(lambda share: 0 < share < 1, "give 'reset', 'kept', or the share in (0, 1) to prune")]
     ) = "reset"
     slow_train: bool = True
+    grid: Grid = None
     seed: Annotated[int, Check(lambda seed: 0 <= seed < 2**63, "give an integer from 0 to 2**63 - 1")] = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.adapter_options, Mapping):
             # Pairs in sorted order: a spec must be hashable, and equal specs must compare equal.
             object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
+        if callable(self.grid):
+            name = f"{self.grid.__module__}.{self.grid.__qualname__}"
+            register_grid(name, self.grid)
+            object.__setattr__(self, "grid", name)
         check(self, conflicts=CONFLICTS)
         check_adapter_options(self.adapter, self.adapter_options)
 
@@ -398,7 +462,8 @@ class CascadeSpec:
         if rule is not None:
             rank = rank if rule.rank is None else rule.rank
             alpha = alpha if rule.lora_alpha is None else rule.lora_alpha
-        return SiteOptions(rank, float(alpha), self.adapter, self.use_rslora, self.adapter_options, self.train_A)
+        options = (self.use_rslora, self.adapter_options, self.train_A)
+        return SiteOptions(rank, float(alpha), self.adapter, *options, grid=str(self.grid or ""))
 
     @property
     def decomposes(self) -> bool:

@@ -79,7 +79,7 @@ class FoldBranches(EndsStage):
             # Compute in at least fp32, and round once to the dtype of the weight.
             for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))
-                graph.set_tensor(named.names[weight], exact.to(state.base.dtype))
+                graph.set_tensor(named.names[weight], state.on_grid(exact.to(state.base.dtype)))
             graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
             graph.unfreeze()
         graph.record = replace(graph.record, branched=frozenset())

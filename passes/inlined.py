@@ -94,8 +94,8 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
 
 def _compute(branch: Any, inputs: Sequence[Any], same_dtype: bool, at: Placement, **options: Any) -> Any:
     """Compute a placement with plain operations. The tensors of the branch and the inputs may be proxies."""
-    if branch.magnitude:
-        raise refusal(branch, "it scales the rows of the weight")
+    if branch.magnitude or branch.grid:
+        raise refusal(branch, "it rounds to a grid" if branch.grid else "it scales the rows of the weight")
     if at is Placement.WEIGHT and not options:
         base, term = inputs[0], branch.dense_delta(inputs[0])
         return aten.add.Tensor(base, term if same_dtype else aten.type_as.default(term, base))

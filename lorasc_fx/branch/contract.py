@@ -9,10 +9,10 @@ from __future__ import annotations
 import abc
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
+from lorasc_fx.branch.grid import Through, arithmetic, rounded, scale_rows, step
 from lorasc_fx.branch.placements import ConvCall, Placement
 from lorasc_fx.branch.products import PRODUCTS, with_strides
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.shards import ShardSpec, full_tensor, local
+from lorasc_fx.quantized import dense
+from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
 
@@ -98,6 +100,12 @@ class Factors(Tree):
         """Number of columns of `b`."""
         return self.b.shape[-1]
 
+    def with_rows(self, scale: torch.Tensor, transposed: bool) -> Factors:
+        """Return the factors of the delta whose output rows are multiplied by `scale` [out]."""
+        if transposed:
+            return Factors(self.b, scale_rows(scale, self.a, True))
+        return Factors(scale_rows(scale, self.b, False), self.a)
+
     @cached_property
     def bound(self) -> float:
         """An upper bound for the absolute entries of `b @ a`: the product of the norms (Cauchy-Schwarz)."""
@@ -155,6 +163,26 @@ class StartWeight(Protocol):
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
         """Gather the full tensor from the slices on all ranks. Every rank must call it at the same point."""
+
+
+@dataclass(frozen=True)
+class _InPlace:
+    """A weight that is in place, as a `StartWeight`."""
+
+    weight: torch.Tensor
+    shard: ShardSpec = UNSHARDED
+
+    def exact(self) -> torch.Tensor:
+        return self.weight.to(arithmetic(self.weight.dtype))
+
+    def noisy(self) -> torch.Tensor:
+        return self.weight
+
+    def cut(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        return value
+
+    def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
+        return value
 
 
 @dataclass(frozen=True)
@@ -229,6 +257,7 @@ class Branch(nn.Module, abc.ABC):
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
         self.dropout = site.dropout
+        self.grid = site.options.grid_of(like)
         self._trainable = frozenset(self.trainable_names(site))
         values = self.values_like(like, site, seed, stage)
         table = self.table(site)
@@ -241,6 +270,12 @@ class Branch(nn.Module, abc.ABC):
                     "Give another name"
                 )
             setattr(self, name, nn.Parameter(value, requires_grad=name in self._trainable))
+        if self.grid and not like.is_meta and not torch.isfinite(rounded(self.grid, dense(like), like)).all():
+            raise SpecError(
+                f"grid={self.grid!r} makes {site.weight} inf or nan. Exclude it (exclude=({site.weight!r},)), or give "
+                "another grid",
+                code="non-finite",
+            )
 
     # ---- Parameters
 
@@ -348,6 +383,11 @@ class Branch(nn.Module, abc.ABC):
         """Return the factor [out] of each row of weight plus delta, for the rows on this rank. None means 1."""
         return None
 
+    @property
+    def earlier(self) -> Sequence[Factors]:
+        """The deltas of earlier stages that the branch of a quantized weight computes, one for each stage."""
+        return ()
+
     def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether training has changed the slice of the delta on this rank since the start of the stage.
 
@@ -355,8 +395,10 @@ class Branch(nn.Module, abc.ABC):
         """
         return any(bool(local(self.get_parameter(name)).any()) for name in self.zeros)
 
-    def set_unmerged(self, pair: Factors | None) -> None:
+    def set_unmerged(self, pair: Factors | None, ranks: Sequence[int]) -> None:
         """Set the delta of earlier stages, which cannot be merged into a quantized weight. None removes it.
+
+        `ranks` are those of the stages, in order, that the pair consists of.
 
         The branch then adds it to its output too. Only for methods with `beside_quantized`.
         """
@@ -391,6 +433,8 @@ class Branch(nn.Module, abc.ABC):
 
     def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
         """Return the function for a placement. `entries` is the larger number of entries of input and output."""
+        if self.grid:
+            return self.on_grid if at is Placement.WEIGHT else partial(Branch.merged, self)
         functions: dict[Placement, Callable[..., Any]] = {
             Placement.MERGED: self.merged,
             Placement.WEIGHT: self.on_weight,
@@ -404,6 +448,39 @@ class Branch(nn.Module, abc.ABC):
             return weight
         return with_strides(weight + self.dense_delta(weight).to(weight.dtype), weight)
 
+    def on_grid(self, weight: torch.Tensor, expert: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Return weight plus delta on the grid of the site, in the layout and dtype of the weight.
+
+        For a quantized weight, this includes the deltas of earlier stages.
+
+        Args:
+            weight: the weight, or the matrix of one expert.
+            expert: index of this expert in the stack. None for the full weight.
+        """
+        if not self.scale:  # inside `cascade.weights(...)`, branches add nothing
+            return weight
+        with torch.autocast(weight.device.type, enabled=False):
+            value = dense(weight)
+            delta = self.delta(value.to(arithmetic(value.dtype)) if self.uses_weight else None)
+            if isinstance(delta, Factors) and expert is not None:
+                delta = Factors(delta.b[expert], delta.a[expert])
+            with torch.no_grad():
+                for pair in self.earlier:
+                    value = step(value, (pair.b, pair.a))
+                gain = self.gain(_InPlace(value))
+                if isinstance(delta, torch.Tensor):
+                    value = step(value, None, delta)
+                else:
+                    pair = delta if gain is None else delta.with_rows(gain, self.transposed)
+                    value = step(value, (pair.b, pair.a), gain=gain, transposed=self.transposed)
+                value = rounded(self.grid, value, weight, self.kind == "experts" and expert is None)
+            if gain is not None:
+                source = self.adapted(weight, torch.tensor(self.scale, device=weight.device))
+            else:
+                source = delta if isinstance(delta, torch.Tensor) else delta.b @ delta.a
+            on_grid: torch.Tensor = Through.apply(source.to(value.dtype).reshape(value.shape), value)  # type: ignore[no-untyped-call]
+            return on_grid
+
     def merged(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: object
     ) -> torch.Tensor:
@@ -411,7 +488,8 @@ class Branch(nn.Module, abc.ABC):
 
         `op` is a key of `products.PRODUCTS`, or `conv` with the fields of a `ConvCall` as options.
         """
-        return self.product_with(x, self.on_weight(weight), bias, op, **options)
+        adapted = self.on_grid(weight) if self.grid else self.on_weight(weight)
+        return self.product_with(x, adapted, bias, op, **options)
 
     def product_with(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str, **options: Any
@@ -430,6 +508,12 @@ class Branch(nn.Module, abc.ABC):
         Raises:
             PassError: the rank of the site is larger, or padding would change the delta of this method.
         """
+        if self.grid:
+            raise PassError(
+                f"{site.weight} trains on grid={self.grid!r}, and the sum of a weight and a branch that is an input of "
+                "the graph is not rounded. Omit the site (sites=...), or release the run",
+                code="input-not-supported",
+            )
         values = {name: full_tensor(self.get_parameter(name).detach()) for name in self.shapes(site)}
         padded_shapes = self.shapes(replace(site, options=replace(site.options, rank=rank)))
         if all(tuple(value.shape) == padded_shapes.get(name) for name, value in values.items()):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -106,13 +106,26 @@ class LowRankBranch(Branch):
         """Return the delta in the shape of the weight."""
         return self.product() * self.scale
 
-    def set_unmerged(self, pair: Factors | None) -> None:
+    def set_unmerged(self, pair: Factors | None, ranks: Sequence[int]) -> None:
         """Set the delta `b @ a` of earlier stages, which cannot be merged into a quantized weight. None removes it."""
         like = next(self.parameters()).detach()
         self.unmerged_B, self.unmerged_A = (None, None) if pair is None else (pair.b.to(like), pair.a.to(like))
+        self.unmerged_ranks = list(ranks)
+
+    @property
+    def earlier(self) -> Sequence[Factors]:
+        """The deltas of earlier stages, one for each."""
+        if self.unmerged_A is None or self.unmerged_B is None:
+            return ()
+        parts = zip(
+            self.unmerged_B.split(self.unmerged_ranks, -1), self.unmerged_A.split(self.unmerged_ranks, -2), strict=True
+        )
+        return [Factors(b, a) for b, a in parts]
 
     def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
         """Return the function for a placement. It is another one for small tensors, see `MatrixOps.beside_small`."""
+        if self.grid:
+            return super().function_at(at)
         if at is Placement.ADAPTED:
             return self.adapted
         if at is Placement.FACTORS:
@@ -385,7 +398,7 @@ class DoraBranch(LoraBranch):
         Raises:
             StateError: the node has another placement.
         """
-        if at not in (Placement.MERGED, Placement.ADAPTED):
+        if at not in (Placement.MERGED, Placement.ADAPTED) and not self.grid:
             raise StateError(
                 f"the branch of {self.weight_name} has the placement {at!r}, but DoRA can only replace its op. "
                 f"Exclude the weight (exclude=({self.weight_name!r},)), or set adapter='lora'",

@@ -81,7 +81,7 @@ class AdaptedWeight(torch.Tensor):
                 f"would have no effect. Exclude it (exclude=({name!r},)).",
                 code="quantized-not-supported",
             )
-        self.merged = self.branch.on_weight(self.weight)
+        self.merged = self.branch.function_at(Placement.WEIGHT)(self.weight)
         return self.merged
 
     def fits(self, form: FunctionForm) -> bool:
@@ -132,7 +132,7 @@ class _GradientOfWeight(torch.autograd.Function):
         (weight, branch), factors = ctx.read, ctx.saved_tensors
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            merged = branch.on_weight(weight)
+            merged = branch.function_at(Placement.WEIGHT)(weight)
             return None, *torch.autograd.grad(merged, factors, gradient, create_graph=differentiable, allow_unused=True)
 
 
@@ -284,7 +284,7 @@ class EffectiveWeights:
             return value
         if not self.merges:
             return AdaptedWeight.of(value, self.branches[name])
-        merged = self.branches[name].on_weight(value)
+        merged = self.branches[name].function_at(Placement.WEIGHT)(value)
         if merged is not value:
             setattr(merged, _MARK, True)  # for `_Parameters.__setitem__`
         return merged

@@ -28,7 +28,7 @@ from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import quantized_in, writable
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
-from lorasc_fx.state import BaseMemory, Learner, Scratch, SlowWeights, ViewName, arithmetic
+from lorasc_fx.state import BaseMemory, Kept, Learner, Scratch, SlowWeights, ViewName, arithmetic
 from lorasc_fx.util.environment import source_digest, version
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.torch_private import current_backward
@@ -64,6 +64,7 @@ class Run:
         self.grouped = False  # whether param_groups was called, so that an optimizer has the current branches
         self.looped = False  # whether stages was called
         self._buffers: dict[str, int] = {}  # checksums of the base's buffers, see `note_buffers`
+        self.kept: dict[str, Kept] = {}  # what the last fold kept of the changes of some weights
         self._kept: int | None = None  # sum of the branches' version counters when they were started, saved or folded
         self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
         self._frozen: dict[str, int] = {}  # checksums of untrained parameters when their fingerprint was computed
@@ -299,7 +300,8 @@ class Run:
         for name in slow.quantized:
             if name in branches:  # a rollback may have removed the branch
                 state = slow.states[name]
-                branches[name].set_unmerged(state.unmerged("slow") if slow.idle else state.unmerged_in_stage)
+                pair = state.unmerged("slow") if slow.idle else state.unmerged_in_stage
+                branches[name].set_unmerged(pair, state.unmerged_ranks("slow" if slow.idle else "fast"))
 
     # ---- changes. If a method raises, nothing is changed.
 
@@ -589,6 +591,7 @@ class WeightValues:
         plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
             None for an earlier stage.
         known: values that need not be computed, by name.
+        on_grid: whether weights are rounded to the grid of their site.
     """
 
     slow: SlowWeights
@@ -596,13 +599,14 @@ class WeightValues:
     learners: Mapping[str, Learner] = field(default_factory=dict)
     plan: Plan | None = None
     known: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    on_grid: bool = True
 
     def write(self, name: str, out: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write the weight of this name into a local tensor of its shape."""
         if name in self.known:
             out.copy_(self.known[name])
         elif self.view is not None:
-            self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan)
+            self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan, self.on_grid)
         else:
             assert self.plan is not None, "the weights of a stage depend on its plan"
             self.slow.write_resting(name, self.plan, out, scratch)
@@ -612,7 +616,7 @@ class WeightValues:
         state = self.slow.started(name)
         is_slow = self.plan is not None and self.view is not None and self.slow.is_slow(name, self.view)
         same_dtype = weight.dtype == state.base.dtype
-        return is_slow and same_dtype and not state.full and not state.differs_from_slow(noisy)
+        return is_slow and same_dtype and not state.full and not state.grid and not state.differs_from_slow(noisy)
 
     def dense(self, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the values of quantized weights as dense tensors, by name."""

@@ -24,7 +24,7 @@ from lorasc_fx.cascade.training import check_holds, state_of, treated_state
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import SlowWeights
+from lorasc_fx.state import SlowWeights, loss_of, sample
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.undo import Undo, commit
 
@@ -88,7 +88,9 @@ def next_stage(
         with commit() as undo:
             begin(run, Planned(planned, after, optimizers=optimizers, states=state), undo)
             experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - start_time
-            log.info("stage %d folded, %d experts, in %.2f s", plan.stage, experts, seconds)
+            share = check_rounding(run, "transition", after)
+            text = "stage %d folded, %d experts, in %.2f s; at least %.3f of the change kept"
+            log.info(text, plan.stage, experts, seconds, share)
             if not moved and (optimizers or before.moved(trained)):
                 run.warned.once(
                     "no-branch-moved",
@@ -178,6 +180,14 @@ def install_slow(
             replaced.append((holders[name], value.to(holders[name].device, copy=True)))
     written = run.present(names)
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
+
+
+def check_rounding(run: Run, call: str, slow: SlowWeights) -> float:
+    """Warn once if the dtypes of the weights lose a part of the change, and return the smallest share that is kept."""
+    run.kept = sample(slow.states.values())
+    if loss := loss_of(run.kept):
+        run.warned.once("change-rounded-away", f"{call}: {loss}")
+    return min((kept.share for kept in run.kept.values()), default=1.0)
 
 
 def has_begun(run: Run) -> bool:

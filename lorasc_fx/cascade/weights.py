@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -20,13 +21,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.cascade.graphs import Graphs
 from lorasc_fx.cascade.run import Planned, Run, WeightValues, reserve, weights_to_write
-from lorasc_fx.cascade.transition import at_stage, ended
+from lorasc_fx.cascade.transition import at_stage, check_rounding, ended
 from lorasc_fx.errors import SpecError, StateError, named, nearest
 from lorasc_fx.parameters import Holder, holders_of, substituted
-from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, library_of, quantized_in, writable
+from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, quantized_in, quantizer_of, writable
 from lorasc_fx.shards import local
-from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state import Scratch, SlowWeights, ViewName
+from lorasc_fx.spec import OWN_GRID, CascadeSpec
+from lorasc_fx.state import Kept, Scratch, SlowWeights, ViewName, loss_of
 from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.torch_private import set_version_counter
 from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, Undo, isolated
@@ -58,7 +59,9 @@ def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = F
 def folded_weights(run: Run, view: str, call: str) -> WeightValues:
     """Return the weights that a fold writes. If the running stage has trained, its slow update is included."""
     check_view(call, view, run.plan.spec)
-    return WeightValues(ended(run, call), "averaged" if view == "averaged" else "slow")
+    slow = ended(run, call)
+    check_rounding(run, call, slow)
+    return WeightValues(slow, "averaged" if view == "averaged" else "slow")
 
 
 @isolated
@@ -235,12 +238,15 @@ def _folded(weights: WeightValues, name: str, value: Any) -> Any:
 def write_fold(run: Run, quantized: Requantize, view: str, undo: Undo) -> None:
     """Write the folded weights into the user's parameters for good, and drop W0; see `Cascade.release`."""
     weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
+    if quantized is None and run.plan.spec.grid == OWN_GRID:
+        quantized = "requantize"
+    weights = replace(weights, on_grid=quantized == "dequantize" or not run.slow.quantized)
     dense = weights.dense(check_quantized("release", weights.slow, quantized, modules=True), parameters)
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders = holders_of(run.model, [parameters[name] for name in dense])
     written = run.present(weights.slow.states)
     run.commit(Planned(run.plan, SlowWeights(), written, weights, dense, current=trained), undo)
-    _requantize(holders, quantized, undo)
+    _requantize(run, holders, {id(parameters[name]): name for name in dense}, quantized, undo)
 
 
 log = logging.getLogger("lorasc_fx")
@@ -278,10 +284,11 @@ def check_quantized(call: str, slow: SlowWeights, how: Requantize, modules: bool
     return names
 
 
-def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
-    """Quantize dense weights again unless `how` is "dequantize", and log the change of each weight.
+def _requantize(run: Run, holders: Iterable[Holder], names: Mapping[int, str], how: Requantize, undo: Undo) -> None:
+    """Quantize dense weights again unless `how` is "dequantize", and tell how much of their changes that keeps.
 
-    `holders` are the places of the dense weights in the model. Their `value` is the quantized weight of before.
+    `holders` are the places of the dense weights in the model. Their `value` is the quantized weight of before, and
+    `names` has its name by its id.
     """
     weights = [holder for holder in holders if holder.store is holder.module._parameters]
     # Read all dense weights first, because quantizing a module replaces its weight.
@@ -292,7 +299,7 @@ def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
         assert trained_weight is not None
         kind = type(module.layer if isinstance(module, QuantizedLinear) else module).__name__
         if how == "requantize":
-            _requantize_like_layer(module, kind, trained_weight, undo)
+            _requantize_like(old, module, kind, trained_weight, undo)
         elif callable(how):
             how(module)
         else:
@@ -305,34 +312,31 @@ def _requantize(holders: Iterable[Holder], how: Requantize, undo: Undo) -> None:
                 "callable that quantizes its module in place",
                 code="quantized-not-supported",
             )
-        # Log both changes relative to the norm of the weight: if rounding is the larger one, training may be lost.
-        norm = dense(old).float().norm().clamp_min(1e-30)
-        trained = float((trained_weight.float() - dense(old).float()).norm() / norm)
-        rounded = float((dense(current).float() - trained_weight.float()).norm() / norm)
-        log.info(
-            "%s of %s was quantized again as %s: training changed it by %.3g %% of its norm, rounding by %.3g %%",
-            leaf,
-            kind,
-            type(module.layer if isinstance(module, QuantizedLinear) and module.holds_layer else current).__name__,
-            100 * trained,
-            100 * rounded,
-        )
+        before = dense(old).double()
+        run.kept[names[id(old)]] = kept = Kept.of(trained_weight.double() - before, dense(current).double() - before)
+        log.info("%s was quantized again: %.3f of its change kept, error %.3g", names[id(old)], *kept)
+    if loss := "" if run.plan.spec.grid else loss_of(run.kept):
+        run.warned.once("change-rounded-away", f"release: {loss}")
 
 
-def _requantize_like_layer(module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
-    """Re-quantize a dense weight with the settings of the original layer."""
-    row = library_of(module.layer) if isinstance(module, QuantizedLinear) else None
-    if row is None:
+def _requantize_like(old: torch.Tensor, module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
+    """Quantize a dense weight again with the settings of the old weight or its layer."""
+    quantize = quantizer_of(old)
+    if quantize is None:
         raise StateError(
             f"release: quantized='requantize' is not supported for {kind}, because its weight cannot be quantized "
             "again without more information; nothing was changed. Give quantized='dequantize', or a callable that "
             "quantizes a module in place, such as torchao's lambda module: quantize_(module, config)",
             code="quantized-not-supported",
         )
-    assert isinstance(module, QuantizedLinear)
-    undo(partial(module.set_layer, module.layer))
     with torch.no_grad():
-        module.set_layer(row.requantize(module.layer, weight.detach()))
+        made = quantize(weight.detach())
+    if isinstance(module, QuantizedLinear):
+        undo(partial(module.set_layer, module.layer))
+        module.set_layer(made)
+    else:
+        undo(partial(setattr, module, "weight", weight))
+        module.weight = nn.Parameter(made, False)
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]

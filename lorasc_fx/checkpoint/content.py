@@ -472,7 +472,8 @@ def _bare(content: Content, plan: Plan, taker: RunState | None) -> list[WeightSt
             bare.append(WeightState(name, stored.base, full=True).bare())
         elif (site := plan.by_weight.get(name)) is not None:
             base = torch.empty(site.shape, device="meta")
-            bare.append(WeightState(name, base, site.experts is not None, site.layout == "in_out"))
+            grid = site.options.grid
+            bare.append(WeightState(name, base, site.experts is not None, site.layout == "in_out", grid=grid))
         else:
             bare.append(WeightState(name, torch.empty((0,), device="meta")))
     return bare

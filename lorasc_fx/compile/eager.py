@@ -130,7 +130,7 @@ class EagerModel:
         self.model, self.decided, self.reason = model, decided, reason or "it runs eagerly (frontend='eager')"
         self.weights, self.placements = EffectiveWeights(model), dict[str, str]()
         self.run: Callable[[], Growable | None] = lambda: None
-        if decided.plan.spec.placement == "weight":
+        if decided.plan.spec.placement == "weight" or decided.plan.spec.grid:
             self.weights.merges = True
         self._modules, self._compared = list(model.modules()), set[Hashable]()
         self.update(decided, beside)
@@ -249,7 +249,9 @@ class EagerModel:
                 _probe(branch, weights[name], probe)
             deltas = {name: branch.dense_delta(weights[name].detach()) for name, branch in branches.items()}
             merged = {
-                name: (weights[name].detach() + delta.detach()).to(weights[name].dtype)
+                name: (weights[name] + delta).to(weights[name].dtype).detach()
+                if not branches[name].grid
+                else branches[name].on_grid(weights[name]).detach()
                 for name, delta in deltas.items()
             }
             # Run the eager model with merged weights. The gradients of the branches follow from those of the weights.

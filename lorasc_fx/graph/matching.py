@@ -51,8 +51,8 @@ from lorasc_fx.graph.placement import by_shape
 from lorasc_fx.graph.record import MADE_BY, REPLACED_CALL, Record, Use, record_of, set_record
 from lorasc_fx.graph.weights import Weights, called_module, named_weights, owner_of, scripted_weights
 from lorasc_fx.plan import Plan, Reason, Refusal, Site
-from lorasc_fx.quantized import is_quantized
-from lorasc_fx.spec import KINDS, CascadeSpec
+from lorasc_fx.quantized import is_quantized, quantizer_of
+from lorasc_fx.spec import KINDS, OWN_GRID, CascadeSpec
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,20 @@ def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: Ca
         )
     if fault := method.fault(site):
         raise SpecError(f"adapter is {adapter!r}, and {site.weight} {fault}", code="method-not-supported")
+    if site.options.grid_of(weight):
+        if site.options.grid == OWN_GRID and quantizer_of(weight) is None:
+            raise SpecError(
+                f"grid is {OWN_GRID!r}, but {site.weight} cannot be quantized again without more information, such as "
+                f"calibration data. Exclude it (exclude=({site.weight!r},)), or give grid=None",
+                code="quantized-not-supported",
+            )
+        if uses.called and not _replaceable(site, uses):
+            raise SpecError(
+                f"grid is {site.options.grid!r}, but {site.weight} is {_use_phrase(site, uses, weight)} by a module "
+                f"call. Exclude it (exclude=({site.weight!r},)), or capture the model with lx.adapt",
+                code="method-not-supported",
+            )
+        return replace(site, placement="merged" if uses.called else "weight")
     # A method without the placement `beside`, such as DoRA, replaces the op if possible.
     if "beside" not in method.placements:
         if _replaceable(site, uses) and (spec.placement != "weight" or uses.called):
@@ -393,7 +407,7 @@ def _planned_uses(
     for weight, site in plan.by_weight.items():
         uses = uses_by_weight.get(weight, WeightUses())
         method, replaceable = site.options.method, _replaceable(site, uses)
-        if "weight" not in method.placements and uses.reached and not replaceable:
+        if "weight" not in (*method.placements, site.placement) and uses.reached and not replaceable:
             raise PassError(
                 f"the branch of {weight} replaces its op (adapter={site.options.adapter!r}), but this graph uses the "
                 f"weight in an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model "

@@ -52,7 +52,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
     running when the training ends, it is folded. The exception is `load_best_model_at_end`: then the weights stay
     the best ones.
 
-    Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`. Evaluations also report each
+    Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`, and as `kept` the smallest share
+    of the change of a weight in half precision that the last fold has kept. Evaluations also report each
     metric under the name of the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`.
 
     Args:
@@ -255,6 +256,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         """Log, and add the stage to training logs."""
         if "loss" in logs:
             logs["stage"] = self._stage
+            if kept := run_of(self.cascade).kept:
+                logs["kept"] = round(min(share for share, _ in kept.values()), 4)
         original(logs, *args, **kwargs)
 
     def _save_model(self, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:

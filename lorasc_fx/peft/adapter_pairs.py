@@ -18,7 +18,7 @@ from lorasc_fx.errors import SpecError, named, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
 from lorasc_fx.peft.adapter_reader import read_adapter
-from lorasc_fx.peft.change import KEEPS_NOISE, Change, CutOff, compressed, padded, pair_of
+from lorasc_fx.peft.change import KEEPS_NOISE, ON_GRID, Change, CutOff, compressed, padded, pair_of
 from lorasc_fx.peft.mirror import CONFIG
 from lorasc_fx.plan import Plan, Site
 from lorasc_fx.state import Part
@@ -142,8 +142,8 @@ def _change_of_run(source_run: RunSource, part: Part, tensors: Mapping[str, torc
         if state.full:
             if fingerprint(state.dense["slow"].to(state.base.dtype)) != source_run.base.get(name):
                 change.refused[name] = _TRAINED_IN_FULL
-        elif state.noises:
-            change.refused[name] = KEEPS_NOISE
+        elif state.noises or state.grid:
+            change.refused[name] = ON_GRID if state.grid else KEEPS_NOISE
         elif state.scale() is not None:
             change.refused[name] = _SCALES_ROWS
         elif (pair := pair_of(state, "slow")) is not None:

@@ -27,7 +27,7 @@ from lorasc_fx.checkpoint.saved import write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
-from lorasc_fx.peft.change import Change, CutOff, change_of, nothing
+from lorasc_fx.peft.change import Change, CutOff, change_of, nothing, residual_of
 from lorasc_fx.peft.mirror import ADAPTER, CONFIG, TENSORS, Mirror, put
 from lorasc_fx.peft.targets import Target, targets_of
 from lorasc_fx.state import arithmetic
@@ -78,6 +78,7 @@ def peft(
     dtype: torch.dtype | None = None,
     task_type: str | None = None,
     base_model: str | None = None,
+    residual: int | None = None,
 ) -> PeftAdapter:
     """Write the change of all stages as a LoRA adapter that `peft.PeftModel.from_pretrained` loads with equal outputs.
 
@@ -101,6 +102,8 @@ def peft(
             the folder with `AutoPeftModel`.
         base_model: name or path of the base. The default is the name or path in the config of a model of transformers
             or timm.
+        residual: write an adapter of this rank for the *folded* model (`release`, `export.safetensors`) instead of the
+            base. It holds the largest part of what the rounding of the folded weights took. Default: None.
 
     Returns:
         The ranks, the errors, and the modules that were saved completely.
@@ -117,13 +120,17 @@ def peft(
     run, model = run_of(cascade), cascade.model
     if max_rank is not None and not is_integer(max_rank, 1):
         raise SpecError(f"export.peft: max_rank is {max_rank!r}; give an integer of 1 or more")
+    if residual is not None and (not is_integer(residual, 1) or view == "fast"):
+        raise SpecError(
+            f"export.peft: residual is {residual!r}; give a rank of 1 or more, with view='slow' or 'averaged'"
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpecError(f"export.peft: dtype is {dtype!r}; give a floating-point dtype, such as torch.float32")
 
     # Compute the change of each weight.
     with run.exclusive("export.peft", keeps=True):
         check_view("export.peft", view, run.plan.spec, _VIEWS)
-        change = change_of(run, view)
+        change = change_of(run, view) if residual is None else residual_of(run, view, residual)
     if not change.pairs and not change.refused:
         if not ((change.trained or change.rows) and run.plan.sites):
             raise StateError(

@@ -16,7 +16,7 @@ from lorasc_fx.branch import Branch, Delta, Factors
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.peft.mirror import rows_with
-from lorasc_fx.quantized import dense
+from lorasc_fx.quantized import dense, is_quantized, quantizer_of, requantized
 from lorasc_fx.state import (
     Summed,
     WeightState,
@@ -27,6 +27,9 @@ from lorasc_fx.state import (
     svd_of,
     truncated,
 )
+
+ON_GRID = "it trains on a grid, and the sum of a weight and factors is not rounded: export folded weights"
+"""The reason why the change of a weight that trains on a grid is not a pair of factors."""
 
 KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which is not low-rank"
 """The reason why the change of a weight with kept noise is not a pair of factors."""
@@ -144,6 +147,32 @@ def pair_of(state: WeightState, view: Summed, running: Delta | None = None) -> F
     return sum_of(terms, torch.float64, torch.device("cpu")) if terms else None
 
 
+def residual_of(run: Run, view: Summed, rank: int) -> Change:
+    """Return what the rounding of the folded weights takes, as the nearest pairs of a rank in the Frobenius norm.
+
+    Quantized weights count as quantized again. Weights in full precision, and those on a grid, have no pair.
+    """
+    change = Change()
+    for name, state in ended(run, "export.peft").states.items():
+        wide = state.base.dtype.itemsize >= 4 and not is_quantized(state.base)
+        if state.full or state.grid or wide or not state.changed:
+            continue
+        exact = state.exact(view, torch.float64, device=torch.device("cpu"))
+        folded = exact.to(state.base.dtype)
+        if is_quantized(state.base):
+            if quantizer_of(state.base) is None:
+                change.refused[name] = "its quantized layer cannot be quantized again, so it is not folded"
+                continue
+            folded = requantized(state.base, folded.to(state.base.device)).cpu()
+        error = (exact - folded.double()).reshape(state.matrix)
+        if error.any():
+            u, values, vh = torch.linalg.svd(error, full_matrices=False)
+            change.pairs[name] = truncated(u, values, vh, rank)
+            rest = float(values[..., rank:].norm())
+            change.cut[name] = CutOff(values.shape[-1], min(rank, values.shape[-1]), rest, float(values.norm()))
+    return change
+
+
 def change_of(run: Run, view: Summed) -> Change:
     """Return the change of a cascade's weights relative to W0.
 
@@ -168,8 +197,8 @@ def change_of(run: Run, view: Summed) -> Change:
         if row_scale is None and pair is not None and site is not None and site.options.method.magnitude:
             # Experts without a row scale, for example from a LoRA run, are exported as DoRA with the scale 1.
             row_scale = torch.ones(state.out, dtype=torch.float64)
-        if state.noises:
-            change.refused[name] = KEEPS_NOISE
+        if state.noises or state.grid:
+            change.refused[name] = ON_GRID if state.grid else KEEPS_NOISE
         elif row_scale is not None and not bool(row_scale.all()):
             change.refused[name] = "one of its rows was scaled to 0, which magnitudes cannot express"
         elif row_scale is not None:

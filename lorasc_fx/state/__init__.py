@@ -1,6 +1,8 @@
 """The slow state of weights as immutable values, and the functions that start and end a stage. Knows no graphs."""
 
-from lorasc_fx.state.fold import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
+from lorasc_fx.branch.grid import arithmetic
+from lorasc_fx.state.fold import Scratch, scaled, sum_of, summing, svd_of, truncated
+from lorasc_fx.state.kept import Kept, kept_by, loss_of, sample
 from lorasc_fx.state.stage import (
     BaseMemory,
     Learner,
@@ -20,6 +22,7 @@ __all__ = [
     "BaseMemory",
     "Expert",
     "History",
+    "Kept",
     "KeptNoise",
     "Learner",
     "Part",
@@ -35,6 +38,9 @@ __all__ = [
     "delta_of",
     "has_trained",
     "host",
+    "kept_by",
+    "loss_of",
+    "sample",
     "scaled",
     "start_weight",
     "sum_of",

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 
 from lorasc_fx.branch.contract import Factors
+from lorasc_fx.branch.grid import exact_products, scale_rows
 from lorasc_fx.util.environment import has_fp64
-from lorasc_fx.util.undo import Block, isolated
 
 BLOCK = 1 << 21
 """Bytes of a block per thread on the CPU. Sizes from 1 to 4 MiB are equally fast. Smaller blocks need more calls, and a
@@ -105,18 +103,6 @@ def accumulate(
                 target.copy_(total)
 
 
-def exact_products(like: torch.Tensor) -> AbstractContextManager[None]:
-    """Return a context manager that computes fp32 products on CUDA in fp32, even if the process has enabled TF32."""
-    return _ieee() if like.is_cuda else nullcontext()
-
-
-@isolated
-def _ieee(undo: Block) -> None:
-    matmul = torch.backends.cuda.matmul
-    undo(partial(setattr, matmul, "fp32_precision", matmul.fp32_precision))
-    matmul.fp32_precision = "ieee"
-
-
 def cast(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return the tensor in a dtype on a device. A transfer from or to the host casts on the host.
 
@@ -131,11 +117,6 @@ def summing(dtype: torch.dtype) -> torch.dtype:
     Every stage adds to the dense delta. It is wider than the weight, so that only the sum of all stages is rounded.
     """
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
-
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights of a dtype are computed: fp64 and complex dtypes unchanged, otherwise fp32."""
-    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
 # ---- pairs of factors
@@ -202,15 +183,6 @@ def _row_major(tensor: torch.Tensor) -> torch.Tensor:
     """
     strides = torch.empty(tensor.shape, device="meta").stride()
     return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def scale_rows(scale: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """Return a weight [out, ...], or [in, out] if `transposed`, with output row i multiplied by `scale[i]`.
-
-    The result has the dtype of the weight. Under DoRA the scale is [out] in fp64.
-    """
-    shape = (1, -1) if transposed else (-1, *(1 for _ in weight.shape[1:]))
-    return weight * scale.to(device=weight.device, dtype=weight.dtype).view(shape)
 
 
 def scaled(pair: Factors, scale: torch.Tensor | None, transposed: bool) -> Factors:

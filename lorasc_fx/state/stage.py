@@ -33,6 +33,7 @@ from lorasc_fx.branch import (
     check_registered,
     draw,
 )
+from lorasc_fx.branch.grid import arithmetic, exact_products
 from lorasc_fx.branch.lora import DOWN, UP, LoraBranch
 from lorasc_fx.branch.noise import add_noise
 from lorasc_fx.errors import NonFiniteBranch, SpecError
@@ -40,7 +41,7 @@ from lorasc_fx.plan import Plan, Site
 from lorasc_fx.quantized import is_quantized, quantized_in
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, full_tensor, local, local_like, shard_of
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.fold import Scratch, arithmetic, cast, exact_products, truncated
+from lorasc_fx.state.fold import Scratch, cast, truncated
 from lorasc_fx.state.weight import History, KeptNoise, StageEnd, ViewName, WeightState
 
 Learner = Branch | torch.Tensor
@@ -431,6 +432,7 @@ class SlowWeights:
                 transposed=name in sites and sites[name].layout == "in_out",
                 history=self.history,
                 shard=shard_of(value),
+                grid=sites[name].options.grid_of(value) if name in sites else "",
             )
             for name, value in parameters.items()
             if name not in self.states
@@ -464,7 +466,7 @@ class SlowWeights:
         For a parameter trained in full, this is the value that its stage started from.
         """
         if self.idle:
-            self.write_value(name, "fast", out)
+            self.write_value(name, "fast", out, on_grid=False)
         else:
             write_start(out, self.states[name], plan.spec, plan.stage, True, scratch)
 
@@ -478,7 +480,13 @@ class SlowWeights:
         return value
 
     def write_value(
-        self, name: str, view: ViewName, out: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
+        self,
+        name: str,
+        view: ViewName,
+        out: torch.Tensor,
+        learner: Learner | None = None,
+        plan: Plan | None = None,
+        on_grid: bool = True,
     ) -> None:
         """Write a weight into `out`, rounded once to the dtype of `out`.
 
@@ -489,6 +497,7 @@ class SlowWeights:
                 start of the running stage.
             plan: plan of the running stage. Required if `learner` is a branch and the view is "fast". With it, slow
                 weights of parameters that do not follow the slow rule are their current values.
+            on_grid: whether to round to the grid of the site. A weight in place is not, because its branch does.
         """
         state = self.started(name)
         running: Delta | torch.Tensor | None = None
@@ -500,6 +509,8 @@ class SlowWeights:
             assert plan is not None, "the delta of a branch depends on the plan of its stage"
             running = delta_of(learner, state, plan.spec, plan.stage, not self.idle, out.device)
         state.write(out, view, arithmetic(out.dtype), running)
+        if on_grid and state.grid and view != "base":
+            out.copy_(state.on_grid(out))
 
     def is_slow(self, name: str, view: ViewName) -> bool:
         """Whether a view of a weight is the slow weights."""

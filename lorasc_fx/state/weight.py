@@ -25,16 +25,14 @@ from typing import Annotated, Literal
 import torch
 
 from lorasc_fx.branch.contract import Delta, Factors, InitialFactors, Side, Tree
+from lorasc_fx.branch.grid import arithmetic, exact_products, rounded, scale_rows, step
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import CascadeSpec, Noise, Share
 from lorasc_fx.state.fold import (
     accumulate,
-    arithmetic,
     cast,
-    exact_products,
-    scale_rows,
     scaled,
     shortest_pair,
     sum_of,
@@ -198,6 +196,8 @@ class WeightState(Tree):
         initial: factors and magnitudes that the running stage started from. None if its branch started at B = 0.
         shard: the slice of the weight that this rank holds. `base` and all other tensors are slices then.
         full: whether the parameter is trained in full. Then there are no experts and no noise.
+        grid: the grid of the site (`CascadeSpec.grid`), or "". Then deltas are added one after another, by
+            `branch.grid.step`.
     """
 
     name: str
@@ -214,6 +214,7 @@ class WeightState(Tree):
     initial: InitialFactors | None = None
     shard: ShardSpec = UNSHARDED
     full: bool = False
+    grid: str = ""
 
     # ---- a parameter trained in full
 
@@ -311,6 +312,9 @@ class WeightState(Tree):
             out.copy_(value)
             return
         assert not isinstance(running, torch.Tensor)
+        if self.grid:
+            out.copy_(self._stepped(view, running, out.device))
+            return
         if self.noises and out.dtype != dtype:  # noise is added in place, and must not be added to a rounded weight
             out.copy_(self.exact(view, dtype, running, out.device))
             return
@@ -321,6 +325,27 @@ class WeightState(Tree):
         for kept in self.noises:
             drawn = draw(kept.noise, kept.seed, kept.stage, self.name, out.shape, self.shard, out.device)
             add_noise(out, drawn, kept.amplitude)
+
+    def _stepped(self, view: Summed, running: Delta | None, device: torch.device) -> torch.Tensor:
+        """Return the weight of a view in the dtype of W0: the deltas are added one after another, as they trained."""
+        value = dense(self.base).to(device)
+        if (total := self.dense_in(view)) is not None:
+            value = step(value.double(), None, total.to(device)).to(value.dtype)
+        dtype, running = arithmetic(value.dtype), running if view == "fast" else None
+        for c, expert in zip(self.coefficients(view), self.experts, strict=True):
+            if c != 0:
+                pair = sum_of([(c, expert)], dtype, device)
+                value = step(value, (pair.b, pair.a), gain=expert.row_scale, transposed=self.transposed)
+        if running is not None and running.factors is not None:
+            pair = running.factors if running.gain is None else running.factors.with_rows(running.gain, self.transposed)
+            value = step(value, (pair.b, pair.a), gain=running.gain, transposed=self.transposed)
+        elif running is not None and running.dense is not None:
+            value = step(value, None, running.dense)
+        return value
+
+    def on_grid(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a value of the weight rounded to its grid. Without a grid, the value itself."""
+        return rounded(self.grid, value, self.base, self.stacked)
 
     def terms(
         self, view: Summed, running: Delta | None
@@ -368,12 +393,12 @@ class WeightState(Tree):
 
     def fits(self) -> bool:
         """Whether the slow and the start weights, rounded to the dtype of W0, are finite wherever W0 is."""
-        if is_quantized(self.base):  # dense values are never computed for it
+        if is_quantized(self.base):  # its branch computes the deltas
             return all(math.isfinite(expert.bound) for expert in self.experts)
         limits = torch.finfo(self.base.dtype)
         views: tuple[Summed, ...] = ("slow", "fast") if self.differs("fast") else ("slow",)
         # Try a cheap bound first: a change below half the gap of the two largest numbers of the dtype cannot overflow.
-        if not self.full and self.scale() is None:
+        if not (self.full or self.grid) and self.scale() is None:
             noise = sum(8 * kept.amplitude for kept in self.noises)  # more than any sample
             bounds = []
             for view in views:
@@ -385,7 +410,11 @@ class WeightState(Tree):
             if all(bound < limits.max * limits.eps / 8 for bound in bounds):
                 return True
         exact = arithmetic(self.base.dtype)
-        return not any(self.broken(self.exact(view, exact).to(self.base.dtype)) for view in views)
+        return not any(self.broken(self.on_grid(self.exact(view, exact).to(self.base.dtype))) for view in views)
+
+    def unmerged_ranks(self, view: Summed) -> list[int]:
+        """Return the ranks of the experts in `unmerged`."""
+        return [pair.rank for _, pair in self._pairs(view)]
 
     def unmerged(self, view: Summed) -> Factors | None:
         """Return the sum of the experts of a quantized weight as one pair of factors, which its branch computes.
@@ -447,6 +476,10 @@ class WeightState(Tree):
                 pair = Factors(pair.b[..., :0].clone(), pair.a[..., :0, :].clone())
             if pair.rank or row_scale is not None:
                 experts = (*experts, Expert(pair.b, pair.a, end.number, row_scale=row_scale))
+        elif running is not None and running.dense is not None and self.grid:
+            if experts:  # from another run
+                return self._collapsed().absorb(running, history)
+            fast = self._difference(self._stepped("fast", running, self.base.device))
         elif running is not None and running.dense is not None:
             change = running.dense.reshape(self.matrix).to(summing(self.base.dtype))
             fast = change if fast is None else fast + change
@@ -536,7 +569,9 @@ class WeightState(Tree):
     def bare(self, base: torch.Tensor | None = None) -> WeightState:
         """Return the state before the first stage: W0 without changes. `base` replaces W0."""
         base = self.base if base is None else base
-        state = WeightState(self.name, base, self.stacked, self.transposed, shard=self.shard, full=self.full)
+        state = WeightState(
+            self.name, base, self.stacked, self.transposed, shard=self.shard, full=self.full, grid=self.grid
+        )
         return state.holding(base) if self.full else state
 
     @property
@@ -558,6 +593,8 @@ class WeightState(Tree):
     def compact(self) -> WeightState:
         """Return the state with its experts summed if they need more memory than their sum."""
         ranks = sum(expert.rank for expert in self.experts)
+        if is_quantized(self.base) and self.grid:  # a sum of experts would have other bits
+            return self
         if is_quantized(self.base):
             return self._collapsed() if ranks > min(self.matrix[-2:]) else self
         if self.dense:  # a dense delta is kept anyway, and adding to it needs no memory
@@ -585,7 +622,12 @@ class WeightState(Tree):
                 slow, start, average = (float(owner == view) for owner in owners)
                 experts = (*experts, self._low_rank(view, (slow, start, average)))
         gone = max((self.gone, *self.history.numbers[:-1]))
-        return replace(self, experts=experts, dense=dense, gone=gone, row_scale=self.scale())
+        rows = None if self.grid else self.scale()
+        return replace(self, experts=experts, dense=dense, gone=gone, row_scale=rows)
+
+    def _difference(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the dense delta of a value, [rows, columns] in fp64, which gives its bits again."""
+        return (value.double() - self.base.double()).reshape(self.matrix)
 
     def _low_rank(self, view: Summed, origin: Coefficients) -> Expert:
         """Return the delta of a view as one expert."""
@@ -599,6 +641,8 @@ class WeightState(Tree):
 
     def _sum(self, view: Summed) -> torch.Tensor:
         """Return the dense delta of a view, [rows, columns] in the dtype of `summing`, as a new tensor."""
+        if self.grid:
+            return self._difference(self._stepped(view, None, self.base.device))
         dtype, pairs, rows = summing(self.base.dtype), self._pairs(view), self._scale_since(0)
         if (dense := self.dense_in(view)) is None:
             total = torch.zeros(self.matrix, dtype=dtype, device=self.experts[0].b.device)
@@ -627,6 +671,18 @@ class WeightState(Tree):
         """Return a copy of this rank's slice of a full tensor of this side, or the tensor itself if unsharded."""
         axis = self.axis(side)
         return value if axis is None else value.narrow(axis, self.shard.start, self.shard.count).clone()
+
+    def sampled(self, rows: int) -> WeightState:
+        """Return the state of some rows of the weight, evenly spaced, without kept noise."""
+        along = 1 if self.stacked else 0
+        count = self.base.shape[along]
+        index = torch.arange(0, count, max(1, count // rows))
+
+        def take(value: torch.Tensor, side: Side) -> torch.Tensor:
+            axis = side.axis(along, self.stacked, self.transposed)
+            return value if axis is None else value.index_select(axis, index.to(value.device))
+
+        return replace(self, noises=()).map(take)
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
         """Gather the full tensor from the slices of all ranks. Every rank must call this at the same point."""

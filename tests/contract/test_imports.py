@@ -217,7 +217,7 @@ def test_the_public_face_is_small() -> None:
         "CaptureError", "Cascade", "CascadeSpec", "CheckpointError", "LorascError", "Noise", "NonFiniteBranch",
         "PassError", "Plan", "Refusal", "Rule", "Site", "SpecError", "StageSchedule", "StateError",
         "UnknownTarget", "adapt", "backend", "export", "from_peft", "integrations", "load", "merge",
-        "parallel", "passes", "recipes", "register_branch", "register_form", "save",
+        "parallel", "passes", "recipes", "register_branch", "register_form", "register_grid", "save",
     ]  # fmt: skip
     public = {name for name, value in vars(lorasc_fx).items() if not name.startswith("_") and callable(value)}
     assert public <= set(lorasc_fx.__all__)

@@ -49,7 +49,7 @@ TASKS = {
         "optimizer-lacks-parameters optimizer-differs backward-not-supported non-finite weights-changed-outside "
         "stage-not-ended quantized-not-supported no-branch-moved "
         "evaluated-with-noise model-called-inside-stage model-saved-inside-stage training-not-kept "
-        "running-stage-folded"
+        "running-stage-folded change-rounded-away"
     ),
     "Saving, loading and merging": (
         "base-differs spec-differs sites-differ tied-weights-differ no-checkpoint no-base invalid-checkpoint "

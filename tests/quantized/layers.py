@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 import torchao.quantization as torchao
 from torch import nn
+from torchao.prototype import mx_formats
+from torchao.prototype.mx_formats import mx_tensor
+from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 from lorasc_fx.quantized import LIBRARIES, Library
 
@@ -89,6 +92,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "int8": torchao.Int8WeightOnlyConfig,
     "int4": lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
     "fp8": torchao.Float8WeightOnlyConfig,
+    "nvfp4": mx_formats.NVFP4WeightOnlyConfig,
 }
 
 
@@ -98,6 +102,16 @@ def _torchao(width: str) -> Quantize:
         return linear
 
     return quantize
+
+
+def mxfp4(linear: nn.Linear) -> nn.Module:
+    """Return a layer with a weight in MXFP4. Its own product quantizes the input too, and has no backward on a CPU."""
+    emulated, kind = KernelPreference.EMULATED, torch.float4_e2m1fn_x2
+    inputs = mx_tensor.QuantizeTensorToMXKwargs(kind, 32, kernel_preference=emulated)
+    weight = linear.weight.detach()
+    weight = mx_tensor.MXTensor.to_mx(weight, kind, 32, kernel_preference=emulated, act_quant_kwargs=inputs)
+    linear.weight = nn.Parameter(weight, False)
+    return linear
 
 
 WEIGHTS: dict[str, Quantize] = {f"torchao {width}": _torchao(width) for width in CONFIGS}
