@@ -14,11 +14,10 @@ from lorasc_fx.branch import Decided
 from lorasc_fx.capture import EXPORT, Axis, Captured, capture, least_sizes
 from lorasc_fx.check.isolation import has_values, written_by
 from lorasc_fx.check.modes import is_data_dependent, same_in_current_mode
-from lorasc_fx.check.observe import one_line
 from lorasc_fx.check.projections import requiring_grad
 from lorasc_fx.compile.eager import EagerModel, make_eager, with_uses
 from lorasc_fx.compile.variants import NewVariant, Variant
-from lorasc_fx.errors import CaptureError, LorascError, VerifyError
+from lorasc_fx.errors import CaptureError
 from lorasc_fx.graph import faults, matches, named_weights, record_of, set_record, shared_memory
 from lorasc_fx.graph.copies import standalone_copy
 from lorasc_fx.graph.editor import assert_min_sizes
@@ -39,13 +38,6 @@ from lorasc_fx.pictures import draw_graphs
 from lorasc_fx.plan import Plan, Reason, Refusal
 from lorasc_fx.signature import Call, Calls, requires_grad
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.util.environment import OUT_OF_MEMORY
-
-_FAULT = (
-    "{name} was captured, but its graph cannot be adapted: {fault}. Try another front end (frontend=...), or exclude "
-    "the weights of the module that the message names. If the model itself does not raise this exception, it is a bug "
-    "of lorasc-fx: please report it."
-)
 
 
 @dataclass(frozen=True)
@@ -73,8 +65,8 @@ class Compiler:
         self,
         model: nn.Module,
         decided: Decided,
-        args: object,
-        kwargs: object,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         dynamic: Collection[Axis] = (),
         existing: Sequence[Variant] = (),
     ) -> NewVariant:
@@ -88,30 +80,9 @@ class Compiler:
             existing: the earlier variants of this model.
 
         Raises:
-            CaptureError: no front end works, or torch or the model raises.
+            CaptureError: no front end works, or the model raises.
             PassError: the graph cannot follow the plan.
         """
-        try:
-            return self._make(model, decided, args, kwargs, dynamic, existing)
-        except OUT_OF_MEMORY:
-            raise
-        except LorascError as fault:
-            # With sites in the plan, the graph does not fit a saved plan, and the error of the verifier says why.
-            if isinstance(fault, VerifyError) and not decided.plan.sites:
-                raise CaptureError(_FAULT.format(name=type(model).__name__, fault=fault)) from fault
-            raise
-        except Exception as fault:
-            raise CaptureError(_FAULT.format(name=type(model).__name__, fault=one_line(fault))) from fault
-
-    def _make(
-        self,
-        model: nn.Module,
-        decided: Decided,
-        args: Any,
-        kwargs: Any,
-        dynamic: Collection[Axis],
-        existing: Sequence[Variant],
-    ) -> NewVariant:
         decided = _with_refusals(decided, model, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, decided)
         captured = capture(model, args, kwargs, self.frontend, dynamic, trained, rewrites=(AttentionMasks(),))

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-# Contexts without the functions that modes and subclasses of tensors define.
-from torch._C import DisableTorchFunction as DisableTorchFunction
+# A context without the functions that subclasses of tensors define.
 from torch._C import DisableTorchFunctionSubclass as DisableTorchFunctionSubclass
 
 # Like `torch.compiler.disable`, which imports all of dynamo.

@@ -220,7 +220,7 @@ def test_weights_that_cannot_be_trained_are_an_error(tmp_path: Path) -> None:
         lx.merge([tmp_path], nn.Linear(5, 3, device="meta"), (x,))
     with torch.inference_mode():
         fixed = nn.Linear(5, 3)
-    with raises(lx.CaptureError, "not-captured", "inference tensor"):
+    with pytest.raises(RuntimeError, match="inference tensor"):
         lx.adapt(fixed, (x,))
     model = nn.Linear(5, 3)
     with torch.inference_mode():

@@ -152,11 +152,10 @@ def test_adapting_twice() -> None:
             lx.adapt(given, args=(X,))
 
 
-@pytest.mark.parametrize("fault", [RecursionError("too deep"), lx.passes.VerifyError("too deep")], ids=repr)
-def test_a_fault_after_the_capture_is_a_capture_error(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_after_the_capture_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
-        raise fault
+        raise RecursionError("too deep")
 
     monkeypatch.setattr(*SEAMS["insert"], fail)
-    with unchanged(model := mlp()), raises(lx.CaptureError, "not-captured", "Sequential was captured", "too deep"):
+    with unchanged(model := mlp()), pytest.raises(RecursionError, match="too deep"):
         lx.adapt(model, (X,))
