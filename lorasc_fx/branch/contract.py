@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property, partial
@@ -258,12 +258,10 @@ class Branch(nn.Module, abc.ABC):
         self.transposed = site.layout == "in_out"
         self.dropout = site.dropout
         self.grid = site.options.grid_of(like)
-        self._trainable = frozenset(self.trainable_names(site))
-        values = self.values_like(like, site, seed, stage)
-        table = self.table(site)
-        at_zero = [name for name in values if (table[name].initial == 0 if name in table else not values[name].any())]
-        self.zeros = tuple(name for name in at_zero if name in self._trainable)
-        for name, value in values.items():
+        trained = {name: row for name, row in self.table(site).items() if row.trained}
+        self._trainable = frozenset(trained)
+        self.zeros = tuple(name for name, row in trained.items() if row.initial == 0)
+        for name, value in self.values_like(like, site, seed, stage).items():
             if hasattr(self, name):
                 raise SpecError(
                     f"{type(self).__name__} declares a parameter {name!r}, but Branch has an attribute of this name. "
@@ -280,9 +278,9 @@ class Branch(nn.Module, abc.ABC):
     # ---- Parameters
 
     @classmethod
+    @abc.abstractmethod
     def table(cls, site: Site) -> Mapping[str, Declared]:
-        """Return the parameters of the branch of a site, by name. A parameter without a row starts at zero."""
-        return {}
+        """Return the parameters of the branch of a site, by name."""
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
@@ -295,13 +293,12 @@ class Branch(nn.Module, abc.ABC):
 
         `values_from` replaces those that the method computes from the weight.
         """
-        table, values = cls.table(site), {}
-        for name, shape in cls.shapes(site).items():
-            initial = table[name].initial if name in table else 0.0
-            if callable(initial):
-                values[name] = initial(seed, stage, name, site.weight, shape)
+        values = {}
+        for name, row in cls.table(site).items():
+            if callable(row.initial):
+                values[name] = row.initial(seed, stage, name, site.weight, row.shape)
             else:
-                values[name] = torch.full(shape, float(initial))
+                values[name] = torch.full(row.shape, float(row.initial))
         return values
 
     @classmethod
@@ -322,12 +319,6 @@ class Branch(nn.Module, abc.ABC):
     def fault(cls, site: Site) -> str:
         """Return why the method cannot adapt a site, as a phrase that follows the name of the weight. "" if it can."""
         return ""
-
-    @classmethod
-    def trainable_names(cls, site: Site) -> Collection[str]:
-        """Return the names of the trainable parameters. The others are frozen."""
-        frozen = {name for name, row in cls.table(site).items() if not row.trained}
-        return [name for name in cls.shapes(site) if name not in frozen]
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lorasc_fx as lx
-from lorasc_fx.branch import Branch
+from lorasc_fx.branch import Branch, Declared
 from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.passes import (
     AdapterInputs,
@@ -146,8 +146,8 @@ class Constant(Branch):
     ones = torch.ones(1, 5, dtype=torch.float64)
 
     @classmethod
-    def shapes(cls, site: lx.Site) -> dict[str, tuple[int, ...]]:
-        return {"shift": (site.shape[0], 1)}
+    def table(cls, site: lx.Site) -> dict[str, Declared]:
+        return {"shift": Declared((site.shape[0], 1))}
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         return self.shift @ self.ones
