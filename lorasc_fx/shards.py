@@ -168,13 +168,7 @@ class ProcessGroup:
         return math.nan if self.any(is_nan) else maximum
 
     def gather(self, data: torch.Tensor, call: str) -> list[torch.Tensor]:
-        """Gather bytes from all ranks.
-
-        Args:
-            data: a uint8 vector. Its length may differ between ranks.
-
-        Returns:
-            The bytes of each rank, in the order of ranks, in host memory.
+        """Gather a uint8 vector from all ranks, in the order of ranks, in host memory. Lengths may differ.
 
         Raises:
             StateError: a process has ended, or did not call this within the timeout of the group.
@@ -201,11 +195,7 @@ class ProcessGroup:
         return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
 
     def check_equal(self, call: str, facts: Mapping[str, str]) -> None:
-        """Check that all ranks have equal values.
-
-        Args:
-            facts: values by a description for error messages. Ranks exchange a digest, and the values only if digests
-                differ.
+        """Check that all ranks have equal values. `facts` has values by a description for error messages.
 
         Raises:
             StateError: ranks differ. The message names these ranks and values.

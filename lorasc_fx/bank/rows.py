@@ -61,8 +61,7 @@ def check_independent(
         graph: the graph after the pass `AdapterInputs`.
         model: the model that the graph reads.
         inputs: values of the placeholders for the model's inputs, in order.
-        tensors: returns the values of the placeholders for the adapter: random adapter 0 or 1 for all rows, or one of
-            them for each row.
+        tensors: returns the values of the other placeholders: random adapter 0 or 1, or one of them for each row.
     """
     count = row_count(inputs)
     assert count is not None
@@ -102,12 +101,7 @@ def _branch_names(graph: fx.GraphModule) -> set[str]:
 
 
 class _Projection(NamedTuple):
-    """A random projection of a tensor to some of its axes, which needs little memory.
-
-    Args:
-        values: tensor with the leading axes of the original one.
-        tolerance: limit for rounding errors, relative to the change that an adapter makes.
-    """
+    """A random projection of a tensor to its leading axes, which needs little memory, and its `_TOLERANCE`."""
 
     values: torch.Tensor
     tolerance: float
@@ -135,10 +129,7 @@ def _projected(x: torch.Tensor, axes: int) -> _Projection:
 class _Trial(fx.Interpreter):
     """Runs a graph, and records projections of the inputs of its branches.
 
-    Args:
-        graph: the graph.
-        count: number of rows of the batch.
-        rolled: name of a branch node whose rows get the adapters of the rows before them.
+    In the branch node named `rolled`, each row gets the adapter of the row before it.
     """
 
     def __init__(self, graph: fx.GraphModule, count: int, rolled: str) -> None:

@@ -87,12 +87,7 @@ def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[
 
 
 class SegmentedGraph:
-    """A graph that is split into segments.
-
-    Args:
-        module: the graph module.
-        segments: segments in order.
-    """
+    """A graph that is split into segments."""
 
     def __init__(self, module: fx.GraphModule, segments: tuple[Segment, ...]) -> None:
         self.module, self.segments = module, segments
@@ -103,12 +98,7 @@ class SegmentedGraph:
 
 
 def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
-    """Split a graph into segments.
-
-    Args:
-        graph_module: the graph module.
-        units: name of the unit of every parameter, by the id of the parameter.
-    """
+    """Split a graph into segments. `units` has the unit of every parameter by the id of the parameter."""
     reads = _reads(graph_module)
     # Divide the nodes into runs of one unit. Nodes that read no weights, or only ROOT, continue the current run.
     runs: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
@@ -179,9 +169,7 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
 class Unit(nn.Module):
     """Module of one unit, for `fully_shard`. Its forward runs a segment that reads the parameters of the unit.
 
-    Args:
-        holders: modules that contain these parameters. They stay in the user's model, because `fully_shard` replaces
-            their parameters in place.
+    `holders` contain these parameters. They stay in the user's model, whose parameters `fully_shard` replaces in place.
     """
 
     def __init__(self, holders: Iterable[nn.Module]) -> None:
@@ -197,12 +185,7 @@ class Unit(nn.Module):
 
 
 class Shards(nn.Module):
-    """Module of all units, for `fully_shard`. Its forward runs a graph.
-
-    Args:
-        units: units by name, except ROOT.
-        root_holders: modules that contain the parameters of ROOT.
-    """
+    """Module of all units, for `fully_shard`, and of the parameters of ROOT. Its forward runs a graph."""
 
     def __init__(self, units: Mapping[str, Unit], root_holders: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -234,11 +217,8 @@ class Shards(nn.Module):
 class SplitGraph:
     """Replaces the graph module of a variant. Computes the same, segment by segment through the units.
 
-    Args:
-        shards: the units.
-        graph: the graph in segments of these units.
-        before_call: runs before each call. Returns whether the call is inside a `cascade.weights(...)` block, where
-            branches must add nothing.
+    `before_call` runs before each call. It returns whether the call is inside a `cascade.weights(...)` block, where
+    branches must add nothing.
     """
 
     def __init__(self, shards: Shards, graph: SegmentedGraph, before_call: Callable[[], bool]) -> None:
@@ -331,8 +311,7 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 def _not_a_view(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """Return an output as a tensor that is not a view of a weight, and not a view for autograd.
 
-    FSDP frees the memory of the weights, and registers hooks on the outputs. `storages` has the addresses of the
-    storages of the weights, because storages of fake tensors have no data pointer.
+    FSDP frees the memory of the weights, and registers hooks on the outputs. Storages of fake tensors have no pointer.
     """
     if local(value).untyped_storage()._cdata in storages:
         return value.clone()

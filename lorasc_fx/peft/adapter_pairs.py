@@ -34,13 +34,12 @@ class LowRankAdapter:
     """The total change of a model's weights relative to W0, as one pair of factors for each changed weight.
 
     Args:
-        name: name of the source in messages, with its path.
+        name: name of the source in messages.
         pairs: factors by weight name, in fp64 on the CPU. `b @ a` is added to the weight in its stored orientation. The
             scale is folded into `b`.
         base: fingerprints of the base by parameter name. Empty for an adapter of peft.
         written: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
-        plan: the plan of the run. None for an adapter of peft.
-        dtypes: dtypes of the branches of the run, by weight name.
+        plan, dtypes: the plan of the run, and the dtypes of its branches by weight name. None for an adapter of peft.
     """
 
     name: str
@@ -82,23 +81,18 @@ def low_rank_pairs(
 ) -> LowRankAdapter:
     """Return the total change of a run relative to W0, as one pair of factors for each weight.
 
-    All stages become one pair. A running stage that has trained counts as ended, as in `release`. The source and the
-    model are not changed.
+    A running stage that has trained counts as ended, as in `release`. The source and the model are not changed.
 
     Args:
-        source: a cascade, a checkpoint folder, a run folder of `lorasc-fx train`, or the folder of a LoRA adapter of
-            peft.
+        source: a cascade, a checkpoint folder, a run folder, or the folder of a LoRA adapter of peft.
         model: the base, not adapted. Required for an adapter of peft, and for a checkpoint in the middle of a stage. If
             it is given, buffers are compared with its buffers, and otherwise with the run's own base.
-        name: name of the source, for messages.
-        call: name of the user's call, for messages.
+        name, call: names of the source and of the user's call, for messages.
 
     Raises:
         SpecError: factors cannot express the change of some weights (DoRA, kept noise, parameters trained in full,
             buffers). The message names them all. Or the model is missing for an adapter of peft.
-        StateError: the model is missing for a checkpoint in the middle of a stage.
-        CheckpointError: there is no checkpoint, it is damaged, or the adapter is not for this model.
-        NonFiniteBranch: a running branch holds inf or nan.
+        StateError, CheckpointError, NonFiniteBranch: the source cannot be read, or is not for this model.
     """
     tensors = {} if model is None else {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if isinstance(source, (str, PathLike)) and (Path(source) / CONFIG).is_file():

@@ -37,12 +37,9 @@ KEEPS_NOISE = "it keeps the noise of a stage (noise.keep), which is not low-rank
 
 @dataclass(frozen=True)
 class CutOff:
-    """The error of reducing the rank of one weight's delta.
+    """The error of reducing the rank of one weight's delta from `before` to `after`.
 
-    Args:
-        before, after: the ranks.
-        error: Frobenius norm of the difference between the two deltas.
-        norm: Frobenius norm of the original delta.
+    `error` and `norm` are the Frobenius norms of the difference and of the original delta.
     """
 
     before: int
@@ -176,9 +173,8 @@ def residual_of(run: Run, view: Summed, rank: int) -> Change:
 def change_of(run: Run, view: Summed) -> Change:
     """Return the change of a cascade's weights relative to W0.
 
-    For the slow and averaged weights, a running stage that has trained counts as ended. If experts were summed into a
-    dense delta, it is factored at its numerical rank. The pair then has at most twice the size of the delta. Weights
-    with kept noise, which has full rank, are refused.
+    For the slow and averaged weights, a running stage that has trained counts as ended. Weights with kept noise, which
+    has full rank, are refused.
     """
     slow = run.slow if view == "fast" else ended(run, "export.peft")
     learners, change, parameters = run.learners(), Change(), run.parameters_by_name()

@@ -57,9 +57,8 @@ class Calls(TorchFunctionMode):
         names: name of each weight by its id.
 
     Attributes:
-        first: arguments of the first call of each module that holds one of the weights, by the module's first path.
-        reader: by weight, the class of the running module when torch computed a tensor from the weight while no module
-            that holds it was running.
+        first: arguments of the first call of each module that holds one of the weights, by path.
+        reader: by weight, the class of a module that read it while no module that holds it was running.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -109,8 +108,7 @@ def targets_of(
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
     """Return peft's targets for the weight of each site, and the reason for each weight that peft cannot adapt.
 
-    A tied weight has several targets. The model runs once on the arguments, without side effects. Each module that peft
-    would wrap also runs in fp64.
+    A tied weight has several targets. The model runs once on the arguments, without side effects.
     """
     sites, found, refused = list(sites), dict[str, tuple[Target, ...]](), dict[str, str]()
     calls = calls_of(model, [site.weight for site in sites], args, kwargs)
@@ -179,12 +177,7 @@ def _has_fast_path(module: nn.Module) -> bool:
 
 
 def fault_of(module: nn.Module, call: Call) -> str | None:
-    """Compare peft's layer of a module, unmerged and merged. Return the reason if they differ, otherwise None.
-
-    Args:
-        module: a module that peft adapts by its path.
-        call: arguments of a recorded call of the module.
-    """
+    """Compare peft's layer of a module, unmerged and merged, on a recorded call. Return the reason if they differ."""
     if getattr(module, "groups", 1) != 1:
         return "peft's adapter of a grouped convolution mixes the groups"
     peft = module_of("peft", "peft")
