@@ -186,22 +186,6 @@ def test_gradients_that_were_used_or_dropped(to_none: bool, stepped: bool) -> No
         assert parameter.grad is None
 
 
-@pytest.mark.parametrize("to_none", [True, False])
-def test_a_step_that_a_scaler_skipped(to_none: bool) -> None:
-    cascade, optimizer = adapted()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for bad in (False, True):
-        output = cascade(X)
-        scaler.scale(loss_of(output) * (float("inf") if bad else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    with unchanged(cascade, optimizer), raises(lx.StateError, "gradients-pending"):
-        cascade.transition(optimizer)
-    optimizer.zero_grad(set_to_none=to_none)
-    cascade.transition(optimizer)
-    assert cascade.stage == 2
-
-
 # ---- weights
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorasc_fx as lx
 from lorasc_fx.cascade import guards
@@ -125,26 +124,6 @@ def test_a_loaded_run(tmp_path: Path) -> None:
             del loaded
 
 
-@pytest.mark.parametrize("act", ["failing rewind", "failing transition", "cast"])
-def test_what_writes_the_branches_without_training(act: str) -> None:
-    """A rollback and a cast do not count as training, and do not hide it."""
-    for trains in (False, True):
-        model = net()
-        cascade, optimizer = adapted(QUIET, model)
-        step(cascade, optimizer)
-        cascade.transition(optimizer)
-        if trains:
-            step(cascade, optimizer)
-        if act == "cast":
-            cascade.double().float()
-        else:
-            held = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-            with pytest.raises(lx.StateError):
-                cascade.rewind(0, held) if act == "failing rewind" else cascade.transition(held)
-        with told("training of stage 2") if trains else told():
-            del cascade
-
-
 def test_what_is_released_or_gone_with_its_model_is_silent() -> None:
     model = net()
     with told():
@@ -175,23 +154,6 @@ def test_a_second_adapt_collects_the_first_cascade() -> None:
     with told("stage 1", anywhere=True):
         again, _ = adapted(QUIET, model)
     again.release()
-
-
-def test_while_a_program_is_traced() -> None:
-    """The finalizer computes nothing that the trace would record."""
-
-    def collects(x: torch.Tensor) -> torch.Tensor:
-        gc.collect()
-        return x * 2
-
-    model = net()
-    cascade, optimizer = adapted(NOISY, model)
-    step(cascade, optimizer)
-    cascade.cycle = [cascade]  # type: ignore[assignment]
-    del cascade
-    with told("stage 1", anywhere=True):
-        traced = make_fx(collects, pre_dispatch=True)(X)  # as torch.export traces
-    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_function", "output"]
 
 
 def test_copies() -> None:
