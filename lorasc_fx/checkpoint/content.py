@@ -26,7 +26,7 @@ from lorasc_fx.checkpoint.files import Tensors, is_storable, refusing, versions
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
-from lorasc_fx.shards import UNSHARDED, ProcessGroup, dtensor_like, local, local_like, shard_axis
+from lorasc_fx.shards import ProcessGroup, dtensor_like, local, shard_axis
 from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, StageEnd, Summed, WeightState
 from lorasc_fx.util.environment import generator_states, set_generator_states
 from lorasc_fx.util.undo import Undo, commit
@@ -245,7 +245,7 @@ class Stored:
     def on(self, bare: WeightState, history: History) -> WeightState:
         """Return the state of a weight without changes (`bare`) with these changes. `history` is that of the weight."""
         values = {name: getattr(self, name) for name in _STATE_FIELDS}
-        return replace(bare, **values, history=history, base=bare.base if self.base is None else self.base)
+        return replace(bare, **values, history=history)
 
 
 _STATE_FIELDS = [item.name for item in fields(Stored) if item.name != "base"]
@@ -382,23 +382,15 @@ class RunState:
                 setattr(branches[site.weight], name, nn.Parameter(value, False))
         return {**branches, **self.values}
 
-    def placed_like(self, taker: RunState) -> RunState:
-        """Return this state with the W0, the shards and the dtypes of another state of the same weights.
-
-        For a parameter trained in full, the W0 of this state is kept if it is known.
-        """
-        slow, states = taker.slow, {}
-        for name, state in self.slow.states.items():
-            states[name] = state.to_shard(slow.states[name].shard)
-            if not state.full or state.base.is_meta:
-                states[name] = replace(states[name], base=slow.states[name].base)
-        branches = {
-            weight: {name: local_like(value, taker.branches[weight][name]) for name, value in factors.items()}
-            for weight, factors in self.branches.items()
+    def on(self, slow: SlowWeights) -> Self:
+        """Return this state on the W0 and the grids of another state. A parameter trained in full keeps its own W0."""
+        if odd := sorted(slow.states.keys() ^ self.slow.states.keys()):
+            raise ValueError(f"the slow state and the cascade disagree about {odd[0]}")
+        states = {
+            name: state if state.full else replace(state, base=slow.states[name].base, grid=slow.states[name].grid)
+            for name, state in self.slow.states.items()
         }
-        values = {name: local_like(value, taker.values[name]) for name, value in self.values.items()}
-        placed = replace(self.slow, states=states, group=slow.group)
-        return replace(self, slow=placed, branches=branches, values=values)
+        return replace(self, slow=replace(self.slow, states=states))
 
 
 def is_saved(holder: Holder) -> bool:
@@ -413,23 +405,24 @@ def is_saved(holder: Holder) -> bool:
 # ---- from a file to a state
 
 
-def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunState:
-    """Return the state in a checkpoint.
-
-    Args:
-        taker: state of the cascade that is restored, with the same weights. The result gets its W0, shards and dtypes.
-            Without it, W0 is on the meta device, with the shapes in the plan.
+def decoded(content: Content, plan: Plan) -> RunState:
+    """Return the state in a checkpoint. W0 is on the meta device, except of parameters trained in full.
 
     Raises:
         ValueError, CheckpointError: weights are missing or unexpected, or the slow state of a weight is invalid.
     """
-    bare = {state.name: state for state in _bare(content, plan, taker)}
-    if odd := sorted((content.slow.keys() ^ bare.keys()) | (plan.by_weight.keys() - content.slow.keys())):
-        raise ValueError(f"the slow state and the plan disagree about {odd[0]}")
-    history = History(content.history)
-    states = {name: stored.on(bare[name], history) for name, stored in content.slow.items()}
-    for name, weight in states.items():
-        if faults := weight.faults():
+    history, states = History(content.history), dict[str, WeightState]()
+    for name, stored in content.slow.items():
+        if stored.base is not None:
+            bare = WeightState(name, stored.base, full=True).bare()
+        elif (site := plan.by_weight.get(name)) is not None:
+            base = torch.empty(site.shape, device="meta")
+            grid = site.options.grid
+            bare = WeightState(name, base, site.experts is not None, site.layout == "in_out", grid=grid)
+        else:  # a weight that only has noise
+            bare = WeightState(name, torch.empty((0,), device="meta"))
+        states[name] = stored.on(bare, history)
+        if faults := states[name].faults():
             code = "non-finite" if "inf or nan" in faults[0] else None
             raise CheckpointError(f"slow/{name} {faults[0]}", code=code)
     slow = SlowWeights(states, content.idle, history=history)
@@ -438,8 +431,7 @@ def decoded(content: Content, plan: Plan, taker: RunState | None = None) -> RunS
         start = slow.started(name).dense_in("fast")
         if start is not None and not slow.moved({name: value}):
             values[name] = start  # the value only differs by rounding: the cascade was saved in another dtype
-    state = RunState(plan, slow, content.branch, values, content.buffer)
-    return state if taker is None else state.placed_like(taker)
+    return RunState(plan, slow, content.branch, values, content.buffer)
 
 
 def check_branches(content: Content, plan: Plan) -> None:
@@ -451,32 +443,6 @@ def check_branches(content: Content, plan: Plan) -> None:
     for key, shape in shapes.items():
         if tuple(found[key].shape) != shape:
             raise ValueError(f"branch/{'/'.join(key)} is {tuple(found[key].shape)}, but must be {shape}")
-
-
-def _bare(content: Content, plan: Plan, taker: RunState | None) -> list[WeightState]:
-    """Return the states of full weights without experts or values, for the weights of `taker`, otherwise of the plan.
-
-    A parameter trained in full has no shape in the plan. Without `taker`, its shape is the shape of its tensor.
-    """
-    if taker is not None:
-        states = taker.slow.states.values()
-        shapes = [state.shard.full_shape(state.base.shape) for state in states]
-        bases = [
-            torch.empty(shape, dtype=state.base.dtype, device="meta")
-            for shape, state in zip(shapes, states, strict=True)
-        ]
-        return [replace(state, shard=UNSHARDED).bare(base) for state, base in zip(states, bases, strict=True)]
-    bare = []
-    for name, stored in content.slow.items():
-        if stored.base is not None:
-            bare.append(WeightState(name, stored.base, full=True).bare())
-        elif (site := plan.by_weight.get(name)) is not None:
-            base = torch.empty(site.shape, device="meta")
-            grid = site.options.grid
-            bare.append(WeightState(name, base, site.experts is not None, site.layout == "in_out", grid=grid))
-        else:
-            bare.append(WeightState(name, torch.empty((0,), device="meta")))
-    return bare
 
 
 # ---- restore a run

@@ -77,10 +77,10 @@ class Checkpoint:
         """Convert errors inside the block to CheckpointErrors that name this checkpoint."""
         return refusing(self.path, self.advice)
 
-    def decoded(self, taker: RunState | None = None) -> RunState:
-        """Return the state in this checkpoint, see `content.decoded`. Raises CheckpointError if it does not fit."""
+    def decoded(self) -> RunState:
+        """Return the state in this checkpoint, see `content.decoded`. Raises CheckpointError if it is invalid."""
         with self.refusing():
-            return decoded(self.content, self.plan, taker)
+            return decoded(self.content, self.plan)
 
     def with_learners(self) -> tuple[RunState, dict[str, Learner]]:
         """Return the state in this checkpoint, and the learners of its running stage by weight, without a model."""
@@ -230,9 +230,9 @@ def check_ties(checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]]) 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
     """Restore the plan and the state of a checkpoint in a cascade with the same sites, as part of a transaction."""
-    state = checkpoint.decoded(RunState.of(run))
+    state = checkpoint.decoded()
     with checkpoint.refusing():
-        install(run, state, undo)
+        install(run, state.on(run.slow), undo)
     if run.digests:
         base = checkpoint.content.base
         # Assign a new dict, because a rollback restores the old one.

@@ -566,13 +566,12 @@ class WeightState(Tree):
         ends = {number: value for number, value in self.ends.items() if number <= stage}
         return replace(self, experts=experts, history=history, dense=dense, ends=ends, noises=noises, initial=None)
 
-    def bare(self, base: torch.Tensor | None = None) -> WeightState:
-        """Return the state before the first stage: W0 without changes. `base` replaces W0."""
-        base = self.base if base is None else base
+    def bare(self) -> WeightState:
+        """Return the state before the first stage: W0 without changes."""
         state = WeightState(
-            self.name, base, self.stacked, self.transposed, shard=self.shard, full=self.full, grid=self.grid
+            self.name, self.base, self.stacked, self.transposed, shard=self.shard, full=self.full, grid=self.grid
         )
-        return state.holding(base) if self.full else state
+        return state.holding(self.base) if self.full else state
 
     @property
     def matrix(self) -> tuple[int, ...]:
