@@ -82,6 +82,7 @@ class Tree:
             )
 
         mapped: Self = rebuild(self)
+        done.clear()  # the two functions refer to each other, and would keep the tensors until a garbage collection
         return mapped
 
 

@@ -48,9 +48,9 @@ def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
     if state.full or state.grid or is_quantized(state.base) or not state.changed:
         return None
     part = state.sampled(ROWS)
-    exact = part.exact(view, torch.float64)
-    base = part.base.double()
-    return Kept.of(exact - base, exact.to(part.base.dtype).double() - base)
+    change = part.exact(view, torch.float64)
+    stored = change.to(part.base.dtype).double().sub_(part.base)
+    return Kept.of(change.sub_(part.base), stored)
 
 
 def sample(states: Iterable[WeightState]) -> dict[str, Kept]:

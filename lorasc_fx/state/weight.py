@@ -675,6 +675,7 @@ class WeightState(Tree):
         """Return the state of some rows of the weight, evenly spaced, without kept noise."""
         along = 1 if self.stacked else 0
         count = self.base.shape[along]
+        rows = max(1, rows // self.base.shape[0]) if self.stacked else rows  # a stack may have hundreds of matrices
         index = torch.arange(0, count, max(1, count // rows))
 
         def take(value: torch.Tensor, side: Side) -> torch.Tensor:
