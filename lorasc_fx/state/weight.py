@@ -676,11 +676,11 @@ class WeightState(Tree):
         along = 1 if self.stacked else 0
         count = self.base.shape[along]
         rows = max(1, rows // self.base.shape[0]) if self.stacked else rows  # a stack may have hundreds of matrices
-        index = torch.arange(0, count, max(1, count // rows))
 
         def take(value: torch.Tensor, side: Side) -> torch.Tensor:
             axis = side.axis(along, self.stacked, self.transposed)
-            return value if axis is None else value.index_select(axis, index.to(value.device))
+            index = torch.arange(0, count, max(1, count // rows), device=value.device)
+            return value if axis is None else value.index_select(axis, index)
 
         return replace(self, noises=()).map(take)
 
