@@ -1,0 +1,123 @@
+"""`python -m experiments.rounding [run | page]`: what folds into few bits lose, on SmolLM2-135M, for docs/numerics.md.
+
+The base is rounded to the grid first. Then the last layers are trained in fp32. The adapter stays apart, or it is merged
+once, or after each of three stages, whose fresh branches train on the rounded weights, or it is trained on the grid.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorasc_fx as lx
+from experiments.evidence.methods import METHODS, Method
+from experiments.evidence.runs import PROTOCOL
+from experiments.evidence.tasks import TASKS, Task, measure
+from experiments.evidence.train import train
+
+RESULTS, PAGE = Path(__file__).with_name("rounding.jsonl"), Path(__file__).parents[1] / "docs" / "numerics.md"
+NAMES, RATES, SEEDS = ("extract", "r8"), (0.00125, 0.0025, 0.005), (0, 1, 2)
+START, END = "<!-- rounding -->", "<!-- end of rounding -->"
+
+
+def int4(weight: Tensor) -> Tensor:
+    """Round to 15 values in groups of 32 inputs."""
+    groups = weight.reshape(-1, 32)
+    scale = groups.abs().amax(1, keepdim=True).clamp_min(1e-12) / 7
+    return ((groups / scale).round() * scale).view(weight.shape)
+
+
+def nvfp4(weight: Tensor) -> Tensor:
+    """Round as torchao's NVFP4 does: 4-bit floating-point numbers in groups of 16, with scales in fp8."""
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    half = weight.to(torch.bfloat16)
+    scale = per_tensor_amax_to_scale(half.abs().amax())
+    return NVFP4Tensor.to_nvfp4(half, per_tensor_scale=scale).dequantize().to(weight.dtype)
+
+
+GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"bf16": lx.spec.GRIDS["bfloat16"], "int4": int4, "nvfp4": nvfp4}
+
+
+def rounded(state: dict[str, Tensor], grid: str) -> dict[str, Tensor]:
+    """Return weights whose matrices, except the head, are rounded to a grid."""
+    return {
+        name: GRIDS[grid](value) if value.dim() == 2 and "head" not in name else value for name, value in state.items()
+    }
+
+
+def trained(task: Task, state: dict[str, Tensor], spec: dict[str, Any], rate: float, seed: int, steps: int) -> Any:
+    """Train one branch of LoRA; return the weights, and what they give on the validation examples."""
+    model = task.model()
+    model.load_state_dict(state)
+    training = tomllib.loads(PROTOCOL.read_text(encoding="utf-8"))["training"] | {"steps": steps}
+    examples = task.pool.at(torch.randperm(len(task.pool), generator=torch.Generator().manual_seed(seed))[:200])
+    method: Method = METHODS["lora"]
+    method = Method(method.about, spec={"pace": 1.0, **spec})
+    return train(task, examples, model.requires_grad_(True), method, training, rate, seed, {})
+
+
+def run(name: str, seed: int, steps: int = 40) -> list[dict[str, Any]]:
+    """Return the rows of a task and a seed: loss and exact match of each way and grid."""
+    torch.set_num_threads(1)
+    task = TASKS[name]()
+    start = {key: value.detach().clone() for key, value in task.model().state_dict().items()}
+    tries = {rate: trained(task, start, {}, rate, 100, steps)[1]["loss"] for rate in RATES}
+    rate = min(tries, key=lambda each: tries[each])
+
+    def row(grid: str, way: str, state: dict[str, Tensor]) -> dict[str, Any]:
+        model: nn.Module = task.model()
+        model.load_state_dict(state)
+        return {"task": name, "seed": seed, "rate": rate, "grid": grid, "way": way, **measure(model.eval(), task.test)}
+
+    rows = [row("fp32", "start", start)]
+    for grid, function in GRIDS.items():
+        base = rounded(start, grid)
+        apart, _ = trained(task, base, {}, rate, seed, steps)
+        stages = base
+        for number in range(3):
+            stages = rounded(trained(task, stages, {}, rate, seed + 10 * number, steps // 3)[0], grid)
+        on_grid, _ = trained(task, base, {"grid": function}, rate, seed, steps)
+        rows += [row(grid, "start", base), row(grid, "unmerged", apart), row(grid, "merged once", rounded(apart, grid))]
+        rows += [row(grid, "merged per stage", stages), row(grid, "trained on the grid", on_grid)]
+    return rows
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the table: means over seeds."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    table = frame.pivot_table(index=["grid", "way"], columns="task", values=["loss", "accuracy"], sort=False)
+    yield "| grid | weights | " + " | ".join(f"{name}: loss | exact" for name in NAMES) + " |"
+    yield "|---|---|" + "---|---|" * len(NAMES)
+    for (grid, way), means in table.iterrows():
+        cells = " | ".join(f"{means['loss', name]:.3f} | {means['accuracy', name]:.2f}" for name in NAMES)
+        yield f"| {grid} | {way} | {cells} |"
+
+
+def main(arguments: list[str]) -> int:
+    """Make the runs, or write the page."""
+    if arguments == ["run"]:
+        jobs = [(name, seed) for name in NAMES for seed in SEEDS]
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(run, *zip(*jobs, strict=True)))
+        RESULTS.write_text("".join(f"{json.dumps(row)}\n" for rows in found for row in rows), encoding="utf-8")
+    rows = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n" + "\n".join(lines(rows)) + f"\n{END}{after}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
