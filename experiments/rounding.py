@@ -1,7 +1,8 @@
 """`python -m experiments.rounding [run | page]`: what folds into few bits lose, on SmolLM2-135M, for docs/numerics.md.
 
 The base is rounded to the grid first. Then the last layers are trained in fp32. The adapter stays apart, or it is
-merged once, or after each of three stages, whose fresh branches train on the rounded weights, or it is trained on the grid.
+merged once, or after each of three stages, whose fresh branches train on the rounded weights, or it is trained on the
+grid.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from lorasc_fx.check.projections import PROJECTIONS, autograd_edges, backward_no
 from lorasc_fx.quantized import QuantizedLinear
 from lorasc_fx.signature import copy_inputs
 from lorasc_fx.util.environment import OUT_OF_MEMORY
-from lorasc_fx.util.torch_private import FakeTensor, saved_tensors_hooks
+from lorasc_fx.util.torch_private import FakeTensor, import_dynamo, saved_tensors_hooks
 from lorasc_fx.util.undo import Block, isolated
 
 T = TypeVar("T")
@@ -145,6 +145,7 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
 def _use_observed(undo: Block, model: nn.Module, use: _AutogradUse) -> None:
     """Context manager: let `use` observe torch functions, reads of the gradient mode, and quantized layers."""
     undo.enter(use)
+    import_dynamo()
     is_grad_enabled = torch.is_grad_enabled
 
     def read() -> bool:

@@ -61,6 +61,10 @@ def frame_callback() -> Any:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback()
 
 
+def import_dynamo() -> None:
+    """Import dynamo. Its tables know functions of torch by identity, also after one was replaced for a while."""
+
+
 def lookup_backend(name: Any) -> Any:
     """Return a backend of torch.compile by its name, to pass a graph on to it. Imports dynamo."""
     return torch._dynamo.lookup_backend(name)

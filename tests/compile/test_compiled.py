@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -166,3 +168,14 @@ def test_torch_fx_cannot_trace_a_cascade() -> None:
     with raises(lx.CaptureError, "not-available", "folded_graph"):
         fx.symbolic_trace(cascade)
     assert isinstance(fx.symbolic_trace(cascade.folded_graph()), fx.GraphModule)
+
+
+def test_dynamo_knows_functions_that_adapt_replaces_for_a_while() -> None:
+    """In a process where nothing has imported dynamo before, as its tables hold torch's functions by identity."""
+    script = """
+import torch, lorasc_fx as lx
+cascade = lx.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
+asks = torch.compile(lambda x: x + torch.is_grad_enabled(), backend="eager", fullgraph=True)
+assert asks(torch.ones(2)).tolist() == [2.0, 2.0]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
     "folded_state_dict": lambda cascade, _, __: cascade.folded_state_dict(),
     "folded_graph": lambda cascade, _, __: cascade.folded_graph(),
     "release": lambda cascade, _, __: cascade.release(),
+    "kept": lambda cascade, _, __: cascade.kept(),
     "param_groups": lambda cascade, _, __: cascade.param_groups(lr=1.0),
     "stages": lambda cascade, optimizer, __: cascade.stages(2, optimizer),
     "transition": lambda cascade, optimizer, __: cascade.transition(optimizer),

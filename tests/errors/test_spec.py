@@ -24,7 +24,7 @@ from tests.options import page
 FIELDS = (
     "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, "
     "train_A, lr_ratio, average, placement, pace, "
-    "restart, noise, restart_factors, start, optimizer_state, slow_train, seed"
+    "restart, noise, restart_factors, start, optimizer_state, slow_train, grid, seed"
 )
 KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
@@ -62,6 +62,7 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "adapter, noise.keep, noise.strength": {"adapter": "dora", "noise": KEPT},
     "adapter, average": {"adapter": "dora", "average": True},
     "adapter, placement": {"adapter": "dora", "placement": "beside"},
+    "grid, placement, dropout, start, restart_factors, noise.keep": {"grid": "bfloat16", "dropout": 0.1},
     "adapter, lora_alpha": {"adapter": "vera", "lora_alpha": 4.0},
     "adapter, use_rslora": {"adapter": "vera", "use_rslora": True},
     "adapter, start": {"adapter": "lora-xs", "start": "pissa"},

@@ -231,6 +231,7 @@ def test_a_fold_that_leaves_the_dtype_is_refused(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.filterwarnings("ignore:.*the rounding of 0.weight keeps")  # by less than the last bit
 def test_what_stays_inside_the_dtype_is_folded(dtype: torch.dtype) -> None:
     """Up to the largest number, and by less than its last bit: no fold is refused that rounds to a finite number."""
     limits = torch.finfo(dtype)

@@ -236,12 +236,12 @@ def delete(tensors: dict[str, Tensor], key: str) -> None:
 
 
 DAMAGE: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
-    "no values": (delete, {}, ("invalid-adapter", "embed.token_adapter")),
+    "no values": (delete, {}, ("adapter-does-not-fit", "embed.token_adapter")),
     "too few rows": (lambda each, key: each.update({key: each[key][:2]}), {}, ("adapter-does-not-fit", "[2, 6]")),
     "nan": (lambda each, key: each.update({key: each[key] * torch.nan}), {}, ("non-finite", "token_adapter")),
     "a row beyond": (lambda *_: None, {"embed": [1, 2, 11], "head": [1]}, ("adapter-does-not-fit", "11")),
     "another module": (lambda *_: None, {"middle.act": [1]}, ("adapter-does-not-fit", "middle.act")),
-    "rows twice": (lambda *_: None, {"embed": [1, 1, 2]}, ("invalid-adapter", "embed")),
+    "rows twice": (lambda *_: None, {"embed": [1, 1, 2]}, ("adapter-does-not-fit", "embed")),
 }
 
 
