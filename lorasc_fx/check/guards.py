@@ -62,7 +62,7 @@ _PLAIN = (
 _VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
 _OBJECTS = (nn.Module, torch.Tensor, dict, list, set, type, types.FunctionType, types.BuiltinFunctionType)
 """Types that dynamo can compare while it traces: `_VALUES` by `==`, `_OBJECTS` by identity."""
-OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", "lightning", "pytorch_lightning", *sys.stdlib_module_names}
+OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", *sys.stdlib_module_names}
 """Packages whose objects are guarded by identity alone. They are counters, loggers and locks, not settings of a model.
 """
 

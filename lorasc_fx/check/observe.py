@@ -244,7 +244,7 @@ def _custom_functions(nodes: set[object]) -> tuple[set[str], bool]:
     return phrases, bool(reentrant)
 
 
-_HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate", "lightning", "pytorch_lightning"}
+_HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate"}
 """Packages whose hooks have no side effects that a graph would lose: they prepare state for the same forward, or count.
 """
 
