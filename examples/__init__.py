@@ -1,1 +1,1 @@
-"""Runnable examples. The tests run them."""
+"""Runnable examples."""

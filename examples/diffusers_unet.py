@@ -1,6 +1,7 @@
 """Train the attention of a UNet as in diffusers' LoRA scripts, with a cascade instead of `unet.add_adapter`.
 
-Takes a few seconds: the UNet is tiny, and latents and texts are random. Needs diffusers (tested with 0.42.1) and peft.
+Takes a few seconds: the UNet is tiny, and latents and texts are random. Needs diffusers (last run with 0.42.1) and
+peft.
 """
 
 from __future__ import annotations

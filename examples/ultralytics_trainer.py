@@ -1,7 +1,7 @@
 """Train a YOLO in stages of one epoch with a custom trainer of ultralytics, on tiny images of colored squares.
 
-Takes about a minute on a CPU. Needs ultralytics (tested with 8.4.190). Nothing is downloaded: the model is built from
-its yaml.
+Takes about a minute on a CPU. Needs ultralytics (last run with 8.4.190). Nothing is downloaded: the model is built
+from its yaml.
 """
 
 from __future__ import annotations

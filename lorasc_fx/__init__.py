@@ -4,8 +4,7 @@
 deltas of the branches is merged into the slow weights, and new branches start.
 
 Less common names are in submodules: errors of passes in `passes`, `ExportError` in `export`, the warning category and
-`MissingExtra` in `errors`, reasons of refusals and options of sites in `plan`, helpers of training loops in
-`schedules`.
+`MissingExtra` in `errors`, reasons of refusals and options of sites in `plan`.
 """
 
 from lorasc_fx import errors as errors

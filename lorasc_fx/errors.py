@@ -85,7 +85,7 @@ CODES = {
     "optimizer-differs": "the optimizer or scheduler differs from the saved one, or does not suit the spec",
     "optimizer-lacks-parameters": "the optimizer does not contain all trained parameters",
     "other-versions": "(warning) a checkpoint was written with other library versions",
-    "pass-order": "passes cannot run in this order",
+    "pass-order": "passes cannot be sorted by their requirements",
     "path-in-the-way": "the path to write exists and is something else",
     "quantized-left-out": "(warning) quantized weights cannot be adapted and are not changed",
     "quantized-not-supported": "a quantized weight cannot store the result, or was not re-quantized",
@@ -111,8 +111,8 @@ CODES = {
     "unknown-stage": "a stage has not ended in this cascade, or its weights are no longer stored",
     "unknown-target": "a pattern matches no weight",
     "unreadable-file": "a file does not exist or cannot be read",
-    "weights-changed-outside": "something outside this package changed a weight, a submodule or the base file",
-    "wrapper-not-supported": "another library shards, copies or averages the parameters of the cascade",
+    "weights-changed-outside": "something outside this package changed a weight or a submodule",
+    "wrapper-not-supported": "a wrapper copies the cascade, or does not average all of its gradients",
     "write-failed": "a path cannot be written, or writing was interrupted. The previous content is unchanged",
     "wrong-function-result": "a function, module or pass of the user cannot be called, or returns the wrong type",
 }
@@ -169,7 +169,7 @@ class NoSites(PassError, SpecError):
 
 
 class PassOrderError(PassError):
-    """Passes cannot run in the given order, or in any order."""
+    """A Pipeline has no pass, or its passes cannot be sorted by their requirements."""
 
     code = "pass-order"
 

@@ -1,6 +1,6 @@
 """The class `lorasc_fx.Cascade`: a cascade with the methods that other libraries expect of a model.
 
-Users pass a cascade instead of a model to peft, timm, transformers, accelerate and the Hugging Face Hub.
+Users pass a cascade instead of a model to code for peft, transformers, TRL, timm, accelerate and others.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ GRIDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     str(dtype).removeprefix("torch."): lambda weight, dtype=dtype: weight.to(dtype).to(weight.dtype)  # type: ignore[misc]
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 }
-"""Functions that round a weight [out, in], or a kernel [out, in, ...], by the value of `CascadeSpec.grid`."""
+"""Functions that round a weight as it is stored, or a kernel [out, in, ...], by the value of `CascadeSpec.grid`."""
 
 OWN_GRID = "own"
 """The value of `CascadeSpec.grid` for the grid of each quantized weight."""
@@ -48,9 +48,10 @@ def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -
 
     Args:
         name: the name. A function that is given as `CascadeSpec.grid` has its qualified name.
-        function: returns a weight [out, in], or the kernel of a convolution [out, in/groups, *kernel], rounded to the
-            nearest values of a grid, in the same shape and dtype. Each expert of a stack is given alone. It must
-            compute the same in each call, and must not write to its argument.
+        function: returns a weight as it is stored ([out, in], or [in, out] in transformers' Conv1D), or the kernel of a
+            convolution [out, in/groups, *kernel], rounded to the nearest values of a grid, in the same shape and dtype.
+            Each expert of a stack is given alone. It must compute the same in each call, and must not write to its
+            argument.
 
     Raises:
         SpecError: the name is empty, or has another function already.

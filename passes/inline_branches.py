@@ -42,8 +42,8 @@ class InlineBranches(CascadePass):
     they were changed, it raises VerifyError and says how.
 
     Raises:
-        PassError: the graph module reads a live model, a branch has dropout in train mode, or its method has no plain
-            formula, such as DoRA and branches of stacked experts.
+        PassError: the graph module reads a live model, or a branch has dropout in train mode, trains on a grid, or has
+            no plain formula, such as DoRA and branches of stacked experts.
     """
 
     name: ClassVar[str] = "inline-branches"

@@ -44,8 +44,8 @@ def adapt(
 
     Args:
         model: an nn.Module, a GraphModule or an ExportedProgram, with all its values.
-        args, kwargs: example inputs. Their types matter, their sizes do not. The model runs on them a few times, and is
-            compared with its graph. These runs have no side effects.
+        args, kwargs: example inputs. Their types matter, their sizes do not. The model runs on them at least once, and
+            is compared with its graph. These runs have no side effects.
         spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
             configuration, the other options have the defaults of `CascadeSpec`.
         frontend: `export` for a graph of torch.export, `eager` to run the model itself, or `auto` for the first one
@@ -184,7 +184,7 @@ def _warn_about_quantized_weights(cascade: Cascade) -> None:
         if refusal.reason in (Reason.QUANTIZED, Reason.NOT_FLOATING) and refusal.weight not in complex_weights
     }
     left_out = [*refused, *quantized_in({name: parameters[name] for name in cascade.unreached})]
-    # Layers of other libraries (GPTQ, AWQ) hold packed integers in buffers whose names contain `weight`.
+    # Layers of other libraries, such as GPTQ, hold packed integers in buffers whose names contain `weight`.
     packed = {
         name: buffer
         for name, buffer in cascade.model.named_buffers()

@@ -373,7 +373,7 @@ class AdapterBank:
                 f"{cache if ARGUMENT in reason else ''}",
                 code="no-graph",
             )
-        if not self._decided.plan.sites:  # the first graph fixes the sites, because the slots have their shapes
+        if not self._decided.plan.sites:  # the first graph fixes the sites, because adapters have their shapes
             targets = tuple(site.weight for site in result.plan.sites)
             plan = replace(result.plan, spec=replace(result.plan.spec, targets=targets))
             self._decided = Decided(plan, result.branches, result.refusals, result.unreached)

@@ -503,7 +503,7 @@ class Branch(nn.Module, abc.ABC):
         if self.grid:
             raise PassError(
                 f"{site.weight} trains on grid={self.grid!r}, and the sum of a weight and a branch that is an input of "
-                "the graph is not rounded. Omit the site (sites=...), or release the run",
+                "the graph is not rounded. Exclude the site, or release the run",
                 code="input-not-supported",
             )
         values = {name: full_tensor(self.get_parameter(name).detach()) for name in self.shapes(site)}

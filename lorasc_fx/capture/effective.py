@@ -4,7 +4,7 @@ It is used for models that run eagerly instead of as a graph. A module reads its
 which returns an `AdaptedWeight` instead of the parameter: a tensor that computes its branch beside the op, by the table
 of forms.
 
-torch.utils.checkpoint, reversible blocks, adjoint methods and hooks run code of the model in backward, long after the
+torch.utils.checkpoint, reversible blocks and hooks run code of the model in backward, long after the
 call. So the branch is computed each time that a module reads its parameter: checkpointed regions then store nothing of
 it, and each inner backward has its own autograd graph. Two kinds of reads get the effective weight: reads inside a
 running call, and reads in the backward of a node that a call has created. All other reads get the parameter itself.

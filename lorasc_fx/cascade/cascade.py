@@ -406,14 +406,15 @@ class CascadeModule(nn.Module):
 
         Args:
             quantized: how to treat quantized weights that have trained. `dequantize` leaves them dense. `requantize`
-                quantizes them again with the settings of their layer (bitsandbytes). A callable gets each
-                module with its dense weight and quantizes it in place, for example torchao's
-                `lambda module: quantize_(module, config)`. The relative rounding error is logged. None raises.
+                quantizes them again with their settings (bitsandbytes, torchao); it is the default with grid="own". A
+                callable gets each module with its dense weight and quantizes it in place, for example torchao's
+                `lambda module: quantize_(module, config)`. The share of the change that is kept is logged. None raises
+                without that grid.
             view: `slow` or `averaged`, as in `weights`.
 
         Raises:
             StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if
-                quantized weights have trained and `quantized` is None.
+                quantized weights have trained, and nothing says how to treat them.
             SpecError: `quantized` is invalid.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow.
         """

@@ -47,7 +47,7 @@ class PeftAdapter:
     Args:
         folder: the folder of the adapter.
         ranks: rank of each adapted weight.
-        cut: error of each weight whose rank `max_rank` reduced.
+        cut: error of each weight whose rank `max_rank` or `residual` reduced.
         saved: paths of the modules that were saved completely.
     """
 

@@ -21,7 +21,6 @@ MODULES = {
     "passes": ROOT / "passes" / "__init__.py",
     "plan": PACKAGE / "plan.py",
     "recipes": PACKAGE / "recipes.py",
-    "schedules": PACKAGE / "schedules.py",
 }
 """Public modules, beside the package itself and the integrations."""
 TABLES = {"ModelConfig": "model", "DataConfig": "data", "StagesConfig": "stages", "CompareConfig": "compare"}
@@ -129,7 +128,8 @@ def keys() -> str:
         lines.append("")
     train = (
         "The keys of transformers' [TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer), "
-        "or for a language model of TRL's [SFTConfig](https://huggingface.co/docs/trl/sft_trainer), but `output_dir`."
+        "or for a language model of TRL's [SFTConfig](https://huggingface.co/docs/trl/sft_trainer), except `output_dir`"
+        " and `dataloader_drop_last`."
     )
     lines += ["## [train]", "", train, ""]
     spec = "The fields of [CascadeSpec][lorasc_fx.CascadeSpec]; `[spec.noise]` those of [Noise][lorasc_fx.Noise]."

@@ -28,7 +28,7 @@ CLASSES = {
     "CaptureError": "Check that the model runs on the example inputs. If every front end fails, change the model where "
     "the message says, or adapt a part of it",
     "PassError": "Run the passes that the message names first",
-    "PassOrderError": "Put each pass after the passes that provide its requirements",
+    "PassOrderError": "Give the passes in their order, and order='given'",
     "VerifyError": "Fold the branches before you edit a graph, then adapt it again",
     "StateError": "First do what the message says",
     "NonFiniteBranch": "Nothing was folded: the slow weights and the last checkpoint are still finite",
