@@ -61,9 +61,16 @@ def eager(undo: Block) -> None:
         higher_order._hop_compile_and_call = partial(_with_compiler, compile_body)
 
 
+_IS_GRAD_ENABLED = torch.is_grad_enabled
+"""The function of torch, which `observe` replaces for a while."""
+
+
 def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a control flow op outside of the modes of this package, because dynamo cannot compile its body under them."""
     with contextlib.ExitStack() as stack:
+        # Dynamo builds tables with torch's functions when it first compiles. They must not hold a replaced function.
+        stack.callback(setattr, torch, "is_grad_enabled", torch.is_grad_enabled)
+        torch.is_grad_enabled = _IS_GRAD_ENABLED
         stack.enter_context(torch.compiler.set_stance("default"))
         while isinstance(_python_dispatch._get_current_dispatch_mode(), ObserverMode):
             stack.enter_context(_python_dispatch._pop_mode_temporarily())
