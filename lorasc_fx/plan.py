@@ -227,5 +227,5 @@ def _check_site(site: Site) -> None:
         raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
     if fault := site.options.method.fault(site):
         raise ValueError(f"{site.weight} {fault}")
-    if site.placement not in site.options.method.placements:
+    if site.placement not in {*site.options.method.placements, *(["weight"] if site.options.grid else [])}:
         raise ValueError(f"placement is {site.placement}, which adapter {site.options.adapter} does not support")

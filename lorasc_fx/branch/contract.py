@@ -20,16 +20,17 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.grid import Through, arithmetic, rounded, scale_rows, step
+from lorasc_fx.branch.grid import Through, arithmetic, rounded, scale_rows, step, step_on_grid
 from lorasc_fx.branch.placements import ConvCall, Placement
 from lorasc_fx.branch.products import PRODUCTS, with_strides
 from lorasc_fx.errors import PassError, SpecError
 from lorasc_fx.parameters import shallow
 from lorasc_fx.plan import Plan, Refusal, Site
-from lorasc_fx.quantized import dense
+from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
+from lorasc_fx.util.torch_private import disable_dynamo
 
 
 class Side(Enum):
@@ -171,7 +172,7 @@ class _InPlace:
     """A weight that is in place, as a `StartWeight`."""
 
     weight: torch.Tensor
-    shard: ShardSpec = UNSHARDED
+    shard: ShardSpec
 
     def exact(self) -> torch.Tensor:
         return self.weight.to(arithmetic(self.weight.dtype))
@@ -258,7 +259,7 @@ class Branch(nn.Module, abc.ABC):
         self.scale = site.scale
         self.transposed = site.layout == "in_out"
         self.dropout = site.dropout
-        self.grid = site.options.grid_of(like)
+        self.grid, self.quantized = site.options.grid_of(like), is_quantized(like)
         trained = {name: row for name, row in self.table(site).items() if row.trained}
         self._trainable = frozenset(trained)
         self.zeros = tuple(name for name, row in trained.items() if row.initial == 0)
@@ -269,7 +270,8 @@ class Branch(nn.Module, abc.ABC):
                     "Give another name"
                 )
             setattr(self, name, nn.Parameter(value, requires_grad=name in self._trainable))
-        if self.grid and not like.is_meta and not torch.isfinite(rounded(self.grid, dense(like), like)).all():
+        known = not like.is_meta and any(like.stride())  # a checkpoint gives one zero, expanded to the shape
+        if self.grid and known and not rounded(self.grid, dense(like), like, self.kind == "experts").isfinite().all():
             raise SpecError(
                 f"grid={self.grid!r} makes {site.weight} inf or nan. Exclude it (exclude=({site.weight!r},)), or give "
                 "another grid",
@@ -440,32 +442,34 @@ class Branch(nn.Module, abc.ABC):
             return weight
         return with_strides(weight + self.dense_delta(weight).to(weight.dtype), weight)
 
-    def on_grid(self, weight: torch.Tensor, expert: int | torch.Tensor | None = None) -> torch.Tensor:
+    def on_grid(self, weight: torch.Tensor) -> torch.Tensor:
         """Return weight plus delta on the grid of the site, in the layout and dtype of the weight.
 
         For a quantized weight, this includes the deltas of earlier stages.
-
-        Args:
-            weight: the weight, or the matrix of one expert.
-            expert: index of this expert in the stack. None for the full weight.
         """
         if not self.scale:  # inside `cascade.weights(...)`, branches add nothing
             return weight
+        return self._quantized_on_grid(weight) if self.quantized else self._on_grid(weight)
+
+    @disable_dynamo  # which takes a quantized weight for a plain tensor
+    def _quantized_on_grid(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._on_grid(weight)
+
+    def _on_grid(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             value = dense(weight)
             delta = self.delta(value.to(arithmetic(value.dtype)) if self.uses_weight else None)
-            if isinstance(delta, Factors) and expert is not None:
-                delta = Factors(delta.b[expert], delta.a[expert])
             with torch.no_grad():
                 for pair in self.earlier:
                     value = step(value, (pair.b, pair.a))
-                gain = self.gain(_InPlace(value))
+                gain = self.gain(_InPlace(value, UNSHARDED)) if self.magnitude else None
                 if isinstance(delta, torch.Tensor):
-                    value = step(value, None, delta)
+                    factors, change = None, delta
                 else:
-                    pair = delta if gain is None else delta.with_rows(gain, self.transposed)
-                    value = step(value, (pair.b, pair.a), gain=gain, transposed=self.transposed)
-                value = rounded(self.grid, value, weight, self.kind == "experts" and expert is None)
+                    scaled = delta if gain is None else delta.with_rows(gain, self.transposed)
+                    factors, change = (scaled.b, scaled.a), None
+                stacked = self.kind == "experts"
+                value = step_on_grid(value, factors, change, gain, self.transposed, self.grid, weight, stacked)
             if gain is not None:
                 source = self.adapted(weight, torch.tensor(self.scale, device=weight.device))
             else:

@@ -104,6 +104,48 @@ def rounded(grid: str, value: torch.Tensor, weight: torch.Tensor, stacked: bool 
     return _laid_out(result, value)
 
 
+def step_on_grid(
+    value: torch.Tensor,
+    pair: tuple[torch.Tensor, torch.Tensor] | None,
+    dense: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    transposed: bool,
+    grid: str,
+    weight: torch.Tensor,
+    stacked: bool,
+) -> torch.Tensor:
+    """Return `rounded(step(...))`, with the arguments of both, as one op for compilers.
+
+    The op takes no quantized weights. Exported programs have plain operations, because other tools lack the op.
+    """
+    if is_quantized(weight) or torch.compiler.is_exporting():
+        return rounded(grid, step(value, pair, dense, gain, transposed), weight, stacked)
+    b, a = pair or (None, None)
+    on_grid: torch.Tensor = _opaque_step(value, b, a, dense, gain, transposed, grid, stacked)
+    return on_grid
+
+
+@torch.library.custom_op("lorasc_fx::step_on_grid", mutates_args=())
+def _opaque_step(
+    value: torch.Tensor,
+    b: torch.Tensor | None,
+    a: torch.Tensor | None,
+    dense: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    transposed: bool,
+    grid: str,
+    stacked: bool,
+) -> torch.Tensor:
+    """Compute `step_on_grid`. Inductor would skip casts to a narrow dtype and back, and so the rounding."""
+    pair = None if b is None or a is None else (b, a)
+    return rounded(grid, step(value, pair, dense, gain, transposed), value, stacked)
+
+
+@_opaque_step.register_fake
+def _(value: torch.Tensor, *others: object) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
 def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return a tensor with the strides of another one, because kernels are chosen by them."""
     return value if value.stride() == like.stride() else torch.empty_like(like, dtype=value.dtype).copy_(value)

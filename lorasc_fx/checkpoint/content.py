@@ -387,7 +387,7 @@ class RunState:
         if odd := sorted(slow.states.keys() ^ self.slow.states.keys()):
             raise ValueError(f"the slow state and the cascade disagree about {odd[0]}")
         states = {
-            name: state if state.full else replace(state, base=slow.states[name].base, grid=slow.states[name].grid)
+            name: state if state.full else state.on_base(slow.states[name].base)
             for name, state in self.slow.states.items()
         }
         return replace(self, slow=replace(self.slow, states=states))

@@ -337,7 +337,7 @@ def folded_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
     def folded(name: str, base: torch.Tensor) -> torch.Tensor:
         # A checkpoint has no W0, so take it from the caller, for this weight only.
         weight = slow.states[name]
-        single = replace(slow, states={name: weight if weight.full else replace(weight, base=base)})
+        single = replace(slow, states={name: weight if weight.full else weight.on_base(base)})
         if has_trained:
             single = single.after_stage(plan, {name: learners[name]} if name in learners else {})
         return single.value(name, view, base)
@@ -419,7 +419,7 @@ class RunSource:
                     "base are needed: give the model too",
                     code="stage-not-ended",
                 )
-            states = {key: replace(weight, base=host(bases[key])) for key, weight in slow.states.items()}
+            states = {key: weight.on_base(host(bases[key])) for key, weight in slow.states.items()}
             slow = replace(slow, states=states).after_stage(state.plan, learners)
         buffers = {name: value for name, value in state.buffers.items() if value is not None}
         return Part(self.name, state.plan, slow.without_base(), buffers)

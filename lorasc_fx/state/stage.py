@@ -271,8 +271,9 @@ def end_stage(
         # All ranks must agree, because each rank has the same number of experts.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
-        after = state.absorb(delta, history)
-        if not on_all(after.fits()):
+        device = next(learner.parameters()).device
+        after = state.absorb(delta, history, device)
+        if not on_all(after.fits(device if state.grid else None)):
             raise _not_folded(f"the branch of {state.name} makes the weight overflow {state.base.dtype}", stage)
     else:
         after = state.absorb(None, history)

@@ -29,7 +29,7 @@ from lorasc_fx.branch.grid import arithmetic, exact_products, rounded, scale_row
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
-from lorasc_fx.spec import CascadeSpec, Noise, Share
+from lorasc_fx.spec import OWN_GRID, CascadeSpec, Noise, Share
 from lorasc_fx.state.fold import (
     accumulate,
     cast,
@@ -265,6 +265,11 @@ class WeightState(Tree):
 
     # ---- values
 
+    def on_base(self, base: torch.Tensor) -> WeightState:
+        """Return the state with the W0 of a model. Only a quantized one has an own grid."""
+        has_grid = self.grid != OWN_GRID or is_quantized(base)
+        return replace(self, base=base, grid=self.grid if has_grid else "")
+
     def keep_base(self, weight: torch.Tensor) -> None:
         """Copy W0 if it shares the memory of the weight. Call this before each write to the weight.
 
@@ -391,8 +396,11 @@ class WeightState(Tree):
         """Return the row scale of W0, [out] in fp64, times `gain`. None if its rows are not scaled."""
         return self._scale_since(0, self.row_scale, gain)
 
-    def fits(self) -> bool:
-        """Whether the slow and the start weights, rounded to the dtype of W0, are finite wherever W0 is."""
+    def fits(self, device: torch.device | None = None) -> bool:
+        """Whether the slow and the start weights, rounded to the dtype of W0, are finite wherever W0 is.
+
+        `device` computes them, by default that of W0.
+        """
         if is_quantized(self.base):  # its branch computes the deltas
             return all(math.isfinite(expert.bound) for expert in self.experts)
         limits = torch.finfo(self.base.dtype)
@@ -410,7 +418,8 @@ class WeightState(Tree):
             if all(bound < limits.max * limits.eps / 8 for bound in bounds):
                 return True
         exact = arithmetic(self.base.dtype)
-        return not any(self.broken(self.on_grid(self.exact(view, exact).to(self.base.dtype))) for view in views)
+        values = (self.exact(view, exact, device=device).to(self.base.dtype) for view in views)
+        return not any(self.broken(self.on_grid(value).to(self.base.device)) for value in values)
 
     def unmerged_ranks(self, view: Summed) -> list[int]:
         """Return the ranks of the experts in `unmerged`."""
@@ -456,12 +465,16 @@ class WeightState(Tree):
 
     # ---- the next state
 
-    def absorb(self, running: Delta | torch.Tensor | None, history: History) -> WeightState:
+    def absorb(
+        self, running: Delta | torch.Tensor | None, history: History, device: torch.device | None = None
+    ) -> WeightState:
         """Return the state of a matrix after the slow update of a stage.
 
         Args:
             running: the delta of the branch. None if the weight has no branch, or one that has not moved.
             history: the history with the stage that ends.
+            device: the device of the branch. On a grid, it computes sums of experts, because others would round them in
+                another way.
         """
         assert not isinstance(running, torch.Tensor)
         experts, end, fast = self.experts, history.ends[-1], self.dense.get("fast", self.dense.get("slow"))
@@ -478,8 +491,8 @@ class WeightState(Tree):
                 experts = (*experts, Expert(pair.b, pair.a, end.number, row_scale=row_scale))
         elif running is not None and running.dense is not None and self.grid:
             if experts:  # from another run
-                return self._collapsed().absorb(running, history)
-            fast = self._difference(self._stepped("fast", running, self.base.device))
+                return self._collapsed(device).absorb(running, history, device)
+            fast = self._difference(self._stepped("fast", running, device or self.base.device))
         elif running is not None and running.dense is not None:
             change = running.dense.reshape(self.matrix).to(summing(self.base.dtype))
             fast = change if fast is None else fast + change
@@ -490,7 +503,7 @@ class WeightState(Tree):
             if slow is not dense.get("slow"):  # the earlier stages had the tensor that is replaced
                 gone = max(gone, self.history.last)
             dense = self._views(slow, fast if end.restart == "fast" else slow, end)
-        return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact()
+        return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact(device)
 
     def absorb_value(self, value: torch.Tensor, history: History, pace: float, keeps: bool = False) -> WeightState:
         """Return the state of a parameter trained in full after the slow update of a stage.
@@ -589,21 +602,21 @@ class WeightState(Tree):
         """Number of output features, which is the length of a row scale."""
         return self.matrix[-1 if self.transposed else -2]
 
-    def compact(self) -> WeightState:
-        """Return the state with its experts summed if they need more memory than their sum."""
+    def compact(self, device: torch.device | None = None) -> WeightState:
+        """Return the state with its experts summed if they need more memory than their sum. `device`: see `absorb`."""
         ranks = sum(expert.rank for expert in self.experts)
         if is_quantized(self.base) and self.grid:  # a sum of experts would have other bits
             return self
         if is_quantized(self.base):
             return self._collapsed() if ranks > min(self.matrix[-2:]) else self
         if self.dense:  # a dense delta is kept anyway, and adding to it needs no memory
-            return self._collapsed() if ranks else self
+            return self._collapsed(device) if ranks else self
         # Compare sizes of the full weight, so that all ranks of the process group decide alike.
         rows, *others = self.shard.full_shape(self.base.shape)[1 if self.stacked else 0 :]
         columns = math.prod(others)
-        return self._collapsed() if ranks * (rows + columns) > rows * columns else self
+        return self._collapsed(device) if ranks * (rows + columns) > rows * columns else self
 
-    def _collapsed(self) -> WeightState:
+    def _collapsed(self, device: torch.device | None = None) -> WeightState:
         """Return the state with the experts of each view replaced by their sum.
 
         The sum is dense, or one expert if the weight is quantized, because its branch computes it.
@@ -613,7 +626,7 @@ class WeightState(Tree):
         experts: tuple[Expert, ...] = ()
         dense: dict[Summed, torch.Tensor] = {}
         if not is_quantized(self.base):
-            dense = {view: self._sum(view) for view in current}
+            dense = {view: self._sum(view, device) for view in current}
         else:
             # Each view has the coefficient 1 for its own expert, and 0 for the experts of the other views.
             owners = [view if view in current else "slow" for view in views]
@@ -626,7 +639,7 @@ class WeightState(Tree):
 
     def _difference(self, value: torch.Tensor) -> torch.Tensor:
         """Return the dense delta of a value, [rows, columns] in fp64, which gives its bits again."""
-        return (value.double() - self.base.double()).reshape(self.matrix)
+        return (value.to(self.base.device).double() - self.base.double()).reshape(self.matrix)
 
     def _low_rank(self, view: Summed, origin: Coefficients) -> Expert:
         """Return the delta of a view as one expert."""
@@ -638,10 +651,10 @@ class WeightState(Tree):
         device = pairs[0][1].b.device
         return Expert(cast(pair.b, dtype, device), cast(pair.a, dtype, device), stage, origin)
 
-    def _sum(self, view: Summed) -> torch.Tensor:
+    def _sum(self, view: Summed, device: torch.device | None) -> torch.Tensor:
         """Return the dense delta of a view, [rows, columns] in the dtype of `summing`, as a new tensor."""
         if self.grid:
-            return self._difference(self._stepped(view, None, self.base.device))
+            return self._difference(self._stepped(view, None, device or self.base.device))
         dtype, pairs, rows = summing(self.base.dtype), self._pairs(view), self._scale_since(0)
         if (dense := self.dense_in(view)) is None:
             total = torch.zeros(self.matrix, dtype=dtype, device=self.experts[0].b.device)
