@@ -155,20 +155,31 @@ def library_of(layer: nn.Module) -> Library | None:
 
 
 def _like_int8(old: Any, value: torch.Tensor) -> torch.Tensor:
-    made: torch.Tensor = type(old).from_hp(value, _granularity(old), scale=old.scale, zero_point=old.zero_point)
+    settings = _settings(
+        old, "act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range"
+    )
+    made: torch.Tensor = type(old).from_hp(
+        value, _granularity(old), scale=old.scale, zero_point=old.zero_point, **settings
+    )
     return made
 
 
 def _like_intx(old: Any, value: torch.Tensor) -> torch.Tensor:
     scales = {"custom_scale": old.scale, "custom_zero_point": old.zero_point}
     made: torch.Tensor = type(old).from_hp(
-        value, old.block_size, old.target_dtype, intx_choose_qparams_algorithm=None, **scales
+        value,
+        old.block_size,
+        old.target_dtype,
+        intx_choose_qparams_algorithm=None,
+        **scales,
+        **_settings(old, "activation_quantization"),
     )
     return made
 
 
 def _like_float8(old: Any, value: torch.Tensor) -> torch.Tensor:
-    made: torch.Tensor = type(old).from_hp(value, old.qdata.dtype, _granularity(old))
+    settings = _settings(old, "mm_config", "kernel_preference", "act_quant_kwargs")
+    made: torch.Tensor = type(old).from_hp(value, old.qdata.dtype, _granularity(old), **settings)
     return made
 
 
@@ -178,20 +189,28 @@ def _like_nvfp4(old: Any, value: torch.Tensor) -> torch.Tensor:
     made: torch.Tensor = type(old).to_nvfp4(
         value,
         per_tensor_scale=whole,
-        **{name: getattr(old, name) for name in ("block_size", "is_swizzled_scales", "act_quant_kwargs")},
+        **_settings(old, "block_size", "is_swizzled_scales", "act_quant_kwargs", "act_per_tensor_scale"),
     )
     return made
 
 
 def _like_mx(old: Any, value: torch.Tensor) -> torch.Tensor:
     names = ("elem_dtype", "block_size", "kernel_preference", "act_quant_kwargs", "is_swizzled_scales")
-    made: torch.Tensor = type(old).to_mx(value, **{name: getattr(old, name) for name in names})
+    made: torch.Tensor = type(old).to_mx(value, **_settings(old, *names))
     return made
+
+
+def _settings(old: Any, *names: str) -> dict[str, Any]:
+    """Return the attributes with these names that this version of the library has."""
+    return {name: getattr(old, name) for name in names if hasattr(old, name)}
 
 
 def _granularity(old: Any) -> Any:
     library: Any = sys.modules["torchao.quantization"]
-    return library.PerTensor() if tuple(old.block_size) == tuple(old.shape) else library.PerRow()
+    block = tuple(old.block_size)
+    if block == tuple(old.shape):
+        return library.PerTensor()
+    return library.PerRow() if block == (1, old.shape[-1]) else library.PerBlock(block)
 
 
 TENSORS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {

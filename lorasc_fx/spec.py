@@ -57,7 +57,10 @@ def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -
         SpecError: the name is empty, or has another function already.
     """
     if not name or GRIDS.get(name, function) is not function or name == OWN_GRID:
-        raise SpecError(f"register_grid: {name!r} is {'taken' if name else 'empty'}. Give another name")
+        raise SpecError(
+            f"grid: the name {name!r} is {'taken' if name else 'empty'}. Give the function another one by "
+            "register_grid(NAME, function), and then CascadeSpec(grid=NAME)"
+        )
     GRIDS[name] = function
 
 
@@ -449,7 +452,8 @@ class CascadeSpec:
             # Pairs in sorted order: a spec must be hashable, and equal specs must compare equal.
             object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
         if callable(self.grid):
-            name = f"{self.grid.__module__}.{self.grid.__qualname__}"
+            named = hasattr(self.grid, "__qualname__")  # a functools.partial or a module has no name
+            name = f"{self.grid.__module__}.{self.grid.__qualname__}" if named else ""
             register_grid(name, self.grid)
             object.__setattr__(self, "grid", name)
         check(self, conflicts=CONFLICTS)

@@ -28,6 +28,7 @@ from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason
 from lorasc_fx.quantized import quantized_in, writable
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
+from lorasc_fx.spec import OWN_GRID
 from lorasc_fx.state import BaseMemory, Kept, Learner, Scratch, SlowWeights, ViewName, arithmetic
 from lorasc_fx.util.environment import source_digest, version
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
@@ -537,7 +538,7 @@ class Run:
             self.note_kept()
 
     def differs_from_model(self) -> bool:
-        """Whether the user's model computes something else than the cascade, because of branches or noise.
+        """Whether the user's model computes something else than the cascade, because of branches, noise or a grid.
 
         False if the weights are sharded, because the answer would need communication.
         """
@@ -545,7 +546,7 @@ class Run:
             return False
         if self.exchanged():  # torch.func.functional_call runs the model with other tensors
             return False
-        if self.is_noisy or any(state.residual is not None for state in self.slow.states.values()):
+        if self.is_noisy or any(state.grid or state.residual is not None for state in self.slow.states.values()):
             return True
         has_deltas = any(self.slow.states[name].experts for name in self.slow.quantized)  # in branches, not in weights
         return has_deltas or self.slow.moved(self.branches_by_weight())
@@ -591,7 +592,7 @@ class WeightValues:
         plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
             None for an earlier stage.
         known: values that need not be computed, by name.
-        on_grid: whether weights are rounded to the grid of their site.
+        own_grid: whether quantized weights are rounded to their own grid. False if they are quantized afterwards.
     """
 
     slow: SlowWeights
@@ -599,14 +600,15 @@ class WeightValues:
     learners: Mapping[str, Learner] = field(default_factory=dict)
     plan: Plan | None = None
     known: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    on_grid: bool = True
+    own_grid: bool = True
 
     def write(self, name: str, out: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Write the weight of this name into a local tensor of its shape."""
         if name in self.known:
             out.copy_(self.known[name])
         elif self.view is not None:
-            self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan, self.on_grid)
+            on_grid = self.own_grid or self.slow.states[name].grid != OWN_GRID
+            self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan, on_grid)
         else:
             assert self.plan is not None, "the weights of a stage depend on its plan"
             self.slow.write_resting(name, self.plan, out, scratch)

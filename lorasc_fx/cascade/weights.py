@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorasc_fx.branch.grid import rounded
 from lorasc_fx.cascade.graphs import Graphs
 from lorasc_fx.cascade.run import Planned, Run, WeightValues, reserve, weights_to_write
 from lorasc_fx.cascade.transition import at_stage, check_rounding, ended
@@ -240,7 +241,7 @@ def write_fold(run: Run, quantized: Requantize, view: str, undo: Undo) -> None:
     weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
     if quantized is None and run.plan.spec.grid == OWN_GRID:
         quantized = "requantize"
-    weights = replace(weights, on_grid=quantized == "dequantize" or not run.slow.quantized)
+    weights = replace(weights, own_grid=quantized == "dequantize")
     dense = weights.dense(check_quantized("release", weights.slow, quantized, modules=True), parameters)
     trained = {name: local(parameters[name]).detach().clone() for name in run.slow.trained}
     holders = holders_of(run.model, [parameters[name] for name in dense])
@@ -312,10 +313,11 @@ def _requantize(run: Run, holders: Iterable[Holder], names: Mapping[int, str], h
                 "callable that quantizes its module in place",
                 code="quantized-not-supported",
             )
-        before = dense(old).double()
-        run.kept[names[id(old)]] = kept = Kept.of(trained_weight.double() - before, dense(current).double() - before)
-        log.info("%s was quantized again: %.3f of its change kept, error %.3g", names[id(old)], *kept)
-    if loss := "" if run.plan.spec.grid else loss_of(run.kept):
+        name, before = names[id(old)], dense(old).double()
+        trained = rounded(run.plan.by_weight[name].options.grid, trained_weight.detach(), old).double()
+        run.kept[name] = kept = Kept.of(trained - before, dense(current).double() - before)
+        log.info("%s was quantized again: %.3f of its change kept, error %.3g", name, *kept)
+    if loss := loss_of(run.kept):
         run.warned.once("change-rounded-away", f"release: {loss}")
 
 
@@ -354,6 +356,13 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
             return
         run.check_ready("to")
         dtypes = {name: value.dtype for name, value in parameters.items()}
+        for name, state in run.slow.states.items():
+            if state.grid and fn(torch.empty(0, dtype=dtypes[name])).dtype != dtypes[name]:
+                raise StateError(
+                    f"to: {name} trains on a grid, and its folds round to {dtypes[name]} first. Move the cascade "
+                    "without a cast, cast the model before you adapt it, or cast it after release",
+                    code="not-available",
+                )
         # Fingerprints identify the base that was adapted, so compute them before its values change.
         if run.digests or any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in set(dtypes.values())):
             run.fingerprints()

@@ -204,6 +204,12 @@ def _check(cascade: Cascade, units: Mapping[int, str]) -> dict[int, SegmentedGra
             f"shard: {run.slow.quantized[0]} is quantized, but FSDP cannot shard quantized weights. Exclude the weight",
             code="quantized-not-supported",
         )
+    if on_grid := [name for name, state in run.slow.states.items() if state.grid]:
+        raise StateError(
+            f"shard: {named(on_grid, 1)} trains on a grid, and rounding needs the full weight. Give grid=None, or "
+            "train with DistributedDataParallel",
+            code="not-available",
+        )
     parameters = {f"model.{name}": parameter for name, parameter in run.parameters_by_name().items()}
     parameters |= {f"branches.{name}": factor for name, factor in run.branches.named_parameters()}
     for name, parameter in parameters.items():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchao.quantization as torchao
 from torch import nn
 
 import lorasc_fx as lx
@@ -236,6 +238,83 @@ def test_resume_has_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), cascade(x))
 
 
+@pytest.mark.parametrize("adapter", ["hira", "dora"])
+def test_a_checkpoint_in_the_middle_of_a_stage(adapter: str, tmp_path: Path) -> None:
+    """A loader makes branches before it knows the weights: this grid makes a matrix of zeros nan."""
+    lx.register_grid("without zeros", without_zeros)
+    net, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 6)
+    twin, other = copy.deepcopy(net), copy.deepcopy(net)
+    cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid="without zeros", adapter=adapter))
+    running = train(cascade, x, 5, end=False)
+    lx.save(cascade, tmp_path / "run")
+    assert torch.equal(lx.load(tmp_path / "run", twin)(x), running)
+    if adapter == "hira":
+        with torch.no_grad():
+            cascade.transition(None)
+            assert torch.equal(lx.merge([tmp_path / "run"], other, (x,))(x), cascade(x))
+
+
+def without_zeros(weight: torch.Tensor) -> torch.Tensor:
+    out, _ = weight.shape  # each expert is a matrix
+    scale = weight.abs().amax(1).view(out, 1) / 7
+    return (weight / scale).round() * scale
+
+
+def test_stacked_experts_are_rounded_one_by_one() -> None:
+    net, ids = mixtral().eval(), torch.arange(18).view(2, 9)
+    lx.register_grid("without zeros", without_zeros)
+    spec = lx.CascadeSpec(("*experts*",), rank=2, grid="without zeros")
+    cascade = lx.adapt(net, kwargs={"input_ids": ids}, spec=spec)
+    assert cascade.sites[0].kind == "experts"
+
+
+def test_layers_beside_quantized_ones_are_folded_onto_the_grid() -> None:
+    net, x = nn.Sequential(Packed(nn.Linear(16, 16)), nn.Linear(16, 8)), torch.randn(4, 16)
+    cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid="four bits"))
+    train(cascade, x)
+    weight = cascade.release("requantize").get_parameter("1.weight").detach()
+    assert torch.equal(weight, four_bits(weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo makes autograd functions
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_compilers_keep_the_rounding(backend: str) -> None:
+    """Inductor skips a cast to bf16 and back, and dynamo takes a quantized weight for a plain tensor."""
+    net, x = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(5, 64)
+    if backend == "aot_eager":
+        net[0] = WEIGHTS["torchao int4"](net[0])
+    spec = lx.CascadeSpec(rank=2, grid="bfloat16" if backend == "inductor" else "own", pace=1.0)
+    cascade = lx.adapt(net, (x,), spec=spec)
+    running = train(cascade, x, 2, end=False)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(cascade, backend=backend, fullgraph=backend == "inductor")(x), running, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_settings_for_inputs_survive_a_fold() -> None:
+    net, x = nn.Sequential(nn.Linear(64, 64).bfloat16()), torch.randn(5, 64, dtype=torch.bfloat16)
+    torchao.quantize_(net, torchao.Int8DynamicActivationInt8WeightConfig())
+    settings = net[0].weight.act_quant_kwargs
+    cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid="own", pace=1.0))
+    train(cascade, x)
+    weight: Any = cascade.release()[0].weight
+    assert settings is not None
+    assert weight.act_quant_kwargs == settings
+
+
+def test_the_model_of_a_cascade_is_not_on_the_grid_before_release() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid="four bits"))
+    with pytest.warns(LorascWarning, match="not on their grid"):
+        net.state_dict()
+    with pytest.raises(lx.StateError, match=r"0\.weight trains on a grid.*float32"):
+        cascade.to(torch.bfloat16)
+    assert cascade.to(torch.device("cpu")) is cascade
+    assert net[0].weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -258,6 +337,8 @@ def test_grids_that_cannot_be_used() -> None:
         lx.CascadeSpec(grid="bfloat17")
     with pytest.raises(lx.SpecError, match="taken"):
         lx.register_grid("bfloat16", four_bits)
+    with pytest.raises(lx.SpecError, match=r"empty.*register_grid\(NAME"):
+        lx.CascadeSpec(grid=partial(four_bits))
     with pytest.raises(lx.SpecError, match=r"returns \[2, 8\]"):
         lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid=lambda weight: weight.view(2, 8)))
     with torch.no_grad():

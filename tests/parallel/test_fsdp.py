@@ -167,6 +167,7 @@ def quantized() -> nn.Module:
 REFUSED: dict[str, tuple[dict[str, object], Callable[[], nn.Module] | None, tuple[str, ...]]] = {
     "eager": ({}, Breaking, ("no-graph",)),
     "quantized": ({}, quantized, ("quantized-not-supported", "1.weight")),
+    "grid": ({"grid": "bfloat16"}, None, ("not-available", "grid=None")),
 }
 
 
