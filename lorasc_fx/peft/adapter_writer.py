@@ -132,6 +132,12 @@ def peft(
         check_view("export.peft", view, run.plan.spec, _VIEWS)
         change = change_of(run, view) if residual is None else residual_of(run, view, residual)
     if not change.pairs and not change.refused:
+        if residual is not None:
+            raise StateError(
+                "export.peft: the folded weights hold the whole change, so there is no residual to write. Load them "
+                "without an adapter",
+                code="not-available",
+            )
         if not ((change.trained or change.rows) and run.plan.sites):
             raise StateError(
                 "export.peft: no site has trained, so there is nothing to write; train first", code="not-available"

@@ -56,7 +56,7 @@ def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
 def sample(states: Iterable[WeightState]) -> dict[str, Kept]:
     """Return how much a few of the weights in half precision keep, by name."""
     narrow = [state for state in states if state.base.dtype.itemsize < 4 and state.changed]
-    step = max(1, len(narrow) // SAMPLE)
+    step = max(1, -(-len(narrow) // SAMPLE))
     found = {state.name: kept_by(state) for state in narrow[::step]}
     return {name: kept for name, kept in found.items() if kept is not None}
 

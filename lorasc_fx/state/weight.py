@@ -688,7 +688,9 @@ class WeightState(Tree):
         """Return the state of some rows of the weight, evenly spaced, without kept noise."""
         along = 1 if self.stacked else 0
         count = self.base.shape[along]
-        rows = max(1, rows // self.base.shape[0]) if self.stacked else rows  # a stack may have hundreds of matrices
+        rows = (
+            max(1, rows // max(1, self.base.shape[0])) if self.stacked else rows
+        )  # a stack may have hundreds of matrices
 
         def take(value: torch.Tensor, side: Side) -> torch.Tensor:
             axis = side.axis(along, self.stacked, self.transposed)

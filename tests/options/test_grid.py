@@ -20,6 +20,7 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.cascade import run_of
 from lorasc_fx.errors import ExportError, LorascWarning
 from lorasc_fx.quantized import QuantizedLinear, dense
+from lorasc_fx.state import Expert, WeightState, kept_by
 from tests.kit import tiny
 from tests.quantized.layers import LAYERS, WEIGHTS, Packed, is_missing, mxfp4
 
@@ -435,6 +436,18 @@ def test_a_quantized_release_tells_what_it_keeps() -> None:
     cascade.transition(None)
     with pytest.warns(LorascWarning, match=r"release: the rounding of 0\.weight keeps"):
         cascade.release("requantize")
+
+
+def test_a_rank_without_experts_keeps_everything() -> None:
+    base = torch.zeros(0, 8, 6, dtype=torch.bfloat16)
+    state = WeightState("w", base, stacked=True, experts=(Expert(torch.zeros(0, 8, 2), torch.zeros(0, 2, 6)),))
+    assert kept_by(state) == (1.0, 0.0)
+
+
+def test_no_residual_of_weights_that_are_not_rounded(tmp_path: Path) -> None:
+    cascade, _ = rounded_linear(0.01, torch.float32)
+    with pytest.raises(lx.StateError, match="no residual"):
+        lx.export.peft(cascade, tmp_path / "adapter", residual=2)
 
 
 @pytest.mark.parametrize("packed", [False, True])
