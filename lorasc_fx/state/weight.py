@@ -39,6 +39,7 @@ from lorasc_fx.state.fold import (
     summing,
 )
 from lorasc_fx.util.decode import Check
+from lorasc_fx.util.environment import has_fp64
 
 ViewName = Literal["slow", "fast", "base", "averaged"]
 """Weights that `Cascade.weights` can put in place."""
@@ -333,9 +334,11 @@ class WeightState(Tree):
 
     def _stepped(self, view: Summed, running: Delta | None, device: torch.device) -> torch.Tensor:
         """Return the weight of a view in the dtype of W0: the deltas are added one after another, as they trained."""
-        value = dense(self.base).to(device)
+        value = dense(self.base)
         if (total := self.dense_in(view)) is not None:
-            value = step(value.double(), None, total.to(device)).to(value.dtype)
+            place = device if has_fp64(device) else torch.device("cpu")
+            value = step(value.to(place).double(), None, total.to(place)).to(value.dtype)
+        value = value.to(device)
         dtype, running = arithmetic(value.dtype), running if view == "fast" else None
         for c, expert in zip(self.coefficients(view), self.experts, strict=True):
             if c != 0:
@@ -639,7 +642,8 @@ class WeightState(Tree):
 
     def _difference(self, value: torch.Tensor) -> torch.Tensor:
         """Return the dense delta of a value, [rows, columns] in fp64, which gives its bits again."""
-        return (value.to(self.base.device).double() - self.base.double()).reshape(self.matrix)
+        place = self.base.device if has_fp64(self.base.device) else torch.device("cpu")
+        return (value.to(place).double() - self.base.to(place).double()).reshape(self.matrix)
 
     def _low_rank(self, view: Summed, origin: Coefficients) -> Expert:
         """Return the delta of a view as one expert."""

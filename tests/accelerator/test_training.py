@@ -325,9 +325,10 @@ def collapsed(side: Side) -> None:
 
 
 @simulated_only
-@pytest.mark.parametrize("start", ["lora", "dora", "pissa"])
+@pytest.mark.parametrize("start", ["lora", "dora", "pissa", "grid"])
 def test_without_fp64(start: str) -> None:
-    more: dict[str, Any] = {"adapter": "dora"} if start == "dora" else {"start": start}
+    options: dict[str, dict[str, Any]] = {"dora": {"adapter": "dora"}, "grid": {"grid": "bfloat16"}}
+    more = options.get(start, {"start": start})
     with without_fp64():
         # Experts of such a rank outgrow a weight at once, and are summed in fp64.
         compare("mlp", lx.CascadeSpec(rank=8, **more), collapsed if start == "lora" else stages)
