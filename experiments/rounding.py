@@ -1,8 +1,8 @@
-"""`python -m experiments.rounding [run | page]`: what folds into few bits lose, on SmolLM2-135M, for docs/numerics.md.
+"""`python -m experiments.rounding [run | page | steps]`: what folds into few bits lose (docs/numerics.md).
 
-The base is rounded to the grid first. Then the last layers are trained in fp32. The adapter stays apart, or it is
-merged once, or after each of three stages, whose fresh branches train on the rounded weights, or it is trained on the
-grid.
+The base of SmolLM2-135M is rounded to the grid first. Then the last layers are trained in fp32. The adapter stays
+apart, or it is merged once, or after each of three stages, whose fresh branches train on the rounded weights, or it is
+trained on the grid.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from experiments.evidence.methods import METHODS, Method
 from experiments.evidence.runs import PROTOCOL
-from experiments.evidence.tasks import TASKS, Task, measure
+from experiments.evidence.tasks import IGNORED, TASKS, Task, measure
 from experiments.evidence.train import train
 
 RESULTS, PAGE = Path(__file__).with_name("rounding.jsonl"), Path(__file__).parents[1] / "docs" / "numerics.md"
-NAMES, RATES, SEEDS = ("extract", "r8"), (0.00125, 0.0025, 0.005), (0, 1, 2)
+NAMES, RATES, SEEDS = ("extract", "tweets"), (0.00125, 0.0025, 0.005), (0, 1, 2)
 START, END = "<!-- rounding -->", "<!-- end of rounding -->"
 
 
@@ -106,8 +107,51 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {grid} | {way} | {cells} |"
 
 
+class Plain(nn.Module):
+    """A linear layer that trains LoRA through the rounding in plain torch, as axolotl does for NVFP4."""
+
+    def __init__(self, linear: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(rank, linear.in_features) / linear.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product with the rounded sum of the weight and its delta."""
+        weight = self.linear.weight + 2.0 * self.b @ self.a
+        weight = weight + (int4(weight) - weight).detach()
+        return nn.functional.linear(x, weight, self.linear.bias)
+
+
+def steps(rounds: int = 15) -> None:
+    """Print the CPU seconds of a step on the grid int4 over those of plain torch, alternated: median and quartiles."""
+    torch.set_num_threads(1)
+    task = TASKS["extract"]()
+    batch = task.pool.at(torch.arange(4))
+    plain = task.model().requires_grad_(False)
+    for parent in list(plain.layers.modules()):
+        for leaf, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(parent, leaf, Plain(layer))
+    spec = lx.CascadeSpec(targets=("layers.*",), exclude=("*norm*",), rank=8, lora_alpha=16.0, grid=int4, pace=1.0)
+    ours = lx.adapt(task.model(), args=batch.inputs, spec=spec)
+    seconds: dict[nn.Module, list[float]] = {plain: [], ours: []}
+    for _ in range(rounds + 2):
+        for model, found in seconds.items():
+            began = time.process_time()
+            logits = model(*batch.inputs).flatten(0, -2)
+            nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED).backward()
+            found.append(time.process_time() - began)
+    ratios = sorted(own / other for own, other in zip(seconds[ours][2:], seconds[plain][2:], strict=True))
+    count = len(ratios)
+    print(f"{ratios[count // 2]:.2f} [{ratios[count // 4]:.2f}, {ratios[3 * count // 4]:.2f}] of plain torch")
+
+
 def main(arguments: list[str]) -> int:
-    """Make the runs, or write the page."""
+    """Make the runs, write the page, or measure steps."""
+    if arguments == ["steps"]:
+        steps()
+        return 0
     if arguments == ["run"]:
         jobs = [(name, seed) for name in NAMES for seed in SEEDS]
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -434,7 +434,7 @@ class CascadeModule(nn.Module):
     def kept(self, view: Literal["slow", "averaged"] = "slow") -> dict[str, Kept]:
         """Return how much of the change of each weight since W0 its dtype keeps in a fold, by name.
 
-        A running stage does not count before it ends. The numbers are those of 32 rows of each weight. Weights that
+        A running stage does not count before it ends. The numbers are those of 16 rows of each weight. Weights that
         have not changed, quantized ones and those that train on a grid are left out.
 
         Args:

@@ -10,9 +10,9 @@ import torch
 from lorasc_fx.quantized import is_quantized
 from lorasc_fx.state.weight import Summed, WeightState
 
-ROWS = 32
+ROWS = 16
 """Rows of a weight that are compared, evenly spaced. The numbers of a row tell those of the others."""
-SAMPLE = 16
+SAMPLE = 8
 """Weights that are compared at each transition, evenly spaced."""
 ENOUGH = 0.9
 """A fold that keeps a smaller share of the change of a weight warns."""
