@@ -471,7 +471,7 @@ class Branch(nn.Module, abc.ABC):
                 stacked = self.kind == "experts"
                 value = step_on_grid(value, factors, change, gain, self.transposed, self.grid, weight, stacked)
             if gain is not None:
-                source = self.adapted(weight, torch.tensor(self.scale, device=weight.device))
+                source = self.adapted(weight, gain.new_full((), self.scale))
             else:
                 source = delta if isinstance(delta, torch.Tensor) else delta.b @ delta.a
             on_grid: torch.Tensor = Through.apply(source.to(value.dtype).reshape(value.shape), value)  # type: ignore[no-untyped-call]

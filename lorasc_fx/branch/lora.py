@@ -363,7 +363,7 @@ class DoraBranch(LoraBranch):
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
         """Return `g = m / |W + s B A|` [out], with the noise in W, as during training."""
         magnitude = weight.cut(full_tensor(self.lora_magnitude_vector), Side.OUT)
-        return (magnitude / self.norms(weight.noisy(), weight.shard)).cpu().double()
+        return magnitude / self.norms(weight.noisy(), weight.shard)
 
     def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether the factors or the magnitudes have changed since the start of the stage."""

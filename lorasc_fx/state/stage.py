@@ -345,6 +345,7 @@ def delta_of(
     weight = StageWeight(state, spec, stage, noisy, parameter.device)
     with torch.no_grad():
         gain = branch.gain(weight)
+        gain = None if gain is None else gain.cpu().double()
         if state.initial is not None and state.initial.factors is not None:
             assert isinstance(branch, LoraBranch)
             current, start = branch.exact_factors().map(state.cut), state.initial.factors

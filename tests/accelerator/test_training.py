@@ -120,6 +120,8 @@ def test_autocast_with_a_scaler(name: str, dtype: torch.dtype) -> None:
 FROZEN: dict[str, tuple[str, torch.dtype, lx.CascadeSpec]] = {
     "plain": ("mlp", torch.float32, lx.CascadeSpec(rank=2)),
     "dora": ("mlp", torch.float32, lx.CascadeSpec(rank=2, adapter="dora")),
+    "grid": ("mlp", torch.float32, lx.CascadeSpec(rank=2, grid="bfloat16")),
+    "dora on a grid": ("mlp", torch.float32, lx.CascadeSpec(rank=2, adapter="dora", grid="bfloat16")),
     "adapter dropout": ("mlp", torch.float32, lx.CascadeSpec(rank=2, dropout=0.1)),
     "Llama in bf16": ("llama", torch.bfloat16, lx.CascadeSpec(rank=2)),
     "BERT": ("bert", torch.float32, lx.CascadeSpec(rank=2)),
