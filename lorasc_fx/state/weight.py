@@ -80,10 +80,10 @@ class History:
 
     ends: tuple[StageEnd, ...] = ()
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[int, ...]:
         """The numbers of the stages."""
-        return tuple(end.number for end in self.ends)
+        return tuple([end.number for end in self.ends])
 
     @property
     def last(self) -> int:

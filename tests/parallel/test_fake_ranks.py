@@ -51,6 +51,7 @@ def local_bytes(parameters: Any) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
+@pytest.mark.filterwarnings("ignore:transition. the rounding of")  # of what trained in one step, in bf16
 def test_a_step_and_a_transition_make_the_collectives_of_fsdp2() -> None:
     """A unit is a layer, the embedding, the head, and the root. No weight travels at a transition, only lora_A."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
