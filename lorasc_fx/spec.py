@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -56,12 +57,22 @@ def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -
     Raises:
         SpecError: the name is empty, or has another function already.
     """
-    if not name or GRIDS.get(name, function) is not function or name == OWN_GRID:
+    taken = name == OWN_GRID or not _same_function(GRIDS.get(name, function), function)
+    if not name or taken:
         raise SpecError(
-            f"grid: the name {name!r} is {'taken' if name else 'empty'}. Give the function another one by "
-            "register_grid(NAME, function), and then CascadeSpec(grid=NAME)"
+            f"grid: the name {name!r} is {'that of another grid' if name else 'empty'}. Give the function another one "
+            "by register_grid(NAME, function), and then CascadeSpec(grid=NAME)"
         )
     GRIDS[name] = function
+
+
+def _same_function(one: object, other: object) -> bool:
+    """Whether two functions compute the same: they are one, or the cell of a notebook that defines it ran again."""
+    if one is other:
+        return True
+    names = ("__code__", "__closure__", "__defaults__", "__kwdefaults__")
+    plain = isinstance(one, FunctionType) and isinstance(other, FunctionType) and one.__globals__ is other.__globals__
+    return plain and all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 PEFT_OPTIONS = {

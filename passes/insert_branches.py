@@ -29,9 +29,10 @@ import torch
 from torch import fx, nn
 
 from lorasc_fx.branch import Branch, Decided, check_registered
-from lorasc_fx.errors import NoSites, PassError
+from lorasc_fx.errors import NoSites, PassError, SpecError
 from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights, record_of, trained_by
 from lorasc_fx.plan import Plan, Reason
+from lorasc_fx.spec import OWN_GRID
 from lorasc_fx.state import start_weight
 
 from .base import CascadePass
@@ -112,6 +113,11 @@ def all_branches(
             like = parameters[site.weight]
             branches[site.key] = branch = site.options.method(site, plan.spec.seed, plan.stage, like)
             check_registered(branch, site, like.detach)
+    if plan.spec.grid == OWN_GRID and branches and not any(branch.grid for branch in branches.values()):
+        raise SpecError(
+            f"grid is {OWN_GRID!r}, the grid of quantized weights, but none of the adapted weights is quantized. Give "
+            "a dtype or a function, or quantize the model before you adapt it"
+        )
     return branches
 
 

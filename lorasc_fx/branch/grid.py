@@ -1,4 +1,4 @@
-"""Training on a grid (`CascadeSpec.grid`): the weights that compute are those that a fold will store.
+"""Training on a grid (`CascadeSpec.grid`): forward computes with the weights that a fold will store.
 
 In each forward, a branch adds its delta to the weight, rounds the sum to the dtype of the weight (`step`), and then to
 the grid (`rounded`). The gradient passes through both roundings unchanged (straight-through estimator, 1308.3432). A

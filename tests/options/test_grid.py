@@ -86,6 +86,9 @@ def test_the_running_and_the_folded_model_have_the_same_bits(grid: str, adapter:
         with cascade.weights("slow"):
             assert torch.equal(cascade(x), running)
         assert torch.equal(cascade.folded_graph()(x), running)
+    for branch in cascade.branches.values():  # kernels are chosen by strides
+        weight = net.get_parameter(branch.weight_name)
+        assert branch.on_grid(weight).stride() == weight.stride()
     state = cascade.folded_state_dict()
     net = cascade.release()
     for weight in targets if targets != ("*",) else ("first.weight", "conv.weight", "last"):
@@ -182,7 +185,7 @@ OWN = {**LAYERS, **WEIGHTS, "torchao mxfp4": mxfp4}
 def test_a_fold_quantizes_to_exactly_what_was_trained(case: str) -> None:
     if case in LAYERS and (library := is_missing(case)):
         pytest.skip(f"{library} is not installed")
-    dtype = torch.bfloat16 if "fp4" in case else torch.float32
+    dtype = torch.bfloat16 if case in ("torchao nvfp4", "torchao mxfp4") else torch.float32
     layers = [OWN[case](nn.Linear(size, 64).to(dtype)) for size in (64, 64)]
     net, x = nn.Sequential(layers[0], nn.Tanh(), layers[1]), torch.randn(5, 64, dtype=dtype)
     with torch.no_grad():
@@ -336,7 +339,7 @@ def test_grids_that_cannot_be_used() -> None:
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     with pytest.raises(lx.SpecError, match="bfloat16"):
         lx.CascadeSpec(grid="bfloat17")
-    with pytest.raises(lx.SpecError, match="taken"):
+    with pytest.raises(lx.SpecError, match="that of another grid"):
         lx.register_grid("bfloat16", four_bits)
     with pytest.raises(lx.SpecError, match=r"empty.*register_grid\(NAME"):
         lx.CascadeSpec(grid=partial(four_bits))
@@ -479,3 +482,23 @@ def test_an_adapter_holds_the_largest_part_of_what_the_rounding_took(packed: boo
     model = peft.PeftModel.from_pretrained(released.float(), tmp_path / "12").merge_and_unload()
     for name in errors[0]:
         torch.testing.assert_close(model.get_parameter(name).double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_function_that_was_defined_again_is_the_same_grid() -> None:
+    """As by a cell of a notebook that runs twice. An edited one is another grid, because older runs know the name."""
+    scope: dict[str, Any] = {"__name__": "notebook"}
+    functions = []
+    for scale in ("7", "7", "5"):
+        exec(f"def coarse(weight):\n    return (weight * {scale}).round() / {scale}", scope)  # noqa: S102
+        functions.append(scope["coarse"])
+    assert lx.CascadeSpec(grid=functions[0]) == lx.CascadeSpec(grid=functions[1])
+    with pytest.raises(lx.SpecError, match="register_grid"):
+        lx.CascadeSpec(grid=functions[2])
+
+
+@pytest.mark.parametrize("frontend", ["auto", "eager"])
+def test_the_own_grid_of_a_model_without_quantized_weights(frontend: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(lx.SpecError, match="none of the adapted weights is quantized"):
+        lx.adapt(net, (torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2, grid="own"), frontend=frontend)
+    lx.adapt(net, (torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))  # the model is as before
