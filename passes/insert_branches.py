@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from lorasc_fx.branch import Branch, Decided, check_registered
+from lorasc_fx.branch import BUILT_IN, Branch, Decided, check_registered
 from lorasc_fx.errors import NoSites, PassError, SpecError
 from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights, record_of, trained_by
 from lorasc_fx.plan import Plan, Reason
@@ -112,7 +112,8 @@ def all_branches(
         if site.key not in branches:
             like = parameters[site.weight]
             branches[site.key] = branch = site.options.method(site, plan.spec.seed, plan.stage, like)
-            check_registered(branch, site, like.detach)
+            if type(branch) not in BUILT_IN:
+                check_registered(branch, site, like.detach)
     if plan.spec.grid == OWN_GRID and branches and not any(branch.grid for branch in branches.values()):
         raise SpecError(
             f"grid is {OWN_GRID!r}, the grid of quantized weights, but none of the adapted weights is quantized. Give "

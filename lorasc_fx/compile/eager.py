@@ -87,15 +87,17 @@ def make_eager(
     decided = with_uses(decided, model, uses)
     if not decided.plan.sites:
         raise NoSites(no_sites_message(decided))
+    reason = "".join(reason for _, reason in captured.refused)
     for site in decided.plan.sites:
         if "weight" not in site.options.method.placements:
             raise SpecError(
                 f"adapter={spec.adapter!r} does not work for {type(model).__name__}, which has no graph: the branch of "
-                f"{site.weight} cannot replace its op there. Choose another adapter.",
+                f"{site.weight} cannot replace its op there. Choose another adapter, or remove what prevents a graph: "
+                f"{reason}",
                 code="method-not-supported",
             )
     if earlier is None:
-        eager = EagerModel(model, decided, uses.beside, "".join(reason for _, reason in captured.refused))
+        eager = EagerModel(model, decided, uses.beside, reason)
     else:
         eager = earlier
         eager.update(decided, uses.beside)
