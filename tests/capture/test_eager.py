@@ -16,15 +16,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
-from tests.kit.errors import raises, warns
 from tests.kit.models import (
     TwoLayers,
     assert_merged,
     batches,
-    branches,
     loss_of,
     merged,
-    optimizer_of,
     randomize,
 )
 from tests.kit.state import variant_count
@@ -38,11 +35,11 @@ class Branchy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.left, self.right = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 3)
+        self.body, self.positive, self.negative = nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.body(x))
-        return self.left(hidden) if x.sum() > 0 else self.right(hidden)
+        return self.positive(hidden) if x.sum() > 0 else self.negative(hidden)
 
 
 class Items(TwoLayers):
@@ -74,29 +71,6 @@ class Experts(nn.Module):
         return self.head(x + output)
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.up(x))
-        return x + self.down(hidden)
-
-
-class Stack(nn.Module):
-    """Layers of one class."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
 class Drops(nn.Module):
     """LayerDrop and dropout: each layer is skipped at random in train mode."""
 
@@ -112,7 +86,7 @@ class Drops(nn.Module):
 
 
 class Plain(nn.Module):
-    """One weight is transposed, and another one is used as it is stored and transposed."""
+    """One weight is transposed, and another one is used both untransposed and transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +140,7 @@ class Zipped(TwoLayers):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    each.__name__: each for each in (Branchy, Items, Experts, Stack, Drops, Plain, Late, Counting, Zipped)
+    model.__name__: model for model in (Branchy, Items, Experts, Drops, Plain, Late, Counting, Zipped)
 }
 ALL = pytest.mark.parametrize("name", MODELS)
 
@@ -211,8 +185,7 @@ def test_it_computes_the_eager_model_and_with_branches_the_merged_model(name: st
     for rows, sign in ((6, 1), (4, -1), (9, 1), (6, -1)):
         x = sign * inputs(rows)
         assert torch.equal(run(cascade, x), run(eager, x))
-    for own, theirs in zip(model.buffers(), eager.buffers(), strict=True):
-        assert torch.equal(own, theirs)
+    assert all(map(torch.equal, model.buffers(), eager.buffers()))
     reach_all(cascade)
     matrices = {key for key, value in model.named_parameters() if value.dim() > 1}
     assert {site.weight for site in cascade.sites} == matrices
@@ -222,78 +195,6 @@ def test_it_computes_the_eager_model_and_with_branches_the_merged_model(name: st
     for seed in (2, 3, 4):
         x = inputs(5, seed)
         assert_merged(cascade, eager, x, every=False)
-
-
-@ALL
-def test_two_stages_are_the_formula(name: str) -> None:
-    """Training changes every branch. Transition, weights, folded state dict and release follow S = pace * s B A."""
-    model = model_of(name).train()
-    original = copy.deepcopy(model)
-    cascade = adapted(model)
-    reach_all(cascade)
-    optimizer = optimizer_of(cascade, "sgd")
-    for seed in range(20):
-        loss_of(run(cascade, inputs(seed=seed) * (-1) ** seed, seed)).backward()
-    assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
-    optimizer.step()
-    optimizer.zero_grad()
-    names = list(branches(cascade))
-    before = dict(original.named_parameters())
-    slow = {key: torch.zeros_like(before[key]) for key in names}
-    for stage in (1, 2):
-        delta = {key: (each.lora_B @ each.lora_A).detach() * each.scale for key, each in branches(cascade).items()}
-        slow = {key: slow[key] + 0.5 * delta[key] for key in names}
-        cascade.transition(optimizer)
-        with cascade.weights("slow"):
-            for key in names:
-                computed = model.get_parameter(key)
-                torch.testing.assert_close(computed, before[key] + slow[key], rtol=0, atol=1e-12)
-        if stage == 1:
-            randomize(cascade, seed=9, size=0.1)
-    cascade.eval()
-    with cascade.weights("slow"):
-        expected = run(cascade, inputs())
-    state = cascade.folded_state_dict()
-    fresh = model_of(name).eval()
-    fresh.load_state_dict(state, strict=True)
-    torch.testing.assert_close(run(fresh, inputs()), expected, rtol=0, atol=1e-12)
-    released = cascade.release()
-    assert released is model
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert model.training
-    assert torch.equal(run(model.eval(), inputs()), expected)
-
-
-@pytest.mark.parametrize("name", ["Branchy", "Experts", "Drops", "Late"])
-def test_a_weight_that_a_later_call_reaches_becomes_a_site(name: str) -> None:
-    """The site gets noise immediately. Training with an optimizer without its parameters is an error."""
-    model = model_of(name).train()
-    original = copy.deepcopy(model)
-    torch.manual_seed(0)
-    x = torch.ones(1, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.2)), frontend="eager")
-    missing = cascade.unreached
-    assert missing
-    assert all(torch.equal(model.get_parameter(key), original.get_parameter(key)) for key in missing)
-    optimizer = optimizer_of(cascade)
-    with warns("late-sites"):
-        reach_all(cascade)
-    assert cascade.unreached == ()
-    for key in missing:
-        assert not torch.equal(model.get_parameter(key), original.get_parameter(key))
-    with cascade.weights("slow"):
-        for key in missing:
-            assert torch.equal(model.get_parameter(key), original.get_parameter(key))
-    with raises(lx.StateError, "optimizer-lacks-parameters"):
-        cascade.transition(optimizer)
-    for key in missing:
-        new = branches(cascade)[key]
-        optimizer.add_param_group({"params": [new.lora_A, new.lora_B]})
-    randomize(cascade)
-    eager = copy.deepcopy(model)
-    for seed in range(3):
-        assert_merged(cascade, eager, inputs(seed=seed), every=False)
-    cascade.transition(optimizer)
 
 
 @ALL
@@ -311,13 +212,6 @@ def test_copies_read_their_own_branches(name: str) -> None:
     assert not torch.allclose(run(copied, inputs()), expected, atol=1e-3)
     assert_merged(copied, copied.model, inputs(), every=False)
     assert torch.equal(run(cascade, inputs()), expected)
-
-
-def test_a_folded_graph_is_refused_with_the_reason_of_export() -> None:
-    cascade = lx.adapt(model_of("Branchy"), (inputs(),), spec=SPEC)
-    with raises(lx.CaptureError, "no-graph", "Branchy", "GuardOnDataDependentSymNode"):
-        cascade.folded_graph()
-    cascade(inputs())
 
 
 class Doubled(torch.autograd.Function):
@@ -374,11 +268,9 @@ def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None
     model, x = Addresses().double(), inputs().abs()
     cascade = lx.adapt(model, (x,), spec=SPEC)
     randomize(cascade)
-    merged = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, branch in branches(cascade).items():
-            merged.get_parameter(name).add_(branch.scale * branch.lora_B @ branch.lora_A)
-    torch.testing.assert_close(cascade(-x), merged(-x), rtol=0, atol=1e-12)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(merged(cascade), strict=False)
+    torch.testing.assert_close(cascade(-x), twin(-x), rtol=0, atol=1e-12)
 
 
 class Spellings(nn.Module):
@@ -432,8 +324,13 @@ def test_dropout_of_branches() -> None:
     assert_merged(cascade.eval(), copy.deepcopy(cascade.model), x)
 
 
-class Recomputing(Stack):
-    """Only gradient checkpointing prevents a graph of this model, so each kind of call has a variant of its own."""
+class Recomputing(nn.Module):
+    """Only gradient checkpointing prevents a graph of this model, so each kind of call has a separate variant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5, bias=False)) for _ in range(2))
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -455,10 +352,9 @@ def test_calls_of_several_kinds_share_their_reads() -> None:
     assert variant_count(cascade) == 2
     parameters = list(cascade.branches.parameters())
     losses = [sum(loss_of(cascade(x)) for x in order) for order in (calls, calls[::-1])]
-    first, second = (torch.autograd.grad(loss, parameters) for loss in losses)
+    computed = [torch.autograd.grad(loss, parameters) for loss in losses]
     merged_weights = merged(cascade, eager)
     loss = sum(loss_of(torch.func.functional_call(eager, merged_weights, (x,))) for x in calls)
     expected = torch.autograd.grad(loss, parameters)
-    for one, other, wanted in zip(first, second, expected, strict=True):
-        torch.testing.assert_close(one, wanted, rtol=0, atol=1e-12)
-        torch.testing.assert_close(other, wanted, rtol=0, atol=1e-12)
+    for gradients in computed:
+        torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-12)

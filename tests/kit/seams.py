@@ -13,7 +13,7 @@ from lorasc_fx.cascade import run, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
 from lorasc_fx.checkpoint import reader, saved
-from lorasc_fx.compile import compiler
+from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
@@ -53,6 +53,7 @@ SEAMS: dict[str, tuple[Any, str]] = {
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
     "block of a sum": ((fold, "BLOCK"),),
+    "number of variants": ((variants, "MAX_VARIANTS"),),
     "entries kept of each stage": ((stage, "MAX_FULL_ENTRIES"),),
 }
 
