@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import lorasc_fx as lx
 from tests.kit.models import train
-from tests.quantized.layers import CONFIGS, LAYERS, is_missing
+from tests.quantized.layers import LAYERS, WEIGHTS, Quantize, is_missing, mxfp4
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 
@@ -32,34 +30,11 @@ class Model(nn.Module):
         return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
 
 
-def _by_layer(case: str) -> Callable[[nn.Module], None]:
-    def quantize(model: nn.Module) -> None:
-        for name in ("up", "down"):
-            setattr(model, name, LAYERS[case](model.get_submodule(name)))  # type: ignore[arg-type]
-
-    return quantize
-
-
-def _by_torchao(width: str) -> Callable[[nn.Module], None]:
-    def quantize(model: nn.Module) -> None:
-        for name, layer in [*model.named_modules()]:
-            if isinstance(layer, nn.Linear) and name != "head":
-                _again(width)(layer)
-
-    return quantize
-
-
-def _again(width: str) -> Any:
-    import torchao.quantization as torchao
-
-    return lambda layer: torchao.quantize_(layer, CONFIGS[width]())
-
-
-def trained(quantize: Callable[[nn.Module], None], grid: str | None = None) -> tuple[lx.Cascade, torch.Tensor]:
+def trained(layer: Quantize, grid: str | None = None) -> tuple[lx.Cascade, torch.Tensor]:
     """Return a cascade of two stages on the quantized model, and the inputs."""
     torch.manual_seed(0)
     model, x = Model(), torch.randn(64, 256)
-    quantize(model)
+    model.up, model.down = layer(model.up), layer(model.down)  # type: ignore[assignment]
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, pace=1.0, grid=grid))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     for _ in cascade.stages(2, optimizer):
@@ -67,21 +42,25 @@ def trained(quantize: Callable[[nn.Module], None], grid: str | None = None) -> t
     return cascade, x
 
 
-def on_grid(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> float:
+def on_grid(layer: Quantize) -> float:
     """Return the distance between a cascade that has trained on its own grid and its released model."""
-    cascade, x = trained(quantize, dtype, "own")
+    cascade, x = trained(layer, "own")
     with torch.no_grad():
         running = cascade(x)
         return float((cascade.release()(x) - running).norm() / running.norm())
 
 
 @torch.no_grad()
-def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
-    """Return the row of a case. Distances are between outputs, relative to the norm of the outputs after training."""
+def row(case: str, layer: Quantize, grid: str | None = None) -> str:
+    """Return the row of a case. Distances are between outputs, relative to the norm of the outputs after training.
+
+    Args:
+        grid: of the training; "own" if the product of the library has no backward.
+    """
     torch.manual_seed(0)
     plain = Model()
     with torch.enable_grad():
-        cascade, x = trained(quantize)
+        cascade, x = trained(layer, grid)
     size = cascade(x).norm()
     with cascade.weights("base"):
         base = cascade.model(x)
@@ -91,24 +70,22 @@ def row(case: str, quantize: Callable[[nn.Module], None], again: Any) -> str:
     dense = Model()
     dense.load_state_dict(cascade.folded_state_dict(quantized="dequantize"))
     folded = (dense(x) - wanted).norm() / size
-    cascade.release(quantized=again)
+    cascade.release(quantized="requantize")
     requantized = (cascade.model(x) - wanted).norm() / size
     with torch.enable_grad():
-        grid = on_grid(quantize)
-    distances = f"{rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {grid:.0e}"
+        own = on_grid(layer)
+    distances = f"{rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {own:.0e}"
     return f'| {case} | {version(case.partition(" ")[0])} | {distances} | `"requantize"` |'
 
 
 def main() -> None:
     """Rewrite the rows of the page."""
     warnings.simplefilter("ignore")
-    cases: dict[str, tuple[Callable[[nn.Module], None], Any]] = {
-        case: (_by_layer(case), "requantize") for case in LAYERS if case != "packed" and not is_missing(case)
-    }
-    cases |= {f"torchao {width}": (_by_torchao(width), "requantize") for width in CONFIGS}
+    layers = {**LAYERS, **WEIGHTS, "torchao mxfp4": mxfp4}
+    cases = {case: layer for case, layer in layers.items() if case != "packed" and not is_missing(case)}
     text = PAGE.read_text()
-    for case, (quantize, again) in cases.items():
-        made = row(case, quantize, again)
+    for case, layer in cases.items():
+        made = row(case, layer, "own" if case == "torchao mxfp4" else None)
         text, count = re.subn(rf"^\| {re.escape(case)} \|.*$", lambda _, made=made: made, text, flags=re.MULTILINE)
         if not count:
             print("no row yet:")
