@@ -30,10 +30,10 @@ def seeded(model: Callable[..., Any], args: Sequence[Any]) -> torch.Tensor:
     return getattr(output, "logits", output)
 
 
-def gap(one: torch.Tensor, other: torch.Tensor) -> float:
+def gap(output: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest absolute difference of two outputs with the same shape."""
-    assert one.shape == other.shape
-    return (one.double() - other.double()).abs().max().item()
+    assert output.shape == expected.shape
+    return (output.double() - expected.double()).abs().max().item()
 
 
 def tokens(*shape: int, high: int = 11) -> torch.Tensor:
@@ -148,33 +148,24 @@ def made(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 BUILD: dict[str, Callable[[], nn.Module]] = {
-    "suffixes": Suffixes,
-    "words": Words,
-    "convs": Convs,
-    "mixture": Mixture,
-    "llama": llama,
-    "gpt2": gpt2,
-    "bert": bert,
-}
-
+    "suffixes": Suffixes, "words": Words, "convs": Convs, "mixture": Mixture, "llama": llama, "gpt2": gpt2, "bert": bert
+}  # fmt: skip
 INPUTS: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
     "suffixes": lambda: (normal(3, 4, 6),),
     "words": lambda: (tokens(3, 4),),
     "convs": lambda: (normal(2, 3, 8, 8),),
     "mixture": lambda: (normal(7, 5),),
-    "llama": lambda: (tokens(2, 5),),
-    "gpt2": lambda: (tokens(2, 5),),
-    "bert": lambda: (tokens(2, 5),),
+    **dict.fromkeys(("llama", "gpt2", "bert"), lambda: (tokens(2, 5),)),
 }
 
 
 def cascade_of(name: str, stages: int = 2, running: bool = True, **spec: Any) -> lx.Cascade:
-    """A cascade with an expert per stage, made by values in lora_B; `running`: the last stage is not folded yet.
+    """A cascade with random lora_B in each stage, and other values in each parameter that is trained in full.
 
-    What is trained in full has moved.
+    `running`: the last stage is not folded yet.
     """
-    given = {"rank": 2, "lora_alpha": 3.0, "pace": 0.5, **spec}
-    cascade = lx.adapt(made(BUILD[name]), INPUTS[name](), spec=lx.CascadeSpec(**given))
+    options = {"rank": 2, "lora_alpha": 3.0, "pace": 0.5, **spec}
+    cascade = lx.adapt(made(BUILD[name]), INPUTS[name](), spec=lx.CascadeSpec(**options))
     for stage in range(stages):
         randomize(cascade, seed=10 + stage)
         with torch.no_grad():
@@ -197,11 +188,11 @@ def folded(cascade: lx.Cascade, name: str) -> nn.Module:
     return model
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> None:
+def close(output: torch.Tensor, expected: torch.Tensor) -> None:
     """Assert that the outputs are equal to 1e-10, and that the change is not zero."""
-    assert one.dtype == other.dtype == torch.float64
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-    assert float(one.std()) > 1e-3
+    assert output.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    assert float(output.std()) > 1e-3
 
 
 def trained_by_peft(name: str, folder: Path, **config: Any) -> peft.PeftModel:

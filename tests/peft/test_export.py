@@ -48,8 +48,8 @@ pytestmark = [
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return found
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def assert_loads(cascade: lx.Cascade, name: str, folder: Path, merges: bool = True) -> None:
@@ -64,11 +64,11 @@ def assert_loads(cascade: lx.Cascade, name: str, folder: Path, merges: bool = Tr
             close(seeded(theirs.merge_and_unload(), args), right)
 
 
-@pytest.mark.parametrize(("given", "written"), [(None, "SEQ_CLS"), ("TOKEN_CLS", "TOKEN_CLS")])
-def test_the_task_is_the_models_unless_it_is_given(given: str | None, written: str, tmp_path: Path) -> None:
+def test_the_task_is_the_models_unless_it_is_given(tmp_path: Path) -> None:
     cascade = cascade_of("bert", exclude=("classifier",))
-    lx.export.peft(cascade, tmp_path / "adapter", task_type=given)
-    assert config_in(tmp_path / "adapter")["task_type"] == written
+    for task, written in ((None, "SEQ_CLS"), ("TOKEN_CLS", "TOKEN_CLS")):
+        lx.export.peft(cascade, tmp_path / written, task_type=task)
+        assert config_in(tmp_path / written)["task_type"] == written
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,7 @@ def test_the_task_is_the_models_unless_it_is_given(given: str | None, written: s
     [
         ("suffixes", {}),
         ("words", {"targets": ("emb", "up"), "train": ("head", "norm")}),
+        ("suffixes", {"train": ("1.lin.bias", "lin.bias")}),
         ("convs", {}),
         pytest.param("llama", {"train": ("model.norm", "lm_head")}, marks=slow),
         pytest.param("gpt2", {}, marks=slow),
@@ -91,6 +92,7 @@ def test_all_stages_become_one_adapter(name: str, spec: dict[str, Any], tmp_path
     config = config_in(tmp_path / "adapter")
     assert config["r"] == config["lora_alpha"] == 4
     assert config["fan_in_fan_out"] is (name == "gpt2")
+    assert config["bias"] == ("lora_only" if name == "suffixes" and spec else "none")
 
 
 def test_the_cascade_is_unchanged(tmp_path: Path) -> None:
@@ -104,16 +106,6 @@ def test_the_cascade_is_unchanged(tmp_path: Path) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in cascade.model.modules())
     cascade.transition(None)  # and goes on
-
-
-def test_fast_weights(tmp_path: Path) -> None:
-    cascade = cascade_of("suffixes", pace=0.25)
-    lx.export.peft(cascade, tmp_path / "fast", view="fast")
-    with torch.no_grad(), cascade.weights("fast"):
-        right = seeded(cascade.model, INPUTS["suffixes"]())
-    close(seeded(loaded("suffixes", tmp_path / "fast"), INPUTS["suffixes"]()), right)
-    lx.export.peft(cascade, tmp_path / "slow")
-    assert gap(seeded(loaded("suffixes", tmp_path / "slow"), INPUTS["suffixes"]()), right) > 1e-2
 
 
 @pytest.mark.parametrize("restart", ["slow", "fast"])
@@ -158,15 +150,12 @@ def test_a_smaller_rank_and_its_exact_error(tmp_path: Path, caplog: pytest.LogCa
     merged = loaded("convs", tmp_path).merge_and_unload().state_dict()
     assert "stem.weight" in written.cut
     for name, cut in written.cut.items():
-        delta, kept = (each[name] - before[name] for each in (right, merged))
+        delta, kept = right[name] - before[name], merged[name] - before[name]
         values = torch.linalg.svdvals(delta.flatten(1))
         assert cut.error == pytest.approx(float((delta - kept).norm()), rel=1e-9)
         assert cut.error == pytest.approx(float(values[3:].norm()), rel=1e-9)  # Eckart and Young: no pair is nearer
         assert cut.norm == pytest.approx(float(delta.norm()), rel=1e-9)
-        assert (
-            f"{name}: rank {cut.before} to 3, error {cut.error:.3g} of {cut.norm:.3g} ({cut.relative:.2%})"
-            in caplog.text
-        )
+        assert f"{name}: rank {cut.before} to 3, error {cut.error:.3g}" in caplog.text
     assert any(cut.relative > 0.05 for cut in written.cut.values())
 
 
@@ -177,13 +166,6 @@ def test_a_dense_delta_is_factored_at_its_rank(tmp_path: Path) -> None:
     written = lx.export.peft(cascade, tmp_path)
     assert written.ranks["deep.lin.weight"] == 4
     assert written.ranks["1.lin.weight"] == 6
-    assert_loads(cascade, "suffixes", tmp_path)
-
-
-def test_biases_of_adapted_modules(tmp_path: Path) -> None:
-    cascade = cascade_of("suffixes", train=("1.lin.bias", "lin.bias"))
-    lx.export.peft(cascade, tmp_path)
-    assert config_in(tmp_path)["bias"] == "lora_only"
     assert_loads(cascade, "suffixes", tmp_path)
 
 
@@ -215,16 +197,11 @@ def test_factors_of_a_dtype(tmp_path: Path) -> None:
     lx.export.peft(cascade, tmp_path / "half", dtype=torch.bfloat16)
     half = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
-    lx.export.peft(cascade, tmp_path / "own")
-    own = load_file(tmp_path / "own" / "adapter_model.safetensors")
-    assert {value.dtype for value in own.values()} == {torch.float64}
-    for name, value in own.items():
+    lx.export.peft(cascade, tmp_path / "double")
+    double = load_file(tmp_path / "double" / "adapter_model.safetensors")
+    assert {value.dtype for value in double.values()} == {torch.float64}
+    for name, value in double.items():
         assert torch.equal(half[name], value.bfloat16())
-    single = lx.adapt(made(BUILD["suffixes"]).float(), (INPUTS["suffixes"]()[0].float(),), spec=lx.CascadeSpec(rank=2))
-    randomize(single)
-    lx.export.peft(single, tmp_path / "single")
-    found = load_file(tmp_path / "single" / "adapter_model.safetensors")
-    assert {value.dtype for value in found.values()} == {torch.float32}
 
 
 def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +209,7 @@ def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path: Path, monke
     cascade = cascade_of("suffixes", stages=1)
     lx.export.peft(cascade, folder)
     (folder / "README.md").write_text("mine", encoding="utf-8")
-    first = (folder / "adapter_model.safetensors").read_bytes()
+    before = (folder / "adapter_model.safetensors").read_bytes()
     cascade.transition(None)
     randomize(cascade, seed=77)
 
@@ -243,9 +220,9 @@ def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path: Path, monke
         patch.setattr(*SEAMS["write an adapter"], full)
         with raises(lx.export.ExportError, "write-failed", "adapter"):
             lx.export.peft(cascade, folder)
-    assert (folder / "adapter_model.safetensors").read_bytes() == first
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
     lx.export.peft(cascade, folder)
-    assert (folder / "adapter_model.safetensors").read_bytes() != first
+    assert (folder / "adapter_model.safetensors").read_bytes() != before
     assert (folder / "README.md").read_text(encoding="utf-8") == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert_loads(cascade, "suffixes", folder)
@@ -313,9 +290,9 @@ def normed() -> nn.Module:
 
 
 def wide() -> Conv1D:
-    found = Conv1D(7, 6)
-    nn.init.normal_(found.weight)
-    return found
+    layer = Conv1D(7, 6)
+    nn.init.normal_(layer.weight)
+    return layer
 
 
 Build = Callable[[], nn.Module]
@@ -328,7 +305,7 @@ CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
     "Conv1D beside a parameter": (lambda: nn.Sequential(wide(), nn.Linear(7, 6), Gate()), images, {},
         ["0.weight", "2.rows"]),
     "weight norm": (normed, images, {}, ["0.weight_v"]),
-    "an embedding of its own": (lambda: Looks(Positions(30, 6)), words, {}, ["table.weight"]),
+    "a subclass of Embedding": (lambda: Looks(Positions(30, 6)), words, {}, ["table.weight"]),
     "a scaled embedding": (lambda: Looks(Scaled(11, 6)), words, {}, []),
     "a bag": (lambda: Looks(nn.EmbeddingBag(11, 6)), words, {}, ["table.weight"]),
     "an encoder that is never fused": (lambda: nn.TransformerEncoderLayer(6, 3, 8, 0.0, batch_first=True), images,
@@ -337,20 +314,16 @@ CASES: dict[str, tuple[Build, Callable[[], Any], dict[str, Any], list[str]]] = {
 # fmt: on
 
 
-SLOW = pytest.mark.slow
-
-
 def built(build: Build) -> nn.Module:
     torch.manual_seed(1)
     return build().double().eval()
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # peft's, of a model that has both
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(each, marks=SLOW) if each in ("packed projection", "an encoder that is never fused") else each
-        for each in CASES
+        pytest.param(case, marks=slow) if case in ("packed projection", "an encoder that is never fused") else case
+        for case in CASES
     ],
 )
 def test_adapted_modules_and_parameters(case: str, tmp_path: Path) -> None:
@@ -368,31 +341,6 @@ def test_adapted_modules_and_parameters(case: str, tmp_path: Path) -> None:
         right = seeded(cascade.release(), args)
     assert gap(adapted, right) < 1e-10
     assert gap(right, base) > 1e-2
-
-
-ODD: dict[str, tuple[Build, str, str]] = {
-    "nested parameters": (
-        lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))),
-        "0.inner.rows",
-        "peft refuses this adapter: ParamWrapper has no attribute `inner`",
-    ),
-    "parametrized": (
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
-        "0.parametrizations.weight.original1",
-        "it is a parameter of a ParametrizationList, where peft's target_parameters have no effect",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", ODD)
-def test_adapters_that_peft_could_not_load(case: str, tmp_path: Path) -> None:
-    build, name, reason = ODD[case]
-    cascade = lx.adapt(built(build), images(), spec=lx.CascadeSpec(rank=2))
-    modules = dict(cascade.model.named_modules())
-    randomize(cascade)
-    with raises(lx.export.ExportError, "not-exportable", name, reason):
-        lx.export.peft(cascade, tmp_path)
-    assert dict(cascade.model.named_modules()) == modules
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")  # peft's, that it cannot merge
@@ -423,10 +371,10 @@ class Net(nn.Module):
     """A linear layer and another module."""
 
     def __init__(
-        self, other: nn.Module, call: Callable[[nn.Module, torch.Tensor], Any] = lambda other, x: other(x)
+        self, module: nn.Module, call: Callable[[nn.Module, torch.Tensor], Any] = lambda module, x: module(x)
     ) -> None:
         super().__init__()
-        self.lin, self.other, self.call = nn.Linear(6, 6), other, call
+        self.lin, self.other, self.call = nn.Linear(6, 6), module, call
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.call(self.other, torch.tanh(self.lin(x)))
@@ -445,7 +393,7 @@ class Shared(nn.Module):
         return out
 
 
-class Own(nn.Module):
+class TopParameter(nn.Module):
     """A model with a parameter in the top module."""
 
     def __init__(self) -> None:
@@ -454,86 +402,6 @@ class Own(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.lin(x), self.rows)
-
-
-def encoder(batch_first: bool = True) -> nn.Module:
-    return nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=batch_first)
-
-
-def attend(other: nn.Module, x: torch.Tensor) -> Any:
-    return other(x, x, x)[0]
-
-
-def image(other: nn.Module, x: torch.Tensor) -> Any:
-    return other(x.unflatten(2, (2, 3)))
-
-
-READ = "reads it without calling the module that holds it, so that an adapter of peft has no effect"
-FUSED = "in eval mode, torch's fused TransformerEncoderLayer does not call the modules that peft adapts"
-OTHER = (
-    r"peft's adapter of this {} does not compute the same as the merged weight "
-    r"\(relative error of the change: [\d.e-]+\)"
-)
-
-# fmt: off
-UNEXPRESSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
-    "grouped": (lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image),
-        {"other.weight": "peft's adapter of a grouped convolution mixes the groups"}),
-    "transposed": (lambda: Net(nn.ConvTranspose2d(4, 3, 2), image),
-        {"other.weight": "peft adapts no ConvTranspose2d: .*"}),
-    "dilated": (lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image),
-        {"other.weight": OTHER.format("Conv2d")}),
-    "padding mode": (lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image),
-        {"other.weight": OTHER.format("Conv2d")}),
-    "attention": (lambda: Net(nn.MultiheadAttention(6, 2), attend),
-        {"other.out_proj.weight": f"MultiheadAttention {READ}"}),
-    "encoder": (lambda: Net(encoder()), {"other.linear1.weight": FUSED, "other.linear2.weight": FUSED,
-        "other.self_attn.in_proj_weight": FUSED, "other.self_attn.out_proj.weight": f"MultiheadAttention {READ}"}),
-    "read by another": (lambda: Net(nn.Linear(6, 4), lambda other, x: F.linear(x, other.weight, other.bias)),
-        {"other.weight": f"Net {READ}"}),
-    "read by another, transposed": (lambda: Net(nn.Linear(6, 4), lambda other, x: x @ other.weight.T),
-        {"other.weight": f"Net {READ}"}),
-    "called and read": (lambda: Net(nn.Linear(6, 6), lambda other, x: F.linear(other(x), other.weight)),
-        {"other.weight": f"Net {READ}"}),
-    "recurrent": (lambda: Net(nn.GRU(6, 4, batch_first=True), lambda other, x: other(x)[0]),
-        {"other.weight_hh_l0": "it is a parameter of a GRU, where peft's target_parameters have no effect",
-        "other.weight_ih_l0": "it is a parameter of a GRU, where peft's target_parameters have no effect"}),
-    "shared module": (Shared, {"one.weight": "its module has the paths one and two, and peft adapts only one of them"}),
-    "top module": (Own, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
-}
-# fmt: on
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(each, marks=pytest.mark.slow) if each == "encoder" else each for each in UNEXPRESSED]
-)
-def test_changes_that_no_adapter_expresses(case: str, tmp_path: Path) -> None:
-    build, reasons = UNEXPRESSED[case]
-    args = (normal(2, 4, 6),)
-    cascade = lx.adapt(made(build), args, spec=lx.CascadeSpec(rank=2))
-    randomize(cascade)
-    with pytest.raises(ExportError) as caught:
-        lx.export.peft(cascade, tmp_path / "adapter")
-    summary, *lines = str(caught.value).splitlines()
-    assert summary.startswith("export.peft: an adapter of peft cannot express the change of these weights; nothing was")
-    assert len(lines) == len(reasons), lines
-    for line, (name, reason) in zip(lines, reasons.items(), strict=True):
-        assert re.fullmatch(rf"  {re.escape(name)}: {reason}", line), line
-    assert not list(tmp_path.iterdir())
-    cascade.transition(None)
-
-
-def test_kept_noise(tmp_path: Path) -> None:
-    cascade = cascade_of("suffixes", noise=lx.Noise(0.1, keep=True), targets=("lin",))
-    with raises(ExportError, "not-exportable", "lin.weight", "noise.keep"):
-        lx.export.peft(cascade, tmp_path)
-
-
-def test_a_parameter_trained_in_full_in_the_top_module(tmp_path: Path) -> None:
-    cascade = lx.adapt(made(Own), (normal(2, 4, 6),), spec=lx.CascadeSpec(targets=("lin",), train=("rows",)))
-    randomize(cascade)
-    with raises(ExportError, "not-exportable", "\n  rows: "):
-        lx.export.peft(cascade, tmp_path)
 
 
 class Block(nn.Module):
@@ -546,13 +414,80 @@ class Block(nn.Module):
         return out
 
 
-def test_a_module_that_contains_an_adapted_one(tmp_path: Path) -> None:
-    """peft would save it completely, and it has no factors then."""
-    spec = lx.CascadeSpec(train=("other.scale",), pace=1.0)
-    cascade = lx.adapt(made(lambda: Net(Block())), (normal(2, 4, 6),), spec=spec)
+def attend(attention: nn.Module, x: torch.Tensor) -> Any:
+    return attention(x, x, x)[0]
+
+
+def image(conv: nn.Module, x: torch.Tensor) -> Any:
+    return conv(x.unflatten(2, (2, 3)))
+
+
+READ = "reads it without calling the module that holds it, so that an adapter of peft has no effect"
+FUSED = "in eval mode, torch's fused TransformerEncoderLayer does not call the modules that peft adapts"
+OTHER = (
+    r"peft's adapter of this {} does not compute the same as the merged weight "
+    r"\(relative error of the change: [\d.e-]+\)"
+)
+
+PARAMETER = "it is a parameter of a {}, where peft's target_parameters have no effect"
+
+# fmt: off
+UNEXPRESSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, str]]] = {
+    "grouped": (lambda: Net(nn.Conv2d(4, 6, 2, groups=2), image), {},
+        {"other.weight": "peft's adapter of a grouped convolution mixes the groups"}),
+    "transposed": (lambda: Net(nn.ConvTranspose2d(4, 3, 2), image), {},
+        {"other.weight": "peft adapts no ConvTranspose2d: .*"}),
+    "dilated": (lambda: Net(nn.Conv2d(4, 3, 2, dilation=2, padding="same"), image), {},
+        {"other.weight": OTHER.format("Conv2d")}),
+    "padding mode": (lambda: Net(nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), image), {},
+        {"other.weight": OTHER.format("Conv2d")}),
+    "attention": (lambda: Net(nn.MultiheadAttention(6, 2), attend), {},
+        {"other.out_proj.weight": f"MultiheadAttention {READ}"}),
+    "encoder": (lambda: Net(nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True)), {},
+        {"other.linear1.weight": FUSED, "other.linear2.weight": FUSED, "other.self_attn.in_proj_weight": FUSED,
+        "other.self_attn.out_proj.weight": f"MultiheadAttention {READ}"}),
+    "read by another": (lambda: Net(nn.Linear(6, 4), lambda module, x: x @ module.weight.T), {},
+        {"other.weight": f"Net {READ}"}),
+    "called and read": (lambda: Net(nn.Linear(6, 6), lambda module, x: F.linear(module(x), module.weight)), {},
+        {"other.weight": f"Net {READ}"}),
+    "recurrent": (lambda: Net(nn.GRU(6, 4, batch_first=True), lambda module, x: module(x)[0]), {},
+        {"other.weight_hh_l0": PARAMETER.format("GRU"), "other.weight_ih_l0": PARAMETER.format("GRU")}),
+    "shared module": (Shared, {},
+        {"one.weight": "its module has the paths one and two, and peft adapts only one of them"}),
+    "top module": (TopParameter, {}, {"rows": "it is a parameter of the top module, which peft cannot wrap"}),
+    "top module, in full": (TopParameter, {"targets": ("lin",), "train": ("rows",)}, {"rows": ".*"}),
+    "nested parameters": (lambda: nn.Sequential(Outer(Outer(nn.Linear(6, 6)))), {},
+        dict.fromkeys(("0.inner.inner.weight", "0.inner.rows", "0.rows"), "peft refuses.*has no attribute `inner`")),
+    "parametrized": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))), {},
+        {"0.parametrizations.weight.original1": PARAMETER.format("ParametrizationList")}),
+    "kept noise": (Suffixes, {"noise": lx.Noise(0.1, keep=True), "targets": ("lin",)},
+        {"lin.weight": ".*noise.keep.*"}),
+    "inside a module that peft would save": (lambda: Net(Block()), {"train": ("other.scale",)},
+        {"other.lin.weight": "peft does not adapt.*if it saves other.*"}),
+    "the path of a saved module is a suffix": (Suffixes, {"exclude": ("1.lin.weight",), "train": ("1.lin.bias",)},
+        dict.fromkeys(("1.lin.bias", "1.other.weight", "11.lin.weight", "11.other.weight", "deep.lin.weight",
+            "lin.weight"), "peft refuses this adapter: modules_to_save .*")),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=slow) if case == "encoder" else case for case in UNEXPRESSED]
+)
+def test_changes_that_no_adapter_expresses(case: str, tmp_path: Path) -> None:
+    build, spec, reasons = UNEXPRESSED[case]
+    cascade = lx.adapt(made(build), (normal(2, 4, 6),), spec=lx.CascadeSpec(rank=2, **spec))
+    modules = dict(cascade.model.named_modules())
     randomize(cascade)
-    with raises(ExportError, "not-exportable", "other.lin.weight", "peft does not adapt", "if it saves other"):
-        lx.export.peft(cascade, tmp_path)
+    with raises(ExportError, "not-exportable") as caught:
+        lx.export.peft(cascade, tmp_path / "adapter")
+    _, *lines = str(caught.value).splitlines()
+    assert len(lines) == len(reasons), lines
+    for line, (name, reason) in zip(lines, reasons.items(), strict=True):
+        assert re.fullmatch(rf"  {re.escape(name)}: {reason}", line), line
+    assert not list(tmp_path.iterdir())
+    assert dict(cascade.model.named_modules()) == modules
+    cascade.transition(None)
 
 
 @pytest.mark.slow
@@ -566,40 +501,17 @@ def test_an_adapted_head_of_a_classifier(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path / "other", task_type="SEQ_CLS")
 
 
-def test_a_module_whose_path_is_a_suffix_of_an_adapted_one(tmp_path: Path) -> None:
-    """peft saves every module with this suffix: 1.lin also matches 11.lin."""
-    cascade = lx.adapt(
-        made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(exclude=("1.lin.weight",), train=("1.lin.bias",))
-    )
-    randomize(cascade)
-    with raises(ExportError, "not-exportable", "1.lin.bias", "1.lin", "11.lin"):
-        lx.export.peft(cascade, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("given", "kind", "sentence"),
-    [
-        ({"view": "base"}, lx.StateError, ("unknown-name", "slow", "fast", "averaged")),
-        ({"max_rank": 0}, lx.SpecError, ("invalid-value", "max_rank", "0")),
-        ({"dtype": torch.int8}, lx.SpecError, ("invalid-value", "dtype", "torch.int8")),
-    ],
-)
-def test_invalid_arguments(
-    given: dict[str, Any], kind: type[lx.LorascError], sentence: tuple[str, ...], tmp_path: Path
-) -> None:
-    cascade = cascade_of("suffixes", stages=1)
-    with raises(kind, *sentence):
-        lx.export.peft(cascade, tmp_path, **given)
-
-
-def test_a_cascade_that_has_not_trained(tmp_path: Path) -> None:
-    cascade = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
+def test_invalid_calls(tmp_path: Path) -> None:
+    untrained = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
     with raises(lx.StateError, "not-available"):
-        lx.export.peft(cascade, tmp_path)
-
-
-def test_folders_with_other_files(tmp_path: Path) -> None:
+        lx.export.peft(untrained, tmp_path)
     cascade = cascade_of("suffixes", stages=1)
+    with raises(lx.StateError, "unknown-name", "slow", "fast", "averaged"):
+        lx.export.peft(cascade, tmp_path, view="base")
+    with raises(lx.SpecError, "invalid-value", "max_rank", "0"):
+        lx.export.peft(cascade, tmp_path, max_rank=0)
+    with raises(lx.SpecError, "invalid-value", "dtype", "torch.int8"):
+        lx.export.peft(cascade, tmp_path, dtype=torch.int8)
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with raises(ExportError, "path-in-the-way", "file"):
         lx.export.peft(cascade, tmp_path / "file")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorasc_fx as lx
+from tests.kit.compare import assert_same
 from tests.kit.errors import raises
 from tests.kit.models import Tied, optimizer_of, train
 from tests.kit.state import weight_state
@@ -109,11 +110,15 @@ def test_an_imported_adapter_is_exported_unchanged(case: str, tmp_path: Path) ->
     lx.export.peft(cascade, tmp_path / "out")
     with torch.no_grad():
         close(seeded(loaded(name, tmp_path / "out"), args), seeded(theirs, args))
-    first, second = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("in", "out"))
-    first = {key: value for key, value in first.items() if not key.endswith("base_layer.weight")}  # copies of the base
-    changed = {key for key in first if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
-    assert changed == {key for key in second if "lora_A" in key or "lora_B" in key or "lora_embedding" in key}
-    assert all(first[key].shape == second[key].shape for key in changed)
+    before, after = (
+        {
+            key: value.shape
+            for key, value in load_file(tmp_path / folder / "adapter_model.safetensors").items()
+            if "lora_A" in key or "lora_B" in key or "lora_embedding" in key
+        }
+        for folder in ("in", "out")
+    )
+    assert before == after
     again = lx.from_peft(tmp_path / "out", made(BUILD[name]), args)
     for key, value in again.folded_state_dict().items():
         torch.testing.assert_close(value, ours[key], rtol=0, atol=1e-10, msg=key)
@@ -130,9 +135,8 @@ def test_an_exported_cascade_is_imported_unchanged(name: str, tmp_path: Path) ->
     with torch.no_grad():
         close(seeded(folded(again, name), INPUTS[name]()), seeded(folded(cascade, name), INPUTS[name]()))
     lx.export.peft(again, tmp_path / "two")
-    one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    one, two = (tmp_path / folder / "adapter_model.safetensors" for folder in ("one", "two"))
+    assert_same(load_file(one), load_file(two))
 
 
 def test_the_spec_of_an_adapter(tmp_path: Path) -> None:
@@ -239,6 +243,7 @@ def test_import_with_a_user_spec(tmp_path: Path) -> None:
 
 
 P = "base_model.model."
+Edit = Callable[[dict[str, torch.Tensor]], Any]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +253,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def changed(source: Path, folder: Path, config: dict[str, Any], edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+def changed(source: Path, folder: Path, config: dict[str, Any], edit: Edit) -> Path:
     data = json.loads((source / "adapter_config.json").read_text(encoding="utf-8")) | config
     tensors = load_file(source / "adapter_model.safetensors")
     edit(tensors)
@@ -268,96 +273,76 @@ def refused(folder: Path, expected: tuple[str, ...]) -> None:
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
 
 
-# fmt: off
-CONFIGURATIONS = [
-    ({"peft_type": "LOHA"}, ("adapter-not-supported", "adapter_config.json", "LOHA")),
-    ({"lora_bias": True}, ("adapter-not-supported", "lora_bias", "True")),
-    ({"init_lora_weights": "pissa_niter_4"}, ("adapter-not-supported", "init_lora_weights", "pissa_niter_4")),
-    ({"use_doora": True}, ("adapter-not-supported", "use_doora", "True", "use_dora")),
-    ({"use_dora": True}, ("invalid-adapter", "up.lora_magnitude_vector")),
-    ({"r": None}, ("invalid-adapter", "r", "None")),
-    ({"r": 4}, ("adapter-does-not-fit", "up.lora_A", "[3, 6]", "[4, 6]")),
-    ({"rank_pattern": {"up": 10**9}}, ("adapter-does-not-fit", "up.lora_A", "1000000000")),
-    ({"rank_pattern": {"up": 10**12}}, ("invalid-adapter", "its rank is 1000000000000")),
-    ({"bias": "some"}, ("adapter-does-not-fit", "bias", "some")),
-    ({"target_modules": "(up"}, ("adapter-does-not-fit", "unterminated subpattern")),
-    ({"modules_to_save": ["norm", "haed"]}, ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
-    ({"modules_to_save": ["norm", "head"]}, ("adapter-does-not-fit", "KeyError", "head.0.weight")),
-    ({"target_parameters": ["up.weight"]}, ("adapter-does-not-fit", "'up' of type Linear")),
-]
-# fmt: on
+def config(**fields: Any) -> tuple[dict[str, Any], Edit]:
+    return fields, lambda tensors: None
 
 
-@pytest.mark.parametrize(("config", "expected"), CONFIGURATIONS)
-def test_configurations(config: dict[str, Any], expected: tuple[str, ...], source: Path, tmp_path: Path) -> None:
-    refused(changed(source, tmp_path, config, lambda tensors: None), expected)
+def tensors_of(new: dict[str, Callable[[dict[str, torch.Tensor]], torch.Tensor]]) -> tuple[dict[str, Any], Edit]:
+    """Replace tensors by the results of functions of all tensors."""
+    return {}, lambda tensors: tensors.update({P + name: make(tensors) for name, make in new.items()})
 
 
-def move(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
-    return lambda tensors: tensors.update({P + new: tensors.pop(P + old)})
+def move(old: str, new: str) -> tuple[dict[str, Any], Edit]:
+    return {}, lambda tensors: tensors.update({P + new: tensors.pop(P + old)})
 
 
-A, B = "up.lora_A.weight", "up.lora_B.weight"
-
+A, B, M = "up.lora_A.weight", "up.lora_B.weight", "up.lora_magnitude_vector"
+DORA = "an adapter with magnitudes"
 
 # fmt: off
-TENSORS = [
+DAMAGED: list[tuple[tuple[dict[str, Any], Edit], tuple[str, ...]]] = [
+    (config(peft_type="LOHA"), ("adapter-not-supported", "adapter_config.json", "LOHA")),
+    (config(lora_bias=True), ("adapter-not-supported", "lora_bias", "True")),
+    (config(init_lora_weights="pissa_niter_4"), ("adapter-not-supported", "init_lora_weights", "pissa_niter_4")),
+    (config(use_doora=True), ("adapter-not-supported", "use_doora", "True", "use_dora")),
+    (config(use_dora=True), ("invalid-adapter", M)),
+    (config(r=None), ("invalid-adapter", "r", "None")),
+    (config(r=4), ("adapter-does-not-fit", "up.lora_A", "[3, 6]", "[4, 6]")),
+    (config(rank_pattern={"up": 10**9}), ("adapter-does-not-fit", "up.lora_A", "1000000000")),
+    (config(rank_pattern={"up": 10**12}), ("invalid-adapter", "its rank is 1000000000000")),
+    (config(bias="some"), ("adapter-does-not-fit", "bias", "some")),
+    (config(target_modules="(up"), ("adapter-does-not-fit", "unterminated subpattern")),
+    (config(modules_to_save=["norm", "haed"]), ("adapter-does-not-fit", "modules_to_save", "haed", "head")),
+    (config(modules_to_save=["norm", "head"]), ("adapter-does-not-fit", "KeyError", "head.0.weight")),
+    (config(target_parameters=["up.weight"]), ("adapter-does-not-fit", "'up' of type Linear")),
     (move(A, "upp.lora_A.weight"), ("adapter-does-not-fit", "upp.lora_A.weight", "up")),
     (move(A, "head.1.lora_A.weight"), ("adapter-does-not-fit", "head.1.lora_A.weight")),
-    (lambda tensors: tensors.pop(P + B), ("invalid-adapter", "base_model.model.up.lora_B.weight")),
-    (lambda tensors: [tensors.pop(P + A), tensors.pop(P + B)], ("invalid-adapter",)),
-    (lambda tensors: tensors.update({P + B: tensors[P + B].t()}),
-        ("adapter-does-not-fit", "up.lora_B", "[3, 8]", "[8, 3]")),
-    (lambda tensors: tensors.update({P + "up.lora_magnitude_vector": torch.ones(8)}),
-        ("adapter-does-not-fit", "up.lora_magnitude_vector")),
-    (lambda tensors: tensors.update({"up.weight": torch.ones(8)}), ("adapter-does-not-fit", "'up.weight'")),
-    (lambda tensors: tensors.update({P + "norm.weight": torch.ones(9)}),
-        ("adapter-does-not-fit", "norm.", "[9]", "[8]")),
-    (lambda tensors: tensors.update({P + "emb.weight": torch.ones(11, 6)}), ("base-differs", "'emb.weight'")),
-    (lambda tensors: tensors[P + A].fill_(float("nan")), ("non-finite", "up")),
-    (lambda tensors: tensors.update({P + A: tensors[P + A].long()}),
-        ("adapter-does-not-fit", "up.lora_A", "floating point")),
+    (({}, lambda tensors: tensors.pop(P + B)), ("invalid-adapter", "base_model.model.up.lora_B.weight")),
+    (({}, lambda tensors: [tensors.pop(P + A), tensors.pop(P + B)]), ("invalid-adapter",)),
+    (({}, lambda tensors: tensors.update({"up.weight": torch.ones(8)})), ("adapter-does-not-fit", "'up.weight'")),
+    (tensors_of({B: lambda old: old[P + B].t()}), ("adapter-does-not-fit", "up.lora_B", "[3, 8]", "[8, 3]")),
+    (tensors_of({M: lambda _: torch.ones(8)}), ("adapter-does-not-fit", M)),
+    (tensors_of({"norm.weight": lambda _: torch.ones(9)}), ("adapter-does-not-fit", "norm.", "[9]", "[8]")),
+    (tensors_of({"emb.weight": lambda _: torch.ones(11, 6)}), ("base-differs", "'emb.weight'")),
+    (tensors_of({A: lambda old: old[P + A] * float("nan")}), ("non-finite", "up")),
+    (tensors_of({A: lambda old: old[P + A].long()}), ("adapter-does-not-fit", "up.lora_A", "floating point")),
+    (tensors_of({M: lambda old: old[P + M][None]}), ("adapter-does-not-fit", M, "[1, 8]", "[8]", DORA)),
+    (tensors_of({M: lambda old: old[P + M] * float("nan")}), ("non-finite", M, DORA)),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize(("edit", "expected"), TENSORS)
-def test_tensors(
-    edit: Callable[[dict[str, torch.Tensor]], Any], expected: tuple[str, ...], source: Path, tmp_path: Path
+@pytest.mark.parametrize(("edit", "expected"), DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_adapter(
+    edit: tuple[dict[str, Any], Edit], expected: tuple[str, ...], source: Path, tmp_path: Path
 ) -> None:
-    refused(changed(source, tmp_path, {}, edit), expected)
-
-
-M = P + "up.lora_magnitude_vector"
-
-
-@pytest.mark.parametrize(
-    ("edit", "expected"),
-    [
-        (lambda tensors: tensors[M][None], ("adapter-does-not-fit", "up.lora_magnitude_vector", "[1, 8]", "[8]")),
-        (lambda tensors: tensors[M] * float("nan"), ("non-finite", "up.lora_magnitude_vector")),
-    ],
-)
-def test_magnitudes(edit: Callable[[dict[str, torch.Tensor]], Any], expected: tuple[str, ...], tmp_path: Path) -> None:
-    trained_by_peft("words", tmp_path, target_modules=["up"], use_dora=True)
-    refused(changed(tmp_path, tmp_path, {}, lambda tensors: tensors.update({M: edit(tensors)})), expected)
+    if expected[-1] is DORA:
+        source, expected = tmp_path, expected[:-1]
+        trained_by_peft("words", source, target_modules=["up"], use_dora=True)
+    refused(changed(source, tmp_path, *edit), expected)
 
 
 def test_files(source: Path, tmp_path: Path) -> None:
     refused(tmp_path / "absent", ("unreadable-file", "adapter_config.json"))
     folder = changed(source, tmp_path, {}, lambda tensors: None)
     weights = folder / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-8])
+    weights.write_bytes(weights.read_bytes()[:-8])
     refused(folder, ("unreadable-file", "adapter_model.safetensors"))
     weights.unlink()
     refused(folder, ("unreadable-file", "adapter_model.safetensors"))
-    (folder / "adapter_config.json").write_text("[1]", encoding="utf-8")
-    refused(folder, ("invalid-adapter", "adapter_config.json"))
-    (folder / "adapter_config.json").write_text("{", encoding="utf-8")
-    refused(folder, ("invalid-adapter", "adapter_config.json"))
-    (folder / "adapter_config.json").write_text("[" * 100_000, encoding="utf-8")
-    refused(folder, ("invalid-adapter", "adapter_config.json"))
+    for text in ("[1]", "{", "[" * 100_000):
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        refused(folder, ("invalid-adapter", "adapter_config.json"))
 
 
 def test_no_module_that_the_file_names_is_imported(source: Path, tmp_path: Path) -> None:
@@ -407,7 +392,7 @@ def test_a_complete_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("injected", [False, True])
 def test_a_model_with_layers_of_peft(injected: bool) -> None:
-    """peft's lora_A and lora_B are not adapted, even in a model that is not a PeftModel (`load_adapter`)."""
+    """peft's lora_A and lora_B are not adapted, even without a PeftModel around them (`load_adapter`)."""
     base, config, args = made(BUILD["words"]), peft.LoraConfig(r=2, target_modules=["up"]), INPUTS["words"]()
     wrapped: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
     model, name = (base, "up") if injected else (wrapped, f"{P}up")

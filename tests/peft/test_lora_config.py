@@ -12,8 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -23,7 +21,9 @@ from transformers import (
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama
+from tests.kit import tiny
 from tests.kit.errors import raises
+from tests.kit.models import trainable_parameters
 from tests.kit.state import branches_of
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
@@ -88,14 +88,16 @@ def test_the_same_weights_as_in_peft_are_adapted(name: str) -> None:
     assert cascade.plan.spec.adapter == ("dora" if config.use_dora else "lora")
     start = config.init_lora_weights
     assert cascade.plan.spec.start == (start[:5] if isinstance(start, str) else "lora")
-    trained = {
-        each.removeprefix(PREFIX).replace("modules_to_save.default.", "").replace(".base_layer", "")
-        for each, parameter in theirs.named_parameters()
-        if parameter.requires_grad and "lora_" not in each
-    }
-    ours = {each.removeprefix("model.") for each, parameter in cascade.named_parameters() if parameter.requires_grad}
-    assert {each for each in ours if not each.startswith("branches.")} == {
-        each.replace(".base_layer", "") for each in trained
+    ours = {path.removeprefix("model.") for path, parameter in cascade.named_parameters() if parameter.requires_grad}
+    assert {path for path in ours if not path.startswith("branches.")} == trained_in_full(theirs)
+
+
+def trained_in_full(theirs: nn.Module) -> set[str]:
+    """Return the names of the parameters that peft's model trains in full."""
+    return {
+        name.removeprefix(PREFIX).replace("modules_to_save.default.", "").replace(".base_layer", "")
+        for name, parameter in theirs.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and "lora_" not in name
     }
 
 
@@ -120,20 +122,10 @@ def test_options_without_a_counterpart_are_one_error() -> None:
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
-def trained_by_peft(model: nn.Module, config: LoraConfig) -> set[str]:
-    """Return the names of the model's parameters that peft trains in full."""
-    theirs = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-    return {
-        name.removeprefix(PREFIX).replace("modules_to_save.default.", "")
-        for name, parameter in theirs.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and "lora_" not in name
-    }
-
-
-SIZES = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+LABELED = LlamaConfig(**tiny.SIZES, pad_token_id=0, num_labels=3)
 CLASSIFIERS = {
-    "score": (lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, pad_token_id=0, num_labels=3)), "q_proj"),
-    "classifier": (lambda: BertForSequenceClassification(BertConfig(**SIZES, pad_token_id=0, num_labels=3)), "query"),
+    "score": (lambda: LlamaForSequenceClassification(LABELED), "q_proj"),
+    "classifier": (tiny.bert, "query"),
 }
 
 
@@ -141,36 +133,41 @@ CLASSIFIERS = {
 @pytest.mark.parametrize("head", CLASSIFIERS)
 def test_the_head_of_a_classifier_is_trained(head: str) -> None:
     build, target = CLASSIFIERS[head]
-    model, config = build().train(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=[target])
-    expected = trained_by_peft(model, config)
-    batch = {"input_ids": torch.randint(1, 48, (3, 6)), "labels": torch.tensor([0, 1, 2])}
+    model, config = build(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=[target])
+    expected = trained_in_full(get_peft_model(copy.deepcopy(model), copy.deepcopy(config)))
+    batch = {"input_ids": torch.randint(1, 40, (3, 6)), "labels": torch.tensor([0, 1, 2])}
     cascade = lx.adapt(model, kwargs=batch, spec=config)
     assert set(cascade.plan.spec.train) == expected
     assert all(name.startswith(f"{head}.") for name in expected)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], "tied"], ids=str)
-def test_saved_modules_of_tied_embeddings(modules: Any, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "modules", "ensure"),
+    [
+        (False, ["lm_head", "embed_tokens"], False),
+        (True, ["lm_head"], False),
+        (True, ["embed_tokens"], False),
+        (True, ["lm_head", "embed_tokens"], False),
+        (True, ["lm_head", "embed_tokens"], True),
+    ],
+    ids=str,
+)
+def test_saved_modules_of_tied_embeddings(tied: bool, modules: list[str], ensure: bool, tmp_path: Path) -> None:
     """peft trains a copy of each saved module, so a tied weight becomes separate ones, unless peft ties the copies."""
 
     def build() -> LlamaForCausalLM:
         return llama(tie_word_embeddings=tied)
 
-    if ensure := modules == "tied":
-        modules = ["lm_head", "embed_tokens"]
-    if ensure and not tied:
-        return
     config = LoraConfig(
         r=4, target_modules=["q_proj"], modules_to_save=modules, ensure_weight_tying=ensure, task_type="CAUSAL_LM"
     )
     theirs, batch = get_peft_model(build().train(), copy.deepcopy(config)), {"input_ids": IDS, "labels": IDS}
+    expected = {"model.embed_tokens.weight"} if ensure else trained_in_full(theirs)
     cascade = lx.adapt(build(), kwargs=batch, spec=config)
-    expected = {"model.embed_tokens.weight"} if ensure else trained_by_peft(build(), config)
     assert set(cascade.plan.spec.train) == expected
     assert (cascade.model.lm_head.weight is cascade.model.model.embed_tokens.weight) == ensure
-    optimizer = torch.optim.SGD([each for each in theirs.parameters() if each.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trainable_parameters(theirs), lr=0.1)
     for _ in range(3):
         theirs(**batch).loss.backward()
         optimizer.step()
@@ -189,8 +186,8 @@ def test_saved_modules_of_tied_embeddings(modules: Any, tied: bool, tmp_path: Pa
 def test_only_parameters_are_targets(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-        return MixtralForCausalLM(MixtralConfig(**sizes))
+        sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        return MixtralForCausalLM(MixtralConfig(**tiny.SIZES, **sizes))
 
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=4, target_modules=[], target_parameters=parameters, init_lora_weights=False)

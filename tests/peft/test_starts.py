@@ -1,7 +1,6 @@
-"""Stages that start from the weight: held against peft's own `start="pissa"`, and against the formula.
+"""Stages that start from the weight, compared with peft's `init_lora_weights="pissa"` in fp32 and the formula in fp64.
 
-peft decomposes in fp32 only and refuses fp64, so trajectories in fp64 are compared with peft's adapter on factors and a
-residual made here, by torch.linalg; its own starts, and a chain of them, are compared in fp32.
+peft refuses to decompose fp64 weights.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.errors.state import unchanged
 from tests.kit import tiny
+from tests.kit.compare import assert_same
 from tests.kit.errors import raises
-from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train
+from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train, trainable_parameters
 from tests.kit.state import weight_states
 
 RANK = 3
@@ -34,10 +35,9 @@ def split(matrix: torch.Tensor, rank: int = RANK, scale: float = SCALE) -> Pair:
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-def adapted(model: nn.Module, x: Any, start: str = "pissa", **options: Any) -> lx.Cascade:
+def adapted(model: nn.Module, x: torch.Tensor, start: str = "pissa", **options: Any) -> lx.Cascade:
     spec = lx.CascadeSpec(**{**PLAIN, "start": start, **options})
-    given = {"kwargs": x} if isinstance(x, dict) else {"args": (x,)}
-    return lx.adapt(model, **given, spec=spec)
+    return lx.adapt(model, (x,), spec=spec)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,8 +52,8 @@ def pairs(cascade: lx.Cascade) -> dict[str, Pair]:
 
 
 def delta(start: Pair, end: Pair) -> torch.Tensor:
-    """`s (B A - B_0 A_0)` in fp64."""
-    (b0, a0), (b, a) = ([each.double() for each in pair] for pair in (start, end))
+    """`s (B A - B_0 A_0)`."""
+    (b0, a0), (b, a) = start, end
     return SCALE * (b @ a - b0 @ a0)
 
 
@@ -80,10 +80,8 @@ def test_stages_equal_a_chain_of_pefts_models() -> None:
     for stage in range(3):
         config = peft.LoraConfig(r=RANK, lora_alpha=4.5, target_modules=["0", "2"], init_lora_weights="pissa")
         theirs = peft.get_peft_model(model, config)
-        held = [value for value in theirs.parameters() if value.requires_grad]
-        losses = [train(each, torch.optim.SGD(own, lr=0.05), calls) for each, own in ((theirs, held),)]
-        losses.append(train(cascade, optimizer, calls))
-        torch.testing.assert_close(*losses, rtol=0, atol=2e-6, msg=f"stage {stage}")
+        expected = train(theirs, torch.optim.SGD(trainable_parameters(theirs), lr=0.05), calls)
+        torch.testing.assert_close(train(cascade, optimizer, calls), expected, rtol=0, atol=2e-6, msg=f"stage {stage}")
         model = theirs.merge_and_unload()
         cascade.transition(optimizer)
     ours = cascade.release()
@@ -102,13 +100,13 @@ def test_slow_and_fast_weights_are_the_formula(restart: str) -> None:
     slow = {name: torch.zeros_like(value) for name, value in base.items()}
     begin = dict(slow)
     for _ in range(3):
-        first = pairs(cascade)
-        for name, (b, a) in first.items():
+        initial = pairs(cascade)
+        for name, (b, a) in initial.items():
             count = min(RANK, *base[name].shape)
-            own = split(base[name] + begin[name], count)
-            torch.testing.assert_close(b[:, :count] @ a[:count], own[0] @ own[1], rtol=0, atol=1e-13)
+            b0, a0 = split(base[name] + begin[name], count)
+            torch.testing.assert_close(b[:, :count] @ a[:count], b0 @ a0, rtol=0, atol=1e-13)
         train(cascade, optimizer, calls)
-        fast = {name: begin[name] + delta(first[name], pair) for name, pair in pairs(cascade).items()}
+        fast = {name: begin[name] + delta(initial[name], pair) for name, pair in pairs(cascade).items()}
         assert all((fast[name] - begin[name]).abs().max() > 1e-3 for name in base)
         for view, expected in (("fast", fast), ("slow", slow), ("base", dict.fromkeys(base, 0.0))):
             with cascade.weights(view):
@@ -123,26 +121,33 @@ def test_slow_and_fast_weights_are_the_formula(restart: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_an_untrained_stage_changes_nothing(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("start", "adapter", "noise"), [("pissa", "lora", 0.0), ("lora", "dora", 0.0), ("lora", "dora", 0.3)]
+)
+def test_an_untrained_stage_changes_nothing(start: str, adapter: str, noise: float, dtype: torch.dtype) -> None:
     """Bit for bit, even after two untrained stages. While a stage runs, outputs are equal up to rounding."""
-    model, (x,) = mlp().to(dtype), batches(1, 4, 5)
-    base, before = weights(model), model(x.to(dtype)).double()
-    cascade = adapted(model, x.to(dtype), noise=lx.Noise(0.0))
-    assert (cascade(x.to(dtype)).double() - before).abs().max() < 20 * torch.finfo(dtype).eps
-    assert any(not torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    model, x = mlp().to(dtype), batches(1, 4, 5)[0].to(dtype)
+    base, before = weights(model), model(x).double()
+    cascade = adapted(model, x, start, adapter=adapter, pace=0.3, noise=lx.Noise(noise))
+    if adapter == "dora":
+        for branch in branches(cascade).values():
+            assert branch.lora_magnitude_vector.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    else:
+        assert any(not torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+    if not noise:
+        assert (cascade(x).double() - before).abs().max() < 20 * torch.finfo(dtype).eps
     with cascade.weights("fast"):
-        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
+        assert_same(weights(cascade.model), base)
     cascade.transition(None)
     cascade.transition(None)
     assert not any(state.experts for state in weight_states(cascade).values())
-    released = cascade.release()
-    assert all(torch.equal(value, base[name]) for name, value in weights(released).items())
+    assert_same(weights(cascade.release()), base)
 
 
 def test_noise_lies_on_the_residual() -> None:
     """The noise equals the noise of a cascade with LoRA's start. Its scale comes from the whole weight."""
     x = batches(1, 4, 5)[0]
-    cascade, plain = (adapted(mlp(), x, each, noise=lx.Noise(0.3)) for each in ("pissa", "lora"))
+    cascade, plain = (adapted(mlp(), x, start, noise=lx.Noise(0.3)) for start in ("pissa", "lora"))
     expected = weights(plain.model)
     for name, (b, a) in pairs(cascade).items():
         residual = expected[name] - SCALE * b @ a
@@ -175,8 +180,8 @@ def gpt2() -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [lambda: Odd().double(), gpt2], ids=["odd", "gpt2"])
 def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
-    """Slices, tables, stacks, weights stored as [in, out]: outputs stay, each matrix loses its leading part, and what
-    is trained is folded."""
+    """Slices, tables, stacks, weights stored as [in, out]: outputs stay, each matrix loses its leading part, and a
+    trained branch is folded."""
     torch.manual_seed(4)
     model, ids = build(), torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(1))
     base = weights(model)
@@ -195,9 +200,9 @@ def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
             list(zip(value, residual, strict=True)) if site.experts else [(value.flatten(1), residual.flatten(1))]
         )
         for pair in matrices:
-            own, left = (each.mT if site.layout == "in_out" else each for each in pair)
-            b, a = split(own, min(RANK, *own.shape))
-            torch.testing.assert_close(left, own - SCALE * b @ a, rtol=0, atol=1e-12, msg=site.weight)
+            weight, remaining = (matrix.mT if site.layout == "in_out" else matrix for matrix in pair)
+            b, a = split(weight, min(RANK, *weight.shape))
+            torch.testing.assert_close(remaining, weight - SCALE * b @ a, rtol=0, atol=1e-12, msg=site.weight)
     optimizer = optimizer_of(cascade, "sgd")
     for _ in range(2):
         output = cascade(ids)
@@ -207,7 +212,7 @@ def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
     with torch.no_grad():
         trained = cascade(ids)
         released = cascade.release()(ids)
-    trained, released = (getattr(each, "logits", each) for each in (trained, released))
+    trained, released = (getattr(output, "logits", output) for output in (trained, released))
     assert (trained - before).abs().max() > 1e-3
     torch.testing.assert_close(released, trained, rtol=0, atol=1e-12)
 
@@ -235,16 +240,16 @@ def test_an_adapter_of_peft(tmp_path: Path) -> None:
     again = lx.from_peft(tmp_path / "slow", copy.deepcopy(base), args=(calls[0],), spec=spec)
     torch.testing.assert_close(again(calls[0]), ours(calls[0]), rtol=0, atol=1e-12)
     for path in ("0", "2"):
-        whole = ours.get_submodule(path).weight.detach()
-        b0, a0 = split(whole, 1)  # out of the sum, not out of the base
-        torch.testing.assert_close(again.model.get_submodule(path).weight, whole - SCALE * b0 @ a0, rtol=0, atol=1e-12)
+        total = ours.get_submodule(path).weight.detach()
+        b0, a0 = split(total, 1)  # out of the sum, not out of the base
+        torch.testing.assert_close(again.model.get_submodule(path).weight, total - SCALE * b0 @ a0, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("more", [{"start": "pissa"}, {"adapter": "dora"}], ids=str)
 def test_a_second_loop_continues(more: dict[str, Any]) -> None:
     """Between two loops no stage runs and nothing counts as trained, so together they equal one loop."""
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = []
+    results = []
     for loops in ((2,), (1, 1)):
         torch.manual_seed(0)
         cascade = lx.adapt(nn.Linear(6, 5).double(), (x,), spec=lx.CascadeSpec(rank=2, pace=0.7, **more))
@@ -254,23 +259,28 @@ def test_a_second_loop_continues(more: dict[str, Any]) -> None:
             for _ in cascade.stages(count, optimizer):
                 train(cascade, optimizer, [x])
             assert torch.equal(cascade.model.weight, cascade.folded_state_dict()["weight"])
-        found.append(cascade.release().weight.detach())
-        assert (found[-1] - before).abs().max() > 1e-3
-    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+        results.append(cascade.release().weight.detach())
+        assert (results[-1] - before).abs().max() > 1e-3
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
-def test_a_cast_does_not_count_as_training() -> None:
+@pytest.mark.parametrize("options", [{"start": "pissa", "lora_alpha": RANK * 1.3}, {"adapter": "dora"}], ids=str)
+def test_casts_and_copies(options: dict[str, Any]) -> None:
+    """A cast keeps an untrained running stage untrained. A copy trains independently."""
     x = batches(1, 4, 5)[0]
-    base, cascade = weights(mlp().float()), adapted(mlp(), x, lora_alpha=RANK * 1.3)
+    base, cascade = weights(mlp().float()), adapted(mlp(), x, **{"start": "lora", **options})
     cascade.float()
     assert (cascade(x.float()) - mlp().float()(x.float())).abs().max() < 2e-6
     with cascade.weights("fast"):
-        assert all(torch.equal(value, base[name]) for name, value in weights(cascade.model).items())
-    assert all(torch.equal(value, base[name]) for name, value in weights(cascade.release()).items())
+        assert_same(weights(cascade.model), base)
+    twin = copy.deepcopy(cascade)
+    train(twin, torch.optim.SGD(twin.param_groups(lr=0.1)), [x.float()])
+    assert_same(weights(cascade.release()), base)
+    assert not any(torch.equal(value, base[name]) for name, value in weights(twin.release()).items())
 
 
-def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
-    """After `merge` or an import, the next stage takes its initial factors out of the sum."""
+def test_sums_of_runs_start_from_the_sum() -> None:
+    """After `merge`, the next stage takes its initial factors out of the sum."""
     x = batches(1, 4, 5)[0]
     runs = []
     for seed in (1, 2):
@@ -282,22 +292,18 @@ def test_sums_of_runs_start_from_the_sum(tmp_path: Path) -> None:
         name: value + sum(run.folded_state_dict()[name] - value for run in runs) / 2
         for name, value in weights(total).items()
     }
-    for merged in (lx.merge(runs, mlp(), (x,)),):
-        total = mlp()
-        total.load_state_dict({**total.state_dict(), **expected})
-        torch.testing.assert_close(merged(x), total(x), rtol=0, atol=1e-12)
-        for path in ("0", "2"):
-            b0, a0 = split(expected[f"{path}.weight"])
-            residual = expected[f"{path}.weight"] - SCALE * b0 @ a0
-            torch.testing.assert_close(merged.model.get_submodule(path).weight, residual, rtol=0, atol=1e-12)
+    total.load_state_dict({**total.state_dict(), **expected})
+    merged = lx.merge(runs, mlp(), (x,))
+    torch.testing.assert_close(merged(x), total(x), rtol=0, atol=1e-12)
+    for path in ("0", "2"):
+        b0, a0 = split(expected[f"{path}.weight"])
+        residual = expected[f"{path}.weight"] - SCALE * b0 @ a0
+        torch.testing.assert_close(merged.model.get_submodule(path).weight, residual, rtol=0, atol=1e-12)
 
 
 def test_weights_without_a_decomposition_are_refused() -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight[1, 2] = float("inf")
-    held = {name: value.clone() for name, value in model.state_dict().items()}
-    with raises(lx.SpecError, "non-finite", "start", "pissa", "2.weight"):
+    with unchanged(model), raises(lx.SpecError, "non-finite", "start", "pissa", "2.weight"):
         adapted(model, batches(1, 4, 5)[0])
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, held[name], rtol=0, atol=0)
