@@ -146,7 +146,7 @@ class AdapterBank:
             self._check_new(name)
             self._adapters.add(name, adapter)
 
-    def start(self, name: str, *, rank: int | None = None, lora_alpha: float = 16.0, seed: int = 0) -> None:
+    def start(self, name: str, *, rank: int | None = None, lora_alpha: float = 8.0, seed: int = 0) -> None:
         """Add a trainable LoRA adapter with initial values: random A [r, in] and zero B [out, r].
 
         A has the same values as in a cascade with this seed.

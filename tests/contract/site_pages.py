@@ -27,8 +27,6 @@ TABLES = {"ModelConfig": "model", "DataConfig": "data", "StagesConfig": "stages"
 """Tables of a configuration whose keys are their own."""
 FIRST = ("adapt", "load", "Cascade", "CascadeSpec")
 """Names that the reference of the package begins with."""
-SCREEN = "## peft, unsloth, or this"
-"""The heading of README.md at which the front page of the site stops."""
 OUTSIDE = {"../CONTRIBUTING.md": "contributing.md", "../README.md": "index.md"}
 """Where links out of docs/ lead on the site; others become text, as the site has no files of the repository."""
 
@@ -146,17 +144,8 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def front_page(index: str) -> str:
-    """The first screen of README.md, and after it the list of pages in docs/index.md."""
-    screen = (ROOT / "README.md").read_text(encoding="utf-8").partition(SCREEN)[0].replace("](docs/", "](")
-    return screen + index.replace("# Documentation", "## Documentation", 1)
-
-
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Lead links out of docs/ to pages of the site, or nowhere; name the notebook of a page below its title.
-
-    The front page begins as README.md does.
-    """
+    """Lead links out of docs/ to pages of the site, or nowhere; name the notebook of a page below its title."""
 
     def lead(match: re.Match[str]) -> str:
         target = OUTSIDE.get(match[2].partition("#")[0])
@@ -166,6 +155,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri in {each.name for each in (ROOT / "docs").glob("*.md")} and BLOCK.search(markdown):
         title, rest = markdown.split("\n", 1)
         markdown = f"{title}\n\n[This page as a notebook]({path})\n{rest}"
-    if page.file.src_uri == "index.md":
-        markdown = front_page(markdown)
     return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./(?!command-line)[^)]*)\)", lead, markdown)

@@ -35,18 +35,6 @@ def test_every_public_name_has_a_place() -> None:
     assert [name.removeprefix("lorasc_fx.") for name in NAMES[:4]] == [*site_pages.FIRST]
 
 
-def test_the_front_page_is_the_first_screen_of_the_readme() -> None:
-    page = site_pages.front_page((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page.startswith(readme[:300])
-    assert "pip install" in page
-    assert "(docs/" not in page
-    assert "(costs.md)" in page
-    assert "(start.md)" in page
-    assert site_pages.SCREEN in readme
-    assert site_pages.SCREEN not in page
-
-
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = set(re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} | set(site_pages.pages())
