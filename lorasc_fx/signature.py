@@ -1,6 +1,6 @@
 """Input signatures: the canonical form of the arguments of a call, and a hashable key for it.
 
-Each input signature has its own adapted graph, a variant (docs/design.md). The signature consists of:
+Each input signature has its own adapted graph, a variant (docs/algorithm.md). The signature consists of:
 
 - the pytree of the arguments, and which of them are None,
 - the dtype, device and number of axes of each tensor,

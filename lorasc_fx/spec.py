@@ -218,7 +218,7 @@ KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
 """Kinds of weights. A target with any other text is a glob on weight names."""
 
 PLACEMENTS = ("beside", "merged", "weight")
-"""Values of `Site.placement`: where a branch computes (docs/design.md, "Placements")."""
+"""Values of `Site.placement`: where a branch computes (docs/algorithm.md, "Placements")."""
 
 Distribution = Literal["uniform", "normal"]
 Where = Literal["sites", "all"]
@@ -403,7 +403,7 @@ class CascadeSpec:
             `Cascade.weights("averaged")`. Default: False.
         placement: where branches compute: `beside` the op, `merged` into it, on the `weight`, or `auto` (default) to
             let a cost model choose. A site whose op does not allow the placement gets another one. The `auto` choice
-            is made at the first capture. See docs/design.md, "Placements".
+            is made at the first capture. See docs/algorithm.md, "Placements".
         pace: share of the fast weights that a transition merges into the slow ones, in (0, 1]; alpha in the paper.
             A sequence has one share per stage; its last entry repeats. 1.0 merges whole stages (COLA, 2401.04151).
             `mean` is 1/n for the n-th of the stages that the slow weights are made of (n = t without a rewind): with

@@ -141,10 +141,8 @@ SAMPLED = {
 SLOW = {
     *(
         f"contract/test_docs.py::test_page_runs[docs/{page}.md]"
-        for page in ("from-peft", "images", "llm", "loops", "method")
+        for page in ("adapt", "export", "from-peft", "llm", "method", "passes")
     ),
-    "contract/test_docs.py::test_page_runs[docs/serving.md]",
-    "contract/test_docs.py::test_page_runs[docs/text.md]",
     "cli/test_app.py::test_a_new_process",
     "cli/test_language.py::test_a_model_learns_to_count[chat]",
     "cli/test_language.py::test_a_model_learns_to_count[pairs]",
@@ -160,7 +158,6 @@ SLOW = {
     "compose/test_table.py::test_between[decompositions]",
     "accelerator/test_operations.py::test_exported_graphs",
     "accelerator/test_operations.py::test_methods_of_a_model[llama]",
-    "contract/test_docs.py::test_page_runs[docs/start.md]",
     "durability/test_kills.py::test_a_training_outlives_a_full_disk",
     "export/test_adapter_inputs.py::test_adapters_are_exchanged_without_lorasc_fx[stated]",
     "export/test_graphs.py::test_onnx_is_the_released_model_of_any_batch[stated]",

@@ -1,4 +1,4 @@
-"""`make coverage`: every model of the zoo under lorasc-fx and under peft, written to docs/coverage.md.
+"""`make coverage`: every model of the zoo under lorasc-fx and under peft, written to docs/limits.md.
 
 `python -m benchmarks.coverage NAME...` looks at these models again, and rewrites their rows.
 """
@@ -16,25 +16,20 @@ from pathlib import Path
 from typing import Any
 
 STORE = Path(__file__).parents[2] / "build" / "coverage.json"
-PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
+START, END = "<!-- coverage -->\n", "<!-- /coverage -->\n"
 ABOUT = """\
-`make coverage` writes this page. Each model is a small one, built from its library's configuration, in fp64.
-`benchmarks/coverage/examine.py` compares it with its own eager code in train and eval mode:
+Each model is a small one, built from its library's configuration, in fp64. It is compared with its own eager code in
+train and eval mode (`benchmarks/coverage/examine.py`). With B = 0 no bit of outputs and buffers changes, compared with
+the frozen eager model. Branches compute the merged weights and get the gradients of the formula. After two stages with
+noise, the released model holds the slow weights of the formula, and its state dict loads strictly into a
+new model.
 
-- With B = 0 no bit of outputs and buffers changes. The comparison is with the frozen eager model, without the fast
-  path of MultiheadAttention. With trainable weights, TransformerEncoderLayer, CLIP, ESM2 and volo differ by about 1e-7.
-- Branches compute the merged weights and get the gradients of the formula.
-- After two stages with noise, the released model holds the slow weights of the formula, and its state dict loads
-  strictly into a new model.
-
-The columns count the weight matrices with a branch by kind, and the ones without by reason ([kinds](kinds.md)). The
-column *peft* is LoRA of peft on every linear and convolution of the same model: how many matrices it adapts, and its
-faults. There *groups* means that peft raises because the groups of a convolution do not divide the rank. *No merge*
-means that peft cannot merge a convolution with groups.
-
-A model runs as a graph of torch.export unless `eager` follows its name. Then the model itself runs with adapted weights
-([capture](capture.md#without-a-graph)): training, stages, checkpoints, release and peft's format work, and
-`folded_graph()`, `.pt2`, ONNX, drawings, the bank and FSDP2 do not. The last section has the reasons."""
+The columns count the weight matrices with a branch by kind, and the ones without by
+[reason](adapt.md#what-can-be-adapted). The column *peft* is LoRA of peft on every linear and convolution of the same
+model: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups of a convolution do not
+divide the rank. *No merge*: peft cannot merge a convolution with groups. A model runs as a graph unless `eager` follows
+its name ([what that means](adapt.md#with-and-without-a-graph))."""
 KINDS = ("linear", "conv", "embedding", "experts", "recurrent")
 HEAD = f"| model | {' | '.join(KINDS)} | not adapted | peft |\n|{'---|' * (len(KINDS) + 3)}"
 EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
@@ -90,13 +85,21 @@ def main(names: list[str]) -> None:
 
 
 def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the page."""
+    """Return the page with the current part about coverage."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    return before + START + coverage(libraries) + END + rest.partition(END)[2]
+
+
+def coverage(libraries: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the part of the page."""
     everything = [each for found in libraries.values() for each in found]
     right = sum(not each["faults"] for each in everything)
     clean = sum("," not in each["peft"] and "matrices" in each["peft"] for each in everything)
     fronts = Counter(each["frontend"] for each in everything)
+    reasons = Counter(_reason(next(iter(each["refused"].values()))) for each in everything if each["refused"])
     summary = f"{right} of {len(everything)} models are right in lorasc-fx, and {clean} show no error in peft. "
-    lines = ["# Coverage", "", ABOUT, "", f"{summary}{fronts['export']} run as a graph, {fronts['eager']} eagerly."]
+    lines = [ABOUT, "", f"{summary}{fronts['export']} run as a graph, {fronts['eager']} eagerly, because", ""]
+    lines += [*(f"- {reason}: {count} models" for reason, count in reasons.most_common())]
     for library, found in libraries.items():
         lists: dict[str, list[str]] = {}
         rows = []
@@ -106,24 +109,9 @@ def page(libraries: dict[str, list[dict[str, Any]]]) -> str:
                 lists.setdefault(alike, []).append(f"{each['name']}{_front_end(each)}")
             else:
                 rows.append(_row(each))
-        lines += ["", f"## {library}", ""]
+        lines += ["", f"### {library}", ""]
         lines += [line for title, names in lists.items() for line in (f"{title}: {', '.join(names)}.", "")]
         lines += [HEAD, *rows]
-
-    lines += ["", "## Weights without a gradient in the eager model", ""]
-    idle: dict[str, list[str]] = {}
-    for each in everything:
-        if each["idle"]:
-            weight, reason = next(iter(each["idle"].items()))
-            more = f" and {len(each['idle']) - 1} more" * (len(each["idle"]) > 1)
-            idle.setdefault(reason, []).append(f"{each['name']} (`{weight}`{more})")
-    lines += [f"- {reason}: {', '.join(names)}" for reason, names in idle.items()] or ["None."]
-    lines += ["", "## Reasons why there is no graph", ""]
-    models: dict[str, list[str]] = {}
-    for each in everything:
-        if each["refused"]:
-            models.setdefault(_reason(next(iter(each["refused"].values()))), []).append(each["name"])
-    lines += [f"- {reason}: {len(names)} models" for reason, names in models.items()] or ["None."]
     return "\n".join(lines) + "\n"
 
 
@@ -131,6 +119,8 @@ def _reason(text: str) -> str:
     """Return why torch.export refused, without what differs between models."""
     if text.startswith("GuardOnDataDependentSymNode"):
         return "a size or a branch depends on values"
+    if text.startswith("Disagreement"):
+        return "its graph computes something else"
     text = re.sub(r"autograd\.Function \w+,", "autograd.Function,", text)
     return _cell(text.removeprefix("RuntimeError: "))
 
@@ -163,7 +153,9 @@ def _row(each: dict[str, Any]) -> str:
     elif SHORT[1][0] in peft.lower():
         peft = "no merge"
     peft = _cell(
-        peft.replace(" matrices", "")
+        re.sub(r"^(\w+Error): .*", r"\1", peft)
+        .replace(" matrices", "")
+        .replace(" of ", "/")
         .replace("merged differs by", "merge off by")
         .replace("adapters without a gradient", "without gradient")
     )[:80]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Placement(enum.StrEnum):
-    """What a branch node computes: the value of its option `at`. docs/design.md, "Placements"."""
+    """What a branch node computes: the value of its option `at`. docs/algorithm.md, "Placements"."""
 
     BESIDE = "beside"
     """Adds the term of the branch to the output of an op."""
@@ -67,7 +67,7 @@ SMALL = 1 << 15
 
 
 class MatrixOps:
-    """The placements of a low-rank branch (docs/design.md, "Placements"), as functions of the branch.
+    """The placements of a low-rank branch (docs/algorithm.md, "Placements"), as functions of the branch.
 
     All compute `W_t x + s B A x` (docs/algorithm.md, row "training").
     """
@@ -228,7 +228,7 @@ def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 class ConvOps:
-    """The placements of a low-rank branch of a convolution (docs/design.md, "Placements"), as functions of the branch.
+    """The placements of a low-rank branch of a convolution, as functions of the branch.
 
     The formula is in docs/algorithm.md, "Conv". `A * x` is the convolution of x with A. The options of `beside` and
     `merged` are the fields of a `ConvCall`.

@@ -4,7 +4,7 @@ While forward is traced, it reads state from Python, and the graph holds the val
 and strings in attributes, `training`, hooks, submodules, and the contents of containers. Tensors other than parameters
 and buffers, and a `forward` that is set on an instance, are such state too.
 
-`walk` yields the containers that hold the state, and `Guards` records their contents. docs/capture.md lists the state
+`walk` yields the containers that hold the state, and `Guards` records their contents. docs/adapt.md lists the state
 that is guarded.
 """
 

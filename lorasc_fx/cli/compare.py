@@ -64,7 +64,7 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     """Train several methods and compare them. Run it again to continue.
 
     Args:
-        config: TOML file (docs/command-line.md).
+        config: TOML file (docs/llm.md).
         overrides: keys of the file with other values, such as compare.seeds=[0,1].
     """
     settings = load_config(config, overrides)

@@ -30,7 +30,7 @@ def train(
     """Train a model and write a run folder.
 
     Args:
-        config: TOML file (docs/command-line.md).
+        config: TOML file (docs/llm.md).
         overrides: keys of the file with other values, such as spec.rank=16.
         resume: continue the run in the output folder.
     """

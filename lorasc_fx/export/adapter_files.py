@@ -2,7 +2,7 @@
 
 The graph has three inputs for each site, in the order of the plan: `lora_A`, `lora_B` and `scale`. An input is named by
 its weight and tensor, in lower case and with `_` instead of `.`, such as `head_weight_lora_a`. See
-`passes.AdapterInputs` and docs/serving.md.
+`passes.AdapterInputs` and docs/export.md.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ EXCLUDED = {"dora": REPLACES_THE_OP, "lokr": NO_LOOKUP}
 
 @pytest.mark.parametrize(("name", "placement"), ROWS)
 def test_no_output_changes_before_training(name: str, placement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of large products in training, oneDNN and MKL round the last bit in different ways (docs/design.md).
+    # Of large products in training, oneDNN and MKL round the last bit in different ways (docs/algorithm.md).
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     torch.manual_seed(5)
     model, indices = All(), torch.randint(0, 9, (3, 7))

@@ -1,4 +1,4 @@
-"""Kinds of graphs of one model, and their rows in docs/composing.md."""
+"""Kinds of graphs of one model, and their lines in docs/passes.md."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ WITHOUT_NAMES: dict[str, Make] = {
 
 
 def rows() -> list[str]:
-    """Return the rows of the table. Each cell is a test in tests/compose/test_lifted.py."""
-    kinds = {**dict.fromkeys(WITH_NAMES, "yes"), **dict.fromkeys(WITHOUT_NAMES, "yes, then `weights_as_attributes`")}
-    return [f"| `{name}` | shapes (`ShapeProp`) | {before} | yes | yes | yes |" for name, before in kinds.items()]
+    """Return the lines of the page. Each kind is a test in tests/compose/test_lifted.py."""
+    names = {"as they are": WITH_NAMES, "after `weights_as_attributes`": WITHOUT_NAMES}
+    return [f"- {when}: {', '.join(f'`{name}`' for name in kinds)}" for when, kinds in names.items()]

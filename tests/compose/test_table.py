@@ -1,4 +1,4 @@
-"""Each cell of the table in page.py is what happens; docs/composing.md is made of the same rows."""
+"""Each cell of the table in page.py is what happens; docs/passes.md is made of the same rows."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def keys() -> str:
     """The keys of the configuration: fields, types, defaults and what the source says after each."""
     tree = ast.parse((PACKAGE / "cli" / "config.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    lines = ["# Keys of the configuration", "", "A file for the [command line](../command-line.md), in TOML.", ""]
+    lines = ["# Keys of the configuration", "", "A file for the [command line](../llm.md#command-line), in TOML.", ""]
     for name, table in {"Config": "", **TABLES}.items():
         node = classes[name]
         lines += [f"## [{table}]", ""] if table else []
@@ -155,4 +155,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri in {each.name for each in (ROOT / "docs").glob("*.md")} and BLOCK.search(markdown):
         title, rest = markdown.split("\n", 1)
         markdown = f"{title}\n\n[This page as a notebook]({path})\n{rest}"
-    return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./(?!command-line)[^)]*)\)", lead, markdown)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./(?!llm)[^)]*)\)", lead, markdown)

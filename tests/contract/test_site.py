@@ -59,7 +59,7 @@ def test_every_key_of_the_configuration_is_told() -> None:
 def test_each_page_with_code_is_a_notebook() -> None:
     """Its cells are the text of the page and the blocks that test_docs.py runs, in this order."""
     made = {Path(path).stem: json.loads(text)["cells"] for path, text in site_pages.notebooks().items()}
-    assert {"checkpoints", "from-peft", "llm", "loops", "quantized", "start", "text"} <= set(made)
+    assert {"adapt", "export", "from-peft", "llm", "method", "passes", "quantized"} <= set(made)
     for name, cells in made.items():
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         code, text = (

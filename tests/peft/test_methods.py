@@ -1,5 +1,5 @@
 """A branch that has trained computes what the plain model computes with its merged weights, also where peft does not
-(docs/peft.md). On layers of bitsandbytes, the losses equal peft's.
+(docs/from-peft.md). On layers of bitsandbytes, the losses equal peft's.
 """
 
 from __future__ import annotations
