@@ -158,15 +158,15 @@ def _like_int8(old: Any, value: torch.Tensor) -> torch.Tensor:
     settings = _settings(
         old, "act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range"
     )
-    made: torch.Tensor = type(old).from_hp(
+    quantized: torch.Tensor = type(old).from_hp(
         value, _granularity(old), scale=old.scale, zero_point=old.zero_point, **settings
     )
-    return made
+    return quantized
 
 
 def _like_intx(old: Any, value: torch.Tensor) -> torch.Tensor:
     scales = {"custom_scale": old.scale, "custom_zero_point": old.zero_point}
-    made: torch.Tensor = type(old).from_hp(
+    quantized: torch.Tensor = type(old).from_hp(
         value,
         old.block_size,
         old.target_dtype,
@@ -174,30 +174,30 @@ def _like_intx(old: Any, value: torch.Tensor) -> torch.Tensor:
         **scales,
         **_settings(old, "activation_quantization"),
     )
-    return made
+    return quantized
 
 
 def _like_float8(old: Any, value: torch.Tensor) -> torch.Tensor:
     settings = _settings(old, "mm_config", "kernel_preference", "act_quant_kwargs")
-    made: torch.Tensor = type(old).from_hp(value, old.qdata.dtype, _granularity(old), **settings)
-    return made
+    quantized: torch.Tensor = type(old).from_hp(value, old.qdata.dtype, _granularity(old), **settings)
+    return quantized
 
 
 def _like_nvfp4(old: Any, value: torch.Tensor) -> torch.Tensor:
     scale: Any = sys.modules[type(old).__module__].per_tensor_amax_to_scale
-    whole = None if old.per_tensor_scale is None else scale(value.abs().amax())
-    made: torch.Tensor = type(old).to_nvfp4(
+    tensor_scale = None if old.per_tensor_scale is None else scale(value.abs().amax())
+    quantized: torch.Tensor = type(old).to_nvfp4(
         value,
-        per_tensor_scale=whole,
+        per_tensor_scale=tensor_scale,
         **_settings(old, "block_size", "is_swizzled_scales", "act_quant_kwargs", "act_per_tensor_scale"),
     )
-    return made
+    return quantized
 
 
 def _like_mx(old: Any, value: torch.Tensor) -> torch.Tensor:
     names = ("elem_dtype", "block_size", "kernel_preference", "act_quant_kwargs", "is_swizzled_scales")
-    made: torch.Tensor = type(old).to_mx(value, **_settings(old, *names))
-    return made
+    quantized: torch.Tensor = type(old).to_mx(value, **_settings(old, *names))
+    return quantized
 
 
 def _settings(old: Any, *names: str) -> dict[str, Any]:
@@ -240,8 +240,10 @@ def requantized(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     quantize = quantizer_of(weight)
     assert quantize is not None, "checked when the branch was inserted"
     with torch.no_grad():
-        made = quantize(value)
-        plain: torch.Tensor = QuantizedWeight(made).dequantize() if isinstance(made, nn.Module) else made.dequantize()
+        coded = quantize(value)
+        plain: torch.Tensor = (
+            QuantizedWeight(coded).dequantize() if isinstance(coded, nn.Module) else coded.dequantize()
+        )
     return plain.to(value.dtype)
 
 
@@ -471,8 +473,8 @@ class QuantizedLinear(nn.Linear):
 def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return `input weight^T + bias` [..., out] for a quantized weight, or for a dense weight that replaces it.
 
-    With a dense weight, the product is computed in the dtype of the weight and converted to the dtype of the input,
-    because the layers of the libraries do this too.
+    With a dense weight, the product is computed in the dtype of the weight and converted to the dtype of the input. The
+    layers of the libraries do this too.
 
     Args:
         input: [..., in].

@@ -69,7 +69,7 @@ def bind(
 def _without_nones(
     signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[object] | None = None
 ) -> inspect.BoundArguments:
-    """Drop arguments whose default and value are None, and sort those that go to `**kwargs` by name, in place.
+    """Drop arguments whose default and value are None, and sort the arguments in `**kwargs` by name, in place.
 
     If `values` is given, `bound` has indices into it instead of values.
     """

@@ -38,7 +38,7 @@ GRIDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     str(dtype).removeprefix("torch."): lambda weight, dtype=dtype: weight.to(dtype).to(weight.dtype)  # type: ignore[misc]
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 }
-"""Functions that round a weight as it is stored, or a kernel [out, in, ...], by the value of `CascadeSpec.grid`."""
+"""Functions that round a weight in its stored layout, or a kernel [out, in, ...], by `CascadeSpec.grid`."""
 
 OWN_GRID = "own"
 """The value of `CascadeSpec.grid` for the grid of each quantized weight."""
@@ -48,17 +48,17 @@ def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -
     """Give a grid a name, for `CascadeSpec(grid=name)`. A checkpoint stores the name, so register it before `load`.
 
     Args:
-        name: the name. A function that is given as `CascadeSpec.grid` has its qualified name.
-        function: returns a weight as it is stored ([out, in], or [in, out] in transformers' Conv1D), or the kernel of a
-            convolution [out, in/groups, *kernel], rounded to the nearest values of a grid, in the same shape and dtype.
-            Each expert of a stack is given alone. It must compute the same in each call, and must not write to its
-            argument.
+        name: the name. For a function in `CascadeSpec.grid` it is the qualified name of the function.
+        function: rounds its argument to the nearest values of a grid, in the same shape and dtype. The argument is a
+            weight in its stored layout [out, in] (transformers' Conv1D: [in, out]), the kernel of a convolution
+            [out, in/groups, *kernel], or one expert of a stack. The function must compute the same in each call, and
+            must not write to its argument.
 
     Raises:
         SpecError: the name is empty, or has another function already.
     """
-    taken = name == OWN_GRID or not _same_function(GRIDS.get(name, function), function)
-    if not name or taken:
+    is_taken = name == OWN_GRID or not _same_function(GRIDS.get(name, function), function)
+    if not name or is_taken:
         raise SpecError(
             f"grid: the name {name!r} is {'that of another grid' if name else 'empty'}. Give the function another one "
             "by register_grid(NAME, function), and then CascadeSpec(grid=NAME)"

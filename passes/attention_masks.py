@@ -17,8 +17,8 @@ If all sizes are constant, the computed mask is the mask of every call. Symbolic
 holds at every size, because `_bound` accepts only nodes with these properties:
 
 1. No value depends on a size. Sizes are only ends of ranges and shapes, so an entry is a function of its indices.
-2. Integers are affine functions of the indices. Their ops turn affine functions into polynomials of degree two at most,
-   which are affine everywhere if they are affine at three values of each index. All other numbers are constant.
+2. Integers are affine functions of the indices. Their ops turn affine functions into polynomials of degree two at most.
+   These are affine everywhere if they are affine at three values of each index. All other numbers are constant.
 3. Bools are formed by logical ops from conditions `index >= c` and `index - index >= c` with `abs(c) <= bound`.
 
 Proof: take any entry of the mask at any size. Sort its indices and 0, and shorten each gap between neighbours to at
@@ -125,8 +125,8 @@ def _equivalent(mask: torch.Tensor, call: fx.Node) -> Literal["none", "causal"] 
     if mask.all() if mask.dtype is torch.bool else not mask.any():
         return "none"
     # `is_causal` aligns the triangle at the top left, so queries, keys and mask must have equal sizes.
-    query, key, given = (_shape(_arguments(call)[name]) for name in ("query", "key", "attn_mask"))
-    square = all(_same_sizes(sizes, query[-2:-1]) for sizes in (given[-2:-1], given[-1:], key[-2:-1]))
+    query, key, mask_sizes = (_shape(_arguments(call)[name]) for name in ("query", "key", "attn_mask"))
+    square = all(_same_sizes(sizes, query[-2:-1]) for sizes in (mask_sizes[-2:-1], mask_sizes[-1:], key[-2:-1]))
     is_causal = mask.dtype is torch.bool and square and torch.equal(mask, torch.ones_like(mask).tril())
     return "causal" if is_causal else None
 
@@ -163,9 +163,9 @@ def _heads(node: Any) -> fx.Node | None:
         node = node.args[0]
     if len(chain) < len(_REPETITION) or not isinstance(node, fx.Node) or len(_shape(node)) != 4:
         return None
-    (batch, heads, *rest), expanded = _shape(node), _shape(chain[1])
-    is_repetition = chain[2].args[1] in (2, -3) and _same_sizes(expanded, (batch, heads, expanded[2], *rest))
-    return node if is_repetition and _same_sizes(_shape(chain[0]), (batch, heads * expanded[2], *rest)) else None
+    (batch, heads, *inner_sizes), expanded = _shape(node), _shape(chain[1])
+    is_repetition = chain[2].args[1] in (2, -3) and _same_sizes(expanded, (batch, heads, expanded[2], *inner_sizes))
+    return node if is_repetition and _same_sizes(_shape(chain[0]), (batch, heads * expanded[2], *inner_sizes)) else None
 
 
 def _is_full_slice(node: fx.Node) -> bool:
@@ -206,8 +206,8 @@ def _computed(mask: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any] | N
     is_dynamic = any(isinstance(size, torch.SymInt) for node in read for size in (*_shape(node), node.meta["val"]))
     values, cpu = dict[fx.Node, Any](), torch.device("cpu")
 
-    def value_of(given: Any) -> Any:
-        return values[given] if isinstance(given, fx.Node) else cpu if isinstance(given, torch.device) else given
+    def value_of(arg: Any) -> Any:
+        return values[arg] if isinstance(arg, fx.Node) else cpu if isinstance(arg, torch.device) else arg
 
     try:
         for node in (node for node in nodes if node in read):
@@ -246,7 +246,7 @@ def _holds_at_every_size(values: Mapping[fx.Node, Any]) -> bool:
 def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None:
     """Return the largest constant in the conditions that a node adds, or None if it may lack a property."""
     name, arguments, value = name_of(node), _arguments(node), tensors[node]
-    if any(isinstance(given, fx.Node) and _is_number(given) for key, given in arguments.items() if key != "end"):
+    if any(isinstance(arg, fx.Node) and _is_number(arg) for key, arg in arguments.items() if key != "end"):
         return None  # a value depends on a size
     inputs = [tensors[source] for source in node.all_input_nodes if source in tensors]
     if name in _FILLS or (name in _OF_CONSTANTS and all(_slopes(tensor) == [] for tensor in (value, *inputs))):
@@ -271,7 +271,7 @@ def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None
 
 
 def _slopes(value: torch.Tensor) -> list[float] | None:
-    """Return the slopes that are not zero, if the entries are an affine function of their indices. Otherwise None."""
+    """Return the nonzero slopes, if the entries are an affine function of their indices. Otherwise None."""
     value, slopes = value.double(), list[float]()
     for axis in range(value.dim() if (value != value.flatten()[0]).any() else 0):
         steps = value.diff(dim=axis).unique().tolist()

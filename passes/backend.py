@@ -29,7 +29,7 @@ Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 class Backend(nn.Module):
     """The branches of the graphs that dynamo makes of a model. `backend` creates it.
 
-    Its parameters and its state dict are those of the branches: pass
+    Its parameters and its state dict belong to the branches. Pass
     `[p for p in backend.parameters() if p.requires_grad]` to the optimizer after the first call of the compiled model.
     A weight has one branch, whichever graph uses it.
     """
@@ -145,10 +145,10 @@ def backend(
         >>> optimizer = torch.optim.AdamW([p for p in lorasc.parameters() if p.requires_grad])
         >>> folded = lorasc.fold(model)
     """
-    made = Backend(CascadeSpec() if spec is None else spec, inner)
+    compiler = Backend(CascadeSpec() if spec is None else spec, inner)
     if model is not None:
-        made.check(model)
-    return made
+        compiler.check(model)
+    return compiler
 
 
 def _names(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[nn.Parameter, str]:

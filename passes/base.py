@@ -101,9 +101,9 @@ class CascadePass(abc.ABC):
 
 def _advice(graph_module: fx.GraphModule) -> str:
     """Return the end of the message about a missing fact: the likely reason, and what to do."""
-    held = any(isinstance(module, Branch) for module in graph_module.modules())
-    held = held or any(str(node.target).startswith(f"{BRANCHES}.") for node in graph_module.graph.nodes)
-    if record_of(graph_module).facts or not held:
+    has_branches = any(isinstance(module, Branch) for module in graph_module.modules())
+    has_branches = has_branches or any(str(node.target).startswith(f"{BRANCHES}.") for node in graph_module.graph.nodes)
+    if record_of(graph_module).facts or not has_branches:
         return "; run a pass that provides it first"
     return (
         ", although it contains branches: other code moved them into a module where no pass reaches them, or dropped "

@@ -38,11 +38,11 @@ class InlineBranches(CascadePass):
     The nodes read the parameters of the branches, so training goes on, without dropout. A branch that replaced its op
     is added to the output of the op, or to its weight.
 
-    Every other pass of this package first restores the branch nodes, as long as the nodes of each branch are there. If
-    they were changed, it raises VerifyError and says how.
+    Every other pass of this package first restores the branch nodes, if the nodes of each branch are there. If they
+    were changed, it raises VerifyError and says how.
 
     Raises:
-        PassError: the graph module reads a live model, or a branch has dropout in train mode, trains on a grid, or has
+        PassError: the graph module reads a live model. Or a branch has dropout in train mode, trains on a grid, or has
             no plain formula, such as DoRA and branches of stacked experts.
     """
 

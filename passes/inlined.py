@@ -1,6 +1,6 @@
 """Branches as plain nodes: their formulas, and the way back to branch nodes.
 
-`InlineBranches` writes the nodes of `formula` in the place of each branch node. `outlined` finds them again, by the
+`InlineBranches` replaces each branch node by the nodes of `formula`. `outlined` finds them again, by the
 parameters that they read and by what they compute, and restores the branch nodes.
 """
 
@@ -133,10 +133,10 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
     editor = GraphEditor(graph_module, "insert-branches")
     plan = record.plan
     patterns = [(key, formula(record.inlined.branches[key], record, options)) for key, options in record.inlined.calls]
-    found = [(key, place) for key, pattern in patterns for place in _places(pattern, editor.module.graph)[0]]
+    matched = [(key, match) for key, pattern in patterns for match in _places(pattern, editor.module.graph)[0]]
     # The erased result of each formula, and the node that takes its place.
-    replaced = {result: inputs[0] for _, (result, _, inputs) in found}
-    for _, (result, nodes, _) in found:
+    replaced = {result: inputs[0] for _, (result, _, inputs) in matched}
+    for _, (result, nodes, _) in matched:
         editor.remove_formula(result, _latest(result, replaced), nodes)
     branches = {key: _with_parameters(branch, editor.module, key) for key, branch in record.inlined.branches.items()}
     editor.module._modules.pop(BRANCHES, None)
@@ -149,13 +149,13 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
             wanted[key][plain_call(branches[key], use, node)[0]] = node
     faults = []
     for key, pattern in patterns:
-        results = {result: inputs for name, (result, _, inputs) in found if name == key}
+        results = {result: inputs for name, (result, _, inputs) in matched if name == key}
         places = {tuple(_latest(node, replaced) for node in inputs) for inputs in results.values()}
         # A branch may not be added to its own result.
         places |= {inputs for inputs in results.values() if inputs[0] in results}
-        missing, other = wanted[key].keys() - places, places - wanted[key].keys()
-        if other:
-            inputs = " and ".join(map(str, min(other, key=str)))
+        missing, unexpected = wanted[key].keys() - places, places - wanted[key].keys()
+        if unexpected:
+            inputs = " and ".join(map(str, min(unexpected, key=str)))
             faults.append(f"{branches[key].weight_name}: its branch reads {inputs}, which is not its use")
         elif missing or not places:
             difference = _places(pattern, editor.module.graph)[1]
@@ -213,8 +213,8 @@ def _places(pattern: fx.Graph, graph: fx.Graph) -> tuple[list[Place], str]:
     return places, f"node {nodes[0]} or a node that it reads has other arguments than in the branch"
 
 
-def _same_op(node: fx.Node, other: fx.Node) -> bool:
-    return (node.op, node.target) == (other.op, other.target)
+def _same_op(pattern: fx.Node, node: fx.Node) -> bool:
+    return (pattern.op, pattern.target) == (node.op, node.target)
 
 
 def _unify(pattern: Any, value: Any, bound: dict[fx.Node, fx.Node]) -> bool:
@@ -226,8 +226,8 @@ def _unify(pattern: Any, value: Any, bound: dict[fx.Node, fx.Node]) -> bool:
     bound[pattern] = value
     if pattern.op == "placeholder":
         return True
-    (expected, structure), (actual, other) = _flat(pattern), _flat(value)
-    fits = _same_op(pattern, value) and structure == other
+    (expected, structure), (actual, actual_structure) = _flat(pattern), _flat(value)
+    fits = _same_op(pattern, value) and structure == actual_structure
     return fits and all(_unify(one, two, bound) for one, two in zip(expected, actual, strict=True))
 
 

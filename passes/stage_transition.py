@@ -25,7 +25,7 @@ from .fold_branches import EndsStage, absorb_branches
 class StageTransition(EndsStage):
     """Fold the branches by the slow update of the spec, and start the next stage.
 
-    The values are those of `FoldBranches(view="slow")` and then `InsertBranches`.
+    The result has the values of `FoldBranches(view="slow")` and then `InsertBranches`.
 
     The weights are replaced by new Parameters. The Parameters of the branches are reset in place, so that an optimizer
     stays valid. Therefore this pass, unlike all others, changes tensors that its input shares with its result.

@@ -57,19 +57,19 @@ def with_attributes(graph_module: fx.GraphModule, inputs: Sequence[Any], names: 
         )
     values = dict(zip(placeholders, inputs, strict=False))
     values |= {node: attrgetter(node.target)(graph_module) for node in new.graph.nodes if node.op == "get_attr"}
-    found = {node: (names[id(value)], value) for node, value in values.items() if id(value) in names}
-    if not found:
+    known_weights = {node: (names[id(value)], value) for node, value in values.items() if id(value) in names}
+    if not known_weights:
         raise PassError(
             "weights_as_attributes: no input and no attribute of the graph is a parameter of the model. Pass the "
             "Parameters with which the graph was traced, not copies of them",
             code="input-not-supported",
         )
-    weights_from_inputs(new.graph, {node: name for node, (name, _) in found.items() if node in placeholders})
-    for node, (name, value) in found.items():
+    weights_from_inputs(new.graph, {node: name for node, (name, _) in known_weights.items() if node in placeholders})
+    for node, (name, value) in known_weights.items():
         if node.op == "get_attr":
             new._parameters.pop(node.target, None)
         add_parameter(new, name, value)
-    retarget(new.graph, lambda node: found[node][0] if node in found else str(node.target))
+    retarget(new.graph, lambda node: known_weights[node][0] if node in known_weights else str(node.target))
     new.recompile()
     return new
 

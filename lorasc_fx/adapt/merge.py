@@ -49,9 +49,11 @@ def check_summable(call: str, plans: Mapping[str, Plan], advice: str) -> None:
 
 def check_same_weights(parts: Sequence[Part]) -> None:
     """Raise SpecError if the runs adapted, or trained in full, other weights than the first run."""
-    first, *others = [{name: (state.stacked, state.full) for name, state in part.slow.states.items()} for part in parts]
+    reference, *others = (
+        {name: (state.stacked, state.full) for name, state in part.slow.states.items()} for part in parts
+    )
     for part, kinds in zip(parts[1:], others, strict=True):
-        if odd := sorted({name for name, _ in kinds.items() ^ first.items()}):
+        if odd := sorted({name for name, _ in kinds.items() ^ reference.items()}):
             raise SpecError(
                 f"merge: {part.name} and {parts[0].name} differ in what they do with {named(odd)}. Merge runs that "
                 "adapt the same weights, train the same parameters in full, and keep noise in the same weights",
@@ -186,7 +188,7 @@ def merge(
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the weight of each run. Raise SpecError for a wrong number of weights, or one that is not finite."""
+    """Return the weight of each run. Raise SpecError for a wrong number of weights, or an infinite one."""
     if weights is None:
         return [1 / count] * count
     shares = list(weights)

@@ -153,7 +153,7 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Remove an adapter."""
         removed = self[name]
-        self._by_name = {other: stored for other, stored in self._by_name.items() if stored is not removed}
+        self._by_name = {kept_name: stored for kept_name, stored in self._by_name.items() if stored is not removed}
 
     def parameters_of(self, name: str) -> dict[Key, nn.Parameter]:
         """Return the factors of an adapter as parameters. A frozen adapter becomes a trained one."""

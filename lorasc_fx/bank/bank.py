@@ -60,8 +60,8 @@ class AdapterBank:
         frontend: as for `adapt`.
 
     Raises:
-        SpecError: an adapter has changes other than low-rank factors, or its factors contain inf or nan, or its rank
-            is too large, or there are no targets.
+        SpecError: an adapter has other changes than low-rank factors, factors with inf or nan, or too large a rank. Or
+            there are no targets.
         CheckpointError: an adapter was trained on another base, or cannot be read.
         CaptureError: the model has no graph, or cannot be captured.
         StateError: the model is adapted already.

@@ -71,7 +71,7 @@ class BankGraph:
                 self._independent = True
 
     def random_factors(self) -> dict[Key, torch.Tensor]:
-        """Return the factors of two random adapters, stacked. Their deltas are half as large as the weights."""
+        """Return the factors of two random adapters, stacked. Their deltas have half the size of the weights."""
         source, sizes, factors = torch.Generator().manual_seed(0), dict[str, float](), dict[Key, torch.Tensor]()
         for item in self.inputs:
             if item.weight not in sizes:

@@ -1,7 +1,7 @@
 """Checks that each row of a batch can have its own adapter, by trying two random adapters.
 
-If each row of a batch has one of them, then its entries in the input of every branch, and in the outputs, must equal
-those of a batch in which all rows have that adapter.
+Each row of a batch gets one of the two. Its entries in the input of every branch and in the outputs must equal its
+entries in a batch in which all rows have that adapter.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def check_independent(
 
     Other axes may be flattened into this axis after the rows, such as [batch * tokens, features]. The values and the
     Python state of the model are restored. One run for each bit of the row indices, with an adapter by this bit,
-    identifies each row. If the input of a branch shows no rows, because no adapter affects it, then another order of
-    its adapters must change something that is computed from it.
+    identifies each row. The input of a branch shows no rows if no adapter affects it. Then another order of the
+    adapters must change something that is computed from the input.
 
     Args:
         graph: the graph after the pass `AdapterInputs`.
@@ -156,7 +156,7 @@ class _Trial(fx.Interpreter):
 def _branch_input(branch: Branch, args: Sequence[Any], at: Placement) -> _Projection:
     """Return the projection of a branch's input to the axes that may have the rows.
 
-    A branch on a weight has no rows, nor has one for stacked experts, whose tokens are sorted by expert, or for a
+    There are no rows for a branch on a weight, for stacked experts, whose tokens are sorted by expert, and for a
     convolution of a single image.
     """
     if at in (Placement.BESIDE, Placement.LOOKUP, Placement.MERGED) and branch.kind != "experts":

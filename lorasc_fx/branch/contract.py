@@ -55,7 +55,7 @@ class Side(Enum):
 
 
 class Tree:
-    """Base class of frozen dataclasses with tensors, with one `map` over all of them.
+    """Base class of frozen dataclasses with tensors, with a `map` over all tensors.
 
     Fields with tensors, or with tuples or mappings of tensors, have a `Side` in their metadata. Other fields may be
     trees themselves.
@@ -193,9 +193,9 @@ class Declared:
 
     Args:
         shape: its shape at the site.
-        initial: the number that all entries have at the start of a stage, or a function that returns the values in
-            fp32 from (seed, stage, name, name of the weight, shape), such as `lora.random_factor`.
-        trained: whether it is trained. A frozen parameter keeps its initial values, or those of `values_from`.
+        initial: the value of all entries at the start of a stage. Or a function of (seed, stage, name, name of the
+            weight, shape) that returns the values in fp32, such as `lora.random_factor`.
+        trained: whether it is trained. A frozen parameter keeps its initial values, or the values of `values_from`.
     """
 
     shape: tuple[int, ...]
@@ -270,8 +270,8 @@ class Branch(nn.Module, abc.ABC):
                     "Give another name"
                 )
             setattr(self, name, nn.Parameter(value, requires_grad=name in self._trainable))
-        known = not like.is_meta and any(like.stride())  # a checkpoint gives one zero, expanded to the shape
-        if self.grid and known and not rounded(self.grid, dense(like), like, self.kind == "experts").isfinite().all():
+        filled = not like.is_meta and any(like.stride())  # a checkpoint gives one zero, expanded to the shape
+        if self.grid and filled and not rounded(self.grid, dense(like), like, self.kind == "experts").isfinite().all():
             raise SpecError(
                 f"grid={self.grid!r} makes {site.weight} inf or nan. Exclude it (exclude=({site.weight!r},)), or give "
                 "another grid",
@@ -294,7 +294,7 @@ class Branch(nn.Module, abc.ABC):
     def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
         """Return the initial values of all parameters of a stage, in fp32 in host memory.
 
-        `values_from` replaces those that the method computes from the weight.
+        `values_from` replaces the values that depend on the weight.
         """
         values = {}
         for name, row in cls.table(site).items():
@@ -392,7 +392,7 @@ class Branch(nn.Module, abc.ABC):
     def set_unmerged(self, pair: Factors | None, ranks: Sequence[int]) -> None:
         """Set the delta of earlier stages, which cannot be merged into a quantized weight. None removes it.
 
-        `ranks` are those of the stages, in order, that the pair consists of.
+        `ranks` has the rank of each stage in the pair, in order.
 
         The branch then adds it to its output too. Only for methods with `beside_quantized`.
         """
@@ -412,12 +412,12 @@ class Branch(nn.Module, abc.ABC):
 
         `tensors` and `scale` replace the parameters and the scale of the branch (see `computed_with`).
         """
-        first: Any = args[0] if args else None
-        if isinstance(first, fx.Proxy):  # symbolic_trace keeps a branch as one node
-            given = {"tensors": tensors, "scale": scale} if tensors is not None else {}
-            path, tracer = first.tracer.path_of_module(self), first.tracer  # type: ignore[attr-defined]
+        first_input: Any = args[0] if args else None
+        if isinstance(first_input, fx.Proxy):  # symbolic_trace keeps a branch as one node
+            adapter_inputs = {"tensors": tensors, "scale": scale} if tensors is not None else {}
+            path, tracer = first_input.tracer.path_of_module(self), first_input.tracer  # type: ignore[attr-defined]
             return tracer.create_proxy(  # type: ignore[return-value]
-                "call_module", path, args, {"at": at, **options, **given}
+                "call_module", path, args, {"at": at, **options, **adapter_inputs}
             )
         if tensors is not None:
             assert scale is not None
@@ -627,7 +627,7 @@ class Decided:
     Args:
         plan: the plan.
         branches: branches by their key (`Site.key`).
-        refusals: weights that are not adapted, with reasons.
+        refusals: weights without a branch, with reasons.
         unreached: names of weights that no graph has used so far.
     """
 

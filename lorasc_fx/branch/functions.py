@@ -4,8 +4,8 @@ They compute the formulas of docs/algorithm.md (rows "training" and "Conv") in f
 One fused product adds the term of the branch to the output of the op. They save only A x, and x if lora_A needs a
 gradient. Dropout saves no mask: the backward draws it again from a seed.
 
-Names: `low` is A x, `back` is the gradient of `low` without the scale, `grad_rows` is the gradient of the output as
-rows [tokens, features], and da, db, dx, dw are gradients of lora_A, lora_B, x and the weight.
+Names: `low` is A x, and `back` the gradient of `low` without the scale. `grad_rows` is the gradient of the output as
+rows [tokens, features]. da, db, dx, dw are gradients of lora_A, lora_B, x and the weight.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class MergedConv(torch.autograd.Function):
         """Return the convolution with the merged kernel."""
         ctx.geometry, ctx.scale = geometry, scale
         ctx.save_for_backward(x, weight, a, b)
-        # Not with `dense`: the convolution of fewer pixels may be rounded in another way than that of the op.
+        # Not with `dense`: the convolution of fewer pixels may be rounded in another way.
         return geometry.conv(x, merged_kernel(weight, a, b, scale, x.dtype), bias)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Training on a grid (`CascadeSpec.grid`): forward computes with the weights that a fold will store.
 
-In each forward, a branch adds its delta to the weight, rounds the sum to the dtype of the weight (`step`), and then to
-the grid (`rounded`). The gradient passes through both roundings unchanged (straight-through estimator, 1308.3432). A
+In each forward, a branch adds its delta to the weight. It rounds the sum to the dtype of the weight (`step`), and then
+to the grid (`rounded`). The gradient passes through both roundings unchanged (straight-through estimator, 1308.3432). A
 fold applies the deltas of all stages to W0 one after another, with the same function `step`, and rounds the result to
 the grid. So the running model and the folded one have the same bits.
 """
@@ -73,8 +73,8 @@ def step(
         with exact_products(total):
             # Experts are multiplied one by one, so that one that is read alone has the same bits.
             parts = zip(total, b, a, strict=True) if b.dim() == 3 else [(total, b, a)]
-            for part, left, right in parts:
-                part.view(len(left), -1).addmm_(left, right)
+            for part, up, down in parts:
+                part.view(len(up), -1).addmm_(up, down)
     return _laid_out(total.to(weight.dtype), weight)
 
 

@@ -255,7 +255,7 @@ class LoraBranch(LowRankBranch):
         return {DOWN: torch.where(torch.isfinite(a).all(), a, values[DOWN])}
 
     def exact_factors(self, values: Mapping[str, torch.Tensor] | None = None, scale: float | None = None) -> Factors:
-        """Return the full factors, or those of another stage, in fp64 in host memory. The left one has the scale."""
+        """Return the full factors, or the ones of another stage, in fp64 in host memory. The left one has the scale."""
         up, down = (self.lora_B, self.lora_A) if values is None else (values[UP], values[DOWN])
         with torch.no_grad():
             b, a = map(full_tensor, self.oriented(up, down))

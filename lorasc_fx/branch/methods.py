@@ -403,8 +403,8 @@ class ShiraBranch(Branch):
 class OftBranch(Branch):
     """OFT (2306.07280, section 3): `W' = W R^T` with a trained block-diagonal rotation R of the inputs.
 
-    Each block is the Cayley transform `R = (I + Q)(I - Q)^-1` of a trained skew-symmetric matrix Q, or the first terms
-    of its Neumann series `I + 2 Q + 2 Q^2 + ... + Q^n` (OFTv2, 2506.19847, the default of peft). Q starts at zero.
+    Each block is the Cayley transform `R = (I + Q)(I - Q)^-1` of a trained skew-symmetric matrix Q. By default, as in
+    peft, it is the start of its Neumann series, `I + 2 Q + 2 Q^2 + ... + Q^n` (OFTv2, 2506.19847). Q starts at zero.
     `rank` is the size of a block. If it does not divide the number of inputs, the nearest size that does is used, as in
     peft. (peft may choose size 1, which has no parameters.) The scale is 1.
 
@@ -591,8 +591,8 @@ def register_branch(name: str, cls: type[Branch]) -> None:
     """Register an adapter method, so that `CascadeSpec(adapter=name)` accepts it.
 
     A process that loads a checkpoint of such a run must register the class first. See examples/own_branch.py. The
-    branches are checked when they are created: `adapt` raises SpecError if one has parameters that it does not declare,
-    if its delta has another shape than the weight, or if it is not zero before training.
+    branches are checked when they are created. `adapt` raises SpecError if one has parameters that it does not declare,
+    if its delta has another shape than the weight, or if the delta is not zero before training.
 
     Args:
         name: name of the method.
@@ -623,8 +623,8 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
         weight: returns the weight at the start of the stage. Called only if the delta depends on it.
 
     Raises:
-        SpecError: the parameters are not those that the class declares, the delta has another shape than the weight,
-            or it is not zero while the parameters in `Branch.zeros` are zero.
+        SpecError: the class declares other parameters, the delta has another shape than the weight, or it is not zero
+            while the parameters in `Branch.zeros` are zero.
     """
     title = f"the branch of {site.weight} (adapter={site.options.adapter!r}, class {type(branch).__name__})"
     shapes = {name: tuple(value.shape) for name, value in branch.named_parameters()}
@@ -644,13 +644,13 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
         )
     value = weight() if branch.uses_weight else None
     # The other parameters may have any values, so the delta must be zero with other ones too.
-    other = copy.deepcopy(branch)
+    trained = copy.deepcopy(branch)
     with torch.no_grad():
-        for name, parameter in other.trainable().items():
+        for name, parameter in trained.trainable().items():
             if name not in branch.zeros:
                 parameter.add_(1.0)
         _check_delta(title, branch, site, value)
-        _check_delta(title, other, site, value)
+        _check_delta(title, trained, site, value)
 
 
 def _check_delta(title: str, branch: Branch, site: Site, weight: torch.Tensor | None) -> None:

@@ -43,8 +43,8 @@ Region = tuple[slice, ...]
 def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
     """Return a new CPU generator whose random stream depends only on the four arguments.
 
-    So the random numbers of a weight do not depend on other weights, on the number of processes, or on earlier draws
-    (docs/algorithm.md, "Facts that hold exactly"). Global generators are not used.
+    The random numbers of a weight depend neither on other weights, nor on the number of processes, nor on earlier
+    draws. Global generators are not used. See docs/algorithm.md, "Facts that hold exactly".
     """
     digest = hashlib.sha256(f"{seed}\0{stage}\0{purpose}\0{weight}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

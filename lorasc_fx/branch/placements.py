@@ -1,6 +1,6 @@
 """What the node of a branch computes: beside or merged into a product or a convolution, or on the weight.
 
-Without groups, A of a convolution has the kernel size of the weight and `rank` output channels, and B is a 1x1
+In a convolution without groups, A has the kernel size of the weight and `rank` output channels. B is a 1x1
 convolution, as in peft. With groups, the delta `B A` [out, in/groups * kernel] is used as the kernel of a grouped
 convolution. This is exact, and for depthwise convolutions cheaper than `rank` channels per group.
 

@@ -87,8 +87,8 @@ def merged_matrix(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale:
 def with_strides(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return an adapted weight with the strides of the weight, if both are contiguous and it runs eagerly.
 
-    The strides of a 1x1 kernel are those of channels-first or channels-last memory, which differ only along axes of
-    length 1. A convolution chooses its algorithm by them.
+    A 1x1 kernel has the strides of channels-first or channels-last memory, which differ only along axes of length 1. A
+    convolution chooses its algorithm by them.
     """
     if total.stride() == weight.stride() or not (total.is_contiguous() and weight.is_contiguous()):
         return total

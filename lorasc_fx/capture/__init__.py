@@ -59,7 +59,7 @@ log = logging.getLogger("lorasc_fx")
 Rewrite = Callable[[fx.GraphModule], PassResult]
 
 FRONTENDS = (EXPORT.name, EAGER.name)
-"""The ways to run a model that is no GraphModule, in the order in which `auto` tries them."""
+"""The ways to run a model, except a GraphModule, in the order in which `auto` tries them."""
 
 
 def capture(

@@ -5,8 +5,8 @@ which returns an `AdaptedWeight` instead of the parameter: a tensor that compute
 of forms.
 
 torch.utils.checkpoint, reversible blocks and hooks run code of the model in backward, long after the
-call. So the branch is computed each time that a module reads its parameter: checkpointed regions then store nothing of
-it, and each inner backward has its own autograd graph. Two kinds of reads get the effective weight: reads inside a
+call. So the branch is computed each time that a module reads its parameter. Then checkpointed regions do not store the
+result, and each inner backward has its own autograd graph. Two kinds of reads get the effective weight: reads inside a
 running call, and reads in the backward of a node that a call has created. All other reads get the parameter itself.
 """
 

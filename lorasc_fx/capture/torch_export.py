@@ -129,7 +129,7 @@ def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Wrapper(nn.Module):
-    """Wraps a model that torch.export cannot take as it is: because of names of its children, or its signature."""
+    """Wraps a model that torch.export refuses because of names of its children, or its signature."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

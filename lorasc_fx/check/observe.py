@@ -173,7 +173,7 @@ def observe(
 ) -> Observed:
     """Run once in the current gradient mode, and return the record of the run.
 
-    Backward runs only if the edges of the autograd graph say too little, or differ from those of `reference`.
+    Backward runs only if the edges of the autograd graph say too little, or differ from the edges of `reference`.
 
     Args:
         call: the model, or its graph.

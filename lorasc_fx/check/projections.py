@@ -45,14 +45,14 @@ def backward_nodes(outputs: Sequence[torch.Tensor]) -> set[Any]:
 
 
 _VIEWS = {f"{name}Backward0" for name in ("Alias", "Expand", "ReshapeAlias", "Slice", "UnsafeView", "View")}
-"""Nodes of views, of which a traced graph has more or fewer than the model, for example for `x[:]`."""
+"""Nodes of views. A traced graph may have more or fewer of them than the model, for example for `x[:]`."""
 
 
 def autograd_edges(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> Counter[Any]:
     """Count the edges of the autograd graph of some tensors. Two runs with equal values and edges have equal gradients.
 
-    An edge is the name of a node, the name of the node or leaf that its gradient goes to, and the index of the output
-    there. Views are skipped. Hooks are not shown.
+    An edge has the name of a node, and the name of the node or leaf that its gradient goes to, with the index of its
+    output. Views are skipped. Hooks are not shown.
     """
     names = {id(leaf): name for name, leaf in leaves.items()}
 
@@ -143,8 +143,8 @@ def projected(value: torch.Tensor) -> torch.Tensor:
     sizes = (math.prod(value.shape[:axis]) for axis in range(value.dim() + 1))
     matrix = value.reshape(min(sizes, key=lambda rows: rows + value.numel() // rows), -1)
     matrix = matrix if matrix.dtype is torch.float64 else matrix.float()
-    left, right = (_normal((PROJECTIONS, size), size).to(matrix) for size in matrix.shape)
-    return ((left @ matrix) * right).sum(1).cpu().double()
+    left_vectors, right_vectors = (_normal((PROJECTIONS, size), size).to(matrix) for size in matrix.shape)
+    return ((left_vectors @ matrix) * right_vectors).sum(1).cpu().double()
 
 
 def _normal(shape: Sequence[int], key: int) -> torch.Tensor:

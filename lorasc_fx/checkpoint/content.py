@@ -96,11 +96,11 @@ def matched(path: object, part: str, owners: Sequence[T], saved: Sequence[Owner]
             f"{path}: has no {part} state, because it was saved without one; call resume without it",
             code="not-available",
         )
-    kinds, given = [owner.kind for owner in saved], [type(owner).__name__ for owner in owners]
-    if kinds != given:
+    kinds, class_names = [owner.kind for owner in saved], [type(owner).__name__ for owner in owners]
+    if kinds != class_names:
         raise CheckpointError(
             f"{path}: has the {part} state of {', '.join(kinds)}, but resume was called with "
-            f"{', '.join(given)}; give the same number of {part}s of these classes, in this order",
+            f"{', '.join(class_names)}; give the same number of {part}s of these classes, in this order",
             code="optimizer-differs",
         )
     return list(zip(owners, deepcopy(list(saved)), strict=True))
@@ -181,8 +181,8 @@ def random_state() -> Tensors:
     if "numpy.random" in sys.modules:  # otherwise nothing was drawn from it
         numpy = sys.modules["numpy.random"]
         if numpy.get_state(legacy=False)["bit_generator"] == "MT19937":  # the default, and the only one with a tuple
-            name, key, *rest = numpy.get_state()
-            others["numpy"] = name, key.tolist(), *rest
+            name, key, *gaussian = numpy.get_state()
+            others["numpy"] = name, key.tolist(), *gaussian
     texts = {name: json.dumps(state).encode() for name, state in others.items()}
     return generator_states() | {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in texts.items()}
 
@@ -192,10 +192,10 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
     version, words, gauss = json.loads(bytes(state["python"].tolist()))
     random.setstate((version, tuple(words), gauss))
     if "numpy" in state and "numpy.random" in sys.modules:
-        name, words, position, *rest = json.loads(bytes(state["numpy"].tolist()))
+        name, words, position, *gaussian = json.loads(bytes(state["numpy"].tolist()))
         if not 0 <= position <= len(words) == 624:
             raise ValueError("rng/numpy has an invalid position")  # numpy would read there without a check
-        sys.modules["numpy.random"].set_state((name, words, position, *rest))
+        sys.modules["numpy.random"].set_state((name, words, position, *gaussian))
     set_generator_states(state)
 
 
@@ -243,7 +243,7 @@ class Stored:
         return cls(**values, base=base)
 
     def on(self, bare: WeightState, history: History) -> WeightState:
-        """Return the state of a weight without changes (`bare`) with these changes. `history` is that of the weight."""
+        """Return the state of a weight without changes (`bare`) with these changes. `history` belongs to the weight."""
         values = {name: getattr(self, name) for name in _STATE_FIELDS}
         return replace(bare, **values, history=history)
 
@@ -437,12 +437,12 @@ def decoded(content: Content, plan: Plan) -> RunState:
 def check_branches(content: Content, plan: Plan) -> None:
     """Check that branches have the shapes in the plan. So the plan cannot request more memory than the file has."""
     shapes = {(site.weight, name): shape for site in plan.sites for name, shape in site.parameter_shapes.items()}
-    found = {(weight, name): value for weight, factors in content.branch.items() for name, value in factors.items()}
-    if odd := sorted(found.keys() ^ shapes.keys()):
+    tensors = {(weight, name): value for weight, factors in content.branch.items() for name, value in factors.items()}
+    if odd := sorted(tensors.keys() ^ shapes.keys()):
         raise ValueError(f"the branches and the plan disagree about branch/{'/'.join(odd[0])}")
     for key, shape in shapes.items():
-        if tuple(found[key].shape) != shape:
-            raise ValueError(f"branch/{'/'.join(key)} is {tuple(found[key].shape)}, but must be {shape}")
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(f"branch/{'/'.join(key)} is {tuple(tensors[key].shape)}, but must be {shape}")
 
 
 # ---- restore a run
@@ -486,7 +486,7 @@ def _model_state(
     }
     if odd := sorted(saved.keys() - places.keys() - written.keys()):
         raise ValueError(f"has the buffer {odd[0]}, but the model has no such buffer")
-    needed = [name for name, place in places.items() if place.value is not None and is_saved(place)]
+    needed = [name for name, holder in places.items() if holder.value is not None and is_saved(holder)]
     if missing := [name for name in needed if name not in saved]:
         raise ValueError(f"has no tensor buffer/{missing[0]}")
     in_place, replaced = [], list[tuple[Holder, torch.Tensor | None]]()
@@ -500,7 +500,7 @@ def _model_state(
             groups.setdefault(id(value), (value, []))[1].append(name)
     for value, names in groups.values():
         current = places[names[0]].value
-        together = [name for name, place in places.items() if place.value is current]
+        together = [name for name, holder in places.items() if holder.value is current]
         if current is not None and value.shape == current.shape and sorted(together) == sorted(names):
             in_place.append((current, value))
         else:
@@ -538,8 +538,12 @@ def resume(
         StateError: the optimizers do not have the branches' parameters.
     """
     # Check everything before anything is changed.
-    now, same_way = versions(), "build optimizer and scheduler the same way"
-    changed = [f"{name} {then} (now {now[name]})" for name, then in content.versions.items() if now.get(name) != then]
+    installed, same_way = versions(), "build optimizer and scheduler the same way"
+    changed = [
+        f"{name} {then} (now {installed[name]})"
+        for name, then in content.versions.items()
+        if installed.get(name) != then
+    ]
     with_optimizer = matched(path, "optimizer", optimizers, content.optimizers)
     with_scheduler = matched(path, "scheduler", schedulers, content.schedulers)
     if optimizers:

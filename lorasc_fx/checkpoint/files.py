@@ -80,7 +80,7 @@ def refusing(where: object, advice: str, *, code: str | None = None) -> Iterator
     except (OSError, SafetensorError) as fault:
         reason = sanitized(reason_of(fault), 300)
         raise CheckpointError(f"{where}: cannot be read: {reason}; {advice}", code="unreadable-file") from fault
-    except Exception as fault:  # content that is not checked may cause any exception
+    except Exception as fault:  # unchecked content may cause any exception
         name = "" if isinstance(fault, ValueError) else f"{type(fault).__name__}: "
         raise CheckpointError(f"{where}: {name}{sanitized(str(fault), 400)}; {advice}", code=code) from fault
 

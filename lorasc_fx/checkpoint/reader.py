@@ -113,7 +113,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"differs from its digest in {MANIFEST}: the file is damaged")
             files.append(dict(sorted(load(data).items())))  # the order of safetensors differs between processes
-    tensors = dict(files[0])  # with the tensors that are not sharded, which only the first file has
+    tensors = dict(files[0])  # only the first file has the tensors without shards
     with refusing(path, advice):
         for name, axis in manifest.shards.items():
             tensors[name] = torch.cat([file[name] for file in files], axis)
@@ -193,14 +193,14 @@ def check_digests(
     written: Collection[str],
     advice: str,
 ) -> None:
-    """Raise CheckpointError if the fingerprints of a model differ from those of a base.
+    """Raise CheckpointError if the fingerprints of a model and a base differ.
 
     Args:
         subject: the start of the message, before "another base".
         base: fingerprints of the base, by parameter name.
         digests: fingerprints of the model, for parameters that the base has.
         names: names of all parameters of the model.
-        written: names of parameters that are not compared, because forward writes them.
+        written: names of parameters to skip, because forward writes them.
     """
     missing = [name for name in base if name not in digests and name not in written]
     unexpected = [name for name in names if name not in base and name not in written]
@@ -369,7 +369,7 @@ class RunSource:
         run: the run, or the checkpoint that was read.
         plan, frontend: the plan of the run, and the front end that captured its model.
         base: fingerprints of its base by parameter name.
-        written: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        written: names of tensors to skip in a comparison with the base: buffers, and parameters that forward writes.
         changed_buffers: names of these tensors that differ from the base.
     """
 

@@ -426,8 +426,8 @@ def save(
         CheckpointError: the folder cannot be written, another process saves into it, or `extra` or the scheduler
             contain values that neither JSON nor safetensors can store. Existing versions stay.
         SpecError: keep is less than 1.
-        StateError: the cascade was released, the call is inside `with cascade.weights(...)` or inside a backward, or
-            on several ranks gradients wait for an optimizer step, or another rank has failed.
+        StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward. On
+            several ranks also if gradients wait for an optimizer step, or if another rank has failed.
         NonFiniteBranch: a branch holds inf or nan.
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None

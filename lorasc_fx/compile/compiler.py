@@ -90,7 +90,7 @@ class Compiler:
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.module is None:
-            earlier = next((each.module for each in existing if isinstance(each.module, EagerModel)), None)
+            earlier = next((variant.module for variant in existing if isinstance(variant.module, EagerModel)), None)
             return make_eager(captured, model, decided, args, kwargs, earlier)
         return insert(captured, captured.module, decided)
 

@@ -1,8 +1,8 @@
 """Run a model that has no graph: the model itself runs, and its modules read adapted weights (capture/effective.py).
 
-So Python code, sizes, modes, hooks, caches and recomputation are those of the model, and need no guard. It remains to
+Its own Python code runs, with its sizes, modes, hooks, caches and recomputation, and needs no guard. It remains to
 check that every use of a weight is such a read. So in each new mode of the model, the gradients of all branches are
-compared with those of the eager model with merged weights.
+compared with the gradients of the eager model with merged weights.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class EagerModel:
             self._compared.add(mode)
 
     def update(self, decided: Decided, beside: frozenset[str]) -> None:
-        """Let reads compute the branches of a plan. The arguments are those of the class."""
+        """Let reads compute the branches of a plan. The arguments are as for the class."""
         self.decided = decided
         branches = {branch.weight_name: branch for branch in self.decided.branches.values()}
         self.weights.read_with(branches)
@@ -196,8 +196,8 @@ class EagerModel:
         if not wrong:
             return
         with requiring_grad(self.model, None), without_gradients(self._leaves):
-            first, again = (self._run(args, kwargs, {}) for _ in range(2))
-        if not all(map(torch.equal, first, again)):
+            once, again = (self._run(args, kwargs, {}) for _ in range(2))
+        if not all(map(torch.equal, once, again)):
             raise CaptureError(
                 f"Two runs of {type(self.model).__name__} under one seed differ, so a run with branches cannot be "
                 "compared with them. Its forward may seed a generator itself. Make the model deterministic, such as "
@@ -205,8 +205,8 @@ class EagerModel:
             )
         raise CaptureError(
             f"{type(self.model).__name__}: the branches of {named(wrong)} would get other gradients than in the eager "
-            "model, because its Python code uses a weight in a way that no module shows. Exclude them, or adapt only a "
-            "part of the model."
+            "model: its Python code uses a weight in a way that no module shows. Exclude them, or adapt only a part of "
+            "the model."
         )
 
     def _check_not_quantized(self) -> None:
@@ -256,7 +256,7 @@ class EagerModel:
                 else branches[name].on_grid(weights[name]).detach()
                 for name, delta in deltas.items()
             }
-            # Run the eager model with merged weights. The gradients of the branches follow from those of the weights.
+            # Run the eager model with merged weights. They determine the gradients of the branches.
             with requiring_grad(model, trained):
                 outputs, fault = attempt(self._run, args, kwargs, merged)
             if fault is not None:
@@ -299,12 +299,12 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(tensor.cpu().double().nan_to_num(0.0, 0.0, 0.0).norm())
 
 
-def _gap(found: torch.Tensor | None, expected: torch.Tensor) -> float:
+def _gap(gradient: torch.Tensor | None, expected: torch.Tensor) -> float:
     """Return the norm of the difference, nan if only one of them has nan at a place. None counts as zeros."""
-    if found is None:
+    if gradient is None:
         return _norm(expected)
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    return float((found - expected).masked_fill(same, 0.0).cpu().double().norm())
+    same = (gradient == expected) | (gradient.isnan() & expected.isnan())
+    return float((gradient - expected).masked_fill(same, 0.0).cpu().double().norm())
 
 
 def _probe(branch: Branch, weight: torch.Tensor, index: int) -> None:

@@ -68,8 +68,8 @@ def adapter(
         The path, and the exact error of each weight whose rank was reduced.
 
     Raises:
-        SpecError: the ending or the rank is invalid, factors cannot express the run (which may have changed buffers),
-            or the run changes a weight that is not a site of `base`.
+        SpecError: the ending or the rank is invalid. Or factors cannot express the run, for example because it has
+            changed buffers. Or the run changes a weight that has no site in `base`.
         CheckpointError: the run has another base, or cannot be read.
         StateError: `base` is missing for a checkpoint in the middle of a stage.
         ExportError: the path cannot be written.

@@ -65,8 +65,8 @@ def safetensors(
         The path.
 
     Raises:
-        StateError: the path is the base or a non-empty folder, a quantized weight would be written, the cascade was
-            released, or the call is inside `with cascade.weights(...)` or inside a backward.
+        StateError: the path is the base or a non-empty folder, or a quantized weight would be written. Or the cascade
+            was released, or the call is inside `with cascade.weights(...)` or inside a backward.
         CheckpointError: `base` is not the model that was adapted.
         ExportError: the path cannot be written. Nothing is left there.
         SpecError: `quantized` is invalid, or given with `base`.
@@ -207,7 +207,7 @@ def _check_free(out: Path, base: Path | None = None) -> None:
 def _write_like(
     file: Path, new: Path, changes: Mapping[str, Change], replaced: Collection[str], added: Mapping[str, torch.Tensor]
 ) -> int:
-    """Write a copy of a base's file with changed and added tensors, and without those that are replaced elsewhere.
+    """Write a copy of a base's file with changed and added tensors, and without the replaced ones.
 
     Returns:
         The size of its tensors in bytes.

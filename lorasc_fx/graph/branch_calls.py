@@ -54,7 +54,7 @@ class Input:
 
 @dataclass(frozen=True)
 class CallTemplate(StoredCall):
-    """A stored call whose arguments have an `Input` instead of each node; `inputs` counts those of the branch node."""
+    """A stored call with an `Input` instead of each node in its arguments; `inputs` counts the branch node's inputs."""
 
     inputs: int
 

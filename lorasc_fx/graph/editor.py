@@ -162,7 +162,7 @@ class GraphEditor:
         return result
 
     def remove_formula(self, result: fx.Node, base: fx.Node, nodes: Collection[fx.Node]) -> None:
-        """Make the users of the result of a formula read `base`, and erase those of its nodes without other users."""
+        """Make the users of the result of a formula read `base`, and erase its nodes that have no other users."""
         result.replace_all_uses_with(base)
         self.drop_unused(lambda node: node in nodes)
 

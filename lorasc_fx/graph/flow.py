@@ -62,7 +62,7 @@ _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
 
 @dataclass(frozen=True)
 class Consumer:
-    """A node that uses a weight, its arguments derived from the weight, and those that may share its memory."""
+    """A node that uses a weight, its arguments derived from the weight, and the ones that may share its memory."""
 
     node: fx.Node
     reads: tuple[fx.Node, ...]
@@ -99,13 +99,13 @@ def read_values(node: fx.Node) -> list[fx.Node]:
 
 def reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """Return the nodes that can be reached from some nodes, including these."""
-    found, waiting = set[fx.Node](), list(nodes)
+    reached, waiting = set[fx.Node](), list(nodes)
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             waiting += neighbours(node)
-    return found
+    return reached
 
 
 NodeTest = Callable[[fx.Node, Collection[fx.Node]], bool]

@@ -121,13 +121,13 @@ def _call_is_derived(node: fx.Node, base: fx.Node, use: Use, target: str) -> Ite
     # A call of a module reads weight and bias by name.
     wanted = dict(enumerate(args))
     read = tuple(
-        str(given.target) if isinstance(given, fx.Node) and isinstance(wanted.get(index), str) else given
-        for index, given in enumerate(node.args)
+        str(argument.target) if isinstance(argument, fx.Node) and isinstance(wanted.get(index), str) else argument
+        for index, argument in enumerate(node.args)
     )
-    given = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
-    if (node.target, read, given) != (target, args, options):
+    keywords = {name: value for name, value in node.kwargs.items() if name not in INPUT_OPTIONS}
+    if (node.target, read, keywords) != (target, args, options):
         yield (
-            f"branch node {node.name} is {node.target}{read} with {given}, but the use of {use.weight} at {op.name} "
+            f"branch node {node.name} is {node.target}{read} with {keywords}, but the use of {use.weight} at {op.name} "
             f"needs {target}{args} with {options}"
         )
     bypassing = [user.name for user in base.users if user is not node] if base is not node else []

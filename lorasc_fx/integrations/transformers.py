@@ -52,8 +52,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
     running when the training ends, it is folded. The exception is `load_best_model_at_end`: then the weights stay
     the best ones.
 
-    Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`, and as `kept` the smallest share
-    of the change of a weight in half precision that the last fold has kept. Evaluations also report each
+    Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`. For weights in half precision,
+    `kept` is the smallest share of a weight's change that the last fold has kept. Evaluations also report each
     metric under the name of the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`.
 
     Args:

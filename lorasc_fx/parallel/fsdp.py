@@ -4,7 +4,7 @@
 the graph is split into segments, and each segment reads the weights of one block. It runs in the forward of a
 module that contains the parameters and branches of its block (see `segments`). Dtypes are not changed.
 
-A transition works on shards. Each rank computes its rows of the slow delta S from its rows of B and all of A, so no
+A transition works on shards. Each rank computes its rows of the slow delta S from its rows of B and all of A. So no
 weight is gathered (see `lorasc_fx.shards`).
 """
 

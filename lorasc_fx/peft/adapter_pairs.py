@@ -38,7 +38,7 @@ class LowRankAdapter:
         pairs: factors by weight name, in fp64 on the CPU. `b @ a` is added to the weight in its stored orientation. The
             scale is folded into `b`.
         base: fingerprints of the base by parameter name. Empty for an adapter of peft.
-        written: names of tensors that are not compared with the base: buffers, and parameters that forward writes.
+        written: names of tensors to skip in a comparison with the base: buffers, and parameters that forward writes.
         plan, dtypes: the plan of the run, and the dtypes of its branches by weight name. None for an adapter of peft.
     """
 

@@ -152,7 +152,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         return Adapter(folder, mirror, changes, _full(mirror, model))
 
 
-def _options(data: object, known: type) -> dict[str, Any]:
+def _options(data: object, config_class: type) -> dict[str, Any]:
     """Return the options that peft gets. The adapter must be a LoRA with supported options only."""
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a JSON object")
@@ -166,7 +166,7 @@ def _options(data: object, known: type) -> dict[str, Any]:
         raise CheckpointError(
             f"init_lora_weights is {sanitized(start)}, which changes the base weights themselves", code=unsupported
         )
-    names = {field.name for field in fields(known)}
+    names = {field.name for field in fields(config_class)}
     for key, value in data.items():
         if value and key not in READ | IGNORED | {"init_lora_weights"}:
             problem = "is not supported" if key in names else f"is an unknown key{nearest(key, names)}"

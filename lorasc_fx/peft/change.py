@@ -151,8 +151,8 @@ def residual_of(run: Run, view: Summed, rank: int) -> Change:
     """
     change = Change()
     for name, state in ended(run, "export.peft").states.items():
-        wide = state.base.dtype.itemsize >= 4 and not is_quantized(state.base)
-        if state.full or state.grid or wide or not state.changed:
+        is_wide = state.base.dtype.itemsize >= 4 and not is_quantized(state.base)
+        if state.full or state.grid or is_wide or not state.changed:
             continue
         exact = state.exact(view, torch.float64, device=torch.device("cpu"))
         folded = exact.to(state.base.dtype)
@@ -165,8 +165,8 @@ def residual_of(run: Run, view: Summed, rank: int) -> Change:
         if error.any():
             u, values, vh = torch.linalg.svd(error, full_matrices=False)
             change.pairs[name] = truncated(u, values, vh, rank)
-            rest = float(values[..., rank:].norm())
-            change.cut[name] = CutOff(values.shape[-1], min(rank, values.shape[-1]), rest, float(values.norm()))
+            cut_norm = float(values[..., rank:].norm())
+            change.cut[name] = CutOff(values.shape[-1], min(rank, values.shape[-1]), cut_norm, float(values.norm()))
     return change
 
 

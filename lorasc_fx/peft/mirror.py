@@ -99,11 +99,11 @@ class Mirror:
 
     def _sort_layers(self) -> None:
         """Sort peft's layers by their kind."""
-        tuners, other = module_of("peft", "peft.tuners.tuners_utils"), module_of("peft", "peft.utils.other")
+        tuners, wrappers = module_of("peft", "peft.tuners.tuners_utils"), module_of("peft", "peft.utils.other")
         rows = module_of("peft", "peft.tuners.trainable_tokens.layer").TrainableTokensLayer
         paths = {id(module): path for path, module in self.modules.items()}
         for module in self.wrapped.modules():
-            if isinstance(module, other.ModulesToSaveWrapper):
+            if isinstance(module, wrappers.ModulesToSaveWrapper):
                 self.saved[paths[id(module.original_module)]] = module
             elif isinstance(module, tuners.BaseTunerLayer):
                 name = f"{paths[id(module.get_base_layer())]}.{getattr(module, 'parameter_name', 'weight')}"
@@ -113,8 +113,8 @@ class Mirror:
         """Return the tensors of the adapter by their keys in a file. They are the parameters themselves."""
         save = module_of("peft", "peft").get_peft_model_state_dict
         everything = self.wrapped.state_dict(keep_vars=True)
-        found: dict[str, torch.Tensor] = save(self.wrapped, everything, save_embedding_layers=False)
-        return found
+        tensors: dict[str, torch.Tensor] = save(self.wrapped, everything, save_embedding_layers=False)
+        return tensors
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the modules that peft saves completely, by their names in the model."""
@@ -168,8 +168,8 @@ def is_transposed(layer: Any) -> bool:
 def _holders(layer: Any) -> list[tuple[Any, str]]:
     """Return the dictionaries of parameters that hold A and B of a LoRA layer, and their keys in these."""
     if ADAPTER in layer.lora_embedding_A:
-        return [(each._parameters, ADAPTER) for each in (layer.lora_embedding_A, layer.lora_embedding_B)]
-    return [(each[ADAPTER]._parameters, "weight") for each in (layer.lora_A, layer.lora_B)]
+        return [(factors._parameters, ADAPTER) for factors in (layer.lora_embedding_A, layer.lora_embedding_B)]
+    return [(factors[ADAPTER]._parameters, "weight") for factors in (layer.lora_A, layer.lora_B)]
 
 
 def put(layer: Any, pair: Factors, dtype: torch.dtype, magnitudes: torch.Tensor | None) -> None:

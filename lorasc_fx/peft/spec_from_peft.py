@@ -98,7 +98,7 @@ def spec_of_mirror(mirror: Mirror, model: nn.Module) -> CascadeSpec:
         untie=tuple(map(glob.escape, untie)),
         rules=(
             *(Rule(glob.escape(name), tokens=rows) for name, rows in tokens.items()),
-            *(Rule(glob.escape(name), *each) for name, each in sizes.items() if each != default),
+            *(Rule(glob.escape(name), *size) for name, size in sizes.items() if size != default),
         ),
         rank=default[0],
         lora_alpha=default[1],
@@ -108,12 +108,12 @@ def spec_of_mirror(mirror: Mirror, model: nn.Module) -> CascadeSpec:
 
 def _problems(config: Any, method: MethodConfig) -> list[str]:
     """Return the options that a cascade does not support, with their values."""
-    default, known = type(config)(), _KNOWN | _INITIAL | {method.size, method.alpha, *method.options}
-    known |= {"use_cayley_neumann", "r"} if method.adapter == "oft" else set()
+    default, supported = type(config)(), _KNOWN | _INITIAL | {method.size, method.alpha, *method.options}
+    supported |= {"use_cayley_neumann", "r"} if method.adapter == "oft" else set()
     problems = [
         f"{name}={value!r}"
         for name, value in vars(config).items()
-        if name not in known and (value or isinstance(value, bool)) and value != getattr(default, name, None)
+        if name not in supported and (value or isinstance(value, bool)) and value != getattr(default, name, None)
     ]
     start = getattr(config, "init_lora_weights", True)
     if start is not True and _start_of(config) != "pissa":

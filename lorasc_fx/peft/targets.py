@@ -110,7 +110,7 @@ def targets_of(
 
     A tied weight has several targets. The model runs once on the arguments, without side effects.
     """
-    sites, found, refused = list(sites), dict[str, tuple[Target, ...]](), dict[str, str]()
+    sites, targets_by_module, refused = list(sites), dict[str, tuple[Target, ...]](), dict[str, str]()
     calls = calls_of(model, [site.weight for site in sites], args, kwargs)
     names, paths = named_weights(model).names, dict[int, list[str]]()
     for path, module in model.named_modules(remove_duplicate=False):
@@ -141,8 +141,8 @@ def targets_of(
         if reasons:
             refused[site.weight] = reasons[0]
         else:
-            found[site.weight] = tuple(result for result in results if isinstance(result, Target))
-    return found, refused
+            targets_by_module[site.weight] = tuple(result for result in results if isinstance(result, Target))
+    return targets_by_module, refused
 
 
 def _target(site: Site, path: str, leaf: str, module: nn.Module, call: Call) -> Target | str:

@@ -87,8 +87,8 @@ class Conflict(NamedTuple):
 
 def choice(names: Iterable[str]) -> Check:
     """Return a check that a value is one of these names."""
-    known = tuple(names)
-    return Check(known.__contains__, f"give one of {', '.join(known)}", known)
+    valid = tuple(names)
+    return Check(valid.__contains__, f"give one of {', '.join(valid)}", valid)
 
 
 def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
@@ -156,16 +156,16 @@ def check_names(cls: object, names: Iterable[object], path: FieldPath) -> None:
     Raises:
         SpecError: lists all unknown names, each with our name for it or the nearest field.
     """
-    known, other_names = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
-    if unknown := [name for name in names if name not in known][:20]:
+    field_names, other_names = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
+    if unknown := [name for name in names if name not in field_names][:20]:
         entries = [
             f"{name!r} (here {other_names[name]})"
             if name in other_names
-            else f"{_shown(name)}{nearest(str(name), known)}"
+            else f"{_shown(name)}{nearest(str(name), field_names)}"
             for name in unknown
         ]
         raise SpecError(
-            f"{path_text(path) or 'the table'} has no field {', '.join(entries)}; known: {', '.join(known)}",
+            f"{path_text(path) or 'the table'} has no field {', '.join(entries)}; known: {', '.join(field_names)}",
             code="unknown-name",
         )
 

@@ -53,7 +53,7 @@ def module_of(extra: str, name: str) -> Any:
         return importlib.import_module(name)  # noqa: TID251 - names of packages in our own sources
     except ModuleNotFoundError as fault:
         if fault.name is None or fault.name.partition(".")[0] != package:
-            raise  # the package is installed, but one of its own dependencies is missing
+            raise  # the package is installed, but one of its dependencies is missing
         raise missing(extra, package) from fault
 
 
