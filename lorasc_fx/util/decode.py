@@ -57,15 +57,15 @@ class Check(NamedTuple):
     Args:
         accepts: returns whether the value is valid.
         remedy: what to give instead, for the error message.
-        known: valid names if the value is a name, for a suggestion in the error message.
+        names: valid names if the value is a name, for a suggestion in the error message.
     """
 
     accepts: Callable[[Any], Any]
     remedy: str
-    known: Collection[str] = ()
+    names: Collection[str] = ()
 
     def __hash__(self) -> int:
-        """Hash without `known`, which may be a dict. Annotations must be hashable."""
+        """Hash without `names`, which may be a dict. Annotations must be hashable."""
         return hash((self.accepts, self.remedy))
 
 
@@ -246,7 +246,7 @@ def _remedy(hint: object) -> str:
 
 
 def _wrong(path: FieldPath, value: object, check: Check) -> SpecError:
-    suggestion = nearest(str(value)[:_MAX_SHOWN], check.known) if check.known else ""
+    suggestion = nearest(str(value)[:_MAX_SHOWN], check.names) if check.names else ""
     return SpecError(f"{path_text(path)} is {_shown(value)}; {check.remedy}{suggestion}")
 
 

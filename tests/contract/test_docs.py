@@ -72,6 +72,17 @@ def test_the_readme_is_a_front_page() -> None:
     assert max(map(len, lines)) <= 120
 
 
+def test_the_readme_says_what_its_block_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, script = (ROOT / "README.md").read_text(encoding="utf-8"), tmp_path / "readme.py"
+    script.write_text(program(page), encoding="utf-8")
+    runpy.run_path(str(script))
+    printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    sentence = re.search(r"^It prints ([\d., and]+)\. ", page, re.MULTILINE)
+    assert sentence is not None
+    assert [float(number) for number in re.findall(r"\d\.\d+", sentence[1])] == pytest.approx(printed, abs=2e-3)
+    assert printed[-1] == printed[-2] < printed[0]
+
+
 def test_all_of_it_is_on_one_page() -> None:
     assert len((ROOT / "docs" / "index.md").read_text(encoding="utf-8").splitlines()) <= 160
 
