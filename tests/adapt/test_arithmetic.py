@@ -299,13 +299,25 @@ def test_runs_that_cannot_be_summed_are_refused_without_changes(tmp_path: Path) 
     shorter = lx.adapt(nn.Sequential(*copy.deepcopy(base())[:3]), call(), spec=spec())
     refuse(lx.CheckpointError, ("base-differs", "3.weight", "3.bias"), [shorter, run_a])
     for options in ({"noise": lx.Noise(0.1, where="all")}, {"train": ("3.*",)}, {"targets": ("*.weight",)}):
-        other = lx.adapt(base(), call(), spec=spec(**options))
-        randomize(other)
-        refuse(lx.SpecError, ("sites-differ", "run 1", "run 2", "3.weight"), [run_a, other])
+        misfit = lx.adapt(base(), call(), spec=spec(**options))
+        randomize(misfit)
+        refuse(lx.SpecError, ("sites-differ", "run 1", "run 2", "3.weight"), [run_a, misfit])
     broken = run(spec(), [1]).cascade
     with torch.no_grad():
         broken.branches["0/weight"].lora_B[0, 0] = math.nan
     refuse(lx.NonFiniteBranch, ("non-finite", "0.weight"), [run_a, broken])
+
+
+def test_a_sum_beyond_the_dtype_of_a_weight_is_refused() -> None:
+    single, runs = torch.float32, []
+    for seed in (1, 2):
+        cascade = run(spec(train=("3.*",)), [seed], lambda: base(single), single).cascade
+        with torch.no_grad():
+            cascade.model.get_parameter("3.weight").add_(0.1)
+        cascade.transition(None)
+        runs.append(cascade)
+    with unchanged(model := base(single)), raises(lx.SpecError, "invalid-value", "overflows the dtype", "3.weight"):
+        lx.merge(runs, model, call(single), weights=[9e39, 3e39])
 
 
 def test_a_sum_that_fails_late_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def moved(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, steps: int = 3)
 def test_untied_parameters_train_separately_and_stay_untied(frontend: str) -> None:
     model = build(Tied)
     base, names = model.table.weight.detach().clone(), list(model.state_dict())
-    first = model(IDS).detach()
+    output = model(IDS).detach()
     cascade = lx.adapt(model, (IDS,), spec=UNTIED, frontend=frontend)
     assert {site.weight: (site.kind, site.aliases) for site in cascade.sites} == {
         "table.weight": ("embedding", ()),
@@ -68,7 +68,7 @@ def test_untied_parameters_train_separately_and_stay_untied(frontend: str) -> No
     }
     assert model.head.weight is not model.table.weight
     assert torch.equal(model.head.weight, model.table.weight)
-    assert torch.equal(cascade(IDS), first)
+    assert torch.equal(cascade(IDS), output)
 
     moved(cascade, optimizer_of(cascade))
     fast = by_formula(cascade)
@@ -150,10 +150,10 @@ def test_a_checkpoint_goes_on(frontend: str, tied: bool, tmp_path: Path) -> None
     assert again.plan.spec.untie == ("head.weight",)
     assert model.head.weight is not model.table.weight
     assert torch.equal(again(IDS), cascade(IDS))
-    for one, other in ((cascade, optimizer), (again, theirs)):
-        moved(one, other)
-        one.transition(other)
-        moved(one, other)
+    for run, stepper in ((cascade, optimizer), (again, theirs)):
+        moved(run, stepper)
+        run.transition(stepper)
+        moved(run, stepper)
     torch.testing.assert_close(again(IDS), cascade(IDS), rtol=0, atol=1e-12)
     for name, value in factors(cascade).items():
         torch.testing.assert_close(factors(again)[name], value, rtol=0, atol=1e-12)

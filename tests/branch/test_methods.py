@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
-from tests.kit.models import train
+from tests.kit.models import branches, train
 
 peft = pytest.importorskip("peft")
 
@@ -23,7 +24,7 @@ IN, HIDDEN, OUT = 12, 18, 5
 
 
 class Net(nn.Module):
-    """Two linear layers that are not square."""
+    """Two linear layers with different sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,8 +116,8 @@ def pair(name: str, model: nn.Module, x: Tensor) -> tuple[Any, Any]:
     oracle = ORACLES[name]
     theirs = peft.get_peft_model(copy.deepcopy(model), config_of(name)).double()
     exclude = ("down.*",) if name == "vera" else ()  # peft slices one large pair for all layers
-    given: dict[str, Any] = {"adapter": name.partition(",")[0], "rank": 3, "exclude": exclude, **oracle.spec}
-    spec = lx.CascadeSpec(pace=1.0, **given)
+    fields: dict[str, Any] = {"adapter": name.partition(",")[0], "rank": 3, "exclude": exclude, **oracle.spec}
+    spec = lx.CascadeSpec(pace=1.0, **fields)
     ours = lx.adapt(copy.deepcopy(model), (x,), spec=spec)
     branch: Any
     for key, branch in ours.branches.items():
@@ -137,14 +138,14 @@ def pair(name: str, model: nn.Module, x: Tensor) -> tuple[Any, Any]:
 
 
 def losses(model: Callable[..., Tensor], groups: list[dict[str, Any]], x: Tensor, y: Tensor) -> list[float]:
-    optimizer, found = torch.optim.SGD(groups, lr=0.05), []
+    optimizer, losses_of_steps = torch.optim.SGD(groups, lr=0.05), []
     for _ in range(20):
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.item())
-    return found
+        losses_of_steps.append(loss.item())
+    return losses_of_steps
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
@@ -178,11 +179,11 @@ def test_a_configuration_of_peft_is_a_spec(name: str) -> None:
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=config_of(name))
     assert cascade.plan.spec.adapter_options == ours.plan.spec.adapter_options or not ours.plan.spec.adapter_options
     for key, branch in ours.branches.items():
-        made: Any = cascade.branches[key]
-        assert type(made) is type(branch)
-        assert made.scale == branch.scale
+        adapted: Any = cascade.branches[key]
+        assert type(adapted) is type(branch)
+        assert adapted.scale == branch.scale
         shapes = {name: value.shape for name, value in branch.named_parameters()}
-        assert {name: value.shape for name, value in made.named_parameters()} == shapes
+        assert {name: value.shape for name, value in adapted.named_parameters()} == shapes
 
 
 def test_an_option_without_a_counterpart_is_named() -> None:
@@ -221,3 +222,22 @@ def test_every_method_is_exported_as_an_adapter_of_peft(name: str, tmp_path: Pat
     lx.export.peft(cascade, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
     torch.testing.assert_close(theirs(x), cascade.release()(x), rtol=1e-6, atol=1e-6)
+
+
+def test_fresh_factors_are_loras() -> None:
+    """A is U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming uniform with a = sqrt(5). B is 0. Each stage has another A."""
+    model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 3)).double()
+    cascade = lx.adapt(model, (torch.randn(2, 50).double(),), spec=lx.CascadeSpec(rank=30))
+    drawn = []
+    for _ in range(2):
+        for name, fan in (("0.weight", 50), ("1.weight", 40)):
+            branch = branches(cascade)[name]
+            bound = fan**-0.5
+            assert branch.lora_A.abs().max() <= bound
+            assert branch.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+            assert abs(branch.lora_A.mean().item()) < 4 * bound / 3**0.5 / branch.lora_A.numel() ** 0.5
+            assert not branch.lora_B.any()
+            drawn.append(branch.lora_A.detach().clone()[:, :40])
+        cascade.transition(None)
+    for pair in itertools.combinations(drawn, 2):
+        assert torch.corrcoef(torch.stack(pair).flatten(1))[0, 1].abs() < 0.15

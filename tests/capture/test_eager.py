@@ -273,47 +273,6 @@ def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None
     torch.testing.assert_close(cascade(-x), twin(-x), rtol=0, atol=1e-12)
 
 
-class Spellings(nn.Module):
-    """Reads weights by methods, by attributes, and in a list that is passed to an op."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_operator, self.by_method = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6, 7))
-        self.transposed, self.cell, self.frozen = nn.Linear(7, 4), nn.LSTM(4, 3), nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.by_operator.shape == (5, 6)
-        assert self.by_operator.is_contiguous()
-        hidden = (x @ self.by_operator).matmul(self.by_method) @ self.transposed.weight.T
-        with torch.no_grad():
-            scale = self.frozen.weight.norm()
-        return self.cell(hidden)[0] * scale + self.frozen(x) * float(x.abs().sum() > 0)
-
-
-def test_spellings_of_reads() -> None:
-    torch.manual_seed(17)
-    model = Spellings().double()
-    cascade = adapted(model)
-    assert cascade.placements == {
-        "by_operator": "beside",
-        "by_method": "beside",
-        "transposed.weight": "weight",
-        "cell.weight_ih_l0": "weight",
-        "cell.weight_hh_l0": "weight",
-        "frozen.weight": "weight",
-    }
-    randomize(cascade)
-    assert_merged(cascade, copy.deepcopy(model), inputs())
-
-
-@pytest.mark.parametrize("placement", ["beside", "weight"])
-def test_the_placement_of_the_spec(placement: Any) -> None:
-    cascade = adapted(model_of("Branchy"), lx.CascadeSpec(rank=2, placement=placement))
-    assert set(cascade.placements.values()) == {placement}
-    randomize(cascade)
-    assert_merged(cascade, copy.deepcopy(cascade.model), inputs())
-
-
 def test_dropout_of_branches() -> None:
     """The generator of torch draws it in each call, and there is none in eval mode."""
     cascade = adapted(model_of("Branchy").train(), lx.CascadeSpec(rank=2, dropout=0.5))

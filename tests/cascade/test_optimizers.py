@@ -1,4 +1,4 @@
-"""Several optimizers in one loop: the results are those of one, and errors name what is wrong with the list."""
+"""Several optimizers in one loop give the results of one, and errors name what is wrong with the list."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def test_several_give_the_bits_of_one(options: dict[str, Any]) -> None:
         step(cascade, optimizers)
         cascade.transition(optimizers)
         step(cascade, optimizers)
-    for (name, value), other in zip(one.named_parameters(), many.parameters(), strict=True):
-        assert torch.equal(value, other), name
     for parameter, twin in zip(one.parameters(), many.parameters(), strict=True):
+        assert torch.equal(parameter, twin)
         states = [optimizer.state[twin] for optimizer in several if twin in optimizer.state]
         assert [*single[0].state.get(parameter, {})] == [key for state in states for key in state]
         assert all(torch.equal(value, states[0][key]) for key, value in single[0].state.get(parameter, {}).items())
@@ -94,16 +93,16 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_refused(call: str) -> None:
     cascade = adapted()
-    first, second, third = optimizers = split(cascade)
+    for_a, for_b, trained = optimizers = split(cascade)
     cases: tuple[tuple[Any, Any, str, str], ...] = (
         (3, lx.SpecError, "invalid-value", "is a int"),
-        ([first, nn.Linear(1, 1)], lx.SpecError, "invalid-value", "is a Linear"),
-        ([*optimizers, first], lx.SpecError, "conflicting-options", "twice"),
+        ([for_a, nn.Linear(1, 1)], lx.SpecError, "invalid-value", "is a Linear"),
+        ([*optimizers, for_a], lx.SpecError, "conflicting-options", "twice"),
         ([], lx.SpecError, "conflicting-options", "empty list"),
-        ([first, second], lx.StateError, "optimizer-lacks-parameters", "model.4.weight"),
-        ([first, third], lx.StateError, "optimizer-lacks-parameters", "lora_B"),
-        ([*optimizers, torch.optim.SGD(second.param_groups[0]["params"])], lx.StateError, "conflicting-options", "two"),
+        ([for_a, for_b], lx.StateError, "optimizer-lacks-parameters", "model.4.weight"),
+        ([for_a, trained], lx.StateError, "optimizer-lacks-parameters", "lora_B"),
+        ([*optimizers, torch.optim.SGD(for_b.param_groups[0]["params"])], lx.StateError, "conflicting-options", "two"),
     )
-    for given, kind, code, name in cases:
-        with unchanged(cascade, first), raises(kind, code, name):
-            CALLS[call](cascade, given)
+    for optimizer, kind, code, name in cases:
+        with unchanged(cascade, for_a), raises(kind, code, name):
+            CALLS[call](cascade, optimizer)

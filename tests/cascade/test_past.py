@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.state import unchanged
 from tests.kit.errors import raises
-from tests.kit.models import batches, branches, mlp, optimizer_of, randomize, train
+from tests.kit.models import batches, branches, mlp, optimizer_of, randomize, train, values
 from tests.kit.seams import lower
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -86,23 +87,23 @@ def test_each_stage_is_its_own_sum(restart: str, tmp_path: Path) -> None:
 
 def test_the_last_stage_is_the_slow_weights_bit_for_bit_and_kept_noise_is_in_it() -> None:
     cascade = cascade_of(noise=lx.Noise(0.3, keep=True))
-    seen = []
+    ends = []
     for seed in range(3):
         stage(cascade, seed)
         with cascade.weights("slow"):
-            seen.append({name: value.detach().clone() for name, value in cascade.model.named_parameters()})
-    for number, values in enumerate(seen, start=1):
+            ends.append(values(cascade.model))
+    for number, end in enumerate(ends, start=1):
         with cascade.weights(stage=number):
-            assert all(torch.equal(value, values[name]) for name, value in cascade.model.named_parameters())
-    assert not torch.equal(seen[0]["0.weight"], seen[1]["0.weight"])
+            assert all(torch.equal(value, end[name]) for name, value in cascade.model.named_parameters())
+    assert not torch.equal(ends[0]["0.weight"], ends[1]["0.weight"])
 
 
-def test_what_follows_the_fast_weights_is_kept_as_it_was_at_the_end_of_a_stage() -> None:
+def test_a_parameter_without_a_slow_copy_keeps_its_value_at_the_end_of_each_stage() -> None:
     cascade = cascade_of(slow_train=False)
-    first = stage(cascade, 1)["3.bias"]
+    bias = stage(cascade, 1)["3.bias"]
     stage(cascade, 2)
     with cascade.weights(stage=1):
-        assert torch.equal(cascade.model[3].bias, first)
+        assert torch.equal(cascade.model[3].bias, bias)
 
 
 @pytest.mark.parametrize("restart", ["slow", "fast"])
@@ -133,9 +134,9 @@ def test_a_rewind_is_a_fresh_stage_whose_noise_and_factors_are_new() -> None:
     """The noise depends on the number of a stage, so no number is used twice, and none is skipped after a loop."""
     noisy = cascade_of(noise=lx.Noise(0.2))
     optimizer = optimizer_of(noisy)
-    seen = []
+    starts = []
     for _ in noisy.stages(2, optimizer):
-        seen.append(noisy.model[0].weight.detach().clone())
+        starts.append(noisy.model[0].weight.detach().clone())
         train(noisy, optimizer, [X])
     noisy.rewind(0, optimizer)
     assert noisy.stage == 3  # idle: no stage 3 has run
@@ -143,9 +144,9 @@ def test_a_rewind_is_a_fresh_stage_whose_noise_and_factors_are_new() -> None:
     noisy.rewind(0, optimizer)
     assert noisy.stage == 4
     again = noisy.model[0].weight.detach().clone()
-    values = [seen[0], third, again]
-    assert all(not torch.equal(a, b) for place, a in enumerate(values) for b in values[:place])
-    assert [each.number for each in noisy.stages(2, optimizer)] == [4, 5]
+    starts = [starts[0], third, again]
+    assert not any(itertools.starmap(torch.equal, itertools.combinations(starts, 2)))
+    assert [stage.number for stage in noisy.stages(2, optimizer)] == [4, 5]
     with noisy.weights(stage=0):
         assert_holds(noisy.model, dict(wide().named_parameters()))
 
@@ -157,7 +158,7 @@ def test_stages_before_a_dense_collapse_are_gone_and_said_to_be(tmp_path: Path) 
         randomize(cascade, seed)
         cascade.transition(None)
     with cascade.weights("slow"):
-        slow = {name: value.detach().clone() for name, value in model.named_parameters()}
+        slow = values(model)
     lx.save(cascade, tmp_path)
     for run in (cascade, lx.load(tmp_path, mlp(), batches(1, 4, 5))):
         with run.weights(stage=4):

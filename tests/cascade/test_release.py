@@ -55,13 +55,13 @@ def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cas
 
 def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make: Any) -> dict[str, torch.Tensor]:
     """Return W0 + pace * sum of the deltas, whose factors are read from another cascade with the same spec."""
-    other = lx.adapt(make(), batches(1, 2, 3, 5, 4), spec=SPEC)
+    twin = lx.adapt(make(), batches(1, 2, 3, 5, 4), spec=SPEC)
     expected = {name: value.clone() for name, value in state.items()}
     for seed in seeds:
-        randomize(other, seed)
-        for name, branch in branches(other).items():
+        randomize(twin, seed)
+        for name, branch in branches(twin).items():
             expected[name] += 0.5 * branch.scale * (branch.lora_B @ branch.lora_A).detach().view_as(expected[name])
-        other.transition(None)
+        twin.transition(None)
     return expected
 
 
@@ -69,7 +69,7 @@ def test_release_is_the_users_object() -> None:
     model, x = stated(), batches(1, 2, 3, 5, 4)[0]
     before = copy.deepcopy(model.state_dict())
     calls: list[int] = []
-    model.drop.register_forward_hook(lambda *given: calls.append(1) or given[-1])
+    model.drop.register_forward_hook(lambda _, args, output: calls.append(1) or output)
     objects = dict(model.named_parameters()) | dict(model.named_buffers())
     modules = dict(model.named_modules())
     flags = {name: value.requires_grad for name, value in model.named_parameters()}

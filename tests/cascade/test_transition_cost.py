@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,10 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.branch import Branch
 from lorasc_fx.branch.noise import BLOCK
 from lorasc_fx.state.fold import accumulate
-from tests.kit.models import batches, branches, loss_of, optimizer_of, randomize, train
+from tests.kit.models import batches, branches, loss_of, mlp, optimizer_of, randomize, train
 from tests.kit.seams import SEAMS, lower, seam
 from tests.kit.state import variant_count
 
@@ -41,12 +36,12 @@ class Peak(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in pytree.tree_leaves((args, kwargs)) if is_tensor(tensor)}
+        inputs = {tensor.untyped_storage()._cdata for tensor in pytree.tree_leaves((args, kwargs)) if is_tensor(tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
             if is_tensor(tensor):
                 storage = tensor.untyped_storage()
-                if not tensor.is_meta and storage._cdata not in given and storage._cdata not in self.alive:
+                if not tensor.is_meta and storage._cdata not in inputs and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = storage.nbytes()
                     weakref.finalize(storage, self.alive.pop, storage._cdata)
         self.most = max(self.most, sum(self.alive.values()))
@@ -113,11 +108,11 @@ def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options:
         trained(cascade, optimizer)
         with Peak() as peak:
             cascade.transition(optimizer)
-        first = sum(parameter.nbytes for parameter in cascade.model.parameters() if parameter.dim() > 1)
-        first = first if stage == 0 and not strength else 0
-        room = first + NARROW[dtype] * unit + (12 * BLOCK if strength else 0)
-        assert peak.most <= room + 6 * factors
-        assert peak.most >= first + NARROW[dtype] * unit * 0.5  # it is seen at all
+        weights = sum(parameter.nbytes for parameter in cascade.model.parameters() if parameter.dim() > 1)
+        copied = weights if stage == 0 and not strength else 0
+        limit = copied + NARROW[dtype] * unit + (12 * BLOCK if strength else 0)
+        assert peak.most <= limit + 6 * factors
+        assert peak.most >= copied + NARROW[dtype] * unit * 0.5  # it is seen at all
     with Peak() as peak:
         cascade.release()
     assert peak.most <= NARROW[dtype] * unit + 6 * factors
@@ -143,18 +138,18 @@ def test_five_stages_replace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return [(name, id(value), value.data_ptr()) for name, value in cascade.named_parameters()]
 
     before, variants = places(), variant_count(cascade)
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    seen = []
+    optimized = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    experts = []
     for _ in cascade.stages(STAGES, optimizer):
         loss_of(cascade(X)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seen.append(cascade.model.experts.detach().clone())
+        experts.append(cascade.model.experts.detach().clone())
         assert places() == before
     assert places() == before
-    assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == held
+    assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == optimized
     assert (captures, variant_count(cascade)) == (1, variants)
-    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
+    assert not any(itertools.starmap(torch.equal, itertools.pairwise(experts)))
 
 
 # ---- the one function that writes a weight
@@ -220,77 +215,6 @@ def test_a_transition_inside_autocast_is_none_of_its_business() -> None:
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
-PACKAGE = str(Path(lx.__file__).parent)
-BRANCHES = str(Path(sys.modules[Branch.__module__].__file__ or "").parent)
-
-
-def warmed() -> tuple[lx.Cascade, torch.optim.Optimizer, torch.Tensor]:
-    """Return a cascade of two linear layers after two steps, so that caches are filled."""
-    model, x = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), torch.randn(4, 5)
-    cascade = lx.adapt(model, (x,))
-    optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-    for _ in range(2):
-        cascade(x).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return cascade, optimizer, x
-
-
-def functions_in(act: Callable[[], object], until: str | None = None) -> list[str]:
-    """Return the functions of the package that run, each once and without comprehensions.
-
-    With `until`, stop at the first function in this folder.
-    """
-    functions: dict[str, None] = {}
-    done = False
-
-    def see(frame: FrameType, event: str, _: object) -> None:
-        nonlocal done
-        file, name = frame.f_code.co_filename, frame.f_code.co_name
-        done |= until is not None and file.startswith(until)
-        if event == "call" and file.startswith(PACKAGE) and not done and not name.startswith("<"):
-            functions[f"{file.removeprefix(PACKAGE)} {frame.f_code.co_qualname}"] = None
-
-    sys.setprofile(see)
-    try:
-        act()
-    finally:
-        sys.setprofile(None)
-    assert done is (until is not None)
-    return list(functions)
-
-
-def test_a_warmed_training_call_reaches_the_graph_through_few_functions() -> None:
-    """Checks of the environment of a cascade run once per stage, and not in each call."""
-    cascade, _, x = warmed()
-    functions = functions_in(lambda: cascade(x), until=BRANCHES)
-    cascade.transition(None)  # or the end of the program would warn of lost training
-    assert len(functions) <= 14, functions
-
-
-CALLS = 4
-
-
-def headed() -> nn.Module:
-    """Return a body of two sites, with a norm and a head that are trained in full."""
-    torch.manual_seed(61)
-    body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6))
-    return nn.Sequential(OrderedDict(body=body, norm=nn.LayerNorm(6), head=nn.Linear(6, 2))).double()
-
-
-def headed_cascade(model: nn.Module | None = None, **options: Any) -> lx.Cascade:
-    spec = lx.CascadeSpec(**{"rank": 2, "targets": ("body",), "train": ("head", "norm"), **options})
-    return lx.adapt(headed() if model is None else model, batches(1, 4, 5), spec=spec)
-
-
-def snapshot(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
-    return {parameter: {k: v.clone() for k, v in state.items()} for parameter, state in optimizer.state.items()}
-
-
-def owned(cascade: lx.Cascade) -> list[nn.Parameter]:
-    return list(cascade.branches.parameters())
-
-
 def pruned(state: dict[str, torch.Tensor], name: str, ratio: float) -> torch.Tensor:
     """Return zeros where either moment is among the share `ratio` of its smallest in magnitude, found by sorting."""
     value, zero = state[name], torch.zeros_like(state["exp_avg"], dtype=torch.bool)
@@ -301,21 +225,21 @@ def pruned(state: dict[str, torch.Tensor], name: str, ratio: float) -> torch.Ten
 
 @pytest.mark.parametrize("how", ["reset", "kept", 0.25, 0.9])
 def test_optimizer_state_of_the_branches_and_of_nothing_else(how: Any) -> None:
-    cascade = headed_cascade(optimizer_state=how)
+    spec = lx.CascadeSpec(rank=2, targets=("0", "2"), train=("4",), optimizer_state=how)
+    cascade = lx.adapt(mlp(), batches(1, 4, 5), spec=spec)
     optimizer = optimizer_of(cascade)
-    train(cascade, optimizer, batches(CALLS, 4, 5))
-    objects, before = list(cascade.parameters()), snapshot(optimizer)
+    train(cascade, optimizer, batches(4, 4, 5))
+    objects, before = list(cascade.parameters()), copy.deepcopy(list(optimizer.state.values()))
+    parameters = list(optimizer.state)
     groups = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
-    factors = owned(cascade)
-    assert all(before[parameter]["exp_avg"].any() for parameter in factors)
+    assert all(state["exp_avg"].any() for state in before)
     cascade.transition(optimizer)
-
     assert all(new is old for new, old in zip(cascade.parameters(), objects, strict=True))
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
     assert all(parameter.grad is None for parameter in cascade.parameters())
-    for parameter, state in before.items():
-        current = optimizer.state.get(parameter, {})
-        mine = any(parameter is each for each in factors)
+    factors = set(cascade.branches.parameters())
+    for parameter, state in zip(parameters, before, strict=True):
+        current, mine = optimizer.state.get(parameter, {}), parameter in factors
         assert set(current) == (set() if mine and how == "reset" else set(state))
         for name, value in current.items():
             shaped = mine and isinstance(how, float) and value.shape == parameter.shape

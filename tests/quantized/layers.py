@@ -31,7 +31,7 @@ class _Product(torch.autograd.Function):
 
 
 class Packed(nn.Module):
-    """A layer like those of libraries: packed values, an autograd.Function, Python state, and another product in eval
+    """A layer as libraries define it: packed values, an autograd.Function, Python state, and another product in eval
     mode."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -52,9 +52,9 @@ class Packed(nn.Module):
 
 
 def _packed_again(layer: Packed, weight: torch.Tensor) -> nn.Module:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    made.weight = nn.Parameter(weight)
-    new = Packed(made)
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    dense.weight = nn.Parameter(weight)
+    new = Packed(dense)
     new.bias = layer.bias
     return new.train(layer.training)
 
@@ -72,8 +72,7 @@ def _bitsandbytes(bits: int, **options: Any) -> Quantize:
         layer = library.nn.Linear4bit(*sizes, compute_dtype=torch.float32, **options) if bits == 4 else None
         layer = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, **options) if layer is None else layer
         layer.load_state_dict(linear.state_dict())
-        made: nn.Module = layer.to("cpu")
-        return made
+        return layer.to("cpu")
 
     return quantize
 
