@@ -108,7 +108,7 @@ class Training:
         """All numbers of the run, bit for bit, without objects."""
         model = of_model(self.cascade)
         values: dict[str, Any] = {
-            name: each[1:] for name, each in model.items() if name.startswith(("param", "buffer"))
+            name: value[1:] for name, value in model.items() if name.startswith(("param", "buffer"))
         }
         values |= of_slow(self.cascade) | of_optimizer(self.optimizer)
         values |= {"losses": self.losses, "torch": raw(torch.get_rng_state()), "python": random.getstate()}
@@ -129,8 +129,8 @@ def whole(run: Run, events: Sequence[str]) -> dict[str, Any]:
 def interrupted(run: Run, events: Sequence[str], stops: Sequence[int], folder: Path) -> dict[str, Any]:
     """Run the same events, but discard and load everything again before the events at these positions."""
     training = run.started()
-    for place, event in enumerate(events):
-        if place in stops:
+    for index, event in enumerate(events):
+        if index in stops:
             training.save(folder)
             training = run.resumed(folder)
         getattr(training, event)()

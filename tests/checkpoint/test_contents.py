@@ -32,8 +32,8 @@ TRAIN = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace
 
 def several(cascade: lx.Cascade) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     """Return SGD for the first group of parameters and AdamW for the rest, each with a scheduler."""
-    first, *rest = cascade.param_groups(lr=0.02)
-    built = [torch.optim.SGD([first], momentum=0.9), torch.optim.AdamW(rest, betas=(0.8, 0.99))]
+    groups = cascade.param_groups(lr=0.02)
+    built = [torch.optim.SGD(groups[:1], momentum=0.9), torch.optim.AdamW(groups[1:], betas=(0.8, 0.99))]
     return built, [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in built]
 
 
@@ -42,8 +42,8 @@ def test_several_optimizers(tmp_path: Path) -> None:
 
     def train(cascade: lx.Cascade, owners: tuple[list[torch.optim.Optimizer], list[Any]]) -> None:
         optimizers, schedulers = owners
-        for each in ("step", "fold", "step"):
-            if each == "fold":
+        for event in ("step", "fold", "step"):
+            if event == "fold":
                 cascade.transition(optimizers)
                 continue
             loss_of(cascade(X)).backward()
@@ -60,8 +60,8 @@ def test_several_optimizers(tmp_path: Path) -> None:
     resumed = several(again)
     again.resume(*resumed)
     train(again, resumed)
-    for one, other in zip(owners[0], resumed[0], strict=True):
-        assert_same(of_optimizer(other), of_optimizer(one))
+    for optimizer, again_optimizer in zip(owners[0], resumed[0], strict=True):
+        assert_same(of_optimizer(again_optimizer), of_optimizer(optimizer))
     assert_same(of_slow(again), of_slow(cascade))
     assert [owner.state_dict() for owner in resumed[1]] == [owner.state_dict() for owner in owners[1]]
 
@@ -73,14 +73,14 @@ def test_other_optimizers_than_the_saved_ones(change: str, tmp_path: Path) -> No
     lx.save(cascade, tmp_path, optimizer=optimizers, scheduler=schedulers)
     again = lx.load(tmp_path, Net(), args=(X,))
     optimizers, schedulers = several(again)
-    given: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
+    resumes: dict[str, tuple[Any, Any, str, tuple[str, ...]]] = {
         "order": (optimizers[::-1], schedulers, "optimizer-differs", ("SGD, AdamW", "AdamW, SGD")),
         "fewer": (optimizers[:1], None, "optimizer-differs", ("SGD, AdamW",)),
         "one": (optimizers[1], None, "optimizer-differs", ("SGD, AdamW",)),
         "schedulers": (optimizers, schedulers[0], "optimizer-differs", ("StepLR, StepLR",)),
         "twice": ([optimizers[0], optimizers[0]], None, "conflicting-options", ("twice",)),
     }
-    optimizer, scheduler, code, names = given[change]
+    optimizer, scheduler, code, names = resumes[change]
     with unchanged(again, *optimizers), raises((lx.CheckpointError, lx.SpecError), code, *names):
         again.resume(optimizer, scheduler)
 
@@ -219,7 +219,7 @@ def test_numpys_generator(tmp_path: Path) -> None:
     run = Run(PLAIN)
     training = run.started()
     np.random.seed(3)
-    np.random.standard_normal(3)  # of which it keeps one for later
+    np.random.standard_normal(3)  # it keeps one for later
     training.save(tmp_path)
     expected = [np.random.standard_normal(), np.random.rand(), np.random.randint(1 << 30)]
     np.random.seed(99)
@@ -235,13 +235,13 @@ def test_generators_of_available_devices(monkeypatch: pytest.MonkeyPatch, tmp_pa
         Run(PLAIN).started().save(tmp_path)
     cascade = lx.load(tmp_path, Net(), args=(X,))
     for count in (0, 1, 3):
-        here = [torch.Generator().manual_seed(99) for _ in range(count)]
-        for other in ("xpu" if kind == "cuda" else "cuda", kind):
+        generators = [torch.Generator().manual_seed(99) for _ in range(count)]
+        for available in ("xpu" if kind == "cuda" else "cuda", kind):
             with monkeypatch.context() as patch:
-                pretend_accelerator(patch, other, here)
+                pretend_accelerator(patch, available, generators)
                 cascade.resume()
-            seeds = [index if index < 2 and other == kind else 99 for index in range(count)]
-            assert [generator.initial_seed() for generator in here] == seeds
+            seeds = [index if index < 2 and available == kind else 99 for index in range(count)]
+            assert [generator.initial_seed() for generator in generators] == seeds
 
 
 # ---- extra
@@ -258,9 +258,9 @@ def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
         extra={**plain, "x": shared, "y/z": [shared, narrow, torch.zeros(0, 3)], "nan": [float("nan")]},
     )
     cascade = lx.load(tmp_path, Net(), args=(X,))
-    found = cascade.resume()
-    tensors, nan = (found.pop("x"), *found.pop("y/z")), found.pop("nan")
-    assert found == plain
+    extra = cascade.resume()
+    tensors, nan = (extra.pop("x"), *extra.pop("y/z")), extra.pop("nan")
+    assert extra == plain
     assert nan[0] != nan[0]
     assert tensors[1] is tensors[0]
     assert raw(tensors[1:]) == raw([shared, narrow, torch.zeros(0, 3)])
@@ -283,6 +283,6 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     monkeypatch.setattr(torch, "__version__", "9.9.0")
     written = manifest["versions"]
-    said = f"torch {written['torch']} (now 9.9.0), python {written['python']} (now 3.99.0)"
-    with warns("other-versions", version, said):
+    changes = f"torch {written['torch']} (now 9.9.0), python {written['python']} (now 3.99.0)"
+    with warns("other-versions", version, changes):
         run.resumed(tmp_path)

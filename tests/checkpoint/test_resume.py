@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.content import Owner, keep_as_saved
 from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whole
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, of_slow, raw, unchanged
@@ -52,7 +51,7 @@ STOPS = (0, 1, 3, 4, 6, 8, 10)
 """Stops before the first step, in a stage, before a transition, right after one, and before the last step."""
 
 
-def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> None:
+def assert_resumes(run: Run, events: Any, stops: Any, folder: Path) -> None:
     expected = whole(run, events)
     assert len(set(expected["losses"])) == len(expected["losses"])
     assert_same(interrupted(run, events, stops, folder), expected)
@@ -62,7 +61,7 @@ def assert_equal_to_whole(run: Run, events: Any, stops: Any, folder: Path) -> No
 @pytest.mark.parametrize("spec", SPECS)
 def test_three_stages(spec: str, waits: bool, tmp_path: Path) -> None:
     """Load with inputs, or without."""
-    assert_equal_to_whole(Run(SPECS[spec], waits=waits), THREE_STAGES, STOPS, tmp_path)
+    assert_resumes(Run(SPECS[spec], waits=waits), THREE_STAGES, STOPS, tmp_path)
 
 
 class Product(nn.Module):
@@ -161,9 +160,9 @@ class Moving(nn.Module):
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Return shape and dtype of all parameters and buffers under all names, and which names share a tensor."""
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    values = {name: raw(value) for name, value in held}
-    return values | {f"same {name}": [other for other, each in held if each is value] for name, value in held}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    values = {name: raw(value) for name, value in tensors}
+    return values | {f"same {name}": [alias for alias, tensor in tensors if tensor is value] for name, value in tensors}
 
 
 @pytest.mark.parametrize("build", [Teacher, Moving])
@@ -212,7 +211,7 @@ def test_tensors_that_forward_writes_are_saved(
 
 @pytest.mark.parametrize(("frontend", "waits"), [("export", False), ("export", True), ("eager", True)])
 def test_other_front_ends(frontend: str, waits: bool, tmp_path: Path) -> None:
-    assert_equal_to_whole(Run(SPECS["train"], frontend=frontend, waits=waits), THREE_STAGES, (1, 4), tmp_path)
+    assert_resumes(Run(SPECS["train"], frontend=frontend, waits=waits), THREE_STAGES, (1, 4), tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["plain", "noise", "noise kept", "restart fast", "train", "train, fast"])
@@ -221,7 +220,7 @@ def test_other_front_ends(frontend: str, waits: bool, tmp_path: Path) -> None:
 )
 def test_after_stages_have_ended(spec: str, events: tuple[str, ...], tmp_path: Path) -> None:
     run = Run(SPECS[spec])
-    assert_equal_to_whole(run, events, range(len(events)), tmp_path)
+    assert_resumes(run, events, range(len(events)), tmp_path)
 
 
 class Bfgs(torch.optim.LBFGS):
@@ -243,19 +242,14 @@ def over(make: Any, **options: Any) -> Callable[[lx.Cascade], torch.optim.Optimi
 OPTIMIZERS: dict[str, Any] = {
     "lbfgs": Bfgs,
     "adamw, fused": over(torch.optim.AdamW, lr=0.02, fused=True),
-    "adamw, foreach": over(torch.optim.AdamW, lr=0.02, foreach=True),
     "adamw, lr a tensor": over(torch.optim.AdamW, lr=torch.tensor(0.02)),
     "adamw, fused, lr a tensor": over(torch.optim.AdamW, lr=torch.tensor(0.02), fused=True),
     "inf and None in a group": lambda cascade: torch.optim.SGD(
         [{**group, "ceiling": float("inf"), "note": None} for group in cascade.param_groups(lr=0.05)]
     ),
     "sgd": over(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
-    "plain sgd": over(torch.optim.SGD, lr=0.05),
     "adagrad": over(torch.optim.Adagrad, lr=0.05, lr_decay=0.01, initial_accumulator_value=0.1),
     "adam, amsgrad": over(torch.optim.Adam, lr=0.02, amsgrad=True),
-    "adamw, one by one": over(torch.optim.AdamW, lr=0.02, foreach=False),
-    "rmsprop": over(torch.optim.RMSprop, lr=0.01, momentum=0.5),
-    "sgd, fused": over(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True),
 }
 
 
@@ -264,7 +258,7 @@ OPTIMIZERS: dict[str, Any] = {
 def test_optimizers(name: str, how: Any, tmp_path: Path) -> None:
     spec = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace=0.4, optimizer_state=how)
     run = Run(spec, optimizer=OPTIMIZERS[name])
-    assert_equal_to_whole(run, THREE_STAGES, (2, 4, 9), tmp_path)
+    assert_resumes(run, THREE_STAGES, (2, 4, 9), tmp_path)
 
 
 class Narrow(torch.optim.Optimizer):
@@ -296,32 +290,11 @@ def test_states_of_another_dtype_than_their_parameter(make: Any, dtype: torch.dt
     """torch's load_state_dict would convert them to the dtype of the parameter."""
     x = inputs(5, 3, 4, 4).to(dtype)
     run = Run(SPECS["train"], lambda: Net().to(dtype), x, optimizer=lambda c: make(c.param_groups(lr=0.02), lr=0.02))
-    assert_equal_to_whole(run, THREE_STAGES[:6], (2,), tmp_path)
-
-
-def test_optimizer_states_on_the_cpu_stay_there() -> None:
-    """Like mu_product of NAdam on a GPU. The meta device replaces the GPU here."""
-    parameter = nn.Parameter(torch.zeros(2, device="meta"))
-    optimizer, other = torch.optim.NAdam([parameter]), torch.optim.NAdam([parameter])
-    entries = {"step": torch.tensor(1.0), "mu_product": torch.tensor(0.5), "exp_avg": torch.zeros(2, device="meta")}
-    optimizer.state[parameter] = entries
-    saved = Owner.of(optimizer)
-    assert saved.host == ("0/step", "0/mu_product")
-    other.load_state_dict(saved.state)
-    keep_as_saved(other, saved.state["state"], saved.host, {})
-    assert {name: value.device for name, value in other.state[parameter].items()} == {
-        name: value.device for name, value in entries.items()
-    }
+    assert_resumes(run, THREE_STAGES[:6], (2,), tmp_path)
 
 
 SCHEDULERS: dict[str, Any] = {
-    "step": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5),
-    "milestones": partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 3], gamma=0.3),
-    "exponential": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.7),
-    "cosine": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=5),
-    "warm restarts": partial(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts, T_0=2),
     "one cycle": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=8),
-    "lambda": partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda stage: 1 / (1 + stage)),
     "warm-up, then cosine": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
@@ -338,7 +311,7 @@ FOLDS = ("step", "fold") * 4 + ("step",)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str, tmp_path: Path) -> None:
     run = Run(SPECS["train"], scheduler=SCHEDULERS[name])
-    assert_equal_to_whole(run, FOLDS, (1, 2, 5, 6), tmp_path)
+    assert_resumes(run, FOLDS, (1, 2, 5, 6), tmp_path)
 
 
 def test_a_scheduler_gets_the_saved_settings(tmp_path: Path) -> None:
@@ -346,9 +319,9 @@ def test_a_scheduler_gets_the_saved_settings(tmp_path: Path) -> None:
     run = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[2, 4], gamma=0.5))
     training = run.started()
     training.save(tmp_path)
-    other = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[7], gamma=0.1)).resumed(tmp_path)
-    assert other.scheduler.state_dict() == training.scheduler.state_dict()
-    assert type(other.scheduler.milestones) is type(training.scheduler.milestones)
+    resumed = Run(PLAIN, scheduler=lambda optimizer: make(optimizer, milestones=[7], gamma=0.1)).resumed(tmp_path)
+    assert resumed.scheduler.state_dict() == training.scheduler.state_dict()
+    assert type(resumed.scheduler.milestones) is type(training.scheduler.milestones)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +337,7 @@ def test_a_scheduler_gets_the_saved_settings(tmp_path: Path) -> None:
 )
 def test_dtypes(dtype: torch.dtype, spec: str, tmp_path: Path) -> None:
     run = Run(SPECS[spec], build=lambda: Net().to(dtype), x=inputs(5, 3, 4, 4).to(dtype))
-    assert_equal_to_whole(run, THREE_STAGES, (2, 4, 9), tmp_path)
+    assert_resumes(run, THREE_STAGES, (2, 4, 9), tmp_path)
 
 
 class Ends(nn.Module):
@@ -390,9 +363,9 @@ class Grows:
 
     def __call__(self, cascade: lx.Cascade) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02)[:2])
-        known = cascade.branches["body/weight"], cascade.branches["trained/weight"]
+        branches = cascade.branches["body/weight"], cascade.branches["trained/weight"]
         for group, name in zip(optimizer.param_groups, ("lora_A", "lora_B"), strict=True):
-            group["params"] = [getattr(branch, name) for branch in known]
+            group["params"] = [getattr(branch, name) for branch in branches]
         self.more(cascade, optimizer)
         return optimizer
 
@@ -412,8 +385,8 @@ def test_sites_of_a_second_variant(tmp_path: Path) -> None:
         training = run.started()
         assert training.cascade.unreached == ("judged.weight", "spare.weight")
         events = ("step", "eval", "judge", "add", "step", "fold", "step", "train", "step", "fold", "step")
-        for place, event in enumerate(events):
-            if place in stops:
+        for index, event in enumerate(events):
+            if index in stops:
                 mode = training.cascade.training
                 training.save(tmp_path)
                 training = run.resumed(tmp_path)
@@ -468,8 +441,7 @@ def scheduler_that_fails(optimizer: torch.optim.Optimizer) -> Any:
 
 @pytest.mark.parametrize("idle", [True, False])
 def test_a_run_in_another_dtype_than_the_model_has_not_trained(idle: bool, tmp_path: Path) -> None:
-    """A parameter trained in full came back as the fp32 rounding of its slow value, and the next loop refused to start
-    after branches that had trained."""
+    """A parameter trained in full keeps its slow value in fp64, and the next loop starts."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
     x, spec = torch.randn(4, 6, dtype=torch.float64), lx.CascadeSpec(rank=2, pace=0.3, train=("1.bias",))
     cascade = lx.adapt(deepcopy(model), (x,), spec=spec)
@@ -500,36 +472,24 @@ def with_head(seed: int) -> Net:
 def test_a_newly_drawn_head_is_replaced_by_the_checkpoints(waits: bool, tmp_path: Path) -> None:
     seeds = iter((1, 1, 2, 3))  # of the whole run, of the one that is interrupted, and of the two that go on
     run = Run(SPECS["train, fast"], build=lambda: with_head(next(seeds)), waits=waits)
-    assert_equal_to_whole(run, THREE_STAGES[:7], (2, 5), tmp_path)
+    assert_resumes(run, THREE_STAGES[:7], (2, 5), tmp_path)
     assert not list(seeds)
 
 
 def test_a_state_dict_contains_its_head(tmp_path: Path) -> None:
-    cascade, other = (lx.adapt(with_head(seed), (X,), spec=SPECS["train"]) for seed in (1, 2))
-    first, second = (lx.save(each, tmp_path / name) for name, each in (("a", cascade), ("b", other)))
-    other.load_state_dict(cascade.state_dict())
-    assert_same(of_slow(other), of_slow(cascade))
-    with other.weights("base"):
-        assert torch.equal(other.model.head.weight, with_head(1).head.weight)
-    third = lx.save(other, tmp_path / "c")
-    of = {path: json.loads((path / MANIFEST).read_text())["content"]["base"] for path in (first, second, third)}
-    assert of[third] == of[first] != of[second]
+    cascade, target = (lx.adapt(with_head(seed), (X,), spec=SPECS["train"]) for seed in (1, 2))
+    versions = [lx.save(cascade, tmp_path / "a"), lx.save(target, tmp_path / "b")]
+    target.load_state_dict(cascade.state_dict())
+    assert_same(of_slow(target), of_slow(cascade))
+    with target.weights("base"):
+        assert torch.equal(target.model.head.weight, with_head(1).head.weight)
+    versions.append(lx.save(target, tmp_path / "c"))
+    source, before, after = (json.loads((path / MANIFEST).read_text())["content"]["base"] for path in versions)
+    assert after == source != before
     grown = with_head(3)
     grown.head = nn.Linear(7, 5)
     with unchanged(grown), raises(lx.CheckpointError, "base-differs", "differs in head.weight, head.bias"):
         lx.load(tmp_path / "a", grown, args=(X,))
-
-
-def seeded_teacher() -> nn.Module:
-    torch.manual_seed(3)
-    return Teacher()
-
-
-def test_a_parameter_that_forward_writes(tmp_path: Path) -> None:
-    spec = lx.CascadeSpec(targets=("student",), rank=1)
-    run = Run(spec, build=seeded_teacher, x=inputs(4, 5), frontend="export", waits=True)
-    events = ("step", "step", "fold", "step")
-    assert_same(interrupted(run, events, (1, 2, 3), tmp_path), whole(run, events))
 
 
 def saved(folder: Path, spec: lx.CascadeSpec = PLAIN) -> lx.Cascade:
@@ -557,7 +517,7 @@ def test_what_needs_no_graph_works_before_the_first_call(tmp_path: Path, monkeyp
         assert torch.equal(cascade.eval()(X), trained.eval()(X))
     cascade.train()
     lx.save(cascade, tmp_path / "again", optimizer=optimizer)
-    folded, expected = (each.folded_state_dict() for each in (lx.load(tmp_path / "again", Net()), trained))
+    folded, expected = lx.load(tmp_path / "again", Net()).folded_state_dict(), trained.folded_state_dict()
     assert all(torch.equal(folded[name], expected[name]) for name in expected)
     released = cascade.release()
     assert all(torch.equal(value, expected[name]) for name, value in released.state_dict().items())
@@ -615,7 +575,7 @@ def test_a_first_call_that_cannot_be_captured_leaves_the_cascade_as_it_was(tmp_p
     hidden = X.clone().requires_grad_() * 2
     copy_of = copy.deepcopy(trained)
     torch.manual_seed(0)
-    found = cascade(hidden)
+    output = cascade(hidden)
     torch.manual_seed(0)
-    assert torch.equal(found, copy_of(hidden))
+    assert torch.equal(output, copy_of(hidden))
     assert cascade.example[0][0].grad_fn is None  # or the graph of the caller would live on

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import lorasc_fx as lx
 from tests.errors.state import of_cascade, unchanged
@@ -53,27 +51,6 @@ class Holder(nn.Module):
         self.cascade = cascade
 
 
-class OnDevice(Tensor):
-    """Imitates a tensor on a device: only a copy on the host can be read."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.__name__ in ("__get__", "dim", "cpu"), func
-        with torch._C.DisableTorchFunctionSubclass():
-            return args[0].as_subclass(Tensor).clone() if func.__name__ == "cpu" else func(*args)
-
-
-@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
-def test_a_state_on_a_device_is_moved_to_the_host(fields: dict[str, Any]) -> None:
-    loop, resumed = Loop(fields), Loop(fields)
-    loop.go(0, 8)
-    state = loop.cascade.state_dict()
-    resumed.cascade.load_state_dict({name: value.as_subclass(OnDevice) for name, value in state.items()})
-    again = resumed.cascade.state_dict()
-    assert again.keys() == state.keys()
-    assert all(type(again[name]) is Tensor and torch.equal(again[name], value) for name, value in state.items())
-
-
 def test_the_state_has_neither_weights_of_the_base_nor_noise() -> None:
     loop = Loop(SPECS["noise"])
     loop.go(0, 8)
@@ -94,30 +71,30 @@ def test_a_module_that_contains_a_cascade() -> None:
     loop.go(0, 8)
     trained = nn.ModuleList([Holder(loop.cascade)])
     state = trained.state_dict()
-    own = {f"0.cascade.{name}" for name in loop.cascade.state_dict()}
-    assert set(state) == own | {"0.metric.weight", "0.metric.bias"}
+    names = {f"0.cascade.{name}" for name in loop.cascade.state_dict()}
+    assert set(state) == names | {"0.metric.weight", "0.metric.bias"}
     destination: dict[str, Tensor] = {}
     trained.state_dict(destination=destination, prefix="model.")
     assert set(destination) == {f"model.{name}" for name in state}
 
     fresh = nn.ModuleList([Holder(Loop(SPECS["noise"]).cascade)])
-    held = dict(fresh.named_parameters())
+    parameters = dict(fresh.named_parameters())
     assert not any(fresh.load_state_dict(state, strict=True, assign=True))
     assert fresh[0].cascade.stage == 2  # type: ignore[union-attr]
     for name, parameter in fresh[0].cascade.named_parameters():  # type: ignore[union-attr]
-        assert parameter is held[f"0.cascade.{name}"]
+        assert parameter is parameters[f"0.cascade.{name}"]
         assert torch.equal(parameter, loop.cascade.get_parameter(name)), name
 
-    rest = {name: value for name, value in state.items() if "cascade" not in name}
+    remaining = {name: value for name, value in state.items() if "cascade" not in name}
     with unchanged(fresh[0].cascade):  # type: ignore[union-attr]
         with pytest.raises(
             RuntimeError, match=r"Missing key\(s\) in state_dict: \"0\.cascade\.lorasc_fx\.manifest\"\. $"
         ):
-            fresh.load_state_dict(rest)
-        missing = fresh.load_state_dict(rest, strict=False)
+            fresh.load_state_dict(remaining)
+        missing = fresh.load_state_dict(remaining, strict=False)
         assert missing.missing_keys == ["0.cascade.lorasc_fx.manifest"]
-        del rest["0.metric.bias"]  # found before the cascade, and still told
-        missing = fresh.load_state_dict(rest, strict=False)
+        del remaining["0.metric.bias"]  # found before the cascade, and still told
+        missing = fresh.load_state_dict(remaining, strict=False)
         assert missing.missing_keys == ["0.metric.bias", "0.cascade.lorasc_fx.manifest"]
         with pytest.raises(RuntimeError, match="Unexpected key"):
             fresh.load_state_dict({**state, "1.weight": X})
@@ -137,17 +114,17 @@ EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_incomplete_state_is_refused(edit: str, strict: bool) -> None:
     """With strict=False too, because a cascade cannot be restored partially."""
-    loop, other = Loop(SPECS["noise"]), Loop(SPECS["noise"])
+    loop, target = Loop(SPECS["noise"]), Loop(SPECS["noise"])
     loop.go(0, 8)
     state = loop.cascade.state_dict()
     change, (code, *names) = EDITS[edit]
     change(state)
-    with unchanged(other.cascade), raises(lx.CheckpointError, code, "load_state_dict", *names):
-        other.cascade.load_state_dict(state, strict=strict)
+    with unchanged(target.cascade), raises(lx.CheckpointError, code, "load_state_dict", *names):
+        target.cascade.load_state_dict(state, strict=strict)
 
 
 def test_a_state_of_another_cascade() -> None:
-    """The state of another spec, base or other sites, and folded weights, which are not a state."""
+    """The state of another spec, base or target sites, and folded weights, which are not a state."""
     loop = Loop(SPECS["noise"])
     loop.go(0, 8)
     state, spec = loop.cascade.state_dict(), loop.cascade.plan.spec
@@ -157,38 +134,38 @@ def test_a_state_of_another_cascade() -> None:
     moved = lx.adapt(model, (X,), {"labels": LABELS}, spec=spec)
     fewer = adapted(spec, 0.0)
     replace_plan(fewer, fewer.plan.__class__(spec, fewer.plan.sites[:1], 1))
-    for other, code, name, given in (
+    for target, code, name, tensors in (
         (adapted(lx.CascadeSpec(rank=3)), "spec-differs", "head.bias", state),
         (moved, "base-differs", "first.weight", state),
         (fewer, "sites-differ", "head.weight", state),
         (loop.cascade, "invalid-checkpoint", "first.weight", loop.cascade.folded_state_dict()),
     ):
         with raises(lx.CheckpointError, code, "load_state_dict", name):
-            other.load_state_dict(given)
+            target.load_state_dict(tensors)
 
 
 def test_a_state_is_loaded_through_a_wrapper_in_one_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
     """DistributedDataParallel and similar wrappers add a prefix to each key. If loading raises, nothing is changed."""
-    loop, other = Loop(SPECS["noise"]), Loop(SPECS["noise"])
+    loop, target = Loop(SPECS["noise"]), Loop(SPECS["noise"])
     loop.go(0, 20)
-    state, holder = nn.ModuleDict({"module": loop.cascade}).state_dict(), nn.ModuleDict({"module": other.cascade})
+    state, holder = nn.ModuleDict({"module": loop.cascade}).state_dict(), nn.ModuleDict({"module": target.cascade})
     assert all(name.startswith("module.") for name in state)
 
     def refuse(*_: Any) -> None:
         raise MemoryError("in the middle")
 
     for _ in range(2):
-        other.cascade(X, LABELS)["loss"].backward()  # gradients that wait
+        target.cascade(X, LABELS)["loss"].backward()  # gradients that wait
         with monkeypatch.context() as patch:
             patch.setattr(*SEAMS["unpack gradients"], refuse)  # the last values to be decoded
-            with unchanged(other.cascade, other.optimizer), pytest.raises(MemoryError, match=r"^in the middle$"):
+            with unchanged(target.cascade, target.optimizer), pytest.raises(MemoryError, match=r"^in the middle$"):
                 holder.load_state_dict(state)
-        other.optimizer.step()
-        other.optimizer.zero_grad()
-        other.cascade.transition(other.optimizer)
+        target.optimizer.step()
+        target.optimizer.zero_grad()
+        target.cascade.transition(target.optimizer)
     assert not any(holder.load_state_dict(state, strict=True))
-    assert other.cascade.stage == loop.cascade.stage == 4
-    for name, value in other.cascade.model.state_dict().items():  # noise included
+    assert target.cascade.stage == loop.cascade.stage == 4
+    for name, value in target.cascade.model.state_dict().items():  # noise included
         assert torch.equal(value, loop.cascade.model.state_dict()[name])
 
 
@@ -213,24 +190,3 @@ def test_hooks_for_state_dicts_run() -> None:
     assert "c.more" in state
     assert not any(nn.ModuleDict({"c": cascade}).load_state_dict(state))
     assert seen == ["before", "loaded"]
-
-
-@pytest.mark.parametrize("average", [ModelEmaV3, AveragedModel])
-def test_an_average_of_slow_weights(average: Any) -> None:
-    loop = Loop(SPECS["noise"])
-    with loop.cascade.weights("slow"):
-        means = (
-            ModelEmaV3(loop.cascade.model, decay=0.75) if average is ModelEmaV3 else AveragedModel(loop.cascade.model)
-        )
-        expected = {name: value.detach().double().clone() for name, value in loop.cascade.model.named_parameters()}
-    if average is AveragedModel:
-        means.update_parameters(means.module)
-    for number in range(1, 4):
-        loop.go(6 * number, 6 * number + 6)
-        slow = loop.cascade.folded_state_dict()
-        weight = 0.25 if average is ModelEmaV3 else 1 / (number + 1)
-        expected = {name: torch.lerp(value, slow[name].double(), weight) for name, value in expected.items()}
-        with loop.cascade.weights("slow"):
-            (means.update if average is ModelEmaV3 else means.update_parameters)(loop.cascade.model)
-    for name, value in means.module.named_parameters():
-        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=0)

@@ -80,8 +80,8 @@ def train(folder: str, die: str = "", after: int = 0, keep: int = 2, saves: bool
                 file.write(f"{cascade.stage} {done}\n")
 
     batches = batches_from(done, data(), 4)
-    left = STAGES + 1 - cascade.stage
-    for stage in cascade.stages(left, optimizer, scheduler) if left else ():
+    stages = STAGES + 1 - cascade.stage
+    for stage in cascade.stages(stages, optimizer, scheduler) if stages else ():
         save()
         while done < stage.number * BATCHES:
             (x,) = next(batches)
@@ -106,17 +106,17 @@ def digest(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, scheduler: Any
 
 def check_versions(where: Path, journal: Path) -> None:
     """Every version loads by itself, and the newest one is no older than the last save that returned."""
-    found = []
+    states = []
     for version in sorted(where.glob("version-*")):
         with tempfile.TemporaryDirectory(dir=where.parent) as alone:
             shutil.copytree(version, Path(alone) / version.name)
             cascade = lx.load(alone, Net(), args=(inputs(4, 3, 4, 4),))
             optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-            found.append((cascade.stage, cascade.resume(optimizer)["done"]))
-    assert found == sorted(found)
+            states.append((cascade.stage, cascade.resume(optimizer)["done"]))
+    assert states == sorted(states)
     if journal.exists():
         stage, done = journal.read_text().split()[-2:]
-        assert found[-1] >= (int(stage), int(done))
+        assert states[-1] >= (int(stage), int(done))
 
 
 # ---- moments
@@ -141,17 +141,17 @@ class DieAt(TorchDispatchMode):
 
 
 def around(
-    owner: Any, name: str, passing: int, here: Callable[..., bool], before: Any = None, instead: Any = None
+    owner: Any, name: str, passing: int, counts: Callable[..., bool], before: Any = None, instead: Any = None
 ) -> None:
-    """Die at a call of a function, when so many that count as `here` have passed: before it, in it, or after it."""
-    real, left = getattr(owner, name), passing
+    """Die at a call of a function, when so many that `counts` accepts have passed: before it, in it, or after it."""
+    real, remaining = getattr(owner, name), passing
 
     def patched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        if not here(*args, **kwargs):
+        nonlocal remaining
+        if not counts(*args, **kwargs):
             return real(*args, **kwargs)
-        left -= 1
-        if left >= 0:
+        remaining -= 1
+        if remaining >= 0:
             return real(*args, **kwargs)
         if before:
             die()
@@ -220,7 +220,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
 
 
 def a_full_disk(folder: str, saves: int) -> str:
-    """Train to the end on a disk that is full during some saves, each of which says so; return the digest."""
+    """Train to the end on a disk that is full during some saves, which must raise; return the digest."""
     real, count = seam("write tensors"), 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -1,7 +1,7 @@
 """A process that has imported everything once and forks a process for each job, to be killed at any moment.
 
-`python -m tests.durability.server` reads a job a line and answers it with a line. One thread, and nothing of torch has
-run in it: so a fork is a process as if it were new, for a few milliseconds.
+`python -m tests.durability.server` reads a job a line and answers it with a line. It has one thread and has
+not run torch, so that a fork is like a new process, for a few milliseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Server:
         self._process = process
 
     def run(self, job: str, *, kill_after: float | None = None, **arguments: Any) -> Ended:
-        """Run a function of `child` in a process of its own; `kill_after` some seconds it gets a SIGKILL."""
+        """Run a function of `child` in a separate process; `kill_after` some seconds it gets a SIGKILL."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"job": job, "kill_after": kill_after, "arguments": arguments}) + "\n")
@@ -88,7 +88,7 @@ def _fork(job: str, kill_after: float | None, arguments: dict[str, Any]) -> dict
 
 
 def main() -> None:
-    from torch import _dynamo  # an optimizer would bring it, in each process anew
+    from torch import _dynamo  # an optimizer would import it in each process
 
     from tests.durability import child
 
@@ -96,7 +96,7 @@ def main() -> None:
     assert child
     assert len(os.listdir("/proc/self/task")) == 1
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a job prints is no answer
+    os.dup2(2, 1)  # the output of a job is no answer
     for line in sys.stdin:
         print(json.dumps(_fork(**json.loads(line))), file=answers, flush=True)
 

@@ -28,9 +28,9 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def only_versions(folder: Path, keep: int = 2) -> None:
-    left = sorted(path.name for path in (folder / "run").iterdir())
-    assert len(left) == keep
-    assert all(name.startswith("version-") for name in left)
+    names = sorted(path.name for path in (folder / "run").iterdir())
+    assert len(names) == keep
+    assert all(name.startswith("version-") for name in names)
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -77,9 +77,9 @@ def test_a_folder_that_may_not_be_written(server: Server) -> None:
     """In /tmp itself, where a user without rights can look at it."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o555)
-        said, *left = server.run("a_read_only_folder", folder=folder).result
+        said, *names = server.run("a_read_only_folder", folder=folder).result
         assert said == f"{folder}: cannot be written: Permission denied; existing versions are unchanged"
-        assert not left
+        assert not names
         os.chmod(folder, 0o755)
 
 
