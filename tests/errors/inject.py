@@ -26,15 +26,15 @@ EVERY = 200_000
 
 
 class FailAt(TorchDispatchMode):
-    """Acts at the k-th operation, before or after it has run; once, or from then on."""
+    """Acts once, before or after the k-th operation."""
 
-    def __init__(self, at: int, act: Callable[[], None], after: bool = False, again: bool = False) -> None:
+    def __init__(self, at: int, act: Callable[[], None], after: bool = False) -> None:
         super().__init__()
-        self.at, self.act, self.after, self.again, self.count = at, act, after, again, 0
+        self.at, self.act, self.after, self.count = at, act, after, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        meant = self.count == self.at or (self.again and self.count > self.at)
+        meant = self.count == self.at
         if meant and not self.after:
             self.act()
         result = func(*args, **(kwargs or {}))
@@ -113,14 +113,14 @@ def python_answers() -> Iterator[None]:
 
 
 def in_turn(
-    place: Callable[[int], Any],
+    injector: Callable[[int], Any],
     call: Callable[[], Any],
     things: tuple[Any, ...],
     faults: tuple[type[BaseException], ...],
     step: int = 1,
     state: Callable[..., Any] = of,
 ) -> int:
-    """Let `call` fail at every step-th place, until one try goes through; after each failure all is as it was.
+    """Let `call` fail at every step-th place, until one try goes through; each failure changes nothing.
 
     Returns:
         The number of failures.
@@ -129,7 +129,7 @@ def in_turn(
     for at in range(1, EVERY, step):
         with contextlib.ExitStack() as stack:
             stack.enter_context(python_answers())
-            mode = stack.enter_context(place(at))
+            mode = stack.enter_context(injector(at))
             try:
                 call()
             except faults:

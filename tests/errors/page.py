@@ -64,36 +64,13 @@ TASKS = {
     "Running passes on a graph": "requirement-not-met pass-order graph-not-verified wrong-function-result",
     "Using the command line": ("missing-extra invalid-data"),
 }
-"""The codes of errors and warnings by what the user was doing, in the order of the tables."""
-
-WARNINGS = {
-    "constant-adapted": "Fewer than half of the sites, in number and in entries, were frozen before `adapt`, and no "
-    "target names them in full: the weight may be a constant. Exclude it, or name it in `targets`",
-    "evaluated-with-noise": "The cascade was called in eval mode inside a stage with noise. Evaluate inside "
-    '`weights("slow")` or `weights("fast")`',
-    "frozen-parameter-changed": "A parameter that is neither adapted nor trained changed after a save. Later "
-    "checkpoints load only onto its new values",
-    "model-called-inside-stage": "The user's model was called inside a stage, without the running branches and perhaps "
-    "with noise. Call the cascade. Calls of submodules are not noticed",
-    "model-saved-inside-stage": "The `state_dict()` of the user's model was read inside a stage, without the running "
-    "branches and perhaps with noise. Copies and pickles are not noticed",
-    "no-branch-moved": "A stage ended and no branch has changed: the loop calls the model instead of the cascade, or "
-    "makes no optimizer step",
-    "running-stage-folded": "The running stage was folded, and only the share `pace` of its change is kept. It was the "
-    "first stage and neither `stages` nor `transition` was called, or `lorasc-fx` folded a run inside a stage",
-    "training-not-kept": "A cascade was garbage collected while its model is alive. The training of its running stage "
-    "is lost, or the model keeps the noise of the stage. Call `release` or `lx.save` before",
-}
-"""Meanings of warnings that need more words than in `errors.CODES`."""
+"""The codes of errors and warnings by task, in the order of the tables."""
 
 
 def meaning(code: str) -> str:
     """Return the text of a code in the table."""
     text = errors.CODES[code]
-    if not text.startswith("(warning) "):
-        return text
-    text = WARNINGS.get(code, text.removeprefix("(warning) "))
-    return f"Warning: {text[0].lower()}{text[1:]}"
+    return text.replace("(warning) ", "Warning: ", 1)
 
 
 def table(head: str, rows: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Everything that a refusal or a failure must leave as it was, as plain values that compare bit for bit."""
+"""Everything that an error must not change, as plain values that compare bit for bit."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ State = dict[str, Any]
 
 
 def raw(value: Any) -> Any:
-    """A tensor as dtype, shape and bytes (nan equals nan, -0.0 is not 0.0), in lists too; other values as they are."""
+    """A tensor as dtype, shape and bytes (nan equals nan, -0.0 is not 0.0), in lists too; other values unchanged."""
     if isinstance(value, (list, tuple)):
-        return [raw(each) for each in value]
+        return [raw(item) for item in value]
     if not isinstance(value, torch.Tensor):
         return value
     plain = value.detach().cpu().contiguous()
@@ -44,14 +44,17 @@ def of_model(model: nn.Module) -> State:
         state[f"mode {name}"] = (id(module), module.training)
     if isinstance(model, fx.GraphModule):
         state["graph"] = (str(model.graph), model.code, dict(model.meta))
+        for node in model.graph.nodes:
+            arguments = repr(node.args), repr(node.kwargs), list(node.users)
+            state[f"node {node.name}"] = (id(node), str(node.target), *arguments, dict(node.meta))
     return state
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> State:
     """State by place, and groups."""
-    held = optimizer.state_dict()
-    state: State = {"groups": held["param_groups"], "step hooks": len(optimizer._optimizer_step_pre_hooks)}
-    for index, entries in held["state"].items():
+    content = optimizer.state_dict()
+    state: State = {"groups": content["param_groups"], "step hooks": len(optimizer._optimizer_step_pre_hooks)}
+    for index, entries in content["state"].items():
         state |= {f"state {index} {name}": raw(value) for name, value in entries.items()}
     return state
 
@@ -100,15 +103,15 @@ def of_process() -> State:
 def of(*things: Any) -> State:
     """The state of models, cascades and optimizers, and of the process."""
     state = of_process()
-    for place, thing in enumerate(things):
+    for index, thing in enumerate(things):
         kinds = ((lx.Cascade, of_cascade), (torch.optim.Optimizer, of_optimizer), (nn.Module, of_model))
         read = next(read for kind, read in kinds if isinstance(thing, kind))
-        state |= {f"{place} {key}": value for key, value in read(thing).items()}
+        state |= {f"{index} {key}": value for key, value in read(thing).items()}
     return state
 
 
 def assert_same(after: State, before: State) -> None:
-    """No entry differs; the names of those that do are told."""
+    """No entry differs. The error names the entries that do."""
     differ = sorted(key for key in after.keys() | before.keys() if after.get(key) != before.get(key))
     assert not differ, f"changed: {', '.join(differ)}"
 
@@ -116,21 +119,21 @@ def assert_same(after: State, before: State) -> None:
 def numbers(*things: Any) -> State:
     """Values to compare with a twin's: no objects, and no state of the process."""
     state: State = {}
-    for place, thing in enumerate(things):
+    for index, thing in enumerate(things):
         if isinstance(thing, torch.optim.Optimizer):
-            held = of_optimizer(thing)
+            values = of_optimizer(thing)
         else:
-            held = {name: raw(value) for name, value in (*thing.named_parameters(), *thing.named_buffers())}
-            held |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
+            values = {name: raw(value) for name, value in (*thing.named_parameters(), *thing.named_buffers())}
+            values |= {f"flag {name}": value.requires_grad for name, value in thing.named_parameters()}
         if isinstance(thing, lx.Cascade):
-            held |= of_slow(thing)
-        state |= {f"{place} {key}": value for key, value in held.items()}
+            values |= of_slow(thing)
+        state |= {f"{index} {key}": value for key, value in values.items()}
     return state
 
 
 @contextlib.contextmanager
 def unchanged(*things: Any) -> Iterator[None]:
-    """What happens inside leaves models, cascades, optimizers and random generators as they were, bit for bit."""
+    """The block does not change models, cascades, optimizers and random generators, bit for bit."""
     before = of(*things)
     yield
     assert_same(of(*things), before)

@@ -1,4 +1,4 @@
-"""Calls at a moment when they are not right: one sentence, and everything as it was, bit for bit."""
+"""Calls at a wrong moment raise an error with a code, and change nothing, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorasc_fx.integrations.transformers import CascadeCallback
 from tests.errors.models import SPEC, adapted, inputs, mlp, step
 from tests.errors.state import of, unchanged
 from tests.kit.errors import raises
-from tests.kit.models import loss_of, randomize
+from tests.kit.models import loss_of
 from tests.kit.state import trainable, trained_in_full, variant_for
 
 TRAINED = lx.CascadeSpec(rank=2, train=("3.*",), noise=lx.Noise(0.1))
@@ -28,7 +28,7 @@ X = inputs(4, 5, seed=3)
 
 def test_a_cascade_is_not_pickled(tmp_path: Path) -> None:
     cascade, _ = adapted()
-    for act in (pickle.dumps, ForkingPickler.dumps, lambda each: torch.save(each, tmp_path / "cascade.pt")):
+    for act in (pickle.dumps, ForkingPickler.dumps, lambda value: torch.save(value, tmp_path / "cascade.pt")):
         with unchanged(cascade), raises(lx.StateError, "not-serializable", "lorasc_fx.save", "release"):
             act(cascade)
     copied = copy.deepcopy(cascade)
@@ -88,10 +88,10 @@ def test_after_release(call: str, tmp_path: Path) -> None:
 
 
 def test_every_public_call_is_tried_after_release() -> None:
-    ours = [each for each in lx.Cascade.__mro__ if each.__module__.startswith("lorasc_fx")]
-    calls = [name for each in ours for name, value in vars(each).items() if callable(value)]
-    own = {name for name in calls if not name.startswith("_")}
-    assert own <= {*CALLS, "named_parameters"}  # those of any module, also after the release
+    classes = [cls for cls in lx.Cascade.__mro__ if cls.__module__.startswith("lorasc_fx")]
+    calls = [name for cls in classes for name, value in vars(cls).items() if callable(value)]
+    public = {name for name in calls if not name.startswith("_")}
+    assert public <= {*CALLS, "named_parameters"}  # which every module has, also after the release
 
 
 def test_stages_that_were_asked_for_before_the_release() -> None:
@@ -132,44 +132,34 @@ def test_inside_a_backward(call: str, tmp_path: Path) -> None:
 # ---- gradients pending
 
 
-def pending(call: str, count: int, first: str = "branches.0/weight.lora_A") -> tuple[str, ...]:
-    return ("gradients-pending", call, first, *([f"{count - 1} more"] if count > 1 else []))
-
-
-@pytest.mark.parametrize(("spec", "count"), [(SPEC, 6), (TRAINED, 6)])
-def test_gradients_that_no_step_has_used(spec: lx.CascadeSpec, count: int) -> None:
+@pytest.mark.parametrize("spec", [SPEC, TRAINED])
+def test_gradients_that_no_step_has_used(spec: lx.CascadeSpec) -> None:
     cascade, optimizer = adapted(spec)
     step(cascade, optimizer)
     loss_of(cascade(X)).backward()
+    pending = ("gradients-pending", "branches.0/weight.lora_A", "5 more")
     with unchanged(cascade, optimizer):
-        with raises(lx.StateError, *pending("transition", count)):
+        with raises(lx.StateError, *pending, "transition"):
             cascade.transition(optimizer)
-        with raises(lx.StateError, *pending("release", count)):
+        with raises(lx.StateError, *pending, "release"):
             cascade.release()
-        with cascade.weights("fast"):  # only looks
+        with cascade.weights("fast"):  # reads only
             cascade(X)
         cascade.folded_state_dict()
     optimizer.step()
-    cascade.transition(optimizer)  # stepped, not yet zeroed
+    loss_of(cascade(X)).backward()  # accumulated on the gradients that the step has used
+    with unchanged(cascade, optimizer), raises(lx.StateError, *pending, "transition"):
+        cascade.transition(optimizer)
+    optimizer.step()
+    cascade.transition(optimizer)  # the gradients are used, but not zeroed
 
 
 def test_one_gradient_is_enough() -> None:
     cascade, optimizer = adapted(TRAINED)
     loss_of(cascade(X)).backward()
-    for branch in cascade.branches.values():
-        branch.lora_A.grad = branch.lora_B.grad = None
+    cascade.branches.zero_grad()
     cascade.model[3].bias.grad = None
-    with unchanged(cascade, optimizer), raises(lx.StateError, *pending("transition", 1, "model.3.weight")):
-        cascade.transition(optimizer)
-
-
-def test_accumulated_after_a_step() -> None:
-    cascade, optimizer = adapted()
-    step(cascade, optimizer)
-    loss_of(cascade(X)).backward()
-    optimizer.step()
-    loss_of(cascade(X)).backward()  # on top of what the step used
-    with unchanged(cascade, optimizer), raises(lx.StateError, *pending("transition", 6)):
+    with unchanged(cascade, optimizer), raises(lx.StateError, "gradients-pending", "transition", "model.3.weight"):
         cascade.transition(optimizer)
 
 
@@ -190,10 +180,9 @@ def test_gradients_that_were_used_or_dropped(to_none: bool, stepped: bool) -> No
 # ---- weights
 
 
-@pytest.mark.parametrize("spec", [SPEC, TRAINED])
 @pytest.mark.parametrize("view", ["slow", "fast", "base"])
-def test_inside_weights(view: Any, spec: lx.CascadeSpec, tmp_path: Path) -> None:
-    cascade, optimizer = adapted(spec)
+def test_inside_weights(view: Any, tmp_path: Path) -> None:
+    cascade, optimizer = adapted(TRAINED)
     step(cascade, optimizer)
     calls = (
         "transition", "release", "stages", "weights", "folded_state_dict", "folded_graph", "rewind", "save",
@@ -215,16 +204,14 @@ def test_a_stage_that_ends_inside_weights() -> None:
         next(stages)
 
 
-@pytest.mark.parametrize(("view", "hint"), [("slwo", "nearest: 'slow'"), ("ema", ""), (1, ""), (None, "")])
-def test_weights_of_an_unknown_name(view: Any, hint: str) -> None:
+@pytest.mark.parametrize(("view", "names"), [("slwo", ("'slwo'", "nearest: 'slow'")), (1, ("1", "slow, fast, base"))])
+def test_weights_of_an_unknown_name(view: Any, names: tuple[str, ...]) -> None:
     cascade, optimizer = adapted()
-    step(cascade, optimizer)
-    expected = ("unknown-name", repr(view), "slow, fast, base, averaged", hint)
-    with unchanged(cascade, optimizer), raises(lx.StateError, *expected):
+    with unchanged(cascade, optimizer), raises(lx.StateError, "unknown-name", *names):
         cascade.weights(view).__enter__()
 
 
-def test_an_error_inside_weights_puts_them_back() -> None:
+def test_an_error_inside_weights_restores_them() -> None:
     cascade, optimizer = adapted(TRAINED)
     step(cascade, optimizer)
     with unchanged(cascade, optimizer), pytest.raises(ZeroDivisionError), cascade.weights("base"):
@@ -254,13 +241,13 @@ def test_an_optimizer_without_the_branches() -> None:
     cascade, _ = adapted(TRAINED)
     branches, trained = list(cascade.branches.parameters()), list(trained_in_full(cascade).values())
     names = "branches.0/weight.lora_A, branches.0/weight.lora_B, branches.2/weight.lora_A"
-    for held, missing in (
+    for parameters, missing in (
         ([nn.Parameter(torch.zeros(1))], f"{names} and 3 more"),
         (trained, f"{names} and 1 more"),
         (branches[1:] + trained, "branches.0/weight.lora_A"),
         (branches, "model.3.weight, model.3.bias"),
     ):
-        optimizer = torch.optim.SGD(held, lr=0.1)
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
         with unchanged(cascade, optimizer):
             with raises(lx.StateError, "optimizer-lacks-parameters", missing):
                 cascade.transition(optimizer)
@@ -268,7 +255,7 @@ def test_an_optimizer_without_the_branches() -> None:
                 cascade.stages(2, optimizer)
 
 
-@pytest.mark.parametrize("count", [0, -1, True, 2.0, None, "3"])
+@pytest.mark.parametrize("count", [0, True, 2.0])
 def test_a_wrong_number_of_stages(count: Any) -> None:
     cascade, optimizer = adapted()
     with unchanged(cascade, optimizer), raises(lx.SpecError, "invalid-value", count):
@@ -298,22 +285,17 @@ def test_resume_of_a_cascade_that_was_not_loaded() -> None:
         cascade.resume(optimizer)
 
 
-# ---- branches that are not finite
+# ---- non-finite branches
 
 
-def spoil(cascade: lx.Cascade, factor: str, value: float) -> None:
-    with torch.no_grad():
-        getattr(cascade.branches["2/weight"], factor)[0, 0] = value
-
-
-@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("factor", "value"), [("lora_A", float("nan")), ("lora_B", float("-inf"))])
+def test_a_non_finite_branch(factor: str, value: float, tmp_path: Path) -> None:
     cascade, optimizer = adapted(TRAINED)
     step(cascade, optimizer)
     cascade.transition(optimizer)
     step(cascade, optimizer)
-    spoil(cascade, factor, value)
+    with torch.no_grad():
+        getattr(cascade.branches["2/weight"], factor)[0, 0] = value
     calls: tuple[Callable[[], Any], ...] = (
         lambda: cascade.transition(optimizer),
         cascade.folded_state_dict,
@@ -327,7 +309,7 @@ def test_a_branch_that_is_not_finite(factor: str, value: float, tmp_path: Path) 
     next(stages)
     with unchanged(cascade, optimizer), raises(lx.NonFiniteBranch, "non-finite", "2.weight", "2"):
         next(stages)
-    with cascade.weights("slow"):  # the last good slow weights are still to be had
+    with cascade.weights("slow"):  # the slow weights are still finite
         assert all(bool(value.isfinite().all()) for value in cascade.model.state_dict().values())
 
 
@@ -368,29 +350,6 @@ def test_a_planned_weight_that_another_mode_writes_to() -> None:
     assert cascade.release() is model
 
 
-class Turned(nn.Module):
-    """In train mode a product with the weight as it is stored, in eval mode with its transpose."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(5, 5, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x @ self.layer.weight if self.training else self.layer(x))
-
-
-def test_a_weight_in_another_layout() -> None:
-    """A branch of the other layout is added to the weight."""
-    cascade = lx.adapt(Turned().double().train(), (X.double(),), spec=lx.CascadeSpec(rank=2))
-    randomize(cascade)
-    (site,) = cascade.sites
-    assert site.layout == "in_out"
-    branch = cascade.branches[site.key]
-    weight = cascade.model.layer.weight + (branch.scale * branch.lora_B @ branch.lora_A).t()
-    torch.testing.assert_close(cascade(X.double()), torch.tanh(X.double() @ weight), rtol=0, atol=1e-12)
-    torch.testing.assert_close(cascade.eval()(X.double()), torch.tanh(X.double() @ weight.t()), rtol=0, atol=1e-12)
-
-
 class Picky(nn.Module):
     """A linear; in eval mode it refuses gradients."""
 
@@ -404,9 +363,8 @@ class Picky(nn.Module):
         return self.proj(x)
 
 
-@pytest.mark.parametrize("frontend", ["auto", "export"])
-def test_a_new_signature_that_the_model_refuses(frontend: str) -> None:
-    cascade = lx.adapt(Picky(), args=(X,), spec=SPEC, frontend=frontend)
+def test_a_new_signature_that_the_model_refuses() -> None:
+    cascade = lx.adapt(Picky(), args=(X,), spec=SPEC)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
     cascade.eval()
     with unchanged(cascade, optimizer), pytest.raises(ValueError, match="no gradients here"):

@@ -29,17 +29,17 @@ def trees(*folders: str) -> Iterator[ast.Module]:
 
 def strings(node: ast.AST) -> set[str]:
     """Return the strings in a part of a program, without docstrings."""
-    prose = {id(each.value) for each in ast.walk(node) if isinstance(each, ast.Expr)}
-    constants = (each for each in ast.walk(node) if isinstance(each, ast.Constant) and id(each) not in prose)
-    return {each.value for each in constants if isinstance(each.value, str)}
+    prose = {id(part.value) for part in ast.walk(node) if isinstance(part, ast.Expr)}
+    constants = (part for part in ast.walk(node) if isinstance(part, ast.Constant) and id(part) not in prose)
+    return {constant.value for constant in constants if isinstance(constant.value, str)}
 
 
-def given(call: ast.Call) -> list[ast.expr]:
+def codes_of(call: ast.Call) -> list[ast.expr]:
     """Return the code that a call gives: the keyword `code`, or an argument of a function that takes a code."""
     name = ast.unparse(call.func).rpartition(".")[2]
-    place, count = {"warn": (1, 2), "refusing": (2, 3), "once": (0, 2)}.get(name, (0, -1))
+    position, count = {"warn": (1, 2), "refusing": (2, 3), "once": (0, 2)}.get(name, (0, -1))
     named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
-    return named or ([call.args[place]] if len(call.args) == count else [])
+    return named or ([call.args[position]] if len(call.args) == count else [])
 
 
 def test_every_error_is_exported() -> None:
@@ -60,14 +60,14 @@ def test_every_error_is_exported() -> None:
 def test_every_code_is_in_the_table_and_used() -> None:
     calls = [node for tree in trees("lorasc_fx", "passes") for node in ast.walk(tree) if isinstance(node, ast.Call)]
     defaults = {getattr(errors, name).code for name in CLASSES} - {""}
-    codes = {code for call in calls for part in given(call) for code in strings(part)}
+    codes = {code for call in calls for part in codes_of(call) for code in strings(part)}
     assert codes | defaults <= set(errors.CODES)
     assert set(errors.CODES) <= defaults | {text for tree in trees("lorasc_fx", "passes") for text in strings(tree)}
     assert list(errors.CODES) == sorted(errors.CODES)
     for code in errors.CODES:
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code), code
     uncoded = [name for name in CLASSES if not getattr(errors, name).code]
-    assert all(given(call) for call in calls if ast.unparse(call.func).rpartition(".")[2] in uncoded)
+    assert all(codes_of(call) for call in calls if ast.unparse(call.func).rpartition(".")[2] in uncoded)
 
 
 def test_every_code_is_raised_by_some_test() -> None:
@@ -75,7 +75,7 @@ def test_every_code_is_raised_by_some_test() -> None:
 
 
 def test_the_page_has_every_error_and_every_code() -> None:
-    """`python -m tests.errors.page` writes it anew."""
+    """`python -m tests.errors.page` writes it."""
     assert sorted(page.CLASSES) == sorted({*CLASSES} - {"LorascError"})
     assert sorted(" ".join(page.TASKS.values()).split()) == sorted(errors.CODES)
     assert page.PAGE.read_text(encoding="utf-8") == page.page()

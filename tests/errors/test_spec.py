@@ -1,10 +1,9 @@
-"""Each field of a spec refuses what it cannot mean, in one sentence, before there is anything to change."""
+"""Each field of a spec refuses wrong values, and each table of a file wrong keys."""
 
 from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -20,13 +19,6 @@ from lorasc_fx.plan import SiteOptions
 from lorasc_fx.spec import CONFLICTS
 from tests.kit.errors import raises
 from tests.options import page
-
-FIELDS = (
-    "targets, exclude, train, untie, rules, adapter, adapter_options, rank, lora_alpha, use_rslora, dropout, "
-    "train_A, lr_ratio, average, placement, pace, "
-    "restart, noise, restart_factors, start, optimizer_state, slow_train, grid, seed"
-)
-KINDS = "('linear', 'conv', 'embedding', 'recurrent', 'experts')"
 
 INVALID: dict[str, tuple[Any, ...]] = {
     "rank": (0, True, 2.0, "8", 2**31, (4, 2)),
@@ -71,42 +63,28 @@ CONFLICTING: dict[str, dict[str, Any]] = {
     "adapter, lr_ratio": {"adapter": "lora-xs", "lr_ratio": 2.0},
     "adapter, dropout": {"adapter": "dora", "dropout": 0.1},
 }
-NOISE: list[tuple[str, Any, str]] = [
-    ("strength", -0.1, "-0.1"),
-    ("strength", math.nan, "nan"),
-    ("strength", "0.1", "'0.1'"),
-    ("distribution", "norml", "nearest: 'normal'"),
-    ("where", "site", "nearest: 'sites'"),
-    ("keep", 1, "1"),
-]
 METHODS: list[tuple[str, str, float, str, tuple[str, ...]]] = [
     ("vera", "d_initial", 0.0, "invalid-value", ("0.0",)),
-    ("oft", "neumann_terms", 1, "invalid-value", ("1",)),
     ("oft", "neumann_terms", 2.5, "invalid-value", ("2.5",)),
     ("lokr", "decompose_factor", 0, "invalid-value", ("-1",)),
     ("delora", "bound", -1.0, "invalid-value", ("-1.0",)),
-    ("delora", "bond", 1.0, "unknown-name", ("nearest: 'bound'", "bound (default 15)")),
-    ("lora", "bound", 1.0, "unknown-name", ("its options: none",)),
-]
-RULES: list[tuple[dict[str, Any], str]] = [
-    ({"pattern": ""}, "pattern"),
-    ({"pattern": "conv", "rank": 0}, "rank"),
-    ({"pattern": "conv", "lora_alpha": -1}, "lora_alpha"),
+    ("delora", "bond", 1.0, "unknown-name", ("nearest: 'bound'",)),
+    ("lora", "bound", 1.0, "unknown-name", ("none",)),
 ]
 DATA: list[tuple[dict[Any, Any], str, tuple[str, ...]]] = [
-    ({"rnak": 4}, "unknown-name", ("rnak", "nearest: 'rank'", f"known: {FIELDS}")),
+    ({"rnak": 4}, "unknown-name", ("rnak", "nearest: 'rank'", "lora_alpha")),
     ({"noise": {"strenght": 1}}, "unknown-name", ("noise", "strenght", "strength")),
+    ({"noise": {"strength": math.nan}}, "invalid-value", ("noise.strength", "nan")),
+    ({"noise": {"strength": "0.1"}}, "invalid-value", ("noise.strength", "'0.1'")),
+    ({"noise": {"distribution": "norml"}}, "invalid-value", ("noise.distribution", "nearest: 'normal'")),
+    ({"noise": {"keep": 1}}, "invalid-value", ("noise.keep", "1")),
     ({"rules": [{"patern": "conv"}]}, "unknown-name", ("rules", "patern", "pattern")),
-    ({"rules": [{"rank": 4}]}, "invalid-value", ("rules", "pattern", KINDS)),
-    ({"rules": ["conv"]}, "invalid-value", ("rules[0]", "Rule(...)")),
-    ({1: 2}, "unknown-name", ("field 1",)),
+    ({"rules": [{"rank": 4}]}, "invalid-value", ("rules", "pattern", "'linear'")),
+    ({"rules": [{"pattern": ""}]}, "invalid-value", ("spec.rules[0].pattern",)),
+    ({"rules": [{"pattern": "conv", "rank": 0}]}, "invalid-value", ("spec.rules[0].rank",)),
+    ({"rules": ["conv"]}, "invalid-value", ("rules[0]",)),
+    ({1: 2}, "unknown-name", ("1",)),
 ]
-PEFT = (
-    "r", "target_modules", "exclude_modules", "lora_dropout", "bias", "use_dora", "modules_to_save",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
-    "inference_mode", "fan_in_fan_out", "target_parameters",
-)  # fmt: skip
-"""Arguments of peft's LoraConfig that people write, and that are no fields of a spec."""
 Refusal = tuple[Callable[[], Any], str, tuple[str, ...]]
 Spec = lx.CascadeSpec
 
@@ -121,16 +99,10 @@ def refusals() -> Iterator[Refusal]:
     for names, options in CONFLICTING.items():
         settings = [f"{name}=" for name in names.split(", ")]
         yield partial(Spec, **options), "conflicting-options", (*settings,)
-    for adapter, name, value, code, told in METHODS:
-        yield partial(Spec, adapter=adapter, adapter_options={name: value}), code, (*told, repr(name), repr(adapter))
-    for field, value, told in NOISE:
-        yield partial(Spec.from_dict, {"noise": {field: value}}), "invalid-value", (f"noise.{field}", repr(value), told)
-    for given, told in RULES:
-        yield partial(Spec.from_dict, {"rules": [given]}), "invalid-value", (f"spec.rules[0].{told}",)
-    for data, code, told in DATA:
-        yield partial(Spec.from_dict, data), code, told
-    for name in PEFT:
-        yield partial(Spec, **{name: None}), "unknown-name", (repr(name),)
+    for adapter, name, value, code, names in METHODS:
+        yield partial(Spec, adapter=adapter, adapter_options={name: value}), code, (*names, repr(name), repr(adapter))
+    for data, code, names in DATA:
+        yield partial(Spec.from_dict, data), code, names
     yield partial(lx.Noise, r=1), "unknown-name", ("Noise", "r")
 
 
@@ -146,9 +118,10 @@ def test_every_conflict_is_tested() -> None:
 
 def test_names_of_peft() -> None:
     """All unknown arguments are in one error, each with the field that it is here."""
-    assert {field.name for field in fields(peft.LoraConfig)} >= set(PEFT)
-    here = ("'r' (here rank)", "'target_modules' (here targets", "'lora_dropout' (here dropout)", "'rnak'; nearest: ")
-    with raises(lx.SpecError, "unknown-name", "CascadeSpec", *here, f"; known: {FIELDS}"):
+    names = {"r": "rank", "target_modules": "targets", "lora_dropout": "dropout"}
+    assert {field.name for field in fields(peft.LoraConfig)} >= names.keys()
+    expected = [f"'{name}' (here {field}" for name, field in names.items()]
+    with raises(lx.SpecError, "unknown-name", "CascadeSpec", *expected, "'rnak'; nearest: "):
         lx.CascadeSpec(r=8, target_modules=["query"], lora_dropout=0.1, rnak=3)  # type: ignore[call-arg]
 
 
@@ -157,32 +130,22 @@ PLAN = json.loads(lx.Plan(lx.CascadeSpec(), (ONE,)).to_json())
 
 
 def site(**fields: Any) -> dict[str, Any]:
-    """Return the plan with some fields of its site changed; `options` are added to the site's own."""
-    (own,) = PLAN["sites"]
-    return {"sites": [{**own, **fields, "options": {**own["options"], **fields.get("options", {})}}]}
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "null"])
-def test_no_plan(text: str) -> None:
-    with raises(lx.CheckpointError, "invalid-checkpoint"):
-        lx.Plan.from_json(text)
+    """Return the plan with some fields of its site changed; `options` are added to its options."""
+    (planned,) = PLAN["sites"]
+    return {"sites": [{**planned, **fields, "options": {**planned["options"], **fields.get("options", {})}}]}
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"format": None}, ("KeyError", "'format'")),
+        ({"format": None}, ("'format'",)),
         ({"stage": 0}, ("stage", "0")),
-        ({"stage": "2"}, ("stage", "'2'")),
-        ({"spec": {"rank": 0}}, ("SpecError", "rank", "0")),
-        ({"spec": {"rules": [{}]}}, ("spec.rules[0].pattern",)),
-        ({"sites": [{}]}, ("sites[0].weight is missing",)),
+        ({"spec": {"rank": 0}}, ("rank", "0")),
+        ({"sites": [{}]}, ("sites[0].weight",)),
         (site(colour="x"), ("colour",)),
         (site(kind="lstm"), ("kind", "'lstm'")),
         (site(options={"rank": "4"}), ("rank", "'4'")),
-        (site(options={"lora_alpha": "x"}), ("lora_alpha",)),
         (site(shape=[3, "2"]), ("shape",)),
-        (site(weight=5), ("weight", "5")),
     ],
     ids=str,
 )
@@ -190,6 +153,8 @@ def test_not_a_plan(changes: dict[str, Any], names: tuple[str, ...]) -> None:
     plan = {name: value for name, value in {**PLAN, **changes}.items() if value is not None}
     with raises(lx.CheckpointError, "invalid-checkpoint", *names):
         lx.Plan.from_json(json.dumps(plan))
+    with raises(lx.CheckpointError, "invalid-checkpoint"):
+        lx.Plan.from_json("[]")
 
 
 def test_a_site_is_read_back() -> None:
@@ -199,31 +164,24 @@ def test_a_site_is_read_back() -> None:
     assert lx.Plan.from_json(lx.Plan(lx.CascadeSpec(), (site,)).to_json()).sites == (site,)
 
 
-RICH = lx.CascadeSpec(
-    train=("head.*", "norm.*"),
-    rank=8,
-    pace=(1.0, 0.5),
-    lr_ratio=16.0,
-    average=True,
+@pytest.mark.parametrize(
+    "options",
+    [{"train": ("head.*", "norm.*"), "pace": (1.0, 0.5), "lr_ratio": 16.0, "average": True}, {"train_A": False}],
 )
-FIXED = lx.CascadeSpec(train_A=False, average=True)
-
-
-@pytest.mark.parametrize("spec", [RICH, FIXED], ids=["rich", "fixed"])
-def test_there_and_back(spec: lx.CascadeSpec, tmp_path: Path) -> None:
+def test_a_spec_is_read_again(options: dict[str, Any], tmp_path: Path) -> None:
+    spec = lx.CascadeSpec(**options)
     assert lx.CascadeSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     write_config(Config(spec=spec), tmp_path / "config.toml")
     assert load_config(tmp_path / "config.toml").spec == spec
-    assert tomllib.loads((tmp_path / "config.toml").read_text())["spec"]["average"] == spec.average
 
 
-def test_a_wrong_key_of_a_rule_is_told(tmp_path: Path) -> None:
+def test_a_wrong_key_of_a_rule(tmp_path: Path) -> None:
     text = '[spec]\n\n[[spec.rules]]\npattern = "head.*"\nlora_rank = 1\n'
     (tmp_path / "config.toml").write_text(text)
-    with raises(lx.SpecError, "unknown-name", "config.toml", "spec.rules[0] has no field 'lora_rank'"):
+    with raises(lx.SpecError, "unknown-name", "config.toml", "spec.rules[0]", "lora_rank"):
         load_config(tmp_path / "config.toml")
 
 
 def test_the_page_has_the_conflicts() -> None:
-    """`python -m tests.options.page` writes it anew."""
+    """`python -m tests.options.page` writes it."""
     assert page.PAGE.read_text(encoding="utf-8") == page.page()

@@ -14,16 +14,15 @@ from lorasc_fx.passes import (
     AdapterInputs,
     FoldBranches,
     InsertBranches,
-    MatchSites,
-    Pipeline,
     adapter_inputs,
     adapter_values,
 )
 from tests.branch.test_contract import ROWS, adapted, train
 from tests.kit.errors import raises
+from tests.kit.models import TwoLayers
 from tests.kit.state import oldest_variant
 from tests.passes.cases import ADAPTABLE, Case
-from tests.passes.kit import Photograph, assert_close, assert_differ, fill, insert, run, same_bits, sites_of
+from tests.passes.kit import Snapshot, assert_close, assert_differ, fill, insert, run, same_bits, sites_of
 
 UNPADDED = ("vera", "miss", "oft", "lokr", "delora")
 """Methods whose delta depends on the rank, so that zeros cannot pad them."""
@@ -38,18 +37,9 @@ def zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(value) for name, value in tensors.items()}
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
 def net(**options: Any) -> fx.GraphModule:
     torch.manual_seed(0)
-    inserted = insert(fx.symbolic_trace(Net().double()), lx.CascadeSpec(rank=2, **options))
+    inserted = insert(fx.symbolic_trace(TwoLayers().double()), lx.CascadeSpec(rank=2, **options))
     for branch in inserted.branches.children():
         for parameter in branch.parameters():
             nn.init.normal_(parameter)
@@ -60,7 +50,7 @@ def net(**options: Any) -> fx.GraphModule:
 def test_lift(case: Case) -> None:
     inserted, base = insert(case.own(), case.spec), run(case.own(), case)
     untrained = same_bits(run(inserted, case), base)  # else eager mode takes another path for the base
-    photograph = Photograph(fill(inserted), case)
+    snapshot = Snapshot(fill(inserted))
     rank = max(site.rank for site in sites_of(inserted).values()) + 2
     result = AdapterInputs(rank)(inserted)
     lifted, inputs, values = (
@@ -69,7 +59,7 @@ def test_lift(case: Case) -> None:
         adapter_values(result.graph_module),
     )
     assert result.modified  # 1 truthful
-    photograph.assert_unchanged()
+    snapshot.assert_unchanged()
     placeholders = [node.name for node in lifted.graph.nodes if node.op == "placeholder"]
     assert placeholders[-len(inputs) :] == [adapter_input.name for adapter_input in inputs] == [*values]
     assert not [name for name, _ in lifted.named_parameters() if name.startswith("branches")]
@@ -102,31 +92,22 @@ def test_every_method(name: str, kind: str) -> None:
         assert torch.equal(lifted(x, **zeros(values)), model(x))
 
 
-@pytest.mark.parametrize("name", UNPADDED)
-def test_methods_without_padding_are_refused(name: str) -> None:
-    _, cascade, _ = adapted(name, "linear")
-    variant = oldest_variant(cascade)
-    assert variant is not None
-    with raises(lx.PassError, "input-not-supported", "0.weight", f"{name} cannot be padded to rank 4"):
-        AdapterInputs(4)(variant.module)
-
-
 def test_names_and_order() -> None:
     inputs = adapter_inputs(AdapterInputs(3)(net()).graph_module)
     assert [(item.name, item.weight, item.tensor, item.shape) for item in inputs] == [
-        ("first_weight_lora_a", "first.weight", "lora_A", (3, 6)),
-        ("first_weight_lora_b", "first.weight", "lora_B", (8, 3)),
-        ("first_weight_scale", "first.weight", "scale", ()),
-        ("second_weight_lora_a", "second.weight", "lora_A", (3, 8)),
-        ("second_weight_lora_b", "second.weight", "lora_B", (5, 3)),
-        ("second_weight_scale", "second.weight", "scale", ()),
+        ("body_weight_lora_a", "body.weight", "lora_A", (3, 5)),
+        ("body_weight_lora_b", "body.weight", "lora_B", (7, 3)),
+        ("body_weight_scale", "body.weight", "scale", ()),
+        ("head_weight_lora_a", "head.weight", "lora_A", (3, 7)),
+        ("head_weight_lora_b", "head.weight", "lora_B", (3, 3)),
+        ("head_weight_scale", "head.weight", "scale", ()),
     ]
     assert {adapter_input.dtype for adapter_input in inputs} == {torch.float64}
 
 
 def test_gradients_and_rows() -> None:
     """A batch with one adapter per row has the outputs and gradients of separate calls."""
-    lifted, x = AdapterInputs(2)(net()).graph_module, torch.randn(3, 7, 6, dtype=torch.float64)
+    lifted, x = AdapterInputs(2)(net()).graph_module, torch.randn(3, 7, 5, dtype=torch.float64)
     names = [item.name for item in adapter_inputs(lifted)]
     runs = [
         {
@@ -145,7 +126,7 @@ def test_gradients_and_rows() -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_torch_export_and_compile() -> None:
-    lifted, x = AdapterInputs(4)(net()).graph_module, torch.randn(4, 6, dtype=torch.float64)
+    lifted, x = AdapterInputs(4)(net()).graph_module, torch.randn(4, 5, dtype=torch.float64)
     values = adapter_values(lifted)
     program = torch.export.export(lifted, (x,), values)
     assert not [name for name in program.state_dict if "lora" in name]
@@ -170,20 +151,13 @@ def test_errors() -> None:
     for rank in (2.5, 0, "2", None):
         with raises(lx.SpecError, "invalid-value", "adapter-inputs", f"max_rank is {rank!r}"):
             AdapterInputs(rank)  # type: ignore[arg-type]
-    with raises(lx.PassError, "rank-too-large", "first.weight", "rank 2", "Give max_rank=2 or more"):
+    with raises(lx.PassError, "rank-too-large", "body.weight", "rank 2", "Give max_rank=2 or more"):
         AdapterInputs(1)(inserted)
+    for name in UNPADDED:
+        variant = oldest_variant(adapted(name, "linear")[1])
+        with raises(lx.PassError, "input-not-supported", "0.weight", name, "rank 4"):
+            AdapterInputs(4)(variant.module)
     lifted = AdapterInputs(4)(inserted).graph_module
-    with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
-        FoldBranches()(lifted)
-    with raises(lx.PassError, "requirement-not-met", "branches-inserted"):
-        AdapterInputs(8)(lifted)
-    with raises(lx.PassError, "requirement-not-met", "use the graph before adapter-inputs"):
-        InsertBranches()(lifted)
-
-
-def test_solved_order() -> None:
-    torch.manual_seed(0)
-    traced = fx.symbolic_trace(Net().double())
-    passes = [AdapterInputs(2), InsertBranches(), MatchSites(lx.CascadeSpec(rank=2))]
-    lifted = Pipeline(passes, order="solved")(traced).graph_module
-    assert len(adapter_inputs(lifted)) == 6
+    for pass_ in (FoldBranches(), AdapterInputs(8), InsertBranches()):
+        with raises(lx.PassError, "requirement-not-met", pass_.name):
+            pass_(lifted)

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
-import torch
-from torch import fx, nn
+from torch import fx
 
 from lorasc_fx import CascadeSpec, Noise, UnknownTarget
-from lorasc_fx.branch import Branch
-from lorasc_fx.graph import GraphEditor, Record, branch_nodes, named_weights
-from lorasc_fx.graph.matching import uses_in
+from lorasc_fx.graph import GraphEditor, branch_nodes
 from lorasc_fx.passes import (
     CascadePass,
     FoldBranches,
@@ -25,69 +22,23 @@ from lorasc_fx.passes import (
 )
 from tests.errors.inject import EVERY, FailAt, LineAt, failing, python_answers, sigint
 from tests.kit.errors import raises
-from tests.passes.cases import BY_NAME, Case
-from tests.passes.kit import Photograph, fill, insert, run, same_bits
+from tests.passes.cases import BY_NAME
+from tests.passes.kit import Snapshot, fill, insert, run, same_bits
 
-SOME = [
-    BY_NAME[name] for name in ("aten_conv2d", "aten_tied", "functional_keywords", "module_two_names", "module_convs")
-]
-
-
-class Stop(Exception):
-    """Raised by a pass in the middle of its work."""
+CASE = BY_NAME["module_two_names"]
+SPEC = replace(CASE.spec, noise=Noise(0.3))
 
 
-@dataclass(frozen=True)
-class Wreck(CascadePass):
-    """Uses every method of the editor, then raises."""
-
-    name: ClassVar[str] = "wreck"
-
-    def rewrite(self, graph: GraphEditor) -> None:
-        named = named_weights(graph.owner)
-        for weight, parameter in named.parameters.items():
-            graph.set_tensor(named.names[weight], torch.full_like(parameter, 7.0))
-        graph.renew_branches({key: _zero(branch) for key, branch in graph.branches.items()})
-        for node in branch_nodes(graph.module):
-            graph.remove_branch(node)
-        for node in uses_in(graph.module, graph.record):
-            graph.insert_after(node, "nowhere", (node, node), {})
-        graph.set_branches({})
-        graph.record = Record()
-        raise Stop
-
-
-def _zero(branch: Branch) -> Branch:
-    twin = object.__new__(type(branch))
-    nn.Module.__init__(twin)
-    twin.lora_A, twin.lora_B = nn.Parameter(branch.lora_A * 0), nn.Parameter(branch.lora_B * 0)
-    twin.weight_name, twin.weight_shape, twin.scale = branch.weight_name, branch.weight_shape, branch.scale
-    return twin
-
-
-def _graph_at(stage: str, case: Case) -> fx.GraphModule:
-    """The case's graph before or after a pass."""
-    spec = replace(case.spec, noise=Noise(0.3))
+def graph_at(stage: str) -> fx.GraphModule:
+    """The graph before or after a pass."""
     match stage:
         case "captured":
-            return case.own()
+            return CASE.own()
         case "matched":
-            return MatchSites(spec)(case.own()).graph_module
+            return MatchSites(SPEC)(CASE.own()).graph_module
         case "live":
-            return fill(insert(case.live(), spec))
-    inserted = fill(insert(case.own(), spec))
-    return FoldBranches()(inserted).graph_module if stage == "folded" else inserted
-
-
-@pytest.mark.parametrize("through", ["alone", "pipeline"])
-@pytest.mark.parametrize("stage", ["captured", "matched", "inserted", "folded", "live"])
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_a_pass_that_raises_leaves_its_input(case: Case, stage: str, through: str) -> None:
-    graph_module = _graph_at(stage, case)
-    photograph = Photograph(graph_module, case)
-    with pytest.raises(Stop):
-        (Wreck() if through == "alone" else Pipeline([Wreck()]))(graph_module)
-    photograph.assert_unchanged()
+            return fill(insert(CASE.live(), SPEC))
+    return fill(insert(CASE.own(), SPEC))
 
 
 def test_a_transition_before_a_foreign_pass_still_keeps_the_parameters() -> None:
@@ -108,7 +59,7 @@ def test_a_transition_before_a_foreign_pass_still_keeps_the_parameters() -> None
     assert same_bits(run(after, case), run(expected, case))
 
 
-def test_damage_by_a_pass_is_an_error_and_nothing_is_committed() -> None:
+def test_a_late_error_rolls_back_the_early_passes() -> None:
     @dataclass(frozen=True)
     class Careless(CascadePass):
         name: ClassVar[str] = "careless"
@@ -119,82 +70,52 @@ def test_damage_by_a_pass_is_an_error_and_nothing_is_committed() -> None:
 
     case = BY_NAME["module_conv2d"]
     inserted = fill(insert(case.own(), case.spec))
-    photograph = Photograph(inserted, case)
+    snapshot = Snapshot(inserted)
     for runner in (Careless(), Pipeline([StageTransition(), Careless()]), Pipeline([Careless(), FoldBranches()])):
         with raises(VerifyError, "graph-not-verified", "after careless", "0.weight is used at node _0 with 0 branches"):
             runner(inserted)
-        photograph.assert_unchanged()
-
-
-def test_a_late_error_rolls_back_the_early_passes() -> None:
-    case = BY_NAME["module_conv2d"]
-    inserted = fill(insert(case.own(), case.spec))
-    photograph = Photograph(inserted, case)
-    late = MatchSites(CascadeSpec(targets=("nowhere.*",)))
+        snapshot.assert_unchanged()
     with pytest.raises(UnknownTarget):
-        Pipeline([StageTransition(), FoldBranches(), late])(inserted)
-    photograph.assert_unchanged()
+        Pipeline([StageTransition(), FoldBranches(), MatchSites(CascadeSpec(targets=("nowhere.*",)))])(inserted)
+    snapshot.assert_unchanged()
 
 
 FILES = ("passes", "lorasc_fx/graph", "lorasc_fx/branch")
-RUNS: dict[str, tuple[str, Callable[[Case], Any]]] = {
-    "match": ("captured", lambda case: MatchSites(replace(case.spec, noise=Noise(0.3)))),
-    "insert": ("matched", lambda case: InsertBranches()),
-    "fold": ("inserted", lambda case: FoldBranches()),
-    "transition": ("inserted", lambda case: StageTransition()),
-    "fold-live": ("live", lambda case: FoldBranches()),
-    "again": ("inserted", lambda case: Pipeline([StageTransition(), FoldBranches(), InsertBranches()])),
-    "all": (
-        "captured",
-        lambda case: Pipeline([MatchSites(case.spec), InsertBranches(), StageTransition(), FoldBranches()]),
-    ),
+RUNS: dict[str, tuple[str, Callable[[fx.GraphModule], Any]]] = {
+    "match": ("captured", MatchSites(SPEC)),
+    "insert": ("matched", InsertBranches()),
+    "fold": ("inserted", FoldBranches()),
+    "transition": ("inserted", StageTransition()),
+    "fold-live": ("live", FoldBranches()),
+    "again": ("inserted", Pipeline([StageTransition(), FoldBranches(), InsertBranches()])),
+    "all": ("captured", Pipeline([MatchSites(SPEC), InsertBranches(), StageTransition(), FoldBranches()])),
 }
 ACTS: dict[str, Callable[[], None]] = {"memory": failing(MemoryError("no more")), "ctrl-c": sigint}
-CASE = BY_NAME["module_two_names"]
+OPERATIONS = {"fold": 2, "fold-live": 2, "transition": 3, "again": 13, "all": 11}
+LINES = {"transition": 907, "again": 907}
+TRIALS = [("operation", *row) for row in OPERATIONS.items()] + [("line", *row) for row in LINES.items()]
+MANY = [(unit, name, often) for unit, often in (("operation", 3), ("line", 211)) for name in RUNS]
 
 
-def fails_in_turn(
-    injector: Callable[[int], Any],
-    stage: str,
-    make: Callable[[Case], Callable[[fx.GraphModule], Any]],
-    case: Case,
-    often: int,
-) -> int:
-    """Make the pass fail at every `often`-th point, one at a time, until it succeeds. Return the number of failures."""
-    graph_module = _graph_at(stage, case)
-    photograph, failures = Photograph(graph_module, case), 0
-    for at in range(1, EVERY, often):
-        with python_answers(), injector(at) as mode:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ACTS)
+@pytest.mark.parametrize(
+    ("unit", "name", "often"), [*TRIALS, *(pytest.param(*row, marks=pytest.mark.slow) for row in MANY)]
+)
+def test_a_fault_at_every_nth_place(unit: str, name: str, often: int, kind: str) -> None:
+    """A pass fails at one place after the other, until it succeeds. Each failure leaves the input unchanged."""
+    stage, pass_ = RUNS[name]
+    graph_module = graph_at(stage)
+    snapshot, failures = Snapshot(graph_module), 0
+    for number in range(1, EVERY, often):
+        injector = FailAt(number, ACTS[kind]) if unit == "operation" else LineAt(number, ACTS[kind], FILES)
+        with python_answers(), injector:
             try:
-                make(case)(graph_module)
+                pass_(graph_module)
             except (MemoryError, KeyboardInterrupt):
                 failures += 1
             else:
-                assert mode.count < at
-                return failures
-        photograph.assert_unchanged()
-    raise AssertionError("it never went through")
-
-
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize(("name", "often"), [("fold", 2), ("transition", 3), ("again", 13), ("all", 11)])
-def test_at_some_operations(name: str, often: int, kind: str) -> None:
-    stage, make = RUNS[name]
-    assert fails_in_turn(lambda at: FailAt(at, ACTS[kind]), stage, make, CASE, often) > 3
-
-
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize("name", ["transition", "again"])
-def test_at_some_lines(name: str, kind: str) -> None:
-    stage, make = RUNS[name]
-    assert fails_in_turn(lambda at: LineAt(at, ACTS[kind], FILES), stage, make, CASE, 907) > 3
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ACTS)
-@pytest.mark.parametrize("name", RUNS)
-def test_at_many_operations_and_lines(name: str, kind: str) -> None:
-    stage, make = RUNS[name]
-    fails_in_turn(lambda at: FailAt(at, ACTS[kind]), stage, make, CASE, 3)
-    assert fails_in_turn(lambda at: LineAt(at, ACTS[kind], FILES), stage, make, CASE, 211) > 3
+                assert injector.count < number
+                break
+        snapshot.assert_unchanged()
+    assert failures > 3 or (unit == "operation" and often == 3)

@@ -63,7 +63,7 @@ ROWS = {
     ("transformers::grouped_mm_fallback", torch.float32): (FALLBACK, nn.Module.eval),
     ("transformers::grouped_mm_fallback", torch.float64): (FALLBACK, fx.symbolic_trace),
 }
-"""Row of the table and dtype, with the function that the model calls, and what makes the model that is captured."""
+"""Row of the table and dtype, with the function that the model calls and the one that prepares the model."""
 
 
 def test_every_row_of_experts_has_a_case() -> None:
