@@ -139,7 +139,7 @@ def test_convolutions(name: str, last: bool) -> None:
         pytest.skip("channels last is a format of images")
     x, w, bias = numbers(2, 4, *space), numbers(8, 4 // groups, *kernel), numbers(8)
     if last:
-        x, w = (each.contiguous(memory_format=torch.channels_last) for each in (x, w))
+        x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
     x.requires_grad_()
     a, b = numbers(3, 4 // groups, *kernel, grad=True), numbers(8, 3, grad=True)
     grid = ConvCall(stride, padding, dilation, groups).geometry(x, kernel)
@@ -177,8 +177,8 @@ def test_dropout_masks_and_scales_forward_and_backward() -> None:
     torch.testing.assert_close(x.grad, (~zero).to(D) / (1 - p))  # the mask of the forward, drawn again
     dropped = x.detach() * (~zero) / (1 - p)
     torch.testing.assert_close(eye.grad, 2 * dropped.sum(0).expand(40, -1))  # of A and of B, both the identity
-    other = Beside.apply(torch.zeros(64, 40, dtype=D), x, eye, eye, 1.0, p, 1235)
-    assert not torch.equal(other == 0, zero)
+    another_seed = Beside.apply(torch.zeros(64, 40, dtype=D), x, eye, eye, 1.0, p, 1235)
+    assert not torch.equal(another_seed == 0, zero)
 
 
 def test_gradients_with_dropout() -> None:
@@ -209,11 +209,11 @@ def test_dropout_follows_torchs_seed_and_mode() -> None:
     x = numbers(4, 3, 6, 6)
     cascade = filled(net(), x, dropout=0.5).train()
     torch.manual_seed(5)
-    first = cascade(x)
-    second = cascade(x)
+    before = cascade(x)
+    undisturbed = cascade(x)
     torch.manual_seed(5)
-    assert torch.equal(cascade(x), first)  # torch.manual_seed holds for it
-    assert not torch.equal(second, first)
+    assert torch.equal(cascade(x), before)  # torch.manual_seed holds for it
+    assert not torch.equal(undisturbed, before)
     quiet = cascade.eval()(x)
     with cascade.weights("fast"):
         torch.testing.assert_close(cascade(x), quiet)  # evaluation drops nothing
@@ -243,9 +243,9 @@ def test_tensors_saved_for_backward(placement: str, dropout: float) -> None:
     if dropout and placement == "merged":
         pytest.skip("a spec that asks for both is refused")
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, placement=placement, dropout=dropout)).train()
-    own = {parameter.data_ptr() for parameter in cascade.parameters()}
-    found = [size for address, size in saved_storages(lambda: cascade(x)).items() if address not in own]
-    assert sum(found) == 4 * (64 * 196 + (64 * 4 if placement == "beside" else 0))
+    parameters = {parameter.data_ptr() for parameter in cascade.parameters()}
+    sizes = [size for address, size in saved_storages(lambda: cascade(x)).items() if address not in parameters]
+    assert sum(sizes) == 4 * (64 * 196 + (64 * 4 if placement == "beside" else 0))
 
 
 # --- other people's machinery ----------------------------------------------------------------------------------------
@@ -262,11 +262,11 @@ def test_transforms_and_compilers_get_plain_operations(placement: str) -> None:
         named = {f"branches.{name}": value for name, value in values.items()}
         return torch.func.functional_call(cascade, named, (x,)).square().sum()
 
-    found = torch.func.grad(loss)(parameters)
+    gradients = torch.func.grad(loss)(parameters)
     loss_here = cascade(x).square().sum()
     loss_here.backward()
     for name, value in cascade.branches.named_parameters():
-        torch.testing.assert_close(found[name], value.grad, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradients[name], value.grad, rtol=1e-11, atol=1e-11)
     tangents = {name: torch.ones_like(value) for name, value in parameters.items()}
     _, slope = torch.func.jvp(loss, (parameters,), (tangents,))
     expected = sum(value.grad.sum() for _, value in cascade.branches.named_parameters())
@@ -274,21 +274,21 @@ def test_transforms_and_compilers_get_plain_operations(placement: str) -> None:
 
 
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
-@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
-def test_narrow_arithmetic(placement: str, own: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_arithmetic(placement: str, dtype: torch.dtype) -> None:
     """Under autocast or with bf16 weights, the error to fp64 is that of bf16, and the output is bf16."""
     exact, x = net(), numbers(4, 3, 6, 6)
     reference = filled(copy.deepcopy(exact), x, placement="beside")
     expected = reference(x)
     expected.square().sum().backward()
-    cascade = filled(exact.to(own), x.to(own), placement=placement)
+    cascade = filled(exact.to(dtype), x.to(dtype), placement=placement)
     for mine, theirs in zip(cascade.branches.parameters(), reference.branches.parameters(), strict=True):
         mine.data = theirs.data.to(mine.dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=own == torch.float32):
-        found = cascade(x.to(own))
-    assert found.dtype == torch.bfloat16
-    found.double().square().sum().backward()
-    torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0.03 * float(expected.detach().abs().max()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        output = cascade(x.to(dtype))
+    assert output.dtype == torch.bfloat16
+    output.double().square().sum().backward()
+    torch.testing.assert_close(output.double(), expected, rtol=0.03, atol=0.03 * float(expected.detach().abs().max()))
     for mine, theirs in zip(cascade.branches.parameters(), reference.branches.parameters(), strict=True):
         assert mine.grad.dtype == torch.float32
         assert (mine.grad.double() - theirs.grad).norm() < 0.05 * theirs.grad.norm()
@@ -307,14 +307,14 @@ class WritesInPlace(nn.Module):
 def test_the_output_of_a_branch_can_be_written_in_place(placement: str) -> None:
     x = numbers(2, 3, 4, 5)
     results = []
-    for each in (placement, "weight"):
+    for chosen in (placement, "weight"):
         torch.manual_seed(0)
-        cascade = filled(WritesInPlace().double(), x, placement=each)
+        cascade = filled(WritesInPlace().double(), x, placement=chosen)
         loss = cascade(x).square().sum()
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in cascade.branches.parameters())])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    for one, expected in zip(*results, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-11, atol=1e-11)
 
 
 class Lookup(nn.Module):
@@ -341,6 +341,6 @@ def test_a_sparse_lookup_trains_as_a_dense_one(layer: type[nn.Module], placement
         randomize(cascade)
         loss_of(cascade(ids)).backward()
         gradients.append([factor.grad for factor in cascade.branches.parameters()])
-    for own, dense in zip(*gradients, strict=True):
+    for sparse_gradient, dense in zip(*gradients, strict=True):
         assert dense.any()
-        torch.testing.assert_close(own, dense, rtol=0, atol=1e-12)
+        torch.testing.assert_close(sparse_gradient, dense, rtol=0, atol=1e-12)

@@ -186,23 +186,20 @@ def test_a_configuration_of_peft_is_a_spec(name: str) -> None:
         assert {name: value.shape for name, value in adapted.named_parameters()} == shapes
 
 
-def test_an_option_without_a_counterpart_is_named() -> None:
-    for config in (
-        peft.OFTConfig(target_modules=["up"], oft_block_size=3, coft=True),
-        peft.MissConfig(target_modules=["up"], init_weights="bat"),
-        peft.LoKrConfig(target_modules=["up"], decompose_both=True),
-        peft.HiraConfig(target_modules=["up"], hira_dropout=0.1),
-    ):
-        option = {
-            "OFT": "coft=True",
-            "MISS": "init_weights='bat'",
-            "LOKR": "decompose_both=True",
-            "HIRA": "hira_dropout=0.1",
-        }
-        with pytest.raises(lx.SpecError, match=option[config.peft_type.value]):
-            lx.adapt(Net(), (torch.randn(2, IN),), spec=config)
-    with pytest.raises(lx.SpecError, match="spec is a LoHaConfig"):
-        lx.adapt(Net(), (torch.randn(2, IN),), spec=peft.LoHaConfig(target_modules=["up"]))
+REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "coft=True": (peft.OFTConfig, {"oft_block_size": 3, "coft": True}),
+    "init_weights='bat'": (peft.MissConfig, {"init_weights": "bat"}),
+    "decompose_both=True": (peft.LoKrConfig, {"decompose_both": True}),
+    "hira_dropout=0.1": (peft.HiraConfig, {"hira_dropout": 0.1}),
+    "spec is a LoHaConfig": (peft.LoHaConfig, {}),
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_an_option_without_a_counterpart_is_named(problem: str) -> None:
+    config, options = REFUSED[problem]
+    with pytest.raises(lx.SpecError, match=problem):
+        lx.adapt(Net(), (torch.randn(2, IN),), spec=config(target_modules=["up"], **options))
 
 
 @pytest.mark.parametrize("name", METHODS)

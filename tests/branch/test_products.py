@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Use oneDNN on any processor, and count its products: those of `forward` have a bias."""
+    """Use oneDNN on any processor, and count its products. A product of `forward` has a bias."""
     counted: Counter[str] = Counter()
     onednn = products._onednn
 
@@ -49,26 +48,6 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(True)
-
-
-AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
-
-
-@pytest.mark.parametrize(
-    ("processor", "instructions", "faster"),
-    [(AMD, "AVX512", True), (INTEL, "AVX512", False), (AMD, "AVX2", False), (None, "AVX512", False)],
-)
-def test_the_processor_decides(
-    processor: str | None, instructions: str, faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MKL uses AVX-512 only on Intel processors. If /proc/cpuinfo is missing, torch's own ops are used."""
-    described = tmp_path / "cpuinfo"
-    if processor is not None:
-        described.write_text(processor)
-    monkeypatch.setattr(products, "Path", lambda name: {"/proc/cpuinfo": described}[name])
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.onednn_is_faster.__wrapped__() is faster
 
 
 class Net(nn.Module):
@@ -108,22 +87,22 @@ def test_a_step_has_the_numbers_of_the_model_in_fp64(placement: str, calls: Coun
     torch.manual_seed(0)
     model, x = Net(), inputs()
     cascade = adapted(copy.deepcopy(model), x, placement=placement)
-    found = gradients(cascade, x, *cascade.branches.parameters())
+    computed = gradients(cascade, x, *cascade.branches.parameters())
     assert calls == {"forward": 3, "backward": 3}
 
-    exact, (first, second) = model.double(), branches_of(cascade).values()
+    exact, (up, down) = model.double(), branches_of(cascade).values()
     factors = [factor.detach().double().requires_grad_() for factor in cascade.branches.parameters()]
-    known = dict(zip([name for name, _ in cascade.branches.named_parameters()], factors, strict=True))
-    of = {id(p): known[name] for name, p in cascade.branches.named_parameters()}
+    by_name = dict(zip([name for name, _ in cascade.branches.named_parameters()], factors, strict=True))
+    of = {id(p): by_name[name] for name, p in cascade.branches.named_parameters()}
 
     def plain(x: Tensor) -> Tensor:
-        w = exact.first.weight + first.scale * of[id(first.lora_B)] @ of[id(first.lora_A)]
-        v = exact.second.weight.t() + second.scale * of[id(second.lora_B)] @ of[id(second.lora_A)]
+        w = exact.first.weight + up.scale * of[id(up.lora_B)] @ of[id(up.lora_A)]
+        v = exact.second.weight.t() + down.scale * of[id(down.lora_B)] @ of[id(down.lora_A)]
         hidden = F.gelu(F.linear(F.gelu(F.linear(x, w, exact.first.bias)), v, exact.second.bias))
         head: Tensor = exact.head(hidden)
         return head
 
-    for ours, theirs in zip(found, gradients(plain, x.double(), *factors), strict=True):
+    for ours, theirs in zip(computed, gradients(plain, x.double(), *factors), strict=True):
         assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
 
 
@@ -152,12 +131,12 @@ def test_weights_that_are_trained_have_their_gradients(calls: Counter[str]) -> N
     torch.manual_seed(0)
     model, x = Net(), inputs()
     cascade = adapted(copy.deepcopy(model), x, train=("head.weight", "second.bias"), placement="beside")
-    found = gradients(cascade, x, cascade.model.head.weight, cascade.model.second.bias)
+    computed = gradients(cascade, x, cascade.model.head.weight, cascade.model.second.bias)
     assert calls == {"forward": 1, "backward": 1}  # the first layer alone is frozen whole
     with without_onednn():
         expected = gradients(cascade, x, cascade.model.head.weight, cascade.model.second.bias)
     assert sum(calls.values()) == 2
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(computed, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -193,12 +172,12 @@ def test_a_grouped_product(ends: list[int], calls: Counter[str]) -> None:
     offs, op = torch.tensor(ends, dtype=torch.int32), torch.ops.transformers.grouped_mm_fallback
     fast = for_frozen(op.default)
     assert fast is not None
-    found = gradients(lambda x: fast(x, weight, offs), x)
+    computed = gradients(lambda x: fast(x, weight, offs), x)
     assert calls["backward"] >= 2  # no product of experts has a bias
     exact = gradients(lambda x: op(x, weight.double(), offs), x.double())
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(computed, exact, strict=True):
         assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
-    assert torch.equal(found[0][ends[-1] :], torch.zeros(360 - ends[-1], WIDE))
+    assert torch.equal(computed[0][ends[-1] :], torch.zeros(360 - ends[-1], WIDE))
 
     calls.clear()
     base = op(x, weight, offs)

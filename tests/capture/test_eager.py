@@ -100,36 +100,6 @@ class Plain(nn.Module):
         return self.head(torch.tanh(self.both(self._hidden(torch.tanh(self.body(x))))))
 
 
-class Late(nn.Module):
-    """Uses one weight for some inputs only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.late, self.head = nn.Linear(5, 7), nn.Linear(7, 7, bias=False), nn.Linear(7, 3)
-
-    def _hidden(self, x: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        return x if sign > 0 else x @ self.late.weight.t()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self._hidden(torch.tanh(self.body(x)), x.sum()))
-
-
-class Counting(nn.Module):
-    """Batch norm, a counter, and a branch on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.norm, self.head = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1)
-        hidden = self.norm(self.body(x))
-        if hidden.sum().item() > 1e9:
-            return hidden
-        return self.head(torch.tanh(hidden))
-
-
 class Zipped(TwoLayers):
     """Indexes by tuples of tensors."""
 
@@ -140,7 +110,7 @@ class Zipped(TwoLayers):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    model.__name__: model for model in (Branchy, Items, Experts, Drops, Plain, Late, Counting, Zipped)
+    model.__name__: model for model in (Branchy, Items, Experts, Drops, Plain, Zipped)
 }
 ALL = pytest.mark.parametrize("name", MODELS)
 

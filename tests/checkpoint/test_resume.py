@@ -40,6 +40,7 @@ SPECS: dict[str, lx.CascadeSpec] = {
     "train, fast": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, restart="fast"),
     "train, not slow": lx.CascadeSpec(targets=("conv",), train=("head.*",), rank=1, pace=0.3, slow_train=False),
     "A kept": lx.CascadeSpec(rank=1, restart_factors="B", optimizer_state="kept"),
+    "no restart": lx.CascadeSpec(rank=1, pace=0.5, restart_factors="none"),
     "pruned": lx.CascadeSpec(rank=2, optimizer_state=0.6),
     "pissa": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", noise=lx.Noise(0.2)),
     "pissa, fast": lx.CascadeSpec(rank=1, pace=0.4, start="pissa", restart="fast"),

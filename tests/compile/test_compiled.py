@@ -159,8 +159,8 @@ def test_a_traced_cascade_trains_as_the_cascade(tracer: Callable[..., Any], opti
     outputs = cascade(x), traced(x)
     expected = (outputs[0], *torch.autograd.grad(outputs[0].square().sum(), trainable.values()))
     computed = (outputs[1], *torch.autograd.grad(outputs[1].square().sum(), [theirs[name] for name in trainable]))
-    for one, other in zip(computed, expected, strict=True):
-        assert (one - other).norm() <= 1e-5 * other.norm()
+    for actual, right in zip(computed, expected, strict=True):
+        assert (actual - right).norm() <= 1e-5 * right.norm()
 
 
 def test_torch_fx_cannot_trace_a_cascade() -> None:

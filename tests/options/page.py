@@ -1,4 +1,4 @@
-"""`python -m tests.options.page` writes the table of conflicts in docs/method.md from those of the spec."""
+"""`python -m tests.options.page` writes the conflicts of the spec as a table into docs/method.md."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def _names(group: list[tuple[Conflict, str]]) -> str:
 
 
 def _remedy(group: list[tuple[Conflict, str]]) -> str:
-    (first, _), *others = group
-    return f"{first.remedy.replace(first.fields[-1], 'the option')}" if others else first.remedy
+    (conflict, _), *more = group
+    return conflict.remedy.replace(conflict.fields[-1], "the option") if more else conflict.remedy
 
 
 def page() -> str:
     """Return the page with the current table."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(HEAD)
-    lines = rest.splitlines(keepends=True)
-    end = next((place for place, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    before, _, after = text.partition(HEAD)
+    lines = after.splitlines(keepends=True)
+    end = next((index for index, line in enumerate(lines) if not line.startswith("|")), len(lines))
     return before + table() + "".join(lines[end:])
 
 

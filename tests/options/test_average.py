@@ -30,8 +30,8 @@ def wide() -> nn.Module:
 
 
 def cascade_of(restart: str = "slow", **options: Any) -> lx.Cascade:
-    given = {"exclude": ("3.weight",), "train": ("3.*",), "rank": 1, "lora_alpha": 1.5, "pace": 0.4, "restart": restart}
-    spec = lx.CascadeSpec(**{**given, "average": True, **options})
+    usual = {"exclude": ("3.weight",), "train": ("3.*",), "rank": 1, "lora_alpha": 1.5, "pace": 0.4, "average": True}
+    spec = lx.CascadeSpec(**{**usual, "restart": restart, **options})
     return lx.adapt(wide(), (X,), spec=spec)
 
 
@@ -114,8 +114,8 @@ def test_folds_can_choose_it(tmp_path: Path) -> None:
     loaded = lx.load(tmp_path / "run", wide(), (X,)).release(view="averaged").state_dict()
     model = cascade.release(view="averaged")
     for name, value in values.items():
-        for found in (state[name], written[name], loaded[name], dict(model.named_parameters())[name]):
-            torch.testing.assert_close(found.detach(), value.detach(), **EXACT, msg=name)
+        for folded in (state, written, loaded, dict(model.named_parameters())):
+            torch.testing.assert_close(folded[name].detach(), value.detach(), **EXACT, msg=name)
 
 
 def test_a_rewind_restarts_the_average() -> None:
@@ -161,7 +161,6 @@ def test_no_average_by_default(tmp_path: Path) -> None:
         with unchanged(cascade, optimizer), raises(lx.StateError, "not-available", call):
             run()
     assert not list(tmp_path.iterdir())
-    with raises(lx.StateError, "unknown-name", "averaged"):
-        cascade.release(view="average")  # type: ignore[arg-type]
-    with raises(lx.StateError, "unknown-name", "folded_state_dict"):
-        cascade.folded_state_dict(view="fast")  # type: ignore[arg-type]
+    for call in (cascade.release, cascade.folded_state_dict):
+        with raises(lx.StateError, "unknown-name", call.__name__, "averaged"):
+            call(view="fast")

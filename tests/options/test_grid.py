@@ -20,7 +20,6 @@ from lorasc_fx.branch import Branch
 from lorasc_fx.cascade import run_of
 from lorasc_fx.errors import ExportError, LorascWarning
 from lorasc_fx.quantized import QuantizedLinear, dense
-from lorasc_fx.state import Expert, WeightState, kept_by
 from tests.kit import tiny
 from tests.quantized.layers import LAYERS, WEIGHTS, Packed, is_missing, mxfp4
 
@@ -111,10 +110,10 @@ def test_views_and_rewinds_are_on_the_grid(options: dict[str, Any]) -> None:
             assert torch.equal(value, four_bits(value))
             assert torch.equal(cascade(x), running) == (view == "fast")
     with cascade.weights(stage=1), torch.no_grad():
-        first = cascade(x)
+        ended = cascade(x)
     cascade.rewind(1, None)
     with cascade.weights("slow"), torch.no_grad():
-        assert torch.equal(cascade(x), first)
+        assert torch.equal(cascade(x), ended)
 
 
 def mixtral() -> nn.Module:
@@ -227,35 +226,23 @@ def test_own_grid_refuses_what_cannot_be_quantized_again(
     assert caught.value.code == "quantized-not-supported"
 
 
-def test_resume_has_the_same_bits(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    net, x = Net(), torch.randn(5, 12)
-    twin, spec = copy.deepcopy(net), lx.CascadeSpec(rank=3, grid=four_bits)
-    assert spec == lx.CascadeSpec.from_dict(spec.to_dict())
-    cascade = lx.adapt(net, (x,), spec=spec)
-    train(cascade, x, 2, end=False)
-    lx.save(cascade, tmp_path / "run")
-    loaded = lx.load(tmp_path / "run", twin)
-    with torch.no_grad():
-        assert torch.equal(loaded(x), cascade(x))
-    with torch.no_grad(), loaded.weights("slow"), cascade.weights("slow"):
-        assert torch.equal(loaded(x), cascade(x))
-
-
 @pytest.mark.parametrize("adapter", ["hira", "dora"])
 def test_a_checkpoint_in_the_middle_of_a_stage(adapter: str, tmp_path: Path) -> None:
     """A loader makes branches before it knows the weights: this grid makes a matrix of zeros nan."""
     lx.register_grid("without zeros", without_zeros)
     net, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 6)
-    twin, other = copy.deepcopy(net), copy.deepcopy(net)
+    original = copy.deepcopy(net)
     cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid="without zeros", adapter=adapter))
     running = train(cascade, x, 5, end=False)
     lx.save(cascade, tmp_path / "run")
-    assert torch.equal(lx.load(tmp_path / "run", twin)(x), running)
+    loaded = lx.load(tmp_path / "run", copy.deepcopy(original))
+    assert torch.equal(loaded(x), running)
+    with loaded.weights("slow"), cascade.weights("slow"):
+        assert torch.equal(loaded(x), cascade(x))
     if adapter == "hira":
         with torch.no_grad():
             cascade.transition(None)
-            assert torch.equal(lx.merge([tmp_path / "run"], other, (x,))(x), cascade(x))
+            assert torch.equal(lx.merge([tmp_path / "run"], copy.deepcopy(original), (x,))(x), cascade(x))
 
 
 def without_zeros(weight: torch.Tensor) -> torch.Tensor:
@@ -396,8 +383,9 @@ def rounded_linear(size: float, dtype: torch.dtype = torch.bfloat16) -> tuple[lx
     return cascade, x
 
 
-def test_the_share_is_a_projection() -> None:
-    cascade, _ = rounded_linear(0.01)
+@pytest.mark.parametrize(("size", "dtype"), [(0.01, torch.bfloat16), (1e-3, torch.float32)])
+def test_the_share_is_a_projection(size: float, dtype: torch.dtype) -> None:
+    cascade, _ = rounded_linear(size, dtype)
     weight = cascade.model.get_parameter("0.weight")
     base, change = weight.detach().double().clone(), cascade.branches["0/weight"].dense_delta(weight).detach().double()
     cascade.transition(None)
@@ -408,11 +396,11 @@ def test_the_share_is_a_projection() -> None:
     assert kept.share == pytest.approx(share, abs=0.03)
     assert kept.error == pytest.approx(error, abs=0.03)
     assert 0.9 < kept.share < 1.1
-    assert error > 0.1
+    assert (error > 0.1) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("fold", ["transition", "release", "folded_state_dict"])
-def test_a_fold_that_loses_the_change_warns_once(fold: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fold_that_loses_most_of_the_change_warns_once(fold: str, caplog: pytest.LogCaptureFixture) -> None:
     cascade, _ = rounded_linear(1e-4)
     with pytest.warns(LorascWarning, match=r"the rounding of 0\.weight keeps .*CascadeSpec\.grid"):
         cascade.transition(None) if fold == "transition" else getattr(cascade, fold)()
@@ -423,14 +411,6 @@ def test_a_fold_that_loses_the_change_warns_once(fold: str, caplog: pytest.LogCa
             cascade.release()
 
 
-def test_full_precision_keeps_everything() -> None:
-    cascade, _ = rounded_linear(1e-3, torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cascade.transition(None)
-    assert cascade.kept()["0.weight"].share == pytest.approx(1.0, abs=1e-3)
-
-
 def test_a_quantized_release_tells_what_it_keeps() -> None:
     net, x = nn.Sequential(Packed(nn.Linear(16, 16))), torch.randn(4, 16)
     cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, pace=1.0))
@@ -439,12 +419,6 @@ def test_a_quantized_release_tells_what_it_keeps() -> None:
     cascade.transition(None)
     with pytest.warns(LorascWarning, match=r"release: the rounding of 0\.weight keeps"):
         cascade.release("requantize")
-
-
-def test_a_rank_without_experts_keeps_everything() -> None:
-    base = torch.zeros(0, 8, 6, dtype=torch.bfloat16)
-    state = WeightState("w", base, stacked=True, experts=(Expert(torch.zeros(0, 8, 2), torch.zeros(0, 2, 6)),))
-    assert kept_by(state) == (1.0, 0.0)
 
 
 def test_no_residual_of_weights_that_are_not_rounded(tmp_path: Path) -> None:
@@ -491,7 +465,8 @@ def test_a_function_that_was_defined_again_is_the_same_grid() -> None:
     for scale in ("7", "7", "5"):
         exec(f"def coarse(weight):\n    return (weight * {scale}).round() / {scale}", scope)  # noqa: S102
         functions.append(scope["coarse"])
-    assert lx.CascadeSpec(grid=functions[0]) == lx.CascadeSpec(grid=functions[1])
+    spec = lx.CascadeSpec(grid=functions[0])
+    assert spec == lx.CascadeSpec(grid=functions[1]) == lx.CascadeSpec.from_dict(spec.to_dict())
     with pytest.raises(lx.SpecError, match="register_grid"):
         lx.CascadeSpec(grid=functions[2])
 

@@ -29,7 +29,7 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str) -> None:
     model, x = models[kind]
     x = x.double() if x.is_floating_point() else x
     options = {"rank": 2, "lora_alpha": 3.0, "dropout": 0.4 if kind == "dropout" else 0.0}
-    found = []
+    results = []
     for fixed in (True, False):
         spec = lx.CascadeSpec(**options, train_A=not fixed)
         cascade = lx.adapt(copy.deepcopy(model).double().train(), (x,), spec=spec)
@@ -37,10 +37,10 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str) -> None:
             with torch.no_grad():
                 branch.lora_B.copy_(torch.linspace(-1, 1, branch.lora_B.numel()).view_as(branch.lora_B))
         torch.manual_seed(9)
-        given = x.clone().requires_grad_(x.is_floating_point())
-        loss_of(cascade(given)).backward()
-        found.append((given.grad, branches(cascade)))
-    (dx, ours), (expected_dx, theirs) = found
+        leaf = x.clone().requires_grad_(x.is_floating_point())
+        loss_of(cascade(leaf)).backward()
+        results.append((leaf.grad, branches(cascade)))
+    (dx, ours), (expected_dx, theirs) = results
     assert len(ours) >= 1
     torch.testing.assert_close(dx, expected_dx, rtol=0, atol=1e-12)
     for name, branch in ours.items():
@@ -84,7 +84,7 @@ def test_the_input_is_not_kept(build: Any) -> None:
         model = nn.Sequential(inner, nn.Tanh())
         spec = lx.CascadeSpec(rank=2, train_A=not fixed, placement="beside")
         cascade = lx.adapt(model, (x,), spec=spec)
-        moving = x * 1.0  # an activation of its own
+        moving = x * 1.0  # an activation, and no input
         kept = saved_storages(lambda cascade=cascade, x=moving: loss_of(cascade(x)).backward())
         saved[fixed] = moving.untyped_storage().data_ptr() in kept
     assert saved == {False: True, True: False}
@@ -97,6 +97,6 @@ def test_a_gradient_of_a_gradient(build: Any) -> None:
         batches(1, 8192, 5)[0] if isinstance(model[0], nn.Linear) else batches(1, 4, 5, 3)[0]
     )  # small ones have torch's backward
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, train_A=False, placement="beside"))
-    given = x.clone().requires_grad_()
+    leaf = x.clone().requires_grad_()
     with raises(lx.StateError, "backward-not-supported"):
-        torch.autograd.grad(loss_of(cascade(given)), given, create_graph=True)
+        torch.autograd.grad(loss_of(cascade(leaf)), leaf, create_graph=True)

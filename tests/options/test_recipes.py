@@ -31,15 +31,15 @@ def rate_factor(name: str, step: int, cycles: int) -> float:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_sets_options_and_the_rate_of_each_step(name: str) -> None:
     recipe, stages, options = RECIPES[name]
-    given = {"rank": 2, "targets": ("0.weight", "2.weight"), "train": ("4.*",), "lora_alpha": 4.0, "seed": 3}
-    spec, schedule = recipe(STEPS, **given)
-    assert spec == lx.CascadeSpec(**given, **options)
+    usual = {"rank": 2, "targets": ("0.weight", "2.weight"), "train": ("4.*",), "lora_alpha": 4.0, "seed": 3}
+    spec, schedule = recipe(STEPS, **usual)
+    assert spec == lx.CascadeSpec(**usual, **options)
 
     cascade = lx.adapt(mlp(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
     scheduler = schedule(optimizer, cascade)
     seen: list[float] = []
-    optimizer.register_step_pre_hook(lambda held, *_: seen.append(held.param_groups[0]["lr"]))
+    optimizer.register_step_pre_hook(lambda stepped, *_: seen.append(stepped.param_groups[0]["lr"]))
     for _ in cascade.stages(stages, optimizer):
         for _ in range(STEPS // stages):
             train(cascade, optimizer, [X])
@@ -54,12 +54,12 @@ def test_cycles_are_those_of_one_branch() -> None:
     spec, schedule = lx.recipes.lora_cycles(STEPS, 3, **rank)
     cycles = lx.adapt(mlp(), (X,), spec=spec)
     alone = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(pace=1.0, **rank))
-    ours, theirs = (torch.optim.AdamW(each.param_groups(lr=0.1)) for each in (cycles, alone))
+    ours, theirs = (torch.optim.AdamW(cascade.param_groups(lr=0.1)) for cascade in (cycles, alone))
     scheduler, ends = schedule(ours, cycles), list[dict[str, torch.Tensor]]()
 
     def same_rates(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group, other in zip(theirs.param_groups, optimizer.param_groups, strict=True):
-            group["lr"] = other["lr"]
+        for group, source in zip(theirs.param_groups, optimizer.param_groups, strict=True):
+            group["lr"] = source["lr"]
 
     ours.register_step_pre_hook(same_rates)  # the schedule notices a new stage at its first step
     for stage in cycles.stages(3, ours):

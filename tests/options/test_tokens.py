@@ -131,7 +131,7 @@ def test_losses_and_merged_weights_are_those_of_peft(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("more", [{}, {"restart": "fast", "average": True}, {"noise": lx.Noise(0.1)}], ids=str)
 def test_stages_and_a_resume(name: str, more: dict[str, Any], tmp_path: Path) -> None:
-    """`S_t = S_{t-1} + pace (F_t - S_{t-1})` of the rows, other rows keep their bits, and a resume has the same."""
+    """`S_t = S_{t-1} + pace (F_t - S_{t-1})` of the rows, resumed rows keep their bits, and a resume has the same."""
     model, _ = made(name)
     weight = "embed.weight" if name == "plain" else "model.embed_tokens.weight"
     rules = (lx.Rule("*embed*", tokens=ROWS), lx.Rule("head.weight", tokens=(1,)))[: 2 if name == "plain" else 1]
@@ -149,17 +149,17 @@ def test_stages_and_a_resume(name: str, more: dict[str, Any], tmp_path: Path) ->
         cascade.transition(optimizer)
         start = fast if spec.restart == "fast" else slow
         with cascade.weights("slow"):
-            held = dict(cascade.model.named_parameters())[weight].detach().clone()
-        torch.testing.assert_close(held, slow, rtol=0, atol=1e-13)
-        assert (held != base).any(1).nonzero().flatten().tolist() == [*ROWS]
+            weights = dict(cascade.model.named_parameters())[weight].detach().clone()
+        torch.testing.assert_close(weights, slow, rtol=0, atol=1e-13)
+        assert (weights != base).any(1).nonzero().flatten().tolist() == [*ROWS]
         if stage == 1:
             train(cascade, optimizer, 2)
             lx.save(cascade, tmp_path, optimizer=optimizer)
             again = lx.load(tmp_path, copy.deepcopy(model), (ids(0),))
-            other = torch.optim.AdamW(again.param_groups(lr=0.05))
-            again.resume(other)
-            assert train(cascade, optimizer, 2) == train(again, other, 2)
-            cascade, optimizer = again, other
+            resumed = torch.optim.AdamW(again.param_groups(lr=0.05))
+            again.resume(resumed)
+            assert train(cascade, optimizer, 2) == train(again, resumed, 2)
+            cascade, optimizer = again, resumed
 
 
 def linear_net() -> nn.Module:
@@ -179,9 +179,9 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("fields", "told"), REFUSED.values(), ids=REFUSED)
-def test_a_site_where_the_method_has_no_meaning(fields: dict[str, Any], told: tuple[str, ...]) -> None:
-    with raises(lx.SpecError, *told):
+@pytest.mark.parametrize(("fields", "expected"), REFUSED.values(), ids=REFUSED)
+def test_a_site_where_the_method_has_no_meaning(fields: dict[str, Any], expected: tuple[str, ...]) -> None:
+    with raises(lx.SpecError, *expected):
         lx.adapt(linear_net(), (torch.tensor([0, 1]),), spec=lx.CascadeSpec(**fields))
 
 
@@ -231,22 +231,22 @@ def test_only_rows_are_no_adapter_of_lora(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path / "x", view="fast")
 
 
-def delete(tensors: dict[str, Tensor], key: str) -> None:
-    del tensors[key]
-
-
 DAMAGE: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
-    "no values": (delete, {}, ("adapter-does-not-fit", "embed.token_adapter")),
-    "too few rows": (lambda each, key: each.update({key: each[key][:2]}), {}, ("adapter-does-not-fit", "[2, 6]")),
-    "nan": (lambda each, key: each.update({key: each[key] * torch.nan}), {}, ("non-finite", "token_adapter")),
+    "no values": (lambda tensors, key: tensors.pop(key), {}, ("adapter-does-not-fit", "embed.token_adapter")),
+    "too few rows": (
+        lambda tensors, key: tensors.update({key: tensors[key][:2]}),
+        {},
+        ("adapter-does-not-fit", "[2, 6]"),
+    ),
+    "nan": (lambda tensors, key: tensors.update({key: tensors[key] * torch.nan}), {}, ("non-finite", "token_adapter")),
     "a row beyond": (lambda *_: None, {"embed": [1, 2, 11], "head": [1]}, ("adapter-does-not-fit", "11")),
     "another module": (lambda *_: None, {"middle.act": [1]}, ("adapter-does-not-fit", "middle.act")),
     "rows twice": (lambda *_: None, {"embed": [1, 1, 2]}, ("adapter-does-not-fit", "embed")),
 }
 
 
-@pytest.mark.parametrize(("change", "indices", "told"), DAMAGE.values(), ids=DAMAGE)
-def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, told: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "indices", "expected"), DAMAGE.values(), ids=DAMAGE)
+def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
     theirs = peft.get_peft_model(*made("plain"))
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -255,7 +255,7 @@ def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, told: tuple
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["trainable_token_indices"] = indices or config["trainable_token_indices"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with raises(lx.CheckpointError, *told):
+    with raises(lx.CheckpointError, *expected):
         lx.from_peft(tmp_path, made("plain")[0], (ids(0),))
 
 
@@ -281,8 +281,8 @@ def test_each_placement_computes_the_rows(make: Any, placement: Any) -> None:
     with torch.no_grad():
         for parameter in cascade.branches.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
-    found = cascade(ids(0))
+    output = cascade(ids(0))
     with cascade.weights("fast"):
-        torch.testing.assert_close(found, cascade.model(ids(0)), rtol=0, atol=1e-13)
-    found.square().mean().backward()
+        torch.testing.assert_close(output, cascade.model(ids(0)), rtol=0, atol=1e-13)
+    output.square().mean().backward()
     assert all(bool(parameter.grad.any()) for parameter in cascade.branches.parameters())  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The delta of each adapter method as a formula of docs/method.md; nothing of lorasc_fx is in here.
+"""The delta of each adapter method as a formula of docs/method.md, without lorasc_fx.
 
 A formula takes what is trained, what is fixed in a stage, the weight as a matrix [out, columns], and the scale s.
 """

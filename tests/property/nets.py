@@ -14,7 +14,7 @@ CHANNELS, LENGTH, WORDS = 4, 6, 7
 
 @dataclass(frozen=True)
 class Build:
-    """What a model is made of.
+    """Options of a model.
 
     Args:
         groups: of a conv before the rest, 0 is none. norm: with a batch norm behind it.

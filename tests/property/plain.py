@@ -1,4 +1,4 @@
-"""The whole of LoRASC by hand, in fp64, from docs/algorithm.md alone: nothing of lorasc_fx is in here.
+"""LoRASC written out in fp64 from docs/algorithm.md alone, without lorasc_fx.
 
 A weight is a dense matrix: W0, S, what its running stage started from, and N. The model is called with
 `W0 + start + N + delta`, so that autograd differentiates the formula of the adapter method. SGD with momentum is
@@ -75,7 +75,7 @@ def hashed(source: torch.Generator, count: int) -> Tensor:
 
 def address(seed: int, stage: int, purpose: str, name: str) -> torch.Generator:
     """The generator of an address (algorithm.md, "Randomness")."""
-    digest = hashlib.sha256(b"\0".join(str(each).encode() for each in (seed, stage, purpose, name))).digest()
+    digest = hashlib.sha256(b"\0".join(str(part).encode() for part in (seed, stage, purpose, name))).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
@@ -85,7 +85,7 @@ class Plain:
     Args:
         matrices: names of the weights that carry noise or a branch.
         trained: names of what is trained in full.
-        taken: returns what a method other than lora has drawn or decomposed at the start of a stage, by weight name.
+        start_of: returns what a method other than lora has drawn or decomposed at the start of a stage, by weight name.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Plain:
         law: Law,
         matrices: Sequence[str],
         trained: Sequence[str],
-        taken: Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]],
+        start_of: Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]],
     ) -> None:
         self.model, self.law = copy.deepcopy(model).double().requires_grad_(False), law
         self.frozen = {name: value.detach().clone() for name, value in self.model.named_parameters()}
@@ -103,7 +103,7 @@ class Plain:
         self.trained = {name: Delta(self.frozen[name], self.frozen[name], self.frozen[name]) for name in trained}
         self.values = {name: self.frozen[name].clone() for name in trained}
         self.adapters: dict[str, Adapter] = {}
-        self.taken = taken
+        self.taken = start_of
         self.velocity: dict[tuple[str, str], Tensor] = {}
         self.stage, self.idle, self.moved = 1, False, False
 
@@ -122,19 +122,19 @@ class Plain:
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of a site. At the start of a stage it is taken from the branch, if the method is not lora."""
-        found = self.adapters[name]
-        if found.trained is None:
-            found.trained, found.fixed = self.taken(name)
-            assert not found.trained[ZEROS[self.law.adapter]].any()
+        adapter = self.adapters[name]
+        if adapter.trained is None:
+            adapter.trained, adapter.fixed = self.taken(name)
+            assert not adapter.trained[ZEROS[self.law.adapter]].any()
             weight = (self.deltas[name].base + self.started(name)).flatten(1)
             if self.law.adapter == "delora":
-                found.fixed = {"w": weight.norm(dim=0)}
+                adapter.fixed = {"w": weight.norm(dim=0)}
             elif self.law.adapter == "lora-xs":  # the nearest matrix of this rank is unique, its factors are not
                 u, values, vh = torch.linalg.svd(weight, full_matrices=False)
-                rank = len(found.fixed["A"])
+                rank = len(adapter.fixed["A"])
                 nearest = u[:, :rank] @ torch.diag(values[:rank]) @ vh[:rank]
-                torch.testing.assert_close(found.fixed["B"] @ found.fixed["A"], nearest, rtol=1e-5, atol=1e-5)
-        return found
+                torch.testing.assert_close(adapter.fixed["B"] @ adapter.fixed["A"], nearest, rtol=1e-5, atol=1e-5)
+        return adapter
 
     @property
     def begun(self) -> bool:
@@ -180,9 +180,9 @@ class Plain:
         return DELTAS[self.law.adapter](adapter.trained, adapter.fixed, weight, adapter.scale).view(delta.base.shape)
 
     def present(self) -> dict[str, Tensor]:
-        """What the parameters hold: W_t, what is trained in full as it is, and the rest as it was."""
-        held = {n: delta.base + self.started(n) + self.noise(n) for n, delta in self.deltas.items()}
-        return self.frozen | held | self.values
+        """Values of all parameters: W_t, parameters trained in full, and the unchanged rest."""
+        weights = {n: delta.base + self.started(n) + self.noise(n) for n, delta in self.deltas.items()}
+        return self.frozen | weights | self.values
 
     def weights(self, view: str) -> dict[str, Tensor]:
         """W0 + S, W0 + F or W0, without noise."""
@@ -192,7 +192,7 @@ class Plain:
             changed = {n: delta.base + self.started(n) + self.live(n) for n, delta in self.deltas.items()} | self.values
         else:
             changed = {name: delta.base + delta.slow for name, delta in self.deltas.items()}
-            changed |= {n: each.slow for n, each in self.trained.items()} if self.law.slow_train else self.values
+            changed |= {n: trained.slow for n, trained in self.trained.items()} if self.law.slow_train else self.values
         return self.frozen | {name: value.detach() for name, value in changed.items()}
 
     def __call__(self, *args: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -200,18 +200,18 @@ class Plain:
         if weights is None:
             present = self.present()
             weights = present | {n: present[n] + self.live(n, self.noise(n)) for n in self.adapters}
-        wide = [
+        arguments = [
             argument.double() if argument is not None and argument.is_floating_point() else argument
             for argument in args
         ]
-        return functional_call(self.model, dict(weights), tuple(wide))
+        return functional_call(self.model, dict(weights), tuple(arguments))
 
     # ---- operations
 
     def leaves(self) -> dict[tuple[str, str], Tensor]:
-        """What an optimizer holds."""
-        found = {(n, key): value for n in self.adapters for key, value in (self.adapter(n).trained or {}).items()}
-        return found | {(name, "value"): value for name, value in self.values.items()}
+        """Tensors that an optimizer holds."""
+        leaves = {(n, key): value for n in self.adapters for key, value in (self.adapter(n).trained or {}).items()}
+        return leaves | {(name, "value"): value for name, value in self.values.items()}
 
     def step(self, *args: Any) -> Tensor:
         """One step of SGD with momentum; returns the output before it."""
@@ -236,13 +236,13 @@ class Plain:
             fast = start + self.live(name)
             slow = delta.slow + law.pace * (fast - delta.slow)
             self.deltas[name] = Delta(delta.base, slow + kept, (slow if law.restart == "slow" else fast) + kept)
-        for name, each in self.trained.items():
+        for name, trained in self.trained.items():
             fast = self.values[name].clone()
-            slow = each.slow + law.pace * (fast - each.slow) if law.slow_train else fast
-            self.trained[name] = Delta(each.base, slow, slow if law.restart == "slow" else fast)
+            slow = trained.slow + law.pace * (fast - trained.slow) if law.slow_train else fast
+            self.trained[name] = Delta(trained.base, slow, slow if law.restart == "slow" else fast)
 
-    def transition(self, idle: bool = False, told: bool = True) -> None:
-        """End the stage; `told` says whether the optimizer is part of it."""
+    def transition(self, idle: bool = False, resets_optimizer: bool = True) -> None:
+        """End the stage; With `resets_optimizer`, the optimizer takes part."""
         law = self.law
         self.slow_update()
         self.stage, self.idle, self.moved = self.stage + 1, idle, False
@@ -252,7 +252,7 @@ class Plain:
                 assert last is not None
                 a = self.fresh(name, len(last["lora_A"])) if law.restart_factors == "both" else last["lora_A"]
                 adapter.trained = {"lora_A": a, "lora_B": torch.zeros_like(last["lora_B"])}
-        for key in [key for key in self.velocity if key[1] != "value"] if told else ():
+        for key in [key for key in self.velocity if key[1] != "value"] if resets_optimizer else ():
             if law.optimizer_state == "reset":
                 del self.velocity[key]
             elif law.optimizer_state != "kept":
@@ -268,16 +268,16 @@ class Plain:
 
     def rest(self) -> None:
         """Put what is trained in full at the start of its stage."""
-        for name, each in self.trained.items():
-            self.values[name] = (each.slow if self.idle else each.start).clone()
+        for name, trained in self.trained.items():
+            self.values[name] = (trained.slow if self.idle else trained.start).clone()
 
     def cast(self, dtype: torch.dtype) -> None:
         """Everything that lives in the parameters is rounded; W0 and S are not."""
-        own = {*self.deltas, *self.trained}
-        self.frozen = {n: v if n in own else v.to(dtype).double() for n, v in self.frozen.items()}
+        changed = {*self.deltas, *self.trained}
+        self.frozen = {n: v if n in changed else v.to(dtype).double() for n, v in self.frozen.items()}
 
     def loaded(self) -> None:
-        """A checkpoint goes onto the base as it was adapted, not as it was cast since."""
+        """Restore the dtype of frozen parameters: a checkpoint is loaded onto the base before any cast."""
         self.frozen = dict(self.original)
 
     def released(self) -> dict[str, Tensor]:
@@ -287,7 +287,7 @@ class Plain:
         if self.begun:
             ended.slow_update()
         slow = {name: delta.base + delta.slow for name, delta in ended.deltas.items()}
-        return self.frozen | slow | {name: each.slow for name, each in ended.trained.items()}
+        return self.frozen | slow | {name: trained.slow for name, trained in ended.trained.items()}
 
 
 def pruned(value: Tensor, share: float) -> Tensor:

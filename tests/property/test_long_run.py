@@ -25,7 +25,7 @@ SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, noise=lx.Noise(0.1))
 
 @dataclass
 class Census:
-    """What the process holds, at every hundredth transition."""
+    """Resources of the process, at every hundredth transition."""
 
     resident: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
@@ -39,9 +39,9 @@ class Census:
         self.resident.append(process.memory_info().rss)
         self.files.append(process.num_fds())
         self.threads.append(process.num_threads())
-        held = gc.get_objects()
-        self.objects.append(len(held))
-        self.tensors.append(sum(issubclass(type(each), Tensor) for each in held))
+        objects = gc.get_objects()
+        self.objects.append(len(objects))
+        self.tensors.append(sum(issubclass(type(item), Tensor) for item in objects))
 
 
 def note_call(calls: Counter[int], count: int, frame: object, event: str, argument: object) -> None:

@@ -1,9 +1,8 @@
 """Random small models under random specs through random sequences of operations, beside `plain.Plain` after each one.
 
-After an operation everything that can be seen is compared: what the parameters hold, the branches, slow, fast and base
-weights, the folded state, buffers, the optimizer's momentum, and an output. A model that was once cast to fp32 is held
-to fp32's rounding from then on, and hands over what an optimizer writes, so that one operation's rounding is seen, not
-the sum of all.
+After each operation these are compared: parameters, branches, slow, fast and base weights, the folded state, buffers,
+the optimizer's momentum, and an output. After a cast to fp32, the tolerance is that of fp32. The reference then copies
+the values that the optimizer has written, so that only the rounding of one operation is compared.
 """
 
 from __future__ import annotations
@@ -105,9 +104,9 @@ TARGETS = {
 
 
 def sites_of(spec: lx.CascadeSpec, model: Net, with_y: bool) -> list[str]:
-    """The weights that the spec adapts, of those that a call uses."""
-    asked = [f"{name}.weight" for name in TARGETS[spec.targets] if f"{name}" not in (*spec.exclude, *spec.train)]
-    return [name for name in model.matrices(with_y) if name in asked]
+    """The weights that the spec adapts among the ones that a call uses."""
+    targets = [f"{name}.weight" for name in TARGETS[spec.targets] if f"{name}" not in (*spec.exclude, *spec.train)]
+    return [name for name in model.matrices(with_y) if name in targets]
 
 
 def scaling(spec: lx.CascadeSpec, name: str) -> tuple[int, float]:
@@ -153,16 +152,16 @@ class Machine(RuleBasedStateMachine):
     def adapt(self, model: Net, spec: lx.CascadeSpec) -> None:
         self.spec, self.untouched, self.origin = spec, copy.deepcopy(model), self.dtype
         self.flags = [(parameter.requires_grad, model.training) for parameter in model.parameters()]
-        held = {name: value.dim() for name, value in model.named_parameters()}
+        dimensions = {name: value.dim() for name, value in model.named_parameters()}
         trained = [
             n
-            for n in held
+            for n in dimensions
             if ("head" in spec.train and n.startswith("head.")) or ("*.bias" in spec.train and n.endswith(".bias"))
         ]
         trained = [n for n in trained if n.rpartition(".")[0] not in spec.exclude]
         noisy: list[str] = []
         if spec.noise.strength and spec.noise.where == "all":
-            noisy = [n for n, axes in held.items() if axes > 1 and n not in trained]
+            noisy = [n for n, axes in dimensions.items() if axes > 1 and n not in trained]
             noisy = [n for n in noisy if n.rpartition(".")[0] not in spec.exclude]
         self.plain = Plain(model, law_of(spec), noisy, trained, self.taken)
         self.cascade = lx.adapt(model, self.inputs(3, 0, self.with_y), spec=spec)
@@ -189,9 +188,9 @@ class Machine(RuleBasedStateMachine):
             for parameter, state in old.state.items():
                 self.optimizer.state[parameter] = state
 
-    def near_to(self, found: Tensor, expected: Tensor, what: str) -> None:
+    def near_to(self, computed: Tensor, expected: Tensor, name: str) -> None:
         torch.testing.assert_close(
-            found.detach().double(), expected.detach(), **self.near, msg=lambda text: f"{what}: {text}"
+            computed.detach().double(), expected.detach(), **self.near, msg=lambda text: f"{name}: {text}"
         )
 
     def both(self, args: tuple[Any, ...]) -> Tensor:
@@ -203,9 +202,9 @@ class Machine(RuleBasedStateMachine):
 
     def leaves(self) -> dict[tuple[str, str], nn.Parameter]:
         branches = {site.weight: self.cascade.branches[site.key] for site in self.cascade.sites}
-        held = dict(self.cascade.model.named_parameters())
-        found = {(name, key): value for name, each in branches.items() for key, value in each.trainable().items()}
-        return found | {(name, "value"): held[name] for name in self.plain.values}
+        parameters = dict(self.cascade.model.named_parameters())
+        leaves = {(name, key): value for name, branch in branches.items() for key, value in branch.trainable().items()}
+        return leaves | {(name, "value"): parameters[name] for name in self.plain.values}
 
     def taken(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the branch of a weight starts with: trained, and fixed."""
@@ -274,10 +273,10 @@ class Machine(RuleBasedStateMachine):
     def step(self, batch: int, seed: int, with_y: bool) -> None:
         self.one_step(batch, seed, with_y)
 
-    @rule(told=st.sampled_from([True, True, False]))
-    def transition(self, told: bool) -> None:
-        self.cascade.transition(self.optimizer if told else None)
-        self.plain.transition(told=told)
+    @rule(with_optimizer=st.sampled_from([True, True, False]))
+    def transition(self, with_optimizer: bool) -> None:
+        self.cascade.transition(self.optimizer if with_optimizer else None)
+        self.plain.transition(resets_optimizer=with_optimizer)
 
     def trained_since_idle(self) -> bool:
         return self.plain.idle and self.plain.begun
@@ -304,8 +303,8 @@ class Machine(RuleBasedStateMachine):
         args = self.inputs(batch, 5, with_y)
         statistics = [buffer.clone() for buffer in self.plain.model.buffers()]
         with self.cascade.weights(view):
-            found = self.cascade(*args)
-            self.near_to(found, self.plain(*args, weights=self.plain.weights(view)), f"output by {view}")
+            output = self.cascade(*args)
+            self.near_to(output, self.plain(*args, weights=self.plain.weights(view)), f"output by {view}")
         for buffer, value in zip(self.plain.model.buffers(), statistics, strict=True):  # restored with the weights
             buffer.copy_(value)
 
@@ -319,7 +318,8 @@ class Machine(RuleBasedStateMachine):
         """A graph with its adapters as inputs has the factors of the branches as values, padded with zeros."""
         for graph in graphs_of(self.cascade):
             lifted = AdapterInputs(rank)(graph).graph_module
-            values, branches = adapter_values(lifted), {each.weight_name: each for each in graph.branches.children()}
+            values = adapter_values(lifted)
+            branches = {branch.weight_name: branch for branch in graph.branches.children()}
             for item in adapter_inputs(lifted):
                 if item.tensor != "scale":
                     factor, padded = branches[item.weight].get_parameter(item.tensor), values[item.name]
@@ -378,8 +378,8 @@ class Machine(RuleBasedStateMachine):
             self.near = ROUNDED
 
     @precondition(lambda self: self.plain.stage > 1)
-    @rule(spec=specs(), other=st.booleans())
-    def release_and_adapt(self, spec: lx.CascadeSpec, other: bool) -> None:
+    @rule(spec=specs(), switch_inputs=st.booleans())
+    def release_and_adapt(self, spec: lx.CascadeSpec, switch_inputs: bool) -> None:
         expected, training = self.plain.released(), self.cascade.training
         buffers = {name: value.clone() for name, value in self.plain.model.named_buffers()}
         model = self.cascade.release()
@@ -392,7 +392,7 @@ class Machine(RuleBasedStateMachine):
             self.near_to(dict(model.named_buffers())[name], value.double(), f"released {name}")
         with raises(lx.StateError, "released"):
             self.cascade(*self.inputs(3, 0, self.with_y))
-        self.with_y = self.with_y != other
+        self.with_y = self.with_y != switch_inputs
         self.adapt(model, spec)
 
 

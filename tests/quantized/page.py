@@ -73,8 +73,8 @@ def row(case: str, layer: Quantize, grid: str | None = None) -> str:
     cascade.release(quantized="requantize")
     requantized = (cascade.model(x) - wanted).norm() / size
     with torch.enable_grad():
-        own = on_grid(layer)
-    distances = f"{rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {own:.0e}"
+        trained_on_grid = on_grid(layer)
+    distances = f"{rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {trained_on_grid:.0e}"
     return f'| {case} | {version(case.partition(" ")[0])} | {distances} | `"requantize"` |'
 
 
@@ -85,11 +85,11 @@ def main() -> None:
     cases = {case: layer for case, layer in layers.items() if case != "packed" and not is_missing(case)}
     text = PAGE.read_text()
     for case, layer in cases.items():
-        made = row(case, layer, "own" if case == "torchao mxfp4" else None)
-        text, count = re.subn(rf"^\| {re.escape(case)} \|.*$", lambda _, made=made: made, text, flags=re.MULTILINE)
+        measured = row(case, layer, "own" if case == "torchao mxfp4" else None)
+        text, count = re.subn(rf"^\| {re.escape(case)} \|.*$", lambda _, line=measured: line, text, flags=re.MULTILINE)
         if not count:
             print("no row yet:")
-        print(made)
+        print(measured)
     PAGE.write_text(text)
 
 

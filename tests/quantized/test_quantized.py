@@ -327,8 +327,8 @@ def test_a_fold_is_dense_or_requantized(case: str, quantized: Any, caplog: pytes
     expected = plain(slow)(inputs())
     torch.testing.assert_close(cascade.folded_graph(quantized="dequantize")(inputs()), expected, rtol=0, atol=2e-5)
     rounds = quantized == "requantize" and case in ("torchao int4", "torchao nvfp4")
-    told = warns("change-rounded-away", "weight") if rounds else contextlib.nullcontext()
-    with caplog.at_level(logging.INFO, logger="lorasc_fx"), told:
+    expected_warning = warns("change-rounded-away", "weight") if rounds else contextlib.nullcontext()
+    with caplog.at_level(logging.INFO, logger="lorasc_fx"), expected_warning:
         how = WEIGHTS.get(case, quantized) if quantized == "requantize" else quantized
         assert cascade.release(quantized=how) is model
     if quantized == "dequantize":

@@ -28,10 +28,10 @@ STRENGTH = 0.2
 def big() -> nn.Module:
     """Return a model with enough entries for statistics: [300, 200], [40, 50, 3, 5] and [7, 40]."""
     torch.manual_seed(7)
-    first = nn.Sequential(nn.Linear(200, 300), nn.Unflatten(1, (50, 2, 3)), nn.Conv2d(50, 40, (3, 5), padding=(1, 2)))
+    body = nn.Sequential(nn.Linear(200, 300), nn.Unflatten(1, (50, 2, 3)), nn.Conv2d(50, 40, (3, 5), padding=(1, 2)))
     return nn.Sequential(
         OrderedDict(
-            body=first, head=nn.Sequential(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(1), nn.Linear(40, 7))
+            body=body, head=nn.Sequential(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(1), nn.Linear(40, 7))
         )
     ).double()
 
@@ -71,98 +71,6 @@ def test_noise_is_the_formula(distribution: str, kurtosis: float) -> None:
     assert not any(value.any() for name, value in samples.items() if name.endswith("bias"))
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "normal"])
-def test_noise_scales_with_strength_and_std(distribution: str) -> None:
-    """For weights of the same name, noise differs only by strength and std, and std is that of W0 + S_{t-1}."""
-    x = batches(1, 4, 5)[0]
-    unit = {}
-    for strength, size in ((0.1, 1.0), (0.7, 3.0)):
-        model = mlp()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(size).add_(0.5)  # the mean is not in the formula
-        held = values(model)
-        samples = noise_of(model, x, noise=lx.Noise(strength, distribution))
-        for name in ("0.weight", "2.weight"):
-            mine = samples[name] / (strength * held[name].std())
-            torch.testing.assert_close(unit.setdefault(name, mine), mine, rtol=0, atol=1e-13)
-    second = noise_of(mlp(), x, stage=2, noise=lx.Noise(0.1, distribution))
-    cascade = adapted(mlp(), x, lx.Noise(0.1, distribution))
-    randomize(cascade, size=2.0)
-    cascade.transition(None)
-    running = values(cascade.model)
-    base = values(mlp())
-    with cascade.weights("slow"):
-        for name, value in values(cascade.model).items():
-            if name in ("0.weight", "2.weight"):
-                assert value.std() > 1.2 * base[name].std()
-                expected = second[name] / base[name].std() * value.std()
-                torch.testing.assert_close(running[name] - value, expected, rtol=0, atol=1e-13)
-
-
-class Named(nn.Module):
-    """Linear layers in the order of `names` in the module, called in alphabetical order on the same input."""
-
-    def __init__(self, names: str) -> None:
-        super().__init__()
-        for name in names:
-            setattr(self, name, nn.Linear(5, 7 if name != "c" else 3))
-            with torch.no_grad():
-                source = torch.Generator().manual_seed(ord(name))
-                getattr(self, name).weight.copy_(torch.randn(getattr(self, name).weight.shape, generator=source))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([torch.tanh(getattr(self, name)(x)) for name in sorted(self._modules)], dim=1)
-
-
-def test_noise_does_not_depend_on_other_sites() -> None:
-    """The noise is equal for any order or subset of sites, when computed twice, for any rank and for any front end."""
-    x = batches(1, 4, 5)[0].float()
-    right = noise_of(Named("abc"), x)
-    assert all(right[f"{name}.weight"].any() for name in "abc")
-    for names, options in (
-        ("cab", {}),
-        ("ba", {}),
-        ("abcd", {}),
-        ("abc", {"targets": ("b",)}),
-        ("abc", {"exclude": ("a",)}),
-        ("abc", {"rules": (lx.Rule("b", rank=1),)}),
-        ("abc", {"noise": lx.Noise(STRENGTH, where="all"), "targets": ("c",)}),
-    ):
-        model = Named(names)
-        before = values(model)
-        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(**{"rank": 2, "noise": lx.Noise(STRENGTH), **options}))
-        for view in ("slow", "base", "fast"):
-            with cascade.weights(view):
-                pass
-        noisy = [name for name, value in values(model).items() if not torch.equal(value, before[name])]
-        assert noisy
-        for name in noisy:
-            if name in right:
-                assert torch.equal(values(model)[name] - before[name], right[name]), (names, options, name)
-
-
-def test_noise_has_an_address() -> None:
-    """Another stage, seed or weight name gives other noise, even for equal values. Otherwise the noise is the same."""
-    x = batches(1, 4, 5)[0].float()
-
-    def twins() -> Named:
-        model = Named("ab")
-        model.b.load_state_dict(model.a.state_dict())
-        return model
-
-    first = noise_of(twins(), x)
-    draws = [first["a.weight"], first["b.weight"]]
-    draws += [noise_of(twins(), x, stage=stage)["a.weight"] for stage in (2, 3)]
-    draws += [noise_of(twins(), x, seed=1)["a.weight"], noise_of(twins(), x, stage=2, seed=1)["a.weight"]]
-    for index, one in enumerate(draws):
-        assert one.any()
-        for other in draws[index + 1 :]:
-            assert (one - other).abs().max() > 0.1 * one.abs().max()
-    again = noise_of(twins(), x, stage=2)["a.weight"]
-    assert torch.equal(again, draws[2])
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("restart", ["slow", "fast"])
 @pytest.mark.parametrize("where", ["sites", "all"])
@@ -190,81 +98,6 @@ def test_nothing_of_the_noise_is_left(dtype: torch.dtype, restart: str, where: A
         assert torch.equal(ours.state_dict()[name], value)
         assert torch.equal(state[name], value)
         assert torch.equal(expected[name], value)
-
-
-@pytest.mark.parametrize("where", ["sites", "all"])
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_kept_noise_stays(restart: str, where: Any) -> None:
-    """With keep, W_{t+1} = W0 + S_t + N_1 + ... + N_t + N_{t+1}.
-
-    Each N is scaled by the weights of its stage, and not by the pace.
-    """
-    x = batches(1, 4, 5)[0]
-    options: dict[str, Any] = {"restart": restart, "pace": 0.5, "targets": ("0", "4")}
-    cascade = adapted(mlp(), x, lx.Noise(STRENGTH, keep=True, where=where), **options)
-    clean = adapted(mlp(), x, lx.Noise(0.0), **options)
-    base = values(mlp())
-    unit = [noise_of(mlp(), x, stage=s, noise=lx.Noise(1.0, where=where), targets=("0", "4")) for s in (1, 2, 3)]
-    kept = {name: torch.zeros_like(value) for name, value in base.items()}
-    for stage in range(3):
-        for adapted_model in (cascade, clean):
-            randomize(adapted_model, stage)
-        running, start = values(cascade.model), values(clean.model)
-        for view in ("slow", "fast", "base"):  # the running stage's noise is in none
-            with cascade.weights(view), clean.weights(view):
-                for name, value in values(clean.model).items():
-                    expected = value + (kept[name] if view != "base" else 0)
-                    torch.testing.assert_close(values(cascade.model)[name], expected, rtol=0, atol=1e-13)
-        for name, value in start.items():
-            current = value + kept[name]
-            mine = STRENGTH * current.std() * unit[stage][name] / base[name].std()
-            torch.testing.assert_close(running[name], current + mine, rtol=0, atol=1e-13)
-            kept[name] += mine
-        if stage < 2:
-            cascade.transition(None)
-            clean.transition(None)
-    assert {name for name, value in kept.items() if value.any()} == (
-        {"0.weight", "2.weight", "4.weight"} if where == "all" else {"0.weight", "4.weight"}
-    )
-    expected = clean.release().state_dict()
-    for name, value in cascade.release().state_dict().items():
-        torch.testing.assert_close(value, expected[name] + kept[name], rtol=0, atol=1e-13)
-
-
-class Text(nn.Module):
-    """An embedding, a norm, a tied head, a linear layer that is not adapted, and one trained in full."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(11, 6)
-        self.norm = nn.LayerNorm(6)
-        self.body = nn.Linear(6, 5)
-        self.other = nn.Linear(5, 6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.words.weight
-        self.new = nn.Linear(11, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.new(torch.tanh(self.head(self.other(self.body(self.norm(self.words(ids)))))))
-
-
-@pytest.mark.parametrize(
-    ("where", "noisy"), [("sites", {"body.weight"}), ("all", {"body.weight", "other.weight", "words.weight"})]
-)
-def test_which_weights_get_noise(where: Any, noisy: set[str]) -> None:
-    """`all` selects every weight matrix, except those trained in full. Tied weights get noise once."""
-    torch.manual_seed(0)
-    model = Text().double()
-    before = values(model)
-    ids = torch.randint(0, 11, (3, 4))
-    spec = lx.CascadeSpec(targets=("body",), train=("new", "norm"), noise=lx.Noise(0.3, where=where))
-    cascade = lx.adapt(model, (ids,), spec=spec)
-    assert {name for name, value in values(model).items() if not torch.equal(value, before[name])} == noisy
-    assert model.head.weight is model.words.weight
-    randomize(cascade)
-    cascade.transition(None)
-    for name, value in cascade.release().named_parameters():
-        assert torch.equal(value, before[name]) == (name != "body.weight")
 
 
 def test_weights_without_spread_get_no_noise() -> None:
@@ -329,13 +162,13 @@ def test_a_shard_draws_its_own_numbers(
 
     monkeypatch.setattr(noise._UniformNumbers, "within", counted)
     for axis, total in enumerate(shape):
-        for first, count in ((0, total), (total // 3, total // 3), (total - 1, 1), (total, 0)):
+        for start, count in ((0, total), (total // 3, total // 3), (total - 1, 1), (total, 0)):
             drawn.clear()
-            shard = ShardSpec(first, count, total, ONE_PROCESS, axis)
-            here = torch.Size((*shape[:axis], count, *shape[axis + 1 :]))
-            assert torch.equal(noise_drawn(options, 3, 2, "w", here, shard), full.narrow(axis, first, count))
+            shard = ShardSpec(start, count, total, ONE_PROCESS, axis)
+            local = torch.Size((*shape[:axis], count, *shape[axis + 1 :]))
+            assert torch.equal(noise_drawn(options, 3, 2, "w", local, shard), full.narrow(axis, start, count))
             assert max(drawn, default=0) <= 32768
-            assert sum(drawn) == here.numel()
+            assert sum(drawn) == local.numel()
 
 
 @pytest.mark.parametrize("shape", [(700, 4000), (5, 3000), (4, 70, 1100), (90, 20, 3, 5), (7,)])
@@ -359,17 +192,17 @@ def test_large_pieces_have_the_numbers_of_blocks(shape: tuple[int, ...], monkeyp
 def test_noise_has_the_spectrum_of_independent_entries() -> None:
     """Singular values of a matrix, and correlations of blocks with different keys, fit independent random entries."""
     rows, columns = 1024, 2048
-    one, other = (noise_drawn(lx.Noise(0.1), 3, stage, "w", (rows, columns)) for stage in (1, 2))
-    for matrix in (one, one + other, one - other, one * other * 12**0.5):
+    matrix_1, matrix_2 = (noise_drawn(lx.Noise(0.1), 3, stage, "w", (rows, columns)) for stage in (1, 2))
+    for matrix in (matrix_1, matrix_1 + matrix_2, matrix_1 - matrix_2, matrix_1 * matrix_2 * 12**0.5):
         values = torch.linalg.svdvals(matrix / matrix.std())
         assert values[0] == pytest.approx(rows**0.5 + columns**0.5, rel=0.01)  # Bai and Yin, 1993
         assert values[-1] == pytest.approx(columns**0.5 - rows**0.5, rel=0.02)
-    blocks = torch.cat([one.view(-1, 32, 2, 1024).transpose(1, 2).reshape(-1, 32768), other.view(-1, 32768)])
+    blocks = torch.cat([matrix_1.view(-1, 32, 2, 1024).transpose(1, 2).reshape(-1, 32768), matrix_2.view(-1, 32768)])
     correlations = torch.corrcoef(blocks).triu(1).mul(32768**0.5)
     assert correlations.abs().max() < 5
     assert correlations[correlations != 0].std() == pytest.approx(1, rel=0.05)
-    counts = torch.histc(one, 256, -0.5, 0.5)
-    assert (counts - one.numel() / 256).square().sum() / (one.numel() / 256) < 255 + 5 * (2 * 255) ** 0.5
+    counts = torch.histc(matrix_1, 256, -0.5, 0.5)
+    assert (counts - matrix_1.numel() / 256).square().sum() / (matrix_1.numel() / 256) < 255 + 5 * (2 * 255) ** 0.5
 
 
 @pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
@@ -384,9 +217,9 @@ def test_a_late_site_whose_weight_had_noise_starts_as_an_early_one(options: dict
     assert [site.weight for site in late.sites] == ["first.weight"]
     late.train()
     assert torch.equal(late(x), early(x))
-    found, expected = dict(late.branches.named_parameters()), dict(early.branches.named_parameters())
-    assert found.keys() == expected.keys()
+    actual, expected = dict(late.branches.named_parameters()), dict(early.branches.named_parameters())
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(actual[name], value), name
     same = early.model.state_dict()
     assert all(torch.equal(value, same[name]) for name, value in late.model.state_dict().items())

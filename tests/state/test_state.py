@@ -32,10 +32,10 @@ def full(shape: tuple[int, ...], stacked: bool = False, transposed: bool = False
     bare = WeightState("w", numbers(*shape), stacked, transposed)
     *stack, rows, columns = bare.matrix
     experts = []
-    for place, rank in enumerate((1, 3, 2)):
-        scale = numbers(bare.out, seed=9).abs() if place == 1 and not stacked else None
-        factors = numbers(*stack, rows, rank, seed=place), numbers(*stack, rank, columns, seed=place + 5)
-        experts.append(Expert(*factors, place + 1, row_scale=scale))
+    for seed, rank in enumerate((1, 3, 2)):
+        scale = numbers(bare.out, seed=9).abs() if seed == 1 and not stacked else None
+        factors = numbers(*stack, rows, rank, seed=seed), numbers(*stack, rank, columns, seed=seed + 5)
+        experts.append(Expert(*factors, seed + 1, row_scale=scale))
     slow = numbers(*bare.matrix, seed=20)
     dense = {"slow": slow, "averaged": numbers(*bare.matrix, seed=21)}
     ends = tuple(StageEnd(stage, 0.5, "fast", 1 / stage) for stage in (1, 2, 3))
@@ -62,11 +62,11 @@ def tensors(value: Any) -> list[torch.Tensor]:
     if dataclasses.is_dataclass(value):
         return [tensor for item in dataclasses.fields(value) for tensor in tensors(getattr(value, item.name))]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return [tensor for each in inner for tensor in tensors(each)]
+    return [tensor for item in inner for tensor in tensors(item)]
 
 
 @pytest.mark.parametrize("kind", trees()[1:], ids=lambda kind: kind.__name__)
-def test_a_field_with_tensors_says_how_they_lie(kind: type) -> None:
+def test_a_field_with_tensors_says_how_they_are_sharded(kind: type) -> None:
     for item in dataclasses.fields(kind):
         assert ("Tensor" in str(item.type)) == (Side in item.metadata), item.name
 
@@ -120,7 +120,7 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     plan = Plan(spec, (Site("w", "linear", (6, 4), spec.site_options()),)).at_stage(5)
     pair = Factors(numbers(6, 1), numbers(1, 4))
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
-    state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=place).abs() for place in range(4)]
+    state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=seed).abs() for seed in range(4)]
     for stage, factors in enumerate((zero, pair, zero, zero), start=1):
         history = state.history.after(StageEnd(stage, 0.5))
         state = state.absorb(Delta(factors, gain=gains[stage - 1]), history)
@@ -134,10 +134,10 @@ def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     loaded = through_a_file(plan, slow_state, {"w": branch}, {})
     again = dataclasses.replace(loaded, base=state.base)
     for stage in (1, 2, 3, 4):
-        one, other = state.at(stage), again.at(stage)
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one.exact("slow", torch.float64), other.exact("slow", torch.float64))
+        before, after = state.at(stage), again.at(stage)
+        assert before is not None
+        assert after is not None
+        assert torch.equal(before.exact("slow", torch.float64), after.exact("slow", torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64])
@@ -157,10 +157,10 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
         fast = fast.absorb_value(value, fast.history.after(StageEnd(stage, 1.0, restart)), 1.0, keeps=True)
         assert torch.equal(fast.exact("slow", exact_dtype), value.to(exact_dtype))
         assert torch.equal(fast.exact("fast", dtype), value)
-    first, half = values[0].to(exact_dtype), fast.at(1)
+    value, half = values[0].to(exact_dtype), fast.at(1)
     assert half is not None
     half = half.absorb_value(values[1], half.history.after(StageEnd(2, 0.5, restart)), 0.5, keeps=True)
-    slow = torch.lerp(first, values[1].to(exact_dtype), 0.5)
+    slow = torch.lerp(value, values[1].to(exact_dtype), 0.5)
     assert torch.equal(half.exact("slow", exact_dtype), slow)
     assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
     last = fast.absorb_value(base, fast.history.after(StageEnd(3, 1.0, restart)), 1.0)
@@ -169,24 +169,8 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
     loaded = through_a_file(plan, SlowWeights({"w": half}, history=half.history), {}, {"w": values[1]})
     for stage in (0, 1, 2):
-        one, other = half.at(stage), loaded.at(stage)
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one.exact("slow", exact_dtype), other.exact("slow", exact_dtype))
+        before, after = half.at(stage), loaded.at(stage)
+        assert before is not None
+        assert after is not None
+        assert torch.equal(before.exact("slow", exact_dtype), after.exact("slow", exact_dtype))
     assert torch.equal(loaded.exact("fast", dtype), half.exact("fast", dtype))
-
-
-def views(ends: tuple[StageEnd, ...]) -> dict[str, dict[int, float]]:
-    """Return the coefficients of the experts of all stages in each view, by the slow rule on whole vectors."""
-
-    def toward(start: dict[int, float], end: dict[int, float], share: float) -> dict[int, float]:
-        pairs = {key: (start.get(key, 0.0), end.get(key, 0.0)) for key in {**start, **end}}
-        return {key: s if s == t else s + share * (t - s) for key, (s, t) in pairs.items()}
-
-    slow, start, average = dict[int, float](), dict[int, float](), dict[int, float]()
-    for end in ends:
-        fast = {**start, end.number: 1.0}
-        previous, slow = slow, toward(slow, fast, end.pace)
-        start = fast if end.restart == "fast" else slow
-        average = slow if end.share in (None, 1) else toward(average or previous, slow, end.share)
-    return {"slow": slow, "fast": start, "averaged": average}
