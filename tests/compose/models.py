@@ -1,4 +1,4 @@
-"""What the compositions run on: one small model in two dialects, with something in it for each pass to find."""
+"""A small model in two dialects, in which each pass finds something to change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0, seed=5)
-"""Pace 1 and no noise: a fold is `W + s B A`, so that what adapted graphs compute is what folded ones have to."""
+"""Pace 1 and no noise: a fold is `W + s B A`, so that adapted and folded graphs compute the same."""
 
 
 class Net(nn.Module):
-    """A convolution with its batch norm, attention, and two linear layers; some is dead, twice there, constant."""
+    """A convolution, batch norm, attention and two linears, with dead, repeated and constant nodes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
 
 
 def eager(dtype: torch.dtype = torch.float64, values: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The model, in eval mode, with statistics of its own, and with these values of its parameters and buffers."""
+    """The model in eval mode with batch statistics, and with these values of its parameters and buffers."""
     with torch.random.fork_rng(()):
         torch.manual_seed(4)
         model = Net().double()
@@ -53,7 +53,7 @@ def eager(dtype: torch.dtype = torch.float64, values: Mapping[str, Tensor] | Non
 
 
 def graph(dialect: str, values: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> Any:
-    """The model as it comes before our passes: a new graph module, or for `eager` the model itself."""
+    """A new graph module of the model, or for `eager` the model itself."""
     model = eager(dtype, values)
     if dialect == "modules":
         return fx.symbolic_trace(model)
@@ -61,10 +61,10 @@ def graph(dialect: str, values: Mapping[str, Tensor] | None = None, dtype: torch
 
 
 def exported(dtype: torch.dtype, model: nn.Module) -> fx.GraphModule:
-    """What torch.export makes of the model; the program is made once, and given other values."""
-    found = plainly(_program(dtype).module(check_guards=False))
-    found.load_state_dict(model.state_dict(), strict=False)  # the counter of batches is in no graph
-    return found
+    """The exported model. The program is exported once, and gets other values."""
+    module = plainly(_program(dtype).module(check_guards=False))
+    module.load_state_dict(model.state_dict(), strict=False)  # the counter of batches is in no graph
+    return module
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def _program(dtype: torch.dtype) -> torch.export.ExportedProgram:
 
 
 def plainly(module: nn.Module) -> fx.GraphModule:
-    """The exported module with tensors for inputs and output, not trees, which torch's own passes lose."""
+    """The exported module with plain tensors as inputs and output, because passes of torch lose pytrees."""
     assert isinstance(module, fx.GraphModule)
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     output: Any = graph.graph_copy(module.graph, copied)
@@ -83,7 +83,7 @@ def plainly(module: nn.Module) -> fx.GraphModule:
 
 
 def calls(module: fx.GraphModule, name: str) -> int:
-    """How many nodes call what has this name, as function, method or class of a module."""
+    """Return the number of nodes that call a function, method or module class of this name."""
     count = 0
     for node in module.graph.nodes:
         if node.op == "call_module":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ Run = Callable[[Any, tuple[Tensor, ...]], Any]
 
 @dataclass(frozen=True)
 class Yes:
-    """Outputs equal those of the same pass on the plain model with `W + s B A` for W."""
+    """Outputs equal the outputs of the same pass on the plain model with `W + s B A` for W."""
 
     note: str = ""
 
@@ -61,7 +58,6 @@ class Row:
         inlined: the cell of the pass between `InlineBranches` and the fold. None if there is no graph.
         tolerance: of outputs, relative to their scale.
         dtype: of the model; fp64 if the pass allows it.
-        computes: whether a graph with branches computes the same after the pass, although no fold accepts it.
         loss: tolerance of inlined branches, if the pass quantizes them.
     """
 
@@ -76,7 +72,6 @@ class Row:
     inlined: Cell | None = Yes()
     tolerance: float = 1e-10
     dtype: torch.dtype = torch.float64
-    computes: bool = False
     loss: float = 0.0
 
 
@@ -129,13 +124,6 @@ def shapes(module: fx.GraphModule, args: Any) -> Any:
     ShapeProp(module).propagate(*args)
 
 
-def fake_shapes(module: fx.GraphModule, args: Any) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
-
-
 def rewrite(module: fx.GraphModule, args: Any) -> Any:
     from torch.fx.subgraph_rewriter import replace_pattern
 
@@ -157,7 +145,7 @@ def decompose(module: fx.GraphModule, args: Any) -> Any:
 def manage(module: fx.GraphModule, args: Any) -> Any:
     from torch.fx.passes.infra.pass_manager import PassManager
 
-    return PassManager(passes=[lambda each: drop_dead(each, args)])(module)
+    return PassManager(passes=[lambda graph_module: drop_dead(graph_module, args)])(module)
 
 
 def quantize_graph(module: fx.GraphModule, args: Any) -> Any:
@@ -175,50 +163,15 @@ def quantize_graph(module: fx.GraphModule, args: Any) -> Any:
 def quantize_weights(module: nn.Module, args: Any) -> Any:
     import torchao.quantization as torchao
 
-    torchao.quantize_(module, torchao.Int8WeightOnlyConfig(), filter_fn=lambda each, name: type(each) is nn.Linear)
+    torchao.quantize_(module, torchao.Int8WeightOnlyConfig(), filter_fn=lambda layer, name: type(layer) is nn.Linear)
     return module
 
 
-def split_by_support(module: fx.GraphModule, args: Any) -> Any:
-    from torch.fx.passes.operator_support import create_op_support
-    from torch.fx.passes.splitter_base import _SplitterBase, _SplitterSettingBase
-
-    supported = create_op_support(lambda modules, node: node.op == "call_module")
-    return _SplitterBase(module, args, supported, _SplitterSettingBase(allow_non_tensor=True))()
-
-
-def draw(module: fx.GraphModule, args: Any) -> Any:
-    from torch.fx.passes.graph_drawer import FxGraphDrawer
-
-    module.meta["drawn"] = len(FxGraphDrawer(module, "model").get_dot_graph().get_nodes())
-
-
-def find_culprit(module: fx.GraphModule, args: Any) -> Any:
-    """Compare each node with one that is 1 larger after the GELU, on a copy, and stamp the node that is found."""
-    from torch.fx.passes.net_min_base import _MinimizerBase, _MinimizerSettingBase
-
-    class Minimizer(_MinimizerBase):
-        def run_a(self, mod: Any, inputs: Any, report_idx: int = -1) -> Any:
-            return mod(*inputs)
-
-        def run_b(self, mod: Any, inputs: Any, report_idx: int = -1) -> Any:
-            return mod(*inputs) + calls(mod, "gelu")
-
-    def compare(one: Any, other: Any, names: Any) -> tuple[float, bool]:
-        error = float((one - other).abs().max())
-        return error, error < 1e-6
-
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        found = Minimizer(copy.deepcopy(module), args, compare, _MinimizerSettingBase()).minimize()
-    for node in module.graph.nodes:
-        node.meta["culprit"] = node.name in {each.name for each in found}
-
-
 class Compiled:
-    """What another program runs: a function of the inputs, and what it knows of the graph."""
+    """A compiled program: a function of the inputs, and the number of changes of the graph."""
 
-    def __init__(self, call: Callable[..., Any], found: Any) -> None:
-        self.call, self.found = call, found
+    def __init__(self, call: Callable[..., Any], changes: int) -> None:
+        self.call, self.changes = call, changes
 
     def __call__(self, *args: Tensor) -> Any:
         return self.call(*args)
@@ -256,7 +209,7 @@ NO_GRAPH = Refused("must return a GraphModule", "the result is no graph of torch
 ROWS: tuple[Row, ...] = (
     Row("conv-bn fusion", "torch.fx.experimental.optimization.fuse", "modules", fuse,
         lambda module: not calls(module, "BatchNorm2d"), Yes("the fused weights are W0"),
-        Yes("it fuses no site, because a branch is in between"), Yes(), computes=True),
+        Yes("it fuses no site, because a branch is in between"), Yes()),
     Row("constant folding", "torch.fx.experimental.const_fold.split_const_subgraphs", "modules", fold_constants,
         lambda module: not calls(module, "exp"), Yes(), Yes("branches are not folded"), Yes()),
     Row("Inductor's constant folding", "torch._inductor.constant_folding.constant_fold", "aten", freeze,
@@ -268,28 +221,16 @@ ROWS: tuple[Row, ...] = (
         Yes()),
     Row("splitting", "torch.fx.passes.split_module.split_module", "modules", split,
         lambda module: hasattr(module, "submod_1"), Refused("is called as one node", "adapt first"),
-        Refused("no node of it calls the branch any more", "fold first"), Yes(), computes=True, inlined=CHANGED),
-    Row("splitting by support", "torch.fx.passes.splitter_base._SplitterBase", "modules", split_by_support,
-        lambda module: "_run_on_acc" in str([*module._modules]), Refused("is called as one node", "adapt first"),
-        Refused("no node of it calls the branch any more", "fold first"), Yes(), computes=True, inlined=CHANGED),
+        Refused("no node of it calls the branch any more", "fold first"), Yes(), inlined=CHANGED),
     Row("shapes", "torch.fx.passes.shape_prop.ShapeProp", "modules", shapes,
         lambda module: all("tensor_meta" in node.meta for node in module.graph.nodes if node.op == "call_module"),
         Yes(), Yes("branches included"), Yes()),
-    Row("shapes by fake tensors", "torch.fx.passes.fake_tensor_prop.FakeTensorProp", "modules", fake_shapes,
-        lambda module: all("val" in node.meta for node in module.graph.nodes if node.op == "call_module"), Yes(),
-        Yes("branches included"), Yes()),
-    Row("drawing", "torch.fx.passes.graph_drawer.FxGraphDrawer", "modules", draw,
-        lambda module: module.meta["drawn"] >= len(module.graph.nodes), Yes(),
-        Yes("branches included"), Yes()),
-    Row("minimizer", "torch.fx.passes.net_min_base._MinimizerBase", "modules", find_culprit,
-        lambda module: [node.name for node in module.graph.nodes if node.meta["culprit"]] == ["gelu"], Yes(), Yes(),
-        Yes()),
     Row("subgraph rewriting", "torch.fx.subgraph_rewriter.replace_pattern", "modules", rewrite,
         lambda module: calls(module, "erf") == 1 and not calls(module, "gelu"), Yes(),
         Yes("for patterns without a site"), Yes()),
     Row("decompositions", "torch.export.ExportedProgram.run_decompositions", "aten", decompose,
         lambda module: not calls(module, "linear"), Yes(),
-        Refused(OTHER_USE, "branches are decomposed too, and compute the same; fold first"), Yes(), computes=True,
+        Refused(OTHER_USE, "branches are decomposed too, and compute the same; fold first"), Yes(),
         inlined=CHANGED),
     Row("torch.fx's PassManager", "torch.fx.passes.infra.pass_manager.PassManager", "modules", manage,
         lambda module: not calls(module, "sin"), Yes("either manager inside the other"), Yes("either way"),
@@ -300,10 +241,10 @@ ROWS: tuple[Row, ...] = (
         Refused("no node of it calls the branch any more", "fold first"), Yes(), tolerance=1e-5, dtype=torch.float32,
         inlined=Refused(CHANGED.message, "branches are quantized too; fold first"), loss=0.05),
     Row("ONNX", "torch.onnx.export, then onnxscript.optimizer.optimize", "aten", to_onnx,
-        lambda result: result.found > 0, NO_GRAPH, NO_GRAPH, Yes(), tolerance=1e-5, dtype=torch.float32, computes=True,
+        lambda result: result.changes > 0, NO_GRAPH, NO_GRAPH, Yes(), tolerance=1e-5, dtype=torch.float32,
         inlined=NO_GRAPH),
     Row("Inductor with a pass of yours", "torch._inductor.config.post_grad_custom_pre_pass", "aten",
-        compile_with_own_pass, lambda result: result.found == 1, NO_GRAPH, NO_GRAPH, Yes(), computes=True,
+        compile_with_own_pass, lambda result: result.changes == 1, NO_GRAPH, NO_GRAPH, Yes(),
         inlined=NO_GRAPH),
     Row("int8 weights", "torchao.quantization.quantize_ by Int8WeightOnlyConfig", "eager", quantize_weights,
         lambda module: any(type(e) is nn.Linear and type(e.weight) is not nn.Parameter for e in module.modules()),

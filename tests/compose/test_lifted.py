@@ -1,4 +1,4 @@
-"""Graphs that take weights as inputs, and graphs of torch.compile: branches are in them as in any other graph."""
+"""Graphs that take weights as inputs, and graphs of torch.compile, get branches as any other graph."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, seed=5)
 INSERT = Pipeline([MatchSites(SPEC), InsertBranches()])
 
 
-def first(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @pytest.mark.parametrize("kind", WITH_NAMES | WITHOUT_NAMES)
 def test_a_kind_of_graph(kind: str) -> None:
     module = model()
-    made, inputs = (WITH_NAMES | WITHOUT_NAMES)[kind](module)
-    shapes(made, inputs)
-    before, named = text(made), made
+    graph, inputs = (WITH_NAMES | WITHOUT_NAMES)[kind](module)
+    shapes(graph, inputs)
+    before, named = text(graph), graph
     if kind in WITHOUT_NAMES:
-        named = weights_as_attributes(made, inputs if len(inputs) > 1 else (), module)
-    assert text(made) == before
-    assert torch.equal(first(named(*inputs)), module(X))
+        named = weights_as_attributes(graph, inputs if len(inputs) > 1 else (), module)
+    assert text(graph) == before
+    assert torch.equal(tensor_of(named(*inputs)), module(X))
     inserted = fill(INSERT(named).graph_module)
     added = deltas(inserted)
     assert set(added) == {"0.weight", "2.weight"}
@@ -57,27 +57,27 @@ def test_a_kind_of_graph(kind: str) -> None:
             expected.get_parameter(name).add_(value)
     for passes in ([], [InlineBranches()]):
         between = Pipeline([*passes, lambda module: shapes(module, inputs)])(inserted).graph_module
-        torch.testing.assert_close(first(between(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tensor_of(between(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
         folded = FoldBranches()(between).graph_module
         shapes(folded, inputs)
         assert text(folded) == text(named)
-        torch.testing.assert_close(first(folded(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tensor_of(folded(*inputs)), expected(X), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ExportedProgram.graph_module", "make_fx(function)(parameters, x)"])
 def test_the_error_names_the_cause(kind: str) -> None:
-    made, _ = WITHOUT_NAMES[kind](model())
+    graph, _ = WITHOUT_NAMES[kind](model())
     with raises(NoSites, "no-sites", "weights_as_attributes", "inputs of the graph"):
-        INSERT(made)
+        INSERT(graph)
 
 
 def test_wrong_inputs_are_errors() -> None:
     module = model()
-    made, inputs = lifted(module)
-    with raises(lx.PassError, "input-not-supported", "4 inputs were given, but the graph has 5 placeholders"):
-        weights_as_attributes(made, inputs[1:], module)
+    graph, inputs = lifted(module)
+    with raises(lx.PassError, "input-not-supported", "4 inputs", "5 placeholders"):
+        weights_as_attributes(graph, inputs[1:], module)
     with raises(lx.PassError, "input-not-supported", "no input and no attribute"):
-        weights_as_attributes(made, inputs, model())
+        weights_as_attributes(graph, inputs, model())
 
 
 def test_tied_and_existing_modules_keep_the_graph_module_unchanged() -> None:
@@ -87,29 +87,6 @@ def test_tied_and_existing_modules_keep_the_graph_module_unchanged() -> None:
     inserted = INSERT(weights_as_attributes(traced, (), module)).graph_module
     assert [site.weight for site in record_of(inserted).plan.sites] == ["0.weight"]
     assert not [name for name in dict(traced.named_parameters()) if name.startswith("0")]
-
-
-@pytest.mark.slow
-def test_qat_comes_after_the_fold() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-        from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
-
-        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_qat=True))
-        x, module = X.float(), model().float()
-        inserted = fill(INSERT(torch.export.export(module, (x,)).module(check_guards=False)).graph_module)
-        folded = FoldBranches()(inserted).graph_module
-        prepared = prepare_qat_pt2e(copy.deepcopy(folded), quantizer)
-        torch.testing.assert_close(prepared(x), inserted(x), rtol=0.1, atol=0.1)
-        observed = prepare_qat_pt2e(inserted, quantizer)
-    with raises(
-        lx.passes.VerifyError, "graph-not-verified", "linear", "run fold-branches before", "that inserts observers"
-    ):
-        FoldBranches()(observed)
-
-
-# --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 class Broken(nn.Module):

@@ -1,4 +1,4 @@
-"""A graph module with branches can be saved, copied and traced again: folds, transitions, insertions still work."""
+"""A graph module with branches can be saved, copied and traced again, and then folded and adapted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 class Net(nn.Module):
-    """Two linears that read one input, one that is called twice, and a bias apart from them."""
+    """Two linears that read one input, and one that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,25 +81,19 @@ def test_a_rebuilt_graph_is_folded(way: str, dialect: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_merged_branch_restores_its_op(way: str) -> None:
+def test_merged_branches_and_the_next_stage(way: str) -> None:
     module = adapted("aten", "merged")
-    rebuilt = WAYS[way](module)
-    folded = FoldBranches()(rebuilt).graph_module
+    expected = StageTransition()(copy.deepcopy(module)).graph_module
+    folded = FoldBranches()(WAYS[way](module)).graph_module
     assert [node.target for node in folded.graph.nodes].count(torch.ops.aten.linear.default) == 4
     torch.testing.assert_close(folded(X), module(X), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_next_stage(way: str) -> None:
-    module = adapted("aten", "beside")
-    expected = StageTransition()(copy.deepcopy(module)).graph_module
     after = Pipeline([StageTransition()])(WAYS[way](module)).graph_module
     assert record_of(after).plan.stage == 2
     assert torch.equal(after(X), expected(X))
     assert faults(after) == []
 
 
-def test_damage_in_a_rebuilt_graph_is_found() -> None:
+def test_damage_in_a_rebuilt_graph_is_an_error() -> None:
     module = fx.symbolic_trace(adapted("modules", "beside"))
     node = next(node for node in module.graph.nodes if node.name.startswith("branches_q"))
     node.replace_all_uses_with(node.args[0])
@@ -109,6 +103,6 @@ def test_damage_in_a_rebuilt_graph_is_found() -> None:
         FoldBranches()(module)
 
 
-def test_a_copy_of_a_branch_shares_what_it_keeps() -> None:
+def test_a_copy_of_a_branch_shares_its_kept_tensors() -> None:
     branch = branches_of(adapted("modules", "beside"))["q.weight"]
     assert copy.deepcopy(branch).kept is branch.kept is not None

@@ -1,7 +1,6 @@
-"""Holds one small model against its own eager twin, under one front end, in fp64.
+"""Compares a small model with an eager twin, under one front end, in fp64.
 
-The oracle is a twin that is built anew and runs eagerly; with branches it runs on W + s B A, a plain formula of A and B
-under torch.func.functional_call, and autograd goes through that formula.
+The oracle is a new twin that runs eagerly. With branches it runs on W + s B A, and autograd differentiates the formula.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)
 
 
 def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> lx.Cascade:
-    """Hold a case against its twin; raises AssertionError for what differs, CaptureError where it is refused."""
+    """Compare a case with its twin. Raises AssertionError if they differ, CaptureError if the case is refused."""
     torch._dynamo.reset()
     modes = case.modes if modes is None else modes
     model, twin = case.model(), case.model().requires_grad_(False)
@@ -44,45 +43,44 @@ def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> l
 
 def state(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return parameters and buffers by name, each with a copy of its values."""
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (value, value.detach().clone()) for name, value in held.items()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (value, value.detach().clone()) for name, value in tensors.items()}
 
 
 def untouched(model: nn.Module, base: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Nothing but a call of the cascade writes to the model: same tensors, same values."""
-    for name, (now, _) in state(model).items():
-        then, value = base[name]
-        assert now is then or not isinstance(then, nn.Parameter), f"{name} is another tensor"
-        assert torch.equal(now.nan_to_num(), value.nan_to_num()), f"{name} holds other values"
+    """`adapt` does not write to the model: the tensors and their values are the same."""
+    for name, (current, _) in state(model).items():
+        before, value = base[name]
+        assert current is before or not isinstance(before, nn.Parameter), f"{name} is another tensor"
+        assert torch.equal(current.nan_to_num(), value.nan_to_num()), f"{name} holds other values"
 
 
 def same_at_first(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
-    """B = 0: outputs and buffers are those of the frozen eager model, under the same seed."""
+    """B = 0: outputs and buffers equal the frozen eager model, under the same seed."""
     follow(twin, cascade.model)
     expected = run(twin.train(training), case.call(), fused=False)
-    found = run(cascade.train(training), case.call())
-    assert_same(found, expected, case.close)
+    assert_same(run(cascade.train(training), case.call()), expected, case.close)
     assert_buffers(cascade.model, twin, case.close)
 
 
 def same_as_formula(case: Case, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
-    """B != 0: outputs are those of W + s B A, and the gradients of A and B those of autograd through the formula."""
+    """B != 0: outputs and gradients of A and B equal autograd through W + s B A."""
     randomize(cascade, 4, size=0.1)
     follow(twin, cascade.model)
     expected, factors = by_formula(cascade, twin.train(training), case.call())
-    found = run(cascade.train(training), case.call(), grad=True)
-    assert_same(found, expected, case.tolerance)
+    output = run(cascade.train(training), case.call(), grad=True)
+    assert_same(output, expected, case.tolerance)
     assert_buffers(cascade.model, twin, case.tolerance)
-    loss_of(found).backward()
+    loss_of(output).backward()
     loss_of(expected).backward()
     for site in cascade.sites:
         branch = cascade.branches[site.key]
-        for own, value in zip((branch.lora_A, branch.lora_B), factors[site.weight], strict=True):
-            assert own.grad is not None, f"no gradient for {site.weight}"
+        for factor, value in zip((branch.lora_A, branch.lora_B), factors[site.weight], strict=True):
+            assert factor.grad is not None, f"no gradient for {site.weight}"
             assert value.grad is not None, f"the formula gives {site.weight} no gradient"
             assert value.grad.any(), f"{site.weight} moves nothing"
             scale = float(value.grad.abs().max())
-            worst = float((own.grad - value.grad).abs().max())
+            worst = float((factor.grad - value.grad).abs().max())
             assert worst <= 100 * case.tolerance * scale, (
                 f"gradient of {site.weight} differs by {worst / scale:.1e} of its scale"
             )
@@ -93,13 +91,13 @@ def same_as_formula(case: Case, cascade: lx.Cascade, twin: nn.Module, training: 
 
 
 def covered(case: Case, cascade: lx.Cascade, model: nn.Module) -> None:
-    """Sites, refusals and unreached are all matrices, each once; the case's sites are sites, of its kinds."""
-    found = {site.weight: site.kind for site in cascade.sites}
+    """Each matrix is once a site, refused or unreached, as the case says."""
+    sites = {site.weight: site.kind for site in cascade.sites}
     refused = {refusal.weight: refusal.reason for refusal in cascade.refusals}
-    told = [*found, *refused, *cascade.unreached]
-    assert sorted(told) == sorted(name for name, value in model.named_parameters() if value.dim() > 1)
+    matrices = sorted(name for name, value in model.named_parameters() if value.dim() > 1)
+    assert sorted([*sites, *refused, *cascade.unreached]) == matrices
     assert cascade.unreached == case.unreached
-    assert found == dict(case.sites), [str(refusal) for refusal in cascade.refusals]
+    assert sites == dict(case.sites), [str(refusal) for refusal in cascade.refusals]
     assert refused.keys() == case.refused.keys()
     for name, reason in case.refused.items():
         assert refused[name] in (reason if isinstance(reason, tuple) else (reason,)), str(cascade.refusals)
@@ -111,8 +109,8 @@ def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before
     """The release is the user's object with W0 + pace s B A, and computes as a fresh model with those weights."""
     randomize(cascade, 4, size=0.1)
     sites = {site.weight for site in cascade.sites}
-    held = dict(cascade.model.named_parameters())
-    slow = {name: base[name][1] if name in sites else value.detach().clone() for name, value in held.items()}
+    parameters = dict(cascade.model.named_parameters())
+    slow = {name: base[name][1] if name in sites else value.detach().clone() for name, value in parameters.items()}
     with torch.no_grad():
         for site in cascade.sites:
             branch = cascade.branches[site.key]
@@ -128,20 +126,20 @@ def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before
     for value, (_, _, flag) in zip(
         (parameter for _, parameter in twin.named_parameters(remove_duplicate=False)), before[1], strict=True
     ):
-        value.requires_grad_(flag)  # torch picks kernels by it
+        value.requires_grad_(flag)  # torch chooses kernels by it
     training = case.modes[-1]
     expected = run(twin.train(training), case.call(), fused=False)
     assert_same(run(model.train(training), case.call(), fused=False), expected)
 
 
 def by_formula(cascade: lx.Cascade, twin: nn.Module, call: Call) -> tuple[Any, dict[str, tuple[torch.Tensor, ...]]]:
-    """Return the twin's output with W + s B A as weights, and the A and B that autograd goes back to."""
-    held = dict(twin.named_parameters())
+    """Return the twin's output with W + s B A as weights, and the A and B that get gradients."""
+    weights = dict(twin.named_parameters())
     values, factors = {}, {}
     for site in cascade.sites:
         branch = cascade.branches[site.key]
         a, b = (factor.detach().clone().requires_grad_() for factor in (branch.lora_A, branch.lora_B))
-        values[site.weight] = held[site.weight] + delta(site, a, b)
+        values[site.weight] = weights[site.weight] + delta(site, a, b)
         factors[site.weight] = (a, b)
     seed(6)
     with quietly(), substituted(twin, values):
@@ -150,37 +148,37 @@ def by_formula(cascade: lx.Cascade, twin: nn.Module, call: Call) -> tuple[Any, d
 
 @contextlib.contextmanager
 def substituted(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Put other tensors in the place of parameters, at all their places.
+    """Replace parameters by other tensors in all modules that have them.
 
-    torch.func.functional_call would not do: it leaves them there in a module that has two names.
+    `torch.func.functional_call` does not restore a module that has two names.
     """
     parameters = dict(model.named_parameters())
     swapped = {id(parameters[name]): value for name, value in values.items()}
-    places = [
+    entries = [
         (module._parameters, leaf, parameter)
         for module in model.modules()
         for leaf, parameter in module._parameters.items()
         if id(parameter) in swapped
     ]
     try:
-        for holder, leaf, parameter in places:
+        for holder, leaf, parameter in entries:
             holder[leaf] = swapped[id(parameter)]
         yield
     finally:
-        for holder, leaf, parameter in places:
+        for holder, leaf, parameter in entries:
             holder[leaf] = parameter
 
 
 def follow(twin: nn.Module, model: nn.Module) -> None:
-    """Give the twin the model's parameters and buffers."""
+    """Copy parameters and buffers of the model to the twin."""
     with torch.no_grad():
-        for own, theirs in ((twin.parameters(), model.parameters()), (twin.buffers(), model.buffers())):
-            for mine, other in zip(own, theirs, strict=True):
-                mine.copy_(other)
+        for mine, theirs in ((twin.parameters(), model.parameters()), (twin.buffers(), model.buffers())):
+            for target, source in zip(mine, theirs, strict=True):
+                target.copy_(source)
 
 
 def face(model: nn.Module) -> Any:
-    """Return what release must leave as it was: modes, flags, names, identity, hooks."""
+    """Return what release must restore: modes, flags, names, identity, hooks."""
     modes = {name: module.training for name, module in model.named_modules()}
     flags = [(name, id(value), value.requires_grad) for name, value in model.named_parameters(remove_duplicate=False)]
     hooks = [

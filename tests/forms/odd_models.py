@@ -1,8 +1,6 @@
-"""Models in the style of published code, and their table: chance, hooks, own gradients, sizes and values, own types."""
+"""Models in the style of published code: random numbers, loops over values, control flow, running statistics."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,40 +35,14 @@ class Decoder(nn.Module):
         self.table, self.cell, self.head = nn.Embedding(6, 4), nn.GRUCell(4, 5), nn.Linear(5, 6)
 
     def forward(self, context: Tensor) -> Tensor:
-        state, tokens, found = context, torch.zeros(context.shape[0], dtype=torch.long), []
-        while len(found) < 5:
+        state, tokens, logits = context, torch.zeros(context.shape[0], dtype=torch.long), []
+        while len(logits) < 5:
             state = self.cell(self.table(tokens), state)
-            found.append(self.head(state))
-            tokens = found[-1].argmax(-1)
+            logits.append(self.head(state))
+            tokens = logits[-1].argmax(-1)
             if bool((tokens == 5).all()):
                 break
-        return torch.stack(found, 1)
-
-
-@dataclass
-class Detections:
-    """What a detector returns."""
-
-    boxes: list[dict[str, Tensor]]
-    losses: dict[str, Tensor]
-    count: int = 0
-
-
-class Detector(nn.Module):
-    """Deep supervision: a dataclass that holds lists of dicts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.levels = nn.ModuleDict({"p3": nn.Conv2d(3, 4, 3, padding=1), "p4": nn.Conv2d(4, 4, 3, 2, 1)})
-        self.boxes, self.scores = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor) -> Detections:
-        found, losses = [], {}
-        for name, level in self.levels.items():
-            x = F.relu(level(x))
-            found.append({"boxes": self.boxes(x).sigmoid(), "scores": self.scores(x)})
-            losses[f"loss_{name}"] = found[-1]["scores"].logsumexp(1).mean()
-        return Detections(found, losses, len(found))
+        return torch.stack(logits, 1)
 
 
 class Loose(nn.Module):
@@ -86,7 +58,7 @@ class Loose(nn.Module):
 
 
 class ControlFlow(nn.Module):
-    """Torch's operator for branches, whose bodies read weights of the model."""
+    """Calls `torch.cond`, whose bodies read weights of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +71,7 @@ class ControlFlow(nn.Module):
 
 
 class Droppers(nn.Module):
-    """Every kind of chance that torch has a layer for, and torchvision's stochastic depth."""
+    """The random layers of torch, and stochastic depth of torchvision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +87,7 @@ class Droppers(nn.Module):
 
 
 class Norms(nn.Module):
-    """Running statistics: averaged over all calls, of instances, without affine, in eval mode for good."""
+    """Norms with running statistics: averaged over all calls, of instances, without affine, and without statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +108,7 @@ class Norms(nn.Module):
 
 
 class Raw(nn.Module):
-    """Reads a weight's data, behind the back of autograd."""
+    """Reads the data of a weight, without autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,8 +136,6 @@ ODD: list[Case] = [
         {"strength": (Reason.NO_FORM, Reason.VECTOR)}),
     Case("decoder", Decoder, rand((3, 5)),
         {"table.weight": "embedding", "cell.weight_ih": "recurrent", "cell.weight_hh": "recurrent"} | lin("head"),
-        has_graph=False),
-    Case("detector", Detector, rand((2, 3, 6, 7)), convs("levels.p3", "levels.p4", "boxes", "scores"),
         has_graph=False),
     Case("loose", Loose, lambda: (rand((4, 3), (4, 3))(), {"scale": 2.0, "image": X()[0], "text": X()[0]}),
         lin("layers.text", "layers.image"), unreached=("layers.sound.weight",)),

@@ -1,6 +1,4 @@
-"""Every spelling of a weight, and models in the style of published code, are the eager model, with a graph and without:
-at B = 0, with branches, and released.
-"""
+"""Each operator, and models in the style of published code, equal the eager model, with a graph and without."""
 
 from __future__ import annotations
 
@@ -17,24 +15,24 @@ from tests.kit.operators.case import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:q. these quantized weights get no branches")  # whole_numbers
 
-EVERY = [*(case for case in OPERATORS if case.modes), *ODD]
-ROWS = pytest.mark.parametrize("case", EVERY, ids=[case.name for case in EVERY])
+ALL = [*(case for case in OPERATORS if case.modes), *ODD]
+ROWS = pytest.mark.parametrize("case", ALL, ids=[case.name for case in ALL])
 
 
-def test_rows_have_names_of_their_own() -> None:
-    assert len({case.name for case in EVERY}) == len(EVERY) > 140
+def test_names_are_unique() -> None:
+    assert len({case.name for case in ALL}) == len(ALL) > 138
 
 
 @ROWS
 def test_auto(case: Case) -> None:
-    """torch.export takes a row, or it is refused there and adapted without a graph."""
+    """torch.export captures a case, or refuses it, and it is adapted without a graph."""
     cascade = check(case, "auto")
     assert cascade.frontend == case.taken_by
     assert [name for name, _ in cascade.refused_frontends] == ([] if case.has_graph else ["export"])
 
 
-@pytest.mark.parametrize("case", [case for case in EVERY if not case.has_graph], ids=lambda case: case.name)
-def test_a_graph_that_is_asked_for_is_made_or_refused(case: Case) -> None:
+@pytest.mark.parametrize("case", [case for case in ALL if not case.has_graph], ids=lambda case: case.name)
+def test_a_case_without_a_graph_is_refused_by_export(case: Case) -> None:
     with raises(lx.CaptureError, "not-captured", "export"):
         check(case, "export")
 
@@ -46,10 +44,10 @@ OTHER_KINDS = (
     "generator",
     "experts_sorted_turned",
 )
-"""Rows with a weight that an eager run takes for another kind or layout than a graph does, by its first op."""
+"""Cases with a weight whose kind or layout in an eager run, from its first op, differs from the graph."""
 UNSEEN = ("orthogonal_cayley", "control_flow")
-"""Rows with a weight that only torch.linalg or a body of torch.cond reads, where an eager run sees no form."""
-WITHOUT_A_GRAPH = [case for case in EVERY if case.has_graph and case.name not in (*OTHER_KINDS, *UNSEEN)]
+"""Cases with a weight that only torch.linalg or a body of torch.cond reads, so that an eager run finds no form."""
+WITHOUT_A_GRAPH = [case for case in ALL if case.has_graph and case.name not in (*OTHER_KINDS, *UNSEEN)]
 
 
 @pytest.mark.parametrize("case", WITHOUT_A_GRAPH, ids=lambda case: case.name)
@@ -68,9 +66,9 @@ def test_the_model_is_its_own_oracle(name: str) -> None:
     assert examine(ZOO[name]).faults == []
 
 
-def test_the_zoo_is_large_and_told_once() -> None:
-    """Enough architectures of each library, from as many source files; each name once."""
-    least = {"timm": 60, "torchvision": 15, "transformers": 60}
+def test_the_zoo_is_large() -> None:
+    """Architectures of each library come from enough source files, and their names are unique."""
+    minimum = {"timm": 60, "torchvision": 15, "transformers": 60}
     assert len(ZOO) == sum(map(len, LIBRARIES.values()))
     for library, entries in LIBRARIES.items():
-        assert len({entry.source for entry in entries}) >= least[library]
+        assert len({entry.source for entry in entries}) >= minimum[library]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Small(nn.Module):
-    """A convolution, a norm with statistics, a table, an attention of its own, dropout and a head."""
+    """A convolution, a norm with statistics, a table, attention, dropout and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ def batch(dtype: torch.dtype = torch.float64, size: int = 3, length: int = 5) ->
     return (x.to(dtype), ids), {}
 
 
-@pytest.mark.parametrize("frontend", ["export", "eager"])
-@pytest.mark.parametrize(("first", "then"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
-def test_another_dtype(frontend: str, first: str, then: str) -> None:
+@FRONTENDS
+@pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float32", "bfloat16"), ("float64", "float32")])
+def test_another_dtype(frontend: str, before: str, after: str) -> None:
     """cascade.to(dtype) computes as the eager model in that dtype, and its branches as the formula there."""
-    old, new = getattr(torch, first), getattr(torch, then)
+    old, new = getattr(torch, before), getattr(torch, after)
     twin = small(old).requires_grad_(False)
     cascade = lx.adapt(small(old), *batch(old), spec=SPEC, frontend=frontend)
     run(cascade, batch(old))
@@ -71,7 +71,7 @@ def test_another_dtype(frontend: str, first: str, then: str) -> None:
     assert cascade.release().head.weight.dtype == new
 
 
-@pytest.mark.parametrize("frontend", ["export", "eager"])
+@FRONTENDS
 @pytest.mark.parametrize("around", [True, False], ids=["all_in_autocast", "calls_in_autocast"])
 def test_autocast(frontend: str, around: bool) -> None:
     """Under autocast the outputs are the eager model's, bit for bit; with branches, to the precision of bf16."""
@@ -80,16 +80,16 @@ def test_autocast(frontend: str, around: bool) -> None:
         cascade = lx.adapt(model, *batch(torch.float32), spec=SPEC, frontend=frontend)
     for training in (True, False):
         with torch.autocast("cpu", torch.bfloat16):
-            found, expected = (run(each.train(training), batch(torch.float32)) for each in (cascade, twin))
-        assert found.dtype == torch.bfloat16
-        assert_same(found, expected)
+            output, expected = (run(model.train(training), batch(torch.float32)) for model in (cascade, twin))
+        assert output.dtype == torch.bfloat16
+        assert_same(output, expected)
         assert_same(run(cascade, batch(torch.float32)), run(twin, batch(torch.float32)))
     randomize(cascade, size=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = by_formula(cascade, twin, batch(torch.float32))
-        found = cascade(*batch(torch.float32)[0])
-        assert_same(found, expected, 0.05)
-        loss_of(found).backward()
+        output = cascade(*batch(torch.float32)[0])
+        assert_same(output, expected, 0.05)
+        loss_of(output).backward()
     assert all(value.grad.dtype == value.dtype == torch.float32 for value in cascade.branches.parameters())
     assert all(value.grad.any() for value in cascade.branches.parameters())
 
@@ -97,7 +97,7 @@ def test_autocast(frontend: str, around: bool) -> None:
 @pytest.mark.slow
 @FRONTENDS
 def test_sizes_strides_and_modes_of_autograd(frontend: str) -> None:
-    """Batch 1, other lengths, inputs that are not contiguous or expanded, no_grad, inference mode."""
+    """Batch 1, other lengths, strided and expanded inputs, no_grad, inference mode."""
     cascade = lx.adapt(small(), *batch(), spec=SPEC, frontend=frontend).eval()
     twin = small().requires_grad_(False).eval()
     randomize(cascade, size=0.1)
@@ -120,18 +120,18 @@ def test_sizes_strides_and_modes_of_autograd(frontend: str) -> None:
 
 @FRONTENDS
 def test_gradients_of_inputs(frontend: str) -> None:
-    """An input that needs a gradient gets that of the formula; a second gradient as well."""
+    """First and second gradients of an input equal the gradients of the formula."""
     cascade = lx.adapt(small(), *batch(), spec=SPEC, frontend=frontend).eval()
     twin = small().requires_grad_(False).eval()
     randomize(cascade, size=0.1)
-    found = []
+    gradients = []
     for call in (cascade, lambda *args: by_formula(cascade, twin, (args, {}))[0]):
         (x, ids), _ = batch()
         x.requires_grad_()
         (slope,) = torch.autograd.grad(loss_of(call(x, ids)), x, create_graph=True)
-        (second,) = torch.autograd.grad(slope.square().sum(), x)
-        found.append((slope.detach(), second))
-    assert_same(found[0], found[1], 1e-10)
+        (curvature,) = torch.autograd.grad(slope.square().sum(), x)
+        gradients.append((slope.detach(), curvature))
+    assert_same(*gradients, 1e-10)
 
 
 class Pair(NamedTuple):
@@ -146,22 +146,22 @@ class Batch:
 
 
 class Takes(nn.Module):
-    """Takes its input apart as the row says."""
+    """Reads tensors from a container by the function of the row."""
 
     def __init__(self, take: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.body, self.take = nn.Linear(5, 3), take
 
-    def forward(self, given: Any, how: str = "tanh", *, times: int = 1) -> Tensor:
-        hidden = self.body(self.take(given)) * times
+    def forward(self, container: Any, how: str = "tanh", *, times: int = 1) -> Tensor:
+        hidden = self.body(self.take(container)) * times
         return hidden.tanh() if how == "tanh" else hidden.relu()
 
 
 CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
-    "dict": (lambda x: {"a": x, "b": {"c": 2 * x}}, lambda given: given["a"] + given["b"]["c"]),
-    "list": (lambda x: [x, [2 * x]], lambda given: given[0] + given[1][0]),
-    "named": (lambda x: Pair(x, None), lambda given: given.image),
-    "dataclass": (Batch, lambda given: given.image),
+    "dict": (lambda x: {"a": x, "b": {"c": 2 * x}}, lambda value: value["a"] + value["b"]["c"]),
+    "list": (lambda x: [x, [2 * x]], lambda value: value[0] + value[1][0]),
+    "named": (lambda x: Pair(x, None), lambda value: value.image),
+    "dataclass": (Batch, lambda value: value.image),
     "longer_list": (lambda x: [x] * 3, sum),
 }
 
@@ -176,13 +176,13 @@ def test_containers_of_inputs(name: str, frontend: str) -> None:
     cascade = lx.adapt(copy.deepcopy(twin).requires_grad_(), (make(x),), spec=SPEC, frontend=frontend)
     randomize(cascade, size=0.1)
     calls: list[Any] = [((make(x),), {}), ((make(x[:1]),), {}), ((make(x), "relu"), {}), ((make(x),), {"times": 3})]
-    calls += [((), {"given": make(3 * x), "how": "relu", "times": 2})]
+    calls += [((), {"container": make(3 * x), "how": "relu", "times": 2})]
     for call in calls:
         assert_same(run(cascade, call, grad=True), by_formula(cascade, twin, call)[0], 1e-12)
 
 
 class Cached(nn.Module):
-    """Attention with a cache of the user's own: a tuple of keys and values for each layer, or None."""
+    """Attention with a cache: a tuple of keys and values for each layer, or None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,17 +201,17 @@ class Cached(nn.Module):
 
 
 @pytest.mark.parametrize("frontend", ["auto", "eager"])
-def test_a_cache_of_the_users_own(frontend: str) -> None:
-    """A step with the cache of the steps before is the eager model's, with branches."""
+def test_a_cache_of_the_model(frontend: str) -> None:
+    """Steps with a cache equal the eager model, with branches."""
     seed(0)
     twin = Cached().double().requires_grad_(False)
     ids = torch.randint(0, 9, (2, 6))
     cascade = lx.adapt(copy.deepcopy(twin).requires_grad_(), (ids[:, :3],), spec=SPEC, frontend=frontend)
     randomize(cascade, size=0.1)
-    found, expected = cascade(ids[:, :3]), by_formula(cascade, twin, ((ids[:, :3],), {}))[0]
+    output, expected = cascade(ids[:, :3]), by_formula(cascade, twin, ((ids[:, :3],), {}))[0]
     for step in range(3, 6):
-        assert_same(found, expected, 1e-12)
+        assert_same(output, expected, 1e-12)
         token = ids[:, step : step + 1]
-        found = cascade(token, found[1])
+        output = cascade(token, output[1])
         expected, _ = by_formula(cascade, twin, ((token, expected[1]), {}))
-    assert_same(found, expected, 1e-12)
+    assert_same(output, expected, 1e-12)

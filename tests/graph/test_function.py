@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
@@ -15,7 +16,7 @@ from lorasc_fx.graph.function import as_function
 from tests.kit.models import batches, mlp, randomize
 
 
-class Odd(nn.Module):
+class ManyArguments(nn.Module):
     """A model whose graph has arguments of many types: slices, lists, infinities, dtypes, defaults and None."""
 
     def __init__(self) -> None:
@@ -27,12 +28,12 @@ class Odd(nn.Module):
         hidden = self.norm(self.layer(x)) * scale + self.shift
         hidden = hidden.masked_fill(hidden > 1, float("-inf"))[..., 1:, None].clamp(min=-9.0)
         part = torch.cat([hidden, hidden], dim=-1).to(dtype=torch.float32)
-        torch.ops.aten.normal_(part, 0.0, generator=None)  # whose result nothing reads
+        torch.ops.aten.normal_(part, 0.0, generator=None)  # its result is not used
         return {"parts": [part, (hidden.sum(), None)], "none": None}
 
 
 def test_a_function_computes_what_its_graph_computes() -> None:
-    (x,), model = batches(1, 3, 5), Odd()
+    (x,), model = batches(1, 3, 5), ManyArguments()
     traced = fx.symbolic_trace(model)
     exported = torch.export.export(model, (x, 3.0)).module()
     for module, args in ((traced, (x, 3.0)), (traced, (x,)), (exported, (x, 3.0))):
@@ -40,12 +41,9 @@ def test_a_function_computes_what_its_graph_computes() -> None:
         for call in (as_function(module), module):
             torch.manual_seed(0)
             results.append(call(*args))
-        (actual, expected) = results
-        assert torch.equal(actual["parts"][0], expected["parts"][0])
-        assert torch.equal(actual["parts"][1][0], expected["parts"][1][0])
-        assert actual["parts"][1][1] is None is actual["none"]
-        assert actual.keys() == expected.keys()
-        assert type(actual["parts"]) is type(expected["parts"]) is list
+        actual, expected = results
+        torch.testing.assert_close(pytree.tree_leaves(actual), pytree.tree_leaves(expected), rtol=0, atol=0)
+        assert pytree.tree_structure(actual) == pytree.tree_structure(expected)
 
 
 def test_a_value_is_freed_after_its_last_use() -> None:
@@ -79,21 +77,10 @@ def test_a_replaced_parameter_is_used_in_the_next_call() -> None:
     assert torch.equal(cascade(x), before)
 
 
-class Widened(nn.Module):
-    """Two linears with the same input, and a product whose weight is stored as [in, out]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, 2 * width)
-        self.down = Conv1D(width, 2 * width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
-
-
-def test_dropout_of_a_large_linear_is_applied() -> None:
+def test_dropout_is_applied() -> None:
     x = torch.randn(2, 180, 384, dtype=torch.float64)
-    cascade = lx.adapt(Widened(384).double(), (x,), spec=lx.CascadeSpec(rank=2, dropout=0.5))
+    model = nn.Sequential(nn.Linear(384, 768), nn.Sigmoid(), Conv1D(384, 768)).double()
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, dropout=0.5))
     randomize(cascade)
     module = cascade.train().graph_module
     results = []
@@ -107,12 +94,10 @@ def test_dropout_of_a_large_linear_is_applied() -> None:
     ("model", "shape", "dtype", "placement"),
     [
         (nn.Linear(256, 256), (1024, 256), torch.float32, "merged"),  # 2 * 1024 * 256 entries over 256 * 256: 8.0
-        (nn.Linear(256, 256), (2, 512, 256), torch.float64, "merged"),
         (nn.Linear(512, 512), (510, 512), torch.float32, "beside"),  # 1.99
         (nn.Linear(512, 512), (520, 512), torch.float32, "merged"),  # 2.03
         (nn.Linear(256, 256), (1024, 256), torch.bfloat16, "beside"),  # W + s B A would be rounded
         (nn.Linear(64, 64), (512, 64), torch.float32, "beside"),  # 2^21 multiply-adds
-        (nn.Conv2d(32, 64, 3, padding=1), (4, 32, 32, 32), torch.float32, "merged"),
         (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 32, 32), torch.float32, "beside"),  # 1.78
         (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 36, 36), torch.float32, "merged"),  # 2.25
     ],
