@@ -1,7 +1,7 @@
 """The pages of the site that are made of the code, its notebooks, and its links out of docs/: hooks of mkdocs.
 
 The API reference has every public name, by the `__all__` of each module; the keys of the configuration are the fields
-of its dataclasses, with the text after each. Each page of docs/ with code is a notebook as well. Nothing of ours runs.
+of its dataclasses, with the text after each. Each page of docs/ with code is a notebook too. lorasc_fx is not imported.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def summary(path: Path) -> str:
 
 def names_by_module() -> dict[str, list[str]]:
     """The public names of each module, by its full name; one that the package itself names stands there alone."""
-    own = [name for name in public(PACKAGE / "__init__.py") if name not in {*MODULES, "integrations"}]
-    own.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    found = {"lorasc_fx": own}
+    names = [name for name in public(PACKAGE / "__init__.py") if name not in {*MODULES, "integrations"}]
+    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    modules = {"lorasc_fx": names}
     for module, path in MODULES.items():
-        found[f"lorasc_fx.{module}"] = [name for name in public(path) if name not in own]
+        modules[f"lorasc_fx.{module}"] = [name for name in public(path) if name not in names]
     for path in sorted((PACKAGE / "integrations").glob("*.py")):
-        if path.stem != "__init__" and (names := [name for name in public(path) if name not in own]):
-            found[f"lorasc_fx.integrations.{path.stem}"] = names
-    return found
+        if path.stem != "__init__" and (own_names := [name for name in public(path) if name not in names]):
+            modules[f"lorasc_fx.integrations.{path.stem}"] = own_names
+    return modules
 
 
 def reference(module: str, names: list[str]) -> str:
@@ -69,7 +69,7 @@ def reference(module: str, names: list[str]) -> str:
 def pages() -> dict[str, str]:
     """The text of each generated page, by its path."""
     names = names_by_module()
-    made = {
+    texts = {
         "reference/lorasc_fx.md": f"# lorasc_fx\n\n{summary(PACKAGE / '__init__.py')}\n\n"
         + reference("lorasc_fx", names["lorasc_fx"]),
         "reference/toml.md": keys(),
@@ -78,10 +78,11 @@ def pages() -> dict[str, str]:
     }
     for module, path in MODULES.items():
         full = f"lorasc_fx.{module}"
-        made[f"reference/{module}.md"] = f"# {full}\n\n{summary(path)}\n\n{reference(full, names[full])}"
-    parts = [f"# {module}\n\n{reference(module, own)}" for module, own in names.items() if ".integrations." in module]
-    made["reference/integrations.md"] = "\n\n".join(["# lorasc_fx.integrations", *(f"#{part}" for part in parts)])
-    return made
+        texts[f"reference/{module}.md"] = f"# {full}\n\n{summary(path)}\n\n{reference(full, names[full])}"
+    modules = [module for module in names if ".integrations." in module]
+    parts = [f"## {module}\n\n{reference(module, names[module])}" for module in modules]
+    texts["reference/integrations.md"] = "\n\n".join(["# lorasc_fx.integrations", *parts])
+    return texts
 
 
 def notebooks() -> dict[str, str]:
@@ -102,8 +103,8 @@ def notebook(page: str) -> str:
         about = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": source.splitlines(True)}
         cells.append(about | code)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    made = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def keys() -> str:
@@ -118,10 +119,10 @@ def keys() -> str:
         for field, text in zip(node.body, node.body[1:], strict=False):
             if not isinstance(field, ast.AnnAssign) or not isinstance(text, ast.Expr):
                 continue
-            told = " ".join(str(ast.literal_eval(text.value)).split())
+            meaning = " ".join(str(ast.literal_eval(text.value)).split())
             default = ast.unparse(field.value) if field.value is not None else ""
             default = "{}" if "default_factory=dict" in default else default
-            row = (f"`{ast.unparse(field.target)}`", f"`{ast.unparse(field.annotation)}`", f"`{default}`", told)
+            row = (f"`{ast.unparse(field.target)}`", f"`{ast.unparse(field.annotation)}`", f"`{default}`", meaning)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
         lines.append("")
     train = (
@@ -151,8 +152,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         target = OUTSIDE.get(match[2].partition("#")[0])
         return match[1] if target is None else f"[{match[1]}]({target})"
 
-    path = f"notebooks/{Path(page.file.src_uri).stem}.ipynb"
-    if page.file.src_uri in {each.name for each in (ROOT / "docs").glob("*.md")} and BLOCK.search(markdown):
-        title, rest = markdown.split("\n", 1)
-        markdown = f"{title}\n\n[This page as a notebook]({path})\n{rest}"
+    notebook_path = f"notebooks/{Path(page.file.src_uri).stem}.ipynb"
+    if page.file.src_uri in {path.name for path in (ROOT / "docs").glob("*.md")} and BLOCK.search(markdown):
+        title, body = markdown.split("\n", 1)
+        markdown = f"{title}\n\n[This page as a notebook]({notebook_path})\n{body}"
     return re.sub(r"(?<!!)\[([^\]]*)\]\((\.\./(?!llm)[^)]*)\)", lead, markdown)

@@ -51,13 +51,13 @@ def test_w0_on_the_device_and_other_inputs(run: Any, tmp_path: Path) -> None:
     lx.save(cascade, tmp_path / "run")
     lx.export.peft(cascade, tmp_path / "adapter")
     with cascade.weights("slow"):
-        wanted = cascade(X)
+        expected = cascade(X)
     merged = lx.merge([tmp_path / "run"], Net(), args=(X,), base="device")
-    taken = lx.from_peft(tmp_path / "adapter", Net(), args=(X,), kwargs={"shift": SHIFT}, base="device")
-    assert taken.example[1].keys() == {"shift"}
-    for other, call, added in ((merged, {}, 0.0), (taken, {"shift": SHIFT}, SHIFT)):
-        with other.weights("slow"):
-            torch.testing.assert_close(other(X, **call), wanted + added, atol=1e-6, rtol=0)
+    imported = lx.from_peft(tmp_path / "adapter", Net(), args=(X,), kwargs={"shift": SHIFT}, base="device")
+    assert imported.example[1].keys() == {"shift"}
+    for result, call, added in ((merged, {}, 0.0), (imported, {"shift": SHIFT}, SHIFT)):
+        with result.weights("slow"):
+            torch.testing.assert_close(result(X, **call), expected + added, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("view", ["slow", "averaged"])
@@ -65,11 +65,11 @@ def test_graphs_of_other_inputs(view: Any, run: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     cascade = run[0]
     with cascade.weights(view):
-        wanted = cascade(X, shift=SHIFT).detach()
+        expected = cascade(X, shift=SHIFT).detach()
     file = lx.export.onnx(cascade, tmp_path / "net.onnx", (X,), {"shift": SHIFT}, view=view)
     session = onnxruntime.InferenceSession(str(file))
     assert [entry.name for entry in session.get_inputs()] == ["x", "shift"]
-    (found,) = session.run(None, {"x": X.numpy(), "shift": SHIFT.numpy()})
-    assert np.abs(found - wanted.numpy()).max() < 1e-5
+    (output,) = session.run(None, {"x": X.numpy(), "shift": SHIFT.numpy()})
+    assert np.abs(output - expected.numpy()).max() < 1e-5
     program = torch.export.load(lx.export.pt2(cascade, tmp_path / "net.pt2", (X,), {"shift": SHIFT}, view=view))
-    torch.testing.assert_close(program.module()(X, shift=SHIFT), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(program.module()(X, shift=SHIFT), expected, atol=1e-6, rtol=0)

@@ -22,12 +22,12 @@ PAGES = [
 
 
 def program(page: str) -> str:
-    """The page with all but its python blocks blanked, so that a traceback's lines are the page's own."""
+    """Return the page with blank lines except its python blocks, so that line numbers of tracebacks are correct."""
     lines = [""] * (page.count("\n") + 1)
     for block in BLOCK.finditer(page):
-        first = page.count("\n", 0, block.start(1))
+        start = page.count("\n", 0, block.start(1))
         code = block[1].splitlines()
-        lines[first : first + len(code)] = code
+        lines[start : start + len(code)] = code
     return "\n".join(lines)
 
 
@@ -124,14 +124,14 @@ def test_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "told"), [("accelerate", ("ends with the same bits", "stage 3 starts")), ("fabric", ("stage 3: loss",))]
+    ("name", "names"), [("accelerate", ("ends with the same bits", "stage 3 starts")), ("fabric", ("stage 3: loss",))]
 )
-def test_loops_of_others(name: str, told: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loops_of_others(name: str, names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from examples import accelerate_loop, fabric_loop
 
     assert {"accelerate": accelerate_loop, "fabric": fabric_loop}[name].main(str(tmp_path)) > 0.6
     said = capsys.readouterr().out
-    assert all(each in said for each in told)
+    assert all(name in said for name in names)
 
 
 def test_many_runs_are_separate_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +147,10 @@ def test_a_graph_without_source(tmp_path: Path, capsys: pytest.CaptureFixture[st
     before, after = main(steps=60, stages=2, folder=tmp_path)
     assert after > before + 0.1
     assert "captured by graph" in capsys.readouterr().out
-    given, made = (torch.export.load(tmp_path / f"{name}.pt2") for name in ("given", "adapted"))
-    targets = [[str(node.target) for node in each.graph.nodes if node.op == "call_function"] for each in (given, made)]
+    given, adapted = (torch.export.load(tmp_path / f"{name}.pt2") for name in ("given", "adapted"))
+    targets = [[str(node.target) for node in p.graph.nodes if node.op == "call_function"] for p in (given, adapted)]
     assert targets[0] == targets[1]
-    assert made.module()(torch.randn(5, 12)).shape == (5, 3)
+    assert adapted.module()(torch.randn(5, 12)).shape == (5, 3)
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""What is folded needs nothing of ours: it runs in a process in which lorasc_fx cannot be imported."""
+"""Folded models and graphs run in a process in which lorasc_fx cannot be imported."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 def make(folder: Path, placement: Any) -> None:
-    """Write what is folded, with an input and its output, and the exported program."""
+    """Write the folded model and graph, with an input and its output, and the exported program."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.Linear(6, 5)).double()
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -46,7 +45,7 @@ def make(folder: Path, placement: Any) -> None:
 
 
 def run_alone(folder: Path, *codes: str) -> None:
-    """Run each in a process in which lorasc_fx cannot be imported; the last says that it came to its end."""
+    """Run each in a process in which lorasc_fx cannot be imported. The last one prints `alone` at its end."""
     for code in codes:
         run = [sys.executable, "-c", ALONE + code, str(folder)]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
@@ -66,44 +65,16 @@ with torch.no_grad():
 for module in (*released.modules(), *graph.modules()):
     assert not type(module).__module__.startswith("lorasc_fx"), type(module)
     assert not module._forward_hooks and not module._forward_pre_hooks
-for each in (graph.graph, program.graph):
-    assert not any("lora" in str(node.target) for node in each.nodes)
+for nodes in (graph.graph.nodes, program.graph.nodes):
+    assert not any("lora" in str(node.target) for node in nodes)
 assert "lorasc_fx" not in sys.modules
 print("alone")
 """
 
 
 @pytest.mark.parametrize(
-    "placement", ["beside", *(pytest.param(each, marks=pytest.mark.slow) for each in ("merged", "weight"))]
+    "placement", ["beside", *(pytest.param(name, marks=pytest.mark.slow) for name in ("merged", "weight"))]
 )
 def test_a_folded_model_runs_without_us(tmp_path: Path, placement: Any) -> None:
     make(tmp_path, placement)
     run_alone(tmp_path, USE)
-
-
-COMPILE = """
-from torch._inductor import aoti_compile_and_package
-
-program = torch.export.load(f"{sys.argv[1]}/model.pt2")
-aoti_compile_and_package(program, package_path=f"{sys.argv[1]}/compiled.pt2")
-"""
-
-RUN = """
-from torch._inductor import aoti_load_package
-
-released, graph, x, expected = torch.load(f"{sys.argv[1]}/folded.pt", weights_only=False)
-model = aoti_load_package(f"{sys.argv[1]}/compiled.pt2")
-with torch.no_grad():
-    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
-    more = torch.randn(7, *x.shape[1:], dtype=x.dtype)
-    torch.testing.assert_close(model(more), released(more), rtol=1e-10, atol=1e-10)
-print("alone")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_a_model_compiled_ahead_of_time_runs_from_its_package(tmp_path: Path) -> None:
-    """AOTInductor: compiled and run where we cannot be imported, for batches that the example did not have."""
-    make(tmp_path, "merged")
-    run_alone(tmp_path, COMPILE, RUN)

@@ -1,4 +1,4 @@
-"""What is built and shipped: the list of packages, the wheel, the sdist, and that they work away from the checkout."""
+"""The list of packages, the wheel, the sdist, the requirements, and that the wheel works without the checkout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import venv
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,38 +23,23 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 
-def tree(top: Path, name: str) -> dict[str, Path]:
-    """Every package at and under `top`, which imports as `name`; links are not followed."""
-    found = {name: top}
-    for folder in sorted(top.rglob("*")):
-        inside = folder.relative_to(top).parts
-        if folder.is_dir() and "__pycache__" not in inside and not (top / inside[0]).is_symlink():
-            found[".".join((name, *inside))] = folder
-    return found
-
-
 def packages() -> dict[str, Path]:
-    return tree(ROOT / "lorasc_fx", "lorasc_fx") | tree(ROOT / "passes", "lorasc_fx.passes")
+    """Return the folder of each package by name. Links are not followed."""
+    folders = {path.parent for name in ("lorasc_fx", "passes") for path in (ROOT / name).rglob("*.py")}
+    folders -= {folder for folder in folders if folder.is_relative_to(ROOT / "lorasc_fx" / "passes")}
+    names = {folder: ".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    return {name if name.startswith("lorasc_fx") else f"lorasc_fx.{name}": folder for folder, name in names.items()}
 
 
-def test_the_list_of_packages_is_the_tree() -> None:
-    with_code = sorted(name for name, folder in packages().items() if any(folder.glob("*.py")))
-    assert sorted(SETUPTOOLS["packages"]) == with_code, "mend `packages` in pyproject.toml"
-
-
-def test_each_package_has_an_init() -> None:
-    bare = [
-        name
-        for name, folder in packages().items()
-        if any(folder.glob("*.py")) and not (folder / "__init__.py").exists()
-    ]
-    assert not bare, f"without __init__.py: {bare}"
+def test_the_list_of_packages_is_complete() -> None:
+    assert sorted(SETUPTOOLS["packages"]) == sorted(packages()), "correct `packages` in pyproject.toml"
+    assert [name for name, folder in packages().items() if not (folder / "__init__.py").exists()] == []
 
 
 def test_passes_is_reached_from_both_sides() -> None:
     assert SETUPTOOLS["package-dir"] == {"lorasc_fx": "lorasc_fx", "lorasc_fx.passes": "passes"}
     link = ROOT / "lorasc_fx" / "passes"
-    if link.is_symlink():  # a checkout may be without links: package-dir does for installing
+    if link.is_symlink():  # a checkout may have no links, because package-dir is enough to install
         assert link.readlink().as_posix() == "../passes", "the link has to be relative"
 
 
@@ -64,8 +47,7 @@ def test_constraints_fit_any_build_of_a_release() -> None:
     """No local label (`+cpu`), no address, no path: exact versions of what the extras need."""
     lines = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    odd = [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin)]
-    assert not odd, f"not plain pins: {odd}"
+    assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin)] == []
     names = [pin.partition("==")[0] for pin in pins]
     assert names == sorted(set(names))
     project = PYPROJECT["project"]
@@ -78,28 +60,22 @@ def test_constraints_fit_any_build_of_a_release() -> None:
 def test_the_extra_all_is_every_extra_of_users() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     (named,) = extras["all"]
-    own = Requirement(named)
-    assert own.name == PYPROJECT["project"]["name"]
-    assert own.extras == set(extras) - {"all", "bench", "demo", "docs", "test"}
+    requirement = Requirement(named)
+    assert requirement.name == PYPROJECT["project"]["name"]
+    assert requirement.extras == set(extras) - {"all", "bench", "demo", "docs", "test"}
 
 
-@dataclass(frozen=True)
-class Built:
-    wheel: Path
-    sdist: Path
-
-
-def build(source: Path, out: Path, kind: str) -> Path:
-    """Run `python -m build` with the setuptools at hand; return the one file that it makes."""
-    command = [sys.executable, "-m", "build", kind, "--no-isolation", "--outdir", str(out), str(source)]
+def build(source: Path, out: Path) -> Path:
+    """Run `python -m build` with the installed setuptools, and return the file that it writes."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (made,) = out.iterdir()
-    return made
+    (file,) = out.iterdir()
+    return file
 
 
 def copy_of_the_source(out: Path) -> Path:
-    """The files that a build reads, so that it leaves nothing in the checkout and sees none of its leftovers."""
+    """Copy the files that a build reads, so that it writes nothing to the checkout."""
     skip = shutil.ignore_patterns("__pycache__", "*.py[cod]")
     out.mkdir()
     for name in ("lorasc_fx", "passes"):
@@ -110,39 +86,28 @@ def copy_of_the_source(out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    top = tmp_path_factory.mktemp("built")
-    source = copy_of_the_source(top / "source")
-    return Built(build(source, top / "wheel", "--wheel"), build(source, top / "sdist", "--sdist"))
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    return build(copy_of_the_source(folder / "source"), folder / "wheel")
 
 
-def code_as_imported() -> set[str]:
-    return {
+def test_the_wheel_has_the_code_and_nothing_else(wheel: Path) -> None:
+    code = {
         f"{name.replace('.', '/')}/{path.name}" for name, folder in packages().items() for path in folder.glob("*.py")
-    } | {"lorasc_fx/py.typed"}
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert files == code | {"lorasc_fx/py.typed"}
 
 
-def test_wheel_holds_the_code_and_nothing_else(built: Built) -> None:
-    with zipfile.ZipFile(built.wheel) as archive:
-        assert {name for name in archive.namelist() if ".dist-info/" not in name} == code_as_imported()
-
-
-def test_sdist_holds_passes_and_what_a_build_needs(built: Built) -> None:
-    with tarfile.open(built.sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-        assert not [member.name for member in archive if member.issym()]
-    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "passes").rglob("*.py")} <= names
-    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "lorasc_fx/py.typed"} <= names
-
-
-def test_wheel_works_away_from_the_checkout(built: Built, tmp_path: Path) -> None:
-    """In an empty environment that borrows torch and the rest from this one, but not the package."""
+def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """In an empty environment that reads torch and the other packages from this one, but not lorasc-fx."""
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
-    subprocess.run([*install, str(built.wheel)], check=True)
+    subprocess.run([*install, str(wheel)], check=True)
     (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    # A folder that a .pth adds has its own .pth files left unread, so an editable install of ours is out of sight.
+    # Python reads no .pth files in a folder that a .pth file adds, so an editable install of lorasc-fx is not found.
     (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
     away = tmp_path / "away"
     away.mkdir()
@@ -156,29 +121,22 @@ def test_wheel_works_away_from_the_checkout(built: Built, tmp_path: Path) -> Non
 
 
 def groups() -> dict[str, list[Requirement]]:
-    """The requirements of the core and of each extra, but for `all`, which names others, and `docs`, which no
-    test installs.
-    """
+    """Return the requirements of the core and of each extra, except `all`, and `docs`, which no test installs."""
     project = PYPROJECT["project"]
     named = {"core": project["dependencies"], **project["optional-dependencies"]}
     return {name: [Requirement(line) for line in lines] for name, lines in named.items() if name not in ("all", "docs")}
 
 
-def test_the_core_is_three_packages() -> None:
-    assert [each.name for each in groups()["core"]] == ["torch", "networkx", "safetensors"]
-
-
 def test_every_dependency_has_a_lower_bound() -> None:
-    for extra, wanted in groups().items():
-        for each in wanted:
-            operators = {part.operator for part in each.specifier}
-            assert ">=" in operators, f"{extra}: {each} has no lower bound"
-            assert each.url is None, f"{extra}: {each} comes from an address"
-            assert each.specifier.contains(importlib.metadata.version(each.name), prereleases=True)
+    assert [requirement.name for requirement in groups()["core"]] == ["torch", "networkx", "safetensors"]
+    for requirement in (requirement for requirements in groups().values() for requirement in requirements):
+        assert ">=" in {part.operator for part in requirement.specifier}, requirement
+        assert requirement.url is None, requirement
+        assert requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of all that a file imports, wherever in it; modules named in `module_of(extra, name)` too."""
+    """Return the top-level names that a file imports anywhere, also by `module_of(extra, name)`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
@@ -191,11 +149,9 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_nothing_imports_what_is_not_listed() -> None:
-    linked = ROOT / "lorasc_fx" / "passes"
-    files = [path for path in (ROOT / "lorasc_fx").rglob("*.py") if linked not in path.parents]
-    files += (ROOT / "passes").rglob("*.py")
-    listed = {canonicalize_name(each.name) for wanted in groups().values() for each in wanted}
+def test_every_imported_package_is_listed() -> None:
+    files = [path for folder in packages().values() for path in folder.glob("*.py")]
+    listed = {canonicalize_name(requirement.name) for group in groups().values() for requirement in group}
     owners = importlib.metadata.packages_distributions()
     foreign = {
         f"{path.relative_to(ROOT)}: {name}"
