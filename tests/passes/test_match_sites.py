@@ -62,7 +62,7 @@ def test_match(case: Case, mode: str) -> None:
     snapshot.assert_unchanged()
 
     assert uses_of(matched) == case.sites  # 2 the intended nodes are marked
-    assert parts(matched) == (set(case.sites), case.refusals, case.unreached)
+    assert parts(matched) == (set(case.sites), case.refusals, case.row.unreached)
     plan = record_of(matched).plan
     assert {site.weight: site.aliases for site in plan.sites if site.aliases} == case.aliases
     for site in plan.sites:
@@ -72,7 +72,7 @@ def test_match(case: Case, mode: str) -> None:
     assert text(matched) == before  # and no node is made
 
     assert same_bits(run(matched, case), run(graph_module, case))  # 3 numerics
-    assert same_bits(run(matched, case), run(case.model, case)) == case.exact
+    assert same_bits(run(matched, case), run(case.model, case)) == case.row.exact
     assert_close(run(matched, case), run(case.model, case))
     again = MatchSites(case.spec)(matched)
     assert not again.modified  # 4 a fixed point
@@ -393,4 +393,4 @@ def test_the_cases_cover_every_reason() -> None:
     covered = {Reason.NOT_TARGETED, Reason.QUANTIZED}  # by the tests above and the tests of quantized weights
     elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/numerics, tests/graph/test_shared_memory.py
     assert {reason for case in CASES for reason in case.refusals.values()} | covered | elsewhere == set(Reason)
-    assert any(case.unreached for case in CASES)
+    assert any(case.row.unreached for case in CASES)
