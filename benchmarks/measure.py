@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import nn
 
-__all__ = [
-    "Turn",
-    "alternate",
-    "keep_freed",
-    "least",
-    "peak_memory",
-    "pin",
-    "ratios",
-    "reset_peak_memory",
-    "saved_bytes",
-]
-
+Result = TypeVar("Result")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a variant does in a round: `prepare` is not timed, `run` is."""
+    """The work of a variant in a round. Only `run` is timed."""
 
     prepare: Callable[[], object]
     run: Callable[[], object]
@@ -55,11 +48,11 @@ def _cuda_seconds(run: Callable[[], object]) -> float:
 
 
 CLOCKS = {"cpu": _cpu_seconds, "cuda": _cuda_seconds}
-"""By device: the seconds of a run, on a CPU those of all threads together."""
+"""The seconds of a run, by device. On a CPU the seconds of all threads are added."""
 
 
 def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Return the seconds of each variant, by round. Every round runs all of them, in alternating order.
+    """Return the seconds of each variant, by round. Every round runs each variant, in alternating order.
 
     Args:
         turns: by variant. Each runs once before the first round.
@@ -86,13 +79,13 @@ def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> di
 def ratios(seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return a cell for each pair of variants: ratio of the minima (median of the ratios within a round)."""
 
-    def cell(one: list[float], other: list[float]) -> str:
-        paired = statistics.median(a / b for a, b in zip(one, other, strict=True))
-        return f"{min(one) / min(other):.2f} ({paired:.2f})"
-
-    return {
-        f"{one} / {other}": cell(seconds[one], seconds[other]) for one, other in pairs if {one, other} <= seconds.keys()
-    }
+    cells = {}
+    for one, reference in pairs:
+        if {one, reference} <= seconds.keys():
+            ours, theirs = seconds[one], seconds[reference]
+            paired = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+            cells[f"{one} / {reference}"] = f"{min(ours) / min(theirs):.2f} ({paired:.2f})"
+    return cells
 
 
 def least(into: dict[str, float], name: str, run: Callable[[], Any], wall: bool = False) -> Any:
@@ -123,10 +116,10 @@ def _synchronize(wall: bool) -> None:
         torch.accelerator.synchronize()
 
 
-def pin(threads: int) -> None:
-    """Set the number of threads and the seed."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def in_child(function: Callable[..., Result], *arguments: object, **environment: str) -> Result:
+    """Return the result of a function in a new process, with more environment variables."""
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def keep_freed() -> None:
@@ -154,7 +147,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Give free memory back to the system, and let `peak_memory` start from the present size (Linux)."""
+    """Return free memory to the system, and let `peak_memory` start from the present size (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-
-__all__ = ["COMPILED", "CUDA", "STARTED", "WORKS", "Work", "by_name", "classes", "decoder", "hidden", "narrow"]
 
 
 def classes(output: Any) -> torch.Tensor:
@@ -35,14 +35,12 @@ class Work:
     """A model and a step's input.
 
     Args:
-        name: by which a command asks for it.
-        title: for the table.
-        build: returns the model in train mode, its own dropout off.
+        build: returns the model in train mode, without dropout.
         batch: returns keyword arguments of its forward, floating point.
         targets: our targets.
         peft: arguments of peft's LoraConfig that mean the same weights.
         loss: a scalar of what forward returns.
-        dropout: whether both libraries can be asked for adapter dropout here.
+        dropout: whether both libraries support adapter dropout here.
     """
 
     name: str
@@ -61,36 +59,22 @@ def _tiny() -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _vit(name: str = "vit_small_patch16_224") -> nn.Module:
-    import timm
-
-    return timm.create_model(name, num_classes=100).train()
-
-
-def _resnet() -> nn.Module:
-    import timm
-
-    return timm.create_model("resnet50", num_classes=100).train()
+def _images(name: str) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=100).train()
 
 
 def _bert() -> nn.Module:
-    import transformers
-
     config = transformers.BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return transformers.BertForSequenceClassification(config).train()
 
 
 def _gpt2() -> nn.Module:
-    import transformers
-
     config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
     return transformers.GPT2LMHeadModel(config).train()
 
 
 def _llama(layers: int) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import transformers
-
         sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
         config = transformers.LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=1000, use_cache=False)
         return transformers.LlamaModel(config).train()
@@ -100,8 +84,6 @@ def _llama(layers: int) -> Callable[[], nn.Module]:
 
 def _llama_1b() -> nn.Module:
     """Return a Llama of the sizes of TinyLlama (2401.02385), in bfloat16."""
-    import transformers
-
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=22, vocab_size=32000, use_cache=False)
     before = torch.get_default_dtype()
@@ -112,20 +94,7 @@ def _llama_1b() -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def _smollm2() -> nn.Module:
-    """Return a model of the sizes of SmolLM2-135M, in fp32."""
-    import transformers
-
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = transformers.LlamaConfig(
-        **sizes, num_hidden_layers=30, vocab_size=49152, tie_word_embeddings=True, use_cache=False
-    )
-    return transformers.LlamaForCausalLM(config).train()
-
-
 def _mixtral() -> nn.Module:
-    import transformers
-
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = transformers.MixtralConfig(
         **sizes, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=1000, use_cache=False
@@ -152,7 +121,7 @@ def _named(*works: Work) -> dict[str, Work]:
 
 
 WORKS = _named(
-    Work("vit-s", "ViT-S, batch 8, linears", _vit, _batch("x", 8, 3, 224, 224), **_VIT),
+    Work("vit-s", "ViT-S, batch 8, linears", _images("vit_small_patch16_224"), _batch("x", 8, 3, 224, 224), **_VIT),
     Work(
         "bert-base", "BERT-base, 8 x 128, linears of the layers", _bert,
         _batch("inputs_embeds", 8, 128, 768, scale=0.02), ("*.query", "*.key", "*.value", "*.layer.*.dense"),
@@ -164,7 +133,7 @@ WORKS = _named(
         {"target_modules": r".*\.(c_attn|c_proj|c_fc)", "fan_in_fan_out": True},
     ),
     Work(
-        "resnet-50", "ResNet-50, batch 4, convs", _resnet, _batch("x", 4, 3, 224, 224), ("conv",),
+        "resnet-50", "ResNet-50, batch 4, convs", _images("resnet50"), _batch("x", 4, 3, 224, 224), ("conv",),
         {"target_modules": r"(.*\.)?(conv\d|downsample\.0)"},
     ),
     Work("llama", "Llama-like, 4 layers, 2 x 256", _llama(4), _EMBEDDED, **_DECODER, loss=hidden),
@@ -185,16 +154,13 @@ WORKS = _named(
 """By the name that the command takes; `tiny` is there to try the benchmark itself, and is in no table."""
 
 
-def _ids(vocabulary: int) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: {"input_ids": torch.randint(0, vocabulary, (2, 32))}
-
-
 STARTED = _named(
-    Work("vit-b", "ViT-B, linears", lambda: _vit("vit_base_patch16_224"), _batch("x", 2, 3, 224, 224), **_VIT),
-    Work("smollm2-135m", "SmolLM2-135M", _smollm2, _ids(49152), **_DECODER),
-    Work("llama-1b", "Llama 1.1B, bf16", _llama_1b, _ids(32000), **_DECODER),
-)
-"""Models of which only the start is measured: their steps take long on a CPU."""
+    Work("vit-b", "ViT-B, linears", _images("vit_base_patch16_224"), _batch("x", 2, 3, 224, 224), **_VIT),
+    Work(
+        "llama-1b", "Llama 1.1B, bf16", _llama_1b, lambda: {"input_ids": torch.randint(0, 32000, (2, 32))}, **_DECODER
+    ),
+)  # fmt: skip
+"""Models whose start is measured, but not their steps, which take long on a CPU."""
 
 _STACK = Work("stack", "Llama-like, 2 layers, 2 x 256", _llama(2), _EMBEDDED, **_DECODER, loss=hidden)
 COMPILED = {"vit-s": WORKS["vit-s"], "stack": _STACK}
@@ -213,7 +179,7 @@ def _on_cuda(work: Work) -> Work:
 CUDA = {
     "vit-l": replace(
         STARTED["vit-b"], name="vit-l", title="ViT-L, batch 32, linears",
-        build=lambda: _vit("vit_large_patch16_224"), batch=_batch("x", 32, 3, 224, 224),
+        build=_images("vit_large_patch16_224"), batch=_batch("x", 32, 3, 224, 224),
     ),
     "llama-1b-cuda": replace(
         STARTED["llama-1b"], name="llama-1b-cuda", title="Llama 1.1B, 4 x 512",
@@ -224,19 +190,12 @@ CUDA = {name: _on_cuda(work) for name, work in CUDA.items()}
 """Models whose steps are measured on a GPU."""
 
 
-def by_name(name: str) -> Work:
-    """Return the work of this name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    return (CUDA | STARTED | COMPILED | WORKS)[name]
+MODELS = CUDA | STARTED | COMPILED | WORKS
+"""All models, by name."""
 
 
 def narrow() -> nn.Module:
     """Return a BERT of 12 layers and width 64, without dropout."""
-    import transformers
-
     sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 128}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return transformers.BertModel(transformers.BertConfig(**sizes, **dropout, vocab_size=100))
@@ -244,7 +203,5 @@ def narrow() -> nn.Module:
 
 def decoder() -> nn.Module:
     """Return a Llama of 8 layers and width 64, in eval mode."""
-    import transformers
-
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=8, vocab_size=100)).eval()

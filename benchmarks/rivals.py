@@ -14,20 +14,6 @@ import lorasc_fx as lx
 
 from .models import Work
 
-__all__ = [
-    "RANK",
-    "RIVALS",
-    "Rival",
-    "adapted",
-    "check_same_work",
-    "entries",
-    "make",
-    "make_all",
-    "optimizer_of",
-    "train",
-    "wrapped",
-]
-
 RANK = 8
 
 RIVALS = ("frozen", "ours", "peft", "full", "folded")
@@ -52,7 +38,7 @@ class Rival:
         return self.work.loss(self.model(**self.inputs))
 
     def prepare(self) -> None:
-        """Do what an optimizer step does between steps: clear gradients, and count trained parameters as changed."""
+        """Clear gradients, and count trained parameters as changed, as an optimizer does between steps."""
         for tensor in (*self.model.parameters(), *self.inputs.values()):
             tensor.grad = None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

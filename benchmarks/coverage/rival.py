@@ -1,32 +1,42 @@
-"""What peft does on the same architecture: LoRA on every linear (`all-linear`) and every convolution."""
+"""LoRA of peft on the same architectures: on every linear (`all-linear`) and every convolution."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
+from typing import Any
 
 import peft
 import torch
 from torch import nn
 
 from benchmarks.coverage.entry import Entry, built
-from benchmarks.coverage.examine import SPEC, difference, run
+from benchmarks.coverage.examine import SPEC, Report, examine, run
+from benchmarks.coverage.zoo import ZOO
+from tests.kit.compare import difference, loss_of
+
+
+def look(name: str) -> dict[str, Any]:
+    """Return the report of a model under lorasc-fx, and in `peft` a text about peft. Runs in a new process."""
+    torch.set_num_threads(1)
+    try:
+        report = examine(ZOO[name])
+    except Exception as error:  # the page shows it; the test of the model raises it
+        report = Report(name, fault=f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
+    return {**asdict(report), "peft": peft_on(ZOO[name])}
 
 
 def peft_on(entry: Entry) -> str:
-    """Return what becomes of the model under peft, in a few words.
-
-    In eval mode: B = 0 must change nothing, the merged model must compute what the adapted one did.
-    """
+    """Return the number of matrices that peft adapts, and its faults: an exception, or differences in eval mode."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _tell(entry)
-    except Exception as fault:  # whatever peft raises is the answer
-        lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-        return f"{type(fault).__name__}: {lines[0][:120] if lines else ''}"
+        with warnings.catch_warnings(action="ignore"):
+            return _differences(entry)
+    except Exception as error:  # the message is the result
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
 
 
-def _tell(entry: Entry) -> str:
+def _differences(entry: Entry) -> str:
     model = built(entry).eval()
     matrices = sum(value.dim() > 1 for value in model.parameters())
     expected = run(entry, model, False)
@@ -35,27 +45,19 @@ def _tell(entry: Entry) -> str:
     config = peft.LoraConfig(r=SPEC.rank, lora_alpha=int(SPEC.lora_alpha), target_modules=names, init_lora_weights=True)
     adapted = peft.get_peft_model(model, config).eval()
     layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    told = [f"{len(layers)} of {matrices} matrices"]
-    if (gap := difference(run(entry, adapted, False), expected)) > 1e-13:  # below, torch took another kernel
-        told.append(f"B = 0 moves the output by {gap:.0e}")
+    result = [f"{len(layers)} of {matrices} matrices"]
+    if (gap := difference(run(entry, adapted, False), expected)) > 1e-13:  # torch selects another kernel below that
+        result.append(f"B = 0 moves the output by {gap:.0e}")
     factors = [factor for layer in layers for factor in layer.lora_B.parameters()]
     with torch.no_grad():
         torch.manual_seed(4)
         for factor in factors:
             factor.normal_(std=0.05)
-    output = run(entry, adapted, False, grad=True)
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if _weighs(leaf)]
-    if leaves:
-        sum((leaf * torch.randn_like(leaf)).sum() for leaf in leaves).backward()
-    idle = sum(factor.grad is None or not bool(factor.grad.any()) for factor in factors)
-    if idle:
-        told.append(f"{idle} adapters without a gradient")
+    loss_of(run(entry, adapted, False, grad=True)).backward()
+    if idle := sum(factor.grad is None or not bool(factor.grad.any()) for factor in factors):
+        result.append(f"{idle} without gradient")
     before = run(entry, adapted, False)
     merged = adapted.merge_and_unload()
     if not (gap := difference(run(entry, merged, False), before)) <= max(1e-10, entry.tolerance):
-        told.append(f"merged differs by {gap:.0e}")
-    return ", ".join(told)
-
-
-def _weighs(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        result.append(f"merge off by {gap:.0e}")
+    return ", ".join(result)

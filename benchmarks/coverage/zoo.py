@@ -1,4 +1,4 @@
-"""Every architecture of the zoo, and those that are quick enough to be looked at on each run."""
+"""The architectures of the zoo."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ LIBRARIES: dict[str, tuple[Entry, ...]] = {
 ZOO: dict[str, Entry] = {entry.name: entry for entries in LIBRARIES.values() for entry in entries}
 
 QUICK = ("vit_tiny_patch16_224", "resnet18", "tv_fcn", "gpt2", "llama", "mixtral", "hf_patchtst")
-"""Those that the suite looks at on each run; `make ci-slow` looks at one of six of the others."""
+"""Architectures that `make test` examines; `make ci-slow` examines one of six of the others."""

@@ -1,4 +1,4 @@
-"""How the entries of transformers are made: by the names of model classes, and settings that make them small."""
+"""Makes entries of transformers from names of model classes, and settings that make them small."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.coverage.entry import Call, Entry
+from benchmarks.coverage.entry import Entry
+from tests.kit.compare import Call
 
 Maker = Callable[[], Any]
 
 
 def model(name: str, **settings: Any) -> Callable[[], nn.Module]:
-    """Return a builder of a model class, by its name, of settings of its configuration."""
+    """Return a builder of a model class with settings of its configuration."""
 
     def build() -> nn.Module:
         model_class = getattr(transformers, name)
@@ -33,12 +34,11 @@ def hf(
     source: str = "",
     unused: Mapping[str, str] | None = None,
     tolerance: float = 1e-12,
-    because: str = "",
     **settings: Any,
 ) -> Entry:
     """Return the entry `hf_NAME`, whose modeling file is `modeling_NAME` unless `source` names another."""
     file = source or f"modeling_{name}"
-    return Entry(f"hf_{name}", file, model(class_name, **settings), inputs, unused or {}, tolerance, because)
+    return Entry(f"hf_{name}", file, model(class_name, **settings), inputs, unused or {}, tolerance)
 
 
 def real(*shape: int, scale: float = 1.0) -> Maker:
@@ -70,23 +70,16 @@ def boxes(count: int, images: int = 2, classes: int = 3) -> Maker:
     """Return a maker of a detector's labels: classes, and boxes as relative centres and sizes."""
 
     def make() -> list[dict[str, torch.Tensor]]:
-        drawn = [0.2 + 0.3 * torch.rand(count, 4, dtype=torch.float64) for _ in range(images)]
-        return [{"class_labels": torch.randint(0, classes, (count,)), "boxes": each} for each in drawn]
+        sizes = [0.2 + 0.3 * torch.rand(count, 4, dtype=torch.float64) for _ in range(images)]
+        return [{"class_labels": torch.randint(0, classes, (count,)), "boxes": size} for size in sizes]
 
     return make
 
 
 # ---- text
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, **IDS}
 LENGTH, PADDING = 12, 4
 
 
@@ -100,7 +93,6 @@ def text(
     extra: Mapping[str, Any] | None = None,
     unused: Mapping[str, str] | None = None,
     tolerance: float = 1e-12,
-    because: str = "",
     **settings: Any,
 ) -> Entry:
     """Return the entry of a text model, which trains with labels and runs without them in eval mode.
@@ -110,7 +102,7 @@ def text(
         class_name: of the model, with its head.
         small: settings that most models share.
         length: of the sequences.
-        extra: arguments that each call gets, beside ids, mask and labels; None takes away what it names.
+        extra: more arguments of each call than ids, mask and labels. None removes the argument of its name.
         settings: of the configuration.
     """
 
@@ -124,7 +116,7 @@ def text(
         return (), {name: value for name, value in arguments.items() if value is not None}
 
     build = model(class_name, **{**small, **settings})
-    return Entry(name, source or f"modeling_{name}", build, inputs, unused or {}, tolerance, because)
+    return Entry(name, source or f"modeling_{name}", build, inputs, unused or {}, tolerance)
 
 
 def _tokens(length: int) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from benchmarks.coverage.entry import Entry
-from benchmarks.coverage.zoo_hf import fixed, given, hf, model, real, whole
+from benchmarks.coverage.zoo_hf import IDS, fixed, given, hf, model, real, whole
 from benchmarks.coverage.zoo_hf_vision import DROPPED, PLAIN
 
-# Layers of which training drops some, and masked time spans and features in training.
+# Training drops some layers, and masks time spans and features.
 # fmt: off
 _WAVES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "conv_dim": [8, 16], "conv_stride": [5, 4], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 7,
@@ -20,7 +20,7 @@ _WAVES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attent
     "mask_feature_length": 3, "layerdrop": 0.3, "vocab_size": 12, "ctc_zero_infinity": True}
 _said = given({"labels": whole(12, 2, 4, low=1)}, input_values=real(2, 400))
 _classed = given({"labels": whole(3, 2)}, input_values=real(2, 400))
-_CTC: dict[str, Any] = {"tolerance": 1e-6, "because": "the CTC loss is computed in fp32"}
+_CTC: dict[str, Any] = {"tolerance": 1e-6}  # the CTC loss is computed in fp32
 _SEQUENCE: dict[str, Any] = {"use_cache": False, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -28,14 +28,14 @@ _SEQUENCE: dict[str, Any] = {"use_cache": False, "d_model": 32, "encoder_layers"
 
 
 def _with_codes(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a builder whose codebooks hold what training would have put there; they start as zeros."""
+    """Return a builder with random codebooks; without training they are zeros."""
 
     def built() -> nn.Module:
-        made = build()
-        for name, buffer in made.named_buffers():
+        model = build()
+        for name, buffer in model.named_buffers():
             if name.endswith("codebook.embed"):
                 buffer.normal_()
-        return made
+        return model
 
     return built
 
@@ -74,9 +74,8 @@ SPEECH: tuple[Entry, ...] = (
 
 _TEXT: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 24}
-_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SMALL: dict[str, Any] = {"initializer_range": 0.02}
-_LOSS: dict[str, Any] = {"tolerance": 1e-6, "because": "the loss of a language model is computed in fp32"}
+_LOSS: dict[str, Any] = {"tolerance": 1e-6}  # the loss of a language model is computed in fp32
 _pair = given({"return_loss": fixed(True)}, input_ids=whole(40, 2, 6, low=3),
     attention_mask=fixed([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]), pixel_values=real(2, 3, 32, 32))
 # Sixteen places for an image's patches.
@@ -97,22 +96,22 @@ def _corners() -> torch.Tensor:
 
 # fmt: off
 TEXT: tuple[Entry, ...] = (
-    hf("clip", "CLIPModel", _pair, projection_dim=16, text_config=_TEXT | _IDS, vision_config=PLAIN),
-    hf("siglip", "SiglipModel", _pair, text_config=_TEXT | _IDS, vision_config=PLAIN),
+    hf("clip", "CLIPModel", _pair, projection_dim=16, text_config=_TEXT | IDS, vision_config=PLAIN),
+    hf("siglip", "SiglipModel", _pair, text_config=_TEXT | IDS, vision_config=PLAIN),
     hf("chinese_clip", "ChineseCLIPModel", _pair, projection_dim=16, text_config=_TEXT | {"pad_token_id": 0},
         vision_config=PLAIN),
     hf("altclip", "AltCLIPModel", _pair, projection_dim=16,
         text_config=_TEXT | {"project_dim": 24, "pad_token_id": 1, "initializer_factor": 1.0}, vision_config=PLAIN),
-    hf("groupvit", "GroupViTModel", _pair, projection_dim=16, projection_intermediate_dim=24, text_config=_TEXT | _IDS,
+    hf("groupvit", "GroupViTModel", _pair, projection_dim=16, projection_intermediate_dim=24, text_config=_TEXT | IDS,
         vision_config=PLAIN | {"depths": [1, 1, 1], "num_hidden_layers": 3, "num_group_tokens": [4, 2, 0],
         "num_output_groups": [4, 2, 2]}),
     hf("owlvit", "OwlViTForObjectDetection", given(input_ids=whole(40, 4, 6, low=3), pixel_values=real(2, 3, 32, 32)),
-        projection_dim=32, text_config=_TEXT | _IDS, vision_config=PLAIN,
+        projection_dim=32, text_config=_TEXT | IDS, vision_config=PLAIN,
         unused={"owlvit.visual_projection.weight": "detection does not return how whole images and texts match"}),
     hf("blip", "BlipForConditionalGeneration",
         given({"labels": whole(40, 2, 6, low=3)}, input_ids=whole(40, 2, 6, low=3), pixel_values=real(2, 3, 32, 32)),
         projection_dim=16, image_text_hidden_size=16,
-        text_config=_TEXT | _IDS | {"encoder_hidden_size": 32, "projection_dim": 16, "hidden_dropout_prob": 0.1},
+        text_config=_TEXT | IDS | {"encoder_hidden_size": 32, "projection_dim": 16, "hidden_dropout_prob": 0.1},
         vision_config=PLAIN | _SMALL, **_LOSS),
     hf("llava", "LlavaForConditionalGeneration",
         given({"labels": whole(30, 2, 22, low=3)}, input_ids=_told, pixel_values=real(2, 3, 32, 32)),

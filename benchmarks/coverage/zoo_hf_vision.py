@@ -41,8 +41,8 @@ IMAGES: tuple[Entry, ...] = (
         neck_hidden_sizes=[8, 8, 12, 16, 16, 24, 32], num_attention_heads=2, expand_ratio=2.0, output_stride=16),
     hf("levit", "LevitForImageClassificationWithTeacher", given(pixel_values=real(2, 3, 64, 64)), num_labels=3,
         image_size=64, hidden_sizes=[32, 32, 48], num_attention_heads=[2, 2, 3], depths=[1, 1, 1], key_dim=[8, 8, 8],
-        mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], drop_path_rate=0, tolerance=2e-12,
-        because="batch norm over a few places amplifies rounding, that of torch's own operations as well"),
+        mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], drop_path_rate=0,
+        tolerance=2e-12),  # batch norm over a few places amplifies rounding, also that of torch's own operations
     hf("pvt", "PvtForImageClassification", _pictures, num_labels=3, image_size=32, num_encoder_blocks=3,
         depths=[1, 1, 1], sequence_reduction_ratios=[4, 2, 1], hidden_sizes=[16, 24, 32], patch_sizes=[4, 2, 2],
         strides=[4, 2, 2], num_attention_heads=[1, 2, 4], mlp_ratios=[2, 2, 2], drop_path_rate=0.1, **DROPPED),
@@ -55,51 +55,15 @@ IMAGES: tuple[Entry, ...] = (
     hf("vivit", "VivitForVideoClassification", _clips, num_labels=3, num_frames=4, tubelet_size=[2, 8, 8],
         **{key: value for key, value in (PLAIN | DROPPED).items() if key != "patch_size"}),
 )
-# fmt: on
+# Backbones, and the stages or layers whose feature maps leave them.
+_RESNET: dict[str, Any] = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16, 24],
+    "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}
+_SWIN: dict[str, Any] = {"model_type": "swin", "image_size": 64, "patch_size": 4, "embed_dim": 8,
+    "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+_DINOV2: dict[str, Any] = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "mlp_ratio": 2, "image_size": 32, "patch_size": 8, "reshape_hidden_states": False, "out_indices": [1, 2, 3, 4]}
 
-
-def _resnet() -> dict[str, Any]:
-    """Return the settings of a small ResNet whose last three stages leave it."""
-    return {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 12, 16, 24],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-        "out_features": ["stage2", "stage3", "stage4"],
-    }
-
-
-def _swin() -> dict[str, Any]:
-    """Return the settings of a small Swin whose four stages leave it."""
-    return {
-        "model_type": "swin",
-        "image_size": 64,
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depths": [1, 1, 1, 1],
-        "num_heads": [1, 1, 2, 2],
-        "window_size": 2,
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-    }
-
-
-def _dinov2() -> dict[str, Any]:
-    """Return the settings of a small DINOv2 whose four layers leave it."""
-    return {
-        "model_type": "dinov2",
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "mlp_ratio": 2,
-        "image_size": 32,
-        "patch_size": 8,
-        "reshape_hidden_states": False,
-        "out_indices": [1, 2, 3, 4],
-    }
-
-
-# fmt: off
 _DETR: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 6,
     "num_labels": 3}
@@ -114,11 +78,11 @@ _ZERO_QUERIES = {"*decoder.layers.0.self_attn.v_proj.weight": "the first layer's
 
 DENSE: tuple[Entry, ...] = (
     # No labels for DETR and YOLOS: their losses weigh classes in fp32, which eager torch refuses in fp64.
-    hf("detr", "DetrForObjectDetection", _seen, backbone_config=_resnet(), auxiliary_loss=True, **_DETR,
+    hf("detr", "DetrForObjectDetection", _seen, backbone_config=_RESNET, auxiliary_loss=True, **_DETR,
         unused=_ZERO_QUERIES),
     hf("yolos", "YolosForObjectDetection", given(pixel_values=real(2, 3, 32, 32)), num_labels=3, num_detection_tokens=5,
         **PLAIN | {"image_size": [32, 32]}, **DROPPED),
-    hf("deformable_detr", "DeformableDetrForObjectDetection", _found, backbone_config=_resnet(), num_feature_levels=3,
+    hf("deformable_detr", "DeformableDetrForObjectDetection", _found, backbone_config=_RESNET, num_feature_levels=3,
         encoder_n_points=2, decoder_n_points=2, with_box_refine=True, auxiliary_loss=True, **_DETR),
     hf("segformer", "SegformerForSemanticSegmentation", _drawn, num_labels=3, num_encoder_blocks=3, depths=[1, 1, 1],
         sr_ratios=[4, 2, 1], hidden_sizes=[16, 24, 32], patch_sizes=[7, 3, 3], strides=[4, 2, 2],
@@ -126,8 +90,8 @@ DENSE: tuple[Entry, ...] = (
     hf("dpt", "DPTForSemanticSegmentation", _drawn, num_labels=3, backbone_out_indices=[0, 1, 2, 3],
         use_batch_norm_in_fusion_residual=True, **PLAIN | {"num_hidden_layers": 4}, **DROPPED, **_neck),
     hf("depth_anything", "DepthAnythingForDepthEstimation", given(pixel_values=real(2, 3, 32, 32)),
-        backbone_config=_dinov2(), patch_size=8, reassemble_hidden_size=32, head_hidden_size=8, **_neck),
-    hf("maskformer", "MaskFormerForInstanceSegmentation", _seen, backbone_config=_swin(),
+        backbone_config=_DINOV2, patch_size=8, reassemble_hidden_size=32, head_hidden_size=8, **_neck),
+    hf("maskformer", "MaskFormerForInstanceSegmentation", _seen, backbone_config=_SWIN,
         decoder_config={"model_type": "detr"} | _DETR, fpn_feature_size=32, mask_feature_size=32, num_labels=3,
         unused=_ZERO_QUERIES),
     hf("sam", "SamModel", given(pixel_values=real(1, 3, 32, 32), input_points=real(1, 2, 3, 2, scale=8.0),

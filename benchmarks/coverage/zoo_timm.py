@@ -1,13 +1,12 @@
-"""Architectures of timm, at least one for each file of timm/models, small by their own arguments.
+"""Architectures of timm, at least one of each file of timm/models, with arguments that make them small.
 
-An entry is made by its registered name, or by its class where the name leaves no knob.
+An entry has a registered name, or a class if the registered function has no such arguments.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -34,11 +33,12 @@ from timm.models.vision_transformer_hybrid import HybridEmbed
 from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import nn
 
-from benchmarks.coverage.entry import Call, Entry, images
+from benchmarks.coverage.entry import Entry, images
+from tests.kit.compare import Call
 
 
 class Passed(nn.Module):
-    """In place of a repeated block: gives back the input that has the block's shape."""
+    """Replaces a repeated block: returns the input that has the shape of the block's output."""
 
     def __init__(self, position: int) -> None:
         super().__init__()
@@ -48,44 +48,31 @@ class Passed(nn.Module):
         return inputs[self.position]
 
 
-def net(
-    name: str,
-    size: int,
-    *,
-    label: str = "",
-    unused: Mapping[str, str] | None = None,
-    passed: tuple[str, ...] = (),
-    position: int = 0,
-    batch: int = 2,
-    **kwargs: Any,
-) -> Entry:
+def net(name: str, size: int, *, label: str = "", passed: tuple[str, ...] = (), **kwargs: Any) -> Entry:
     """Return the entry of what timm registers under `name`, or of a class `file.Class`, for images of `size` pixels.
 
     Args:
-        name: a registered name, or file and class where the registered function fixes what must be small.
+        name: a registered name, or file and class.
         size: height and width of the images.
-        label: name of the entry, where a file has several of one class.
-        unused: as in Entry.
-        passed: blocks that repeat another one and are left out, where depth has no knob.
-        position: which input of a block that is left out goes on.
-        batch: images in a call.
+        label: name of the entry, if a file has several of one class.
+        passed: repeated blocks that are replaced, if no argument sets the depth.
         kwargs: arguments of the model.
     """
     file, _, cls = name.rpartition(".")
     source = file or timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
 
     def build() -> nn.Module:
-        own = {"num_classes": 5, **copy.deepcopy(kwargs)}  # the builder of EfficientNets takes its arguments apart
+        arguments = {"num_classes": 5, **copy.deepcopy(kwargs)}  # the builder of EfficientNets changes them
         model: nn.Module
         if file:
-            model = getattr(importlib.import_module(f"timm.models.{file}"), cls)(**own)  # noqa: TID251
+            model = getattr(importlib.import_module(f"timm.models.{file}"), cls)(**arguments)  # noqa: TID251
         else:
-            model = timm.create_model(name, pretrained=False, **own)
-        for each in passed:
-            model.set_submodule(each, Passed(position))
+            model = timm.create_model(name, pretrained=False, **arguments)
+        for block in passed:
+            model.set_submodule(block, Passed(0))
         return model
 
-    return Entry(label or cls or name, source, build, images(batch, 3, size, size), unused=unused or {})
+    return Entry(label or cls or name, source, build, images(2, 3, size, size))
 
 
 # ---- convolutional ones
@@ -116,19 +103,19 @@ _GHOSTS = [[[3, 8, 8, 0, 1]], [[3, 16, 12, 0.25, 2]], [[5, 24, 16, 0.25, 2]], [[
 
 
 def _pnasnet() -> nn.Module:
-    """Return PNASNet with narrow cells and without those that repeat another one; the class has no knobs."""
+    """Return PNASNet with narrow cells and without repeated ones; the class has no such arguments."""
     model = PNASNet5Large(device="meta")
     model.conv_0 = ConvNormAct(3, 8, 3, stride=2, padding=0, apply_act=False)
     model.cell_stem_0 = CellStem0(in_chs_left=8, out_chs_left=2, in_chs_right=8, out_chs_right=2)
     down, match = {"is_reduction": True}, {"match_prev_layer_dims": True}
-    for name, left, right, width, options in (
+    for name, in_left, in_right, width, options in (
         ("stem_1", 8, 10, 4, down | match),
         ("0", 10, 20, 4, match),
         ("4", 20, 20, 8, down),
         ("5", 20, 40, 8, match),
         ("8", 40, 40, 8, down),
     ):
-        cell = Cell(in_chs_left=left, out_chs_left=width, in_chs_right=right, out_chs_right=width, **options)
+        cell = Cell(in_chs_left=in_left, out_chs_left=width, in_chs_right=in_right, out_chs_right=width, **options)
         setattr(model, f"cell_{name}", cell)
     for number in (1, 2, 3, 6, 7, 9, 10, 11):
         setattr(model, f"cell_{number}", Passed(1))
@@ -188,7 +175,7 @@ CONVOLUTIONAL: tuple[Entry, ...] = (
     net("xception_aligned.XceptionAligned", 64, block_cfg=[{"in_chs": 64, "out_chs": 16, "stride": 2}, {"in_chs": 16,
         "out_chs": 16, "stride": 1}, {"in_chs": 16, "out_chs": (16, 24, 24), "stride": 2, "no_skip": True,
         "start_with_relu": False}]),
-    net("nasnetalarge", 96, stem_size=12, num_features=192, position=0,
+    net("nasnetalarge", 96, stem_size=12, num_features=192,
         passed=tuple(f"cell_{i}" for i in (2, 3, 4, 5, 8, 9, 10, 11, 14, 15, 16, 17))),
     Entry("pnasnet", "pnasnet", _pnasnet, images(2, 3, 64, 64)),
     net("inception_v3", 107, passed=("Mixed_5d", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7c")),

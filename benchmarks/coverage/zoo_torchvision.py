@@ -24,7 +24,8 @@ from torchvision.models.video import mvit
 from torchvision.models.video.resnet import Conv2Plus1D, Conv3DNoTemporal, Conv3DSimple, R2Plus1dStem
 from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableConv
 
-from benchmarks.coverage.entry import Call, Entry, images
+from benchmarks.coverage.entry import Entry, images
+from tests.kit.compare import Call
 
 
 def _scenes(masks: bool = False, keypoints: int = 0) -> Callable[[bool], Call]:

@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from benchmarks import __main__ as command
+from benchmarks import tables
 from benchmarks.measure import Turn, alternate, ratios, saved_bytes
 from benchmarks.models import WORKS
 from benchmarks.rivals import RIVALS, entries, make_all
@@ -25,10 +26,10 @@ LONG = {"compiled": "a minute of compilation", "methods": "methods without convo
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in LONG])
 def test_a_table_is_measured_and_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows have cells in all columns; a second write of the same rows changes nothing."""
-    monkeypatch.setattr(command, "keep_freed", lambda: None)
+    monkeypatch.setattr(tables, "keep_freed", lambda: None)
     threads = torch.get_num_threads()
     try:
-        rows = command.measured(name, "tiny", 1)
+        rows = tables.measure(name, "tiny", 1)
     finally:
         torch.set_num_threads(threads)
     assert rows
@@ -64,9 +65,9 @@ def test_rows_of_another_machine_are_dropped(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["steps", "--device", "cuda"], "finds no GPU here"),
-        (["calls", "--device", "cuda"], "there is no table 'calls' for cuda"),
-        (["stepps"], "there is no table 'stepps' for cpu; there are steps, kernels"),
-        (["steps", "--models", "bert"], "there is no model 'bert'"),
+        (["calls", "--device", "cuda"], "no table calls for cuda; there are steps, memory, costs"),
+        (["stepps"], "no table stepps for cpu; there are steps, kernels"),
+        (["steps", "--models", "bert"], "invalid choice: 'bert'"),
     ],
 )
 def test_mistakes_are_one_message(

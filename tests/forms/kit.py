@@ -25,7 +25,7 @@ def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> l
     torch._dynamo.reset()
     modes = case.modes if modes is None else modes
     model, twin = case.model(), case.model().requires_grad_(False)
-    before, base = face(model), state(model)
+    before, base = (face(model), hooks(model)), state(model)
     model.train(modes[0])
     args, kwargs = case.call()
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -117,14 +117,14 @@ def released(case: Case, cascade: lx.Cascade, twin: nn.Module, base: Any, before
             slow[site.weight] = slow[site.weight] + SPEC.pace * delta(site, branch.lora_A, branch.lora_B)
     model = cascade.model
     assert cascade.release() is model
-    model.train(before[0][""])
-    assert face(model) == before
+    model.train(before[0][0][""])
+    assert (face(model), hooks(model)) == before
     for name, value in model.named_parameters():
         scale = float(slow[name].abs().max())
         assert float((value.detach() - slow[name]).abs().max()) <= 1e-12 * scale, f"{name} is not folded"
     follow(twin, model)
     for value, (_, _, flag) in zip(
-        (parameter for _, parameter in twin.named_parameters(remove_duplicate=False)), before[1], strict=True
+        (parameter for _, parameter in twin.named_parameters(remove_duplicate=False)), before[0][1], strict=True
     ):
         value.requires_grad_(flag)  # torch chooses kernels by it
     training = case.modes[-1]
@@ -178,11 +178,14 @@ def follow(twin: nn.Module, model: nn.Module) -> None:
 
 
 def face(model: nn.Module) -> Any:
-    """Return what release must restore: modes, flags, names, identity, hooks."""
+    """Return what release must restore: modes, flags, names and identity."""
     modes = {name: module.training for name, module in model.named_modules()}
     flags = [(name, id(value), value.requires_grad) for name, value in model.named_parameters(remove_duplicate=False)]
-    hooks = [
-        (name, list(module._forward_hooks), list(module._forward_pre_hooks), list(module._backward_hooks))
-        for name, module in model.named_modules()
-    ]
-    return modes, flags, hooks, list(model.state_dict())
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    return modes, flags, buffers, list(model.state_dict())
+
+
+def hooks(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return how many hooks each module has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return [tuple(len(getattr(module, kind)) for kind in kinds) for module in model.modules()]
