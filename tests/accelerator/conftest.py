@@ -1,4 +1,4 @@
-"""Registers the simulated accelerator, for the life of this process (`make test` gives it a pytest of its own)."""
+"""Registers the simulated accelerator, for the life of this process (`make test` starts a separate pytest for it)."""
 
 from __future__ import annotations
 

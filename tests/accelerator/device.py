@@ -58,9 +58,9 @@ def build() -> Path:
 def _compile(path: Path) -> None:
     folders = [f"-I{folder}" for folder in cpp_extension.include_paths()]
     folders += [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    made = path.with_suffix(".new")
-    subprocess.run(["g++", *FLAGS, str(SOURCE), "-o", str(made), *folders, *LIBRARIES], check=True)
-    made.replace(path)  # a build that was killed leaves no library
+    library = path.with_suffix(".new")
+    subprocess.run(["g++", *FLAGS, str(SOURCE), "-o", str(library), *folders, *LIBRARIES], check=True)
+    library.replace(path)  # a build that was killed leaves no library
 
 
 def register() -> None:
@@ -130,21 +130,21 @@ def _device_module() -> ModuleType:
 def _let_parameters_move() -> None:
     """Let `Module.to` and `tensor.data = other` keep the Parameter objects, as on CUDA.
 
-    For a PrivateUse1 device torch makes new Parameters, which separates tied ones and those that an optimizer holds.
+    For a PrivateUse1 device torch makes new Parameters. Tied parameters and an optimizer would lose them.
     """
     import torch._dynamo  # which at its first import looks at the function that is replaced here
 
     compatible = torch._has_compatible_shallow_copy_type
     data = torch._C.TensorBase.data
 
-    def moves(one: torch.Tensor, other: torch.Tensor) -> bool:
+    def moves(one: torch.Tensor, source: torch.Tensor) -> bool:
         plain = type(one) in (torch.Tensor, torch.nn.Parameter)
-        return plain and {one.device.type, other.device.type} == {"cpu", NAME}
+        return plain and {one.device.type, source.device.type} == {"cpu", NAME}
 
-    def set_data(self: torch.Tensor, other: torch.Tensor) -> None:
-        ops.set_data(self, other) if moves(self, other) else data.__set__(self, other)
+    def set_data(self: torch.Tensor, source: torch.Tensor) -> None:
+        ops.set_data(self, source) if moves(self, source) else data.__set__(self, source)
 
-    torch._has_compatible_shallow_copy_type = lambda one, other: moves(one, other) or compatible(one, other)
+    torch._has_compatible_shallow_copy_type = lambda one, source: moves(one, source) or compatible(one, source)
     torch.Tensor.data = property(data.__get__, set_data)
 
 

@@ -82,12 +82,6 @@ def gpt2() -> nn.Module:
     return tiny.gpt2(vocab_size=VOCABULARY, n_embd=24)
 
 
-def resnet() -> nn.Module:
-    import timm
-
-    return timm.create_model("test_resnet", num_classes=CLASSES, pretrained=False)
-
-
 def _rows(*shape: int) -> Callable[[], Inputs]:
     return lambda: ((torch.randn(BATCH, *shape),), {})
 
@@ -104,7 +98,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "bert": (bert, _ids()),
     "llama": (llama, _ids(use_cache=False)),
     "gpt2": (gpt2, _ids(use_cache=False)),
-    "resnet": (resnet, _rows(3, 32, 32)),
     "dropout": (Dropout, _rows(12)),
 }
 
@@ -132,7 +125,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 OTHER = f"{DEVICE}:1"
 """The second device, which is not the current one."""
 
-simulated_only = pytest.mark.skipif(not SIMULATED, reason="counters and switches are those of the simulated device")
+simulated_only = pytest.mark.skipif(not SIMULATED, reason="only the simulated device has counters and switches")
 
 
 two_devices = pytest.mark.skipif(
@@ -193,11 +186,11 @@ class Side:
         return cascade
 
     def twin(self, device: str | None = None, adapted: bool = False) -> Side:
-        """The same start anew, here or on another device; not adapted yet, or adapted."""
+        """A new start with the same values, here or on another device; not adapted yet, or adapted."""
         return Side(self.name, device or str(self.device), self.spec, self.dtype, adapted)
 
     def show(self, label: str, tree: Any) -> None:
-        """Keep a copy of tensors, to be compared with those of the other side."""
+        """Keep a copy of tensors, to be compared with the other side."""
         self.shown.append(
             (label, pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tree))
         )
@@ -242,22 +235,22 @@ def compare(
     name: str, spec: lx.CascadeSpec, *scenarios: Scenario, device: str = DEVICE, folder: Path | None = None
 ) -> None:
     """Run scenarios one after the other on the CPU and on the device, and compare all that they show."""
-    host, there = Side(name, "cpu", spec), Side(name, device, spec)
+    host, accelerated = Side(name, "cpu", spec), Side(name, device, spec)
     if folder is not None:
-        host.folder, there.folder = folder / "host", folder / "device"
-        host.folder.mkdir(), there.folder.mkdir()
+        host.folder, accelerated.folder = folder / "host", folder / "device"
+        host.folder.mkdir(), accelerated.folder.mkdir()
     for scenario in scenarios:
         scenario(host)
-        scenario(there)
-        for (label, one), (_, other) in zip(host.shown, there.shown, strict=True):
-            assert_same(one, other, f"{scenario.__name__}: {label}")
-        assert there.is_at_home(), f"{scenario.__name__} left something on another device"
-        host.shown.clear(), there.shown.clear()
+        scenario(accelerated)
+        for (label, one), (_, expected) in zip(host.shown, accelerated.shown, strict=True):
+            assert_same(one, expected, f"{scenario.__name__}: {label}")
+        assert accelerated.is_at_home(), f"{scenario.__name__} left something on another device"
+        host.shown.clear(), accelerated.shown.clear()
 
 
 @contextmanager
 def counted() -> Iterator[Mapping[str, int]]:
-    """Count what the simulated device does; the numbers are there after the block."""
+    """Count the operations of the simulated device; the numbers are there after the block."""
     counts: dict[str, int] = {}
     ops.reset_counters()
     yield counts

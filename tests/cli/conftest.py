@@ -126,8 +126,8 @@ def language(place: Path) -> Path:
     tiny.llama(vocab_size=len(words), hidden_size=32, intermediate_size=48).save_pretrained("llama")
     rows: dict[str, list[object]] = {"chat": [], "pairs": [], "plain": []}
     for number in range(60):
-        first = number % 6
-        prompt, completion = f"count from {NUMBERS[first]}", " ".join(NUMBERS[first + 1 : first + 5])
+        start = number % 6
+        prompt, completion = f"count from {NUMBERS[start]}", " ".join(NUMBERS[start + 1 : start + 5])
         user, assistant = ({"role": role, "content": text} for role, text in
                            (("user", prompt), ("assistant", completion)))  # fmt: skip
         rows["chat"].append({"messages": [user, assistant]})

@@ -45,8 +45,8 @@ def test_an_encoder_with_mean_pooling(texts: Path, capsys: Capture) -> None:
         expected = pooled @ values["head.weight"].T + values["head.bias"]
         cascade = load("runs/texts").eval()
         with cascade.weights("slow"):
-            found = cascade(**cascade.preprocessing(["a dull film", "film"])).logits
-    torch.testing.assert_close(found, expected)
+            logits = cascade(**cascade.preprocessing(["a dull film", "film"])).logits
+    torch.testing.assert_close(logits, expected)
     assert cascade.preprocessing.classes == ("glad", "sad")
 
 

@@ -70,9 +70,9 @@ def test_a_diverged_run(place: Path, capsys: Capture) -> None:
 
 def result(correct: str, loss: float = 1.0, accuracy: float = 0.5) -> Result:
     """Return a result whose prediction of each example is right where a letter is 1."""
-    found = [int(letter) for letter in correct]
+    predicted = [int(letter) for letter in correct]
     return {"lr": 0.1, "parameters": 7, "seconds": 1.0, "loss": loss, "accuracy": accuracy,
-            "predicted": found, "labels": [1] * len(found)}  # fmt: skip
+            "predicted": predicted, "labels": [1] * len(predicted)}  # fmt: skip
 
 
 def test_the_intervals() -> None:
@@ -105,8 +105,8 @@ def test_the_best_rate() -> None:
 
 def test_what_a_method_trains() -> None:
     spec = lx.CascadeSpec(rank=4, noise=lx.Noise(0.1), pace=0.7, restart="fast", average=True)
-    found = {name: configured(Run(name, 2, 0.1), Config(spec=spec, train={"seed": 5})) for name in METHODS}
-    assert {name: each.stages.count for name, each in found.items()} == {"lora": 1, "cascade": 3, "lorasc": 3}
-    assert found["lora"].spec == found["cascade"].spec == lx.CascadeSpec(rank=4, pace=1.0, seed=2)
-    assert found["lorasc"].spec == replace(spec, seed=2)
-    assert all(each.train == {"seed": 7, "learning_rate": 0.1} for each in found.values())
+    configs = {name: configured(Run(name, 2, 0.1), Config(spec=spec, train={"seed": 5})) for name in METHODS}
+    assert {name: config.stages.count for name, config in configs.items()} == {"lora": 1, "cascade": 3, "lorasc": 3}
+    assert configs["lora"].spec == configs["cascade"].spec == lx.CascadeSpec(rank=4, pace=1.0, seed=2)
+    assert configs["lorasc"].spec == replace(spec, seed=2)
+    assert all(config.train == {"seed": 7, "learning_rate": 0.1} for config in configs.values())

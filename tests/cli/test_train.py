@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Can't initialize NVML:UserWarnin
 
 def history(run: str) -> list[dict[str, Any]]:
     (state,) = Path(run).glob("checkpoint-*/trainer_state.json")
-    found: list[dict[str, Any]] = json.loads(state.read_text())["log_history"]
-    return found
+    lines: list[dict[str, Any]] = json.loads(state.read_text())["log_history"]
+    return lines
 
 
 def losses(run: str) -> dict[int, float]:
@@ -33,17 +33,17 @@ def losses(run: str) -> dict[int, float]:
 
 
 def results(run: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(run, "all_results.json").read_text())
-    return found
+    values: dict[str, Any] = json.loads(Path(run, "all_results.json").read_text())
+    return values
 
 
 def weights(run: str) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(f"{run}/model.safetensors")
-    return found
+    tensors: dict[str, torch.Tensor] = load_file(f"{run}/model.safetensors")
+    return tensors
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
 def build() -> Any:

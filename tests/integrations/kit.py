@@ -59,14 +59,14 @@ def llama(**more: Any) -> LlamaForCausalLM:
 def texts(count: int = 8, length: int = 9) -> list[dict[str, Tensor]]:
     """Return rows of tokens, some of them padded. The labels of padding are -100."""
     generator = torch.Generator().manual_seed(4)
-    found = []
+    rows = []
     for index in range(count):
         ids = torch.randint(3, 40, (length,), generator=generator)
         mask = torch.ones(length, dtype=torch.long)
         mask[length - index % 3 :] = 0
         ids = ids * mask
-        found.append({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, -100)})
-    return found
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, -100)})
+    return rows
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
@@ -84,7 +84,7 @@ def losses(trainer: Any) -> list[float]:
 
 def values_of(cascade: lx.Cascade, view: str = "slow") -> dict[str, Tensor]:
     """Compute a cascade's weights by the formula, in fp64: W0 + S, or for "fast" W0 + S + s B A of the branch."""
-    found = {}
+    values = {}
     for weight, branch in branches_of(cascade).items():
         state = weight_state(cascade, weight)
         value = state.base.double().clone()
@@ -94,8 +94,8 @@ def values_of(cascade: lx.Cascade, view: str = "slow") -> dict[str, Tensor]:
             value += coefficient * expert.b.double() @ expert.a.double()
         if view == "fast":
             value += branch.scale * branch.lora_B.detach().double() @ branch.lora_A.detach().double()
-        found[weight] = value
-    return found
+        values[weight] = value
+    return values
 
 
 def with_weights(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:

@@ -94,8 +94,8 @@ class Accelerated(Steps):
     def make(self) -> None:
         super().make()
         self.accelerator = Accelerator(cpu=True, mixed_precision=self.precision, gradient_accumulation_steps=2)
-        made = self.accelerator.prepare(self.cascade, self.optimizer, self.schedule)
-        self.model, self.optimizer, self.schedule = made
+        prepared = self.accelerator.prepare(self.cascade, self.optimizer, self.schedule)
+        self.model, self.optimizer, self.schedule = prepared
 
     def batch(self, x: Tensor, labels: Tensor, number: int) -> Tensor:
         with self.accelerator.accumulate(self.model):
@@ -177,7 +177,6 @@ def by_trainer(how: dict[str, Any], **more: Any) -> Loop:
     return run
 
 
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 LOOPS: dict[str, Loop] = {
     "plain": by_steps(Steps),
     "accelerate": by_steps(Accelerated),
@@ -187,7 +186,4 @@ LOOPS: dict[str, Loop] = {
     "trainer, bf16": by_trainer({"steps": 3}, bf16=True),
     "trainer, epochs": by_trainer({"epochs": 1}),
     "trainer, accumulated": by_trainer({"steps": 2}, gradient_accumulation_steps=2, num_train_epochs=3),
-    "trainer, best": by_trainer(
-        {"steps": 3}, learning_rate=0.3, load_best_model_at_end=True, metric_for_best_model="eval_loss", **EVALUATED
-    ),
 }

@@ -31,8 +31,12 @@ def free_port() -> int:
 
 
 def as_torchrun(rank: int, count: int, port: int) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", **{k: str(v) for k, v in own.items()}}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "ACCELERATE_USE_CPU": "true",
+        **{k: str(v) for k, v in variables.items()},
+    }
 
 
 def by_trainer(rank: int, count: int, port: int, folder: str, spec: lx.CascadeSpec, stop: int) -> dict[str, Tensor]:
@@ -52,10 +56,10 @@ def by_trainer(rank: int, count: int, port: int, folder: str, spec: lx.CascadeSp
         eval_dataset=rows(8, torch.float64),
         callbacks=[lx.integrations.transformers.CascadeCallback(cascade, epochs=1)],
     )
-    there = any(Path(folder).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=there or None)
-    told = {"evaluated": torch.tensor(trainer.evaluate()["eval_loss"]), "stage": torch.tensor(cascade.stage)}
-    return told | {name: value.clone() for name, value in cascade.release().state_dict().items()}
+    saved = any(Path(folder).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=saved or None)
+    results = {"evaluated": torch.tensor(trainer.evaluate()["eval_loss"]), "stage": torch.tensor(cascade.stage)}
+    return results | {name: value.clone() for name, value in cascade.release().state_dict().items()}
 
 
 def by_accelerate(rank: int, count: int, port: int, folder: str, spec: lx.CascadeSpec, stop: int) -> dict[str, Tensor]:
@@ -90,8 +94,8 @@ def test_two_processes_equal_one(work: Any, spec: lx.CascadeSpec, tmp_path: Path
     before = adapted(spec, 0.0, torch.float64).model.state_dict()
     assert all((one[name] - value).abs().max() > 1e-3 for name, value in before.items() if value.dim() > 1)
     for name, value in one.items():
-        for found in both:
-            torch.testing.assert_close(found[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)
+        for values in both:
+            torch.testing.assert_close(values[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)
 
 
 def test_a_trainer_resumes_on_any_number_of_processes(tmp_path: Path) -> None:
@@ -101,7 +105,7 @@ def test_a_trainer_resumes_on_any_number_of_processes(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "two", tmp_path / "other")
     ended = on_ranks(2, by_trainer, free_port(), str(tmp_path / "two"), SPEC, 0, group=False)
     ended += on_ranks(1, by_trainer, free_port(), str(tmp_path / "other"), SPEC, 0, group=False)
-    for found in ended:
-        assert found["stage"] == one["stage"]
+    for values in ended:
+        assert values["stage"] == one["stage"]
         for name, value in one.items():
-            torch.testing.assert_close(found[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)
+            torch.testing.assert_close(values[name], value, atol=1e-6 if name == "evaluated" else 1e-10, rtol=0)

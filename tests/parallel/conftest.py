@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two(folder: Path) -> list[dict[str, Tensor]]:
-    """What `together.on_two` returns, by rank."""
+    """The results of `together.on_two`, by rank."""
     sharding.saved(0, 1, "fresh", str(folder / "one process"), 10)
     return on_ranks(2, together.on_two, str(folder), limit=900)
 
@@ -46,10 +46,10 @@ def killed(folder: Path) -> tuple[RankFailed, float, str]:
 
 @pytest.fixture(scope="session")
 def four(two: object, killed: tuple[RankFailed, float, str], folder: Path) -> list[dict[str, Tensor]]:
-    """What `together.on_four` returns, by rank."""
+    """The results of `together.on_four`, by rank."""
     return on_ranks(4, together.on_four, str(folder), killed[2], limit=900)
 
 
-def part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the tensors of one part of what a rank has returned."""
-    return {key.removeprefix(f"{name}/"): value for key, value in found.items() if key.startswith(f"{name}/")}
+def part(results: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of one part of the results of a rank."""
+    return {key.removeprefix(f"{name}/"): value for key, value in results.items() if key.startswith(f"{name}/")}

@@ -47,7 +47,7 @@ class Parts:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count the calls of a block, Python's and those of builtin functions, up to the one that was drawn."""
+        """Count the calls of Python and builtin functions in a block, up to the drawn one."""
         count, at = 0, self.at if part == self.part else -1
 
         def see(frame: Any, event: str, argument: Any) -> None:
@@ -105,9 +105,9 @@ def main(folder: str, name: str, kills: int) -> None:
     dist.init_process_group("gloo")
     restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     part = PARTS[restart % len(PARTS)] if restart < kills else ""
-    found = train(dist.get_rank(), dist.get_world_size(), folder, name, part, restart)
+    values = train(dist.get_rank(), dist.get_world_size(), folder, name, part, restart)
     if dist.get_rank() == 0:
-        save_file({key: value.contiguous() for key, value in found.items()}, Path(folder) / "result.safetensors")
+        save_file({key: value.contiguous() for key, value in values.items()}, Path(folder) / "result.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

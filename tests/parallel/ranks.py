@@ -27,9 +27,9 @@ Work = Callable[..., dict[str, torch.Tensor] | None]
 class RankFailed(AssertionError):
     """A process raised, died, or exceeded the time limit. The message contains the tracebacks."""
 
-    def __init__(self, message: str, codes: list[int | None], told: list[str]) -> None:
+    def __init__(self, message: str, codes: list[int | None], texts: list[str]) -> None:
         super().__init__(message)
-        self.codes, self.told = codes, told
+        self.codes, self.texts = codes, texts
 
 
 def on_ranks(
@@ -57,10 +57,10 @@ def on_ranks(
         ]
         for process in started:
             process.start()
-        end, grace = time.monotonic() + limit, timeout + 3  # the others meet a time limit of their own
-        while (now := time.monotonic()) < end and any(process.is_alive() for process in started):
+        end, grace = time.monotonic() + limit, timeout + 3  # the others have a separate time limit
+        while (time_now := time.monotonic()) < end and any(process.is_alive() for process in started):
             if any(process.exitcode for process in started):
-                end = min(end, now + grace)
+                end = min(end, time_now + grace)
                 grace = limit
             time.sleep(0.05)
         late = [process.is_alive() for process in started]
@@ -68,20 +68,20 @@ def on_ranks(
             process.kill()
             process.join()
         codes = [None if alive else process.exitcode for alive, process in zip(late, started, strict=True)]
-        told = [_read(Path(folder, f"{rank}.txt")) for rank in range(count)]
+        texts = [_read(Path(folder, f"{rank}.txt")) for rank in range(count)]
         if any(codes) or any(late):
             states = ["still ran" if code is None else f"ended with {code}" for code in codes]
             parts = [
-                f"rank {rank} {state}\n{text}" for rank, (state, text) in enumerate(zip(states, told, strict=True))
+                f"rank {rank} {state}\n{text}" for rank, (state, text) in enumerate(zip(states, texts, strict=True))
             ]
-            raise RankFailed("\n".join(parts), codes, told)
+            raise RankFailed("\n".join(parts), codes, texts)
         return [load_file(Path(folder, f"{rank}.safetensors")) for rank in range(count)]
 
 
 def processes(work: Callable[..., Any]) -> Any:
     """The context that starts processes: forks of a server that has imported torch and this package.
 
-    The module of the work comes along, if it is the first one: the server lives as long as the test run.
+    The module of the work comes along, if it is the first one: the server lives until the test run ends.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "lorasc_fx", work.__module__])
@@ -102,8 +102,10 @@ def _run(rank: int, count: int, port: int, folder: str, timeout: float, work: Wo
     try:
         if timeout:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        found = work(rank, count, *args) or {}
-        save_file({name: value.detach().contiguous() for name, value in found.items()}, f"{folder}/{rank}.safetensors")
+        tensors = work(rank, count, *args) or {}
+        save_file(
+            {name: value.detach().contiguous() for name, value in tensors.items()}, f"{folder}/{rank}.safetensors"
+        )
         code = 0
     except BaseException:
         Path(folder, f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")

@@ -103,24 +103,28 @@ def adapted(name: str, **sizes: int) -> lx.Cascade:
     return lx.adapt(blocks(**sizes), args=(example(),), spec=spec)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def full_parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    return {f"{prefix}{name}": full(value.detach()).clone() for name, value in module.named_parameters()}
 
 
 def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     """Return factors, and parameters and outputs for each view of the weights, as full tensors."""
     tokens = example()
-    found = {f"live/{name}": whole(each.detach()).clone() for name, each in cascade.named_parameters()}
+    tensors = full_parameters(cascade, "live/")
     cascade.eval()
     average = ("averaged",) if cascade.plan.spec.average else ()
     for view in ("slow", "fast", "base", *average):
         with cascade.weights(view), torch.no_grad():  # type: ignore[arg-type]
-            found[f"{view}/output"] = cascade(tokens)
-            found |= {f"{view}/{name}": whole(each.detach()).clone() for name, each in cascade.model.named_parameters()}
+            tensors[f"{view}/output"] = cascade(tokens)
+            tensors |= full_parameters(cascade.model, f"{view}/")
     with torch.no_grad():
-        found["output"] = cascade(tokens)
+        tensors["output"] = cascade(tokens)
     cascade.train()
-    return found
+    return tensors
 
 
 @functools.cache
@@ -128,10 +132,10 @@ def alone(name: str, **sizes: int) -> dict[str, Tensor]:
     cascade = adapted(name, **sizes)
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, STAGES * STEPS, (0, 1))
-    found = values(cascade)
+    tensors = values(cascade)
     cascade.transition(optimizer)
-    found |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
-    return found | back(cascade, name)
+    tensors |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
+    return tensors | back(cascade, name)
 
 
 def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
@@ -139,10 +143,10 @@ def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
     if name != "fast":
         return {}
     with cascade.weights(stage=1), torch.no_grad():
-        found = {f"first/{key}": whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
-        found["first/output"] = cascade(example())
+        tensors = full_parameters(cascade.model, "first/")
+        tensors["first/output"] = cascade(example())
     cascade.rewind(2, None)
-    return found | {f"back/{key}": value for key, value in values(cascade).items()}
+    return tensors | {f"back/{key}": value for key, value in values(cascade).items()}
 
 
 class Gathered:
@@ -164,29 +168,29 @@ class Gathered:
 
 def sharded(rank: int, count: int, names: Iterable[str]) -> dict[str, Tensor]:
     """Train each of the cascades. The last rank is slow: it comes late to each sum of a transition."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     owner, function = SEAMS["sum over ranks"]
     real = getattr(owner, function)
     if rank == count - 1:
-        setattr(owner, function, lambda *given: (time.sleep(0.002), real(*given))[1])
+        setattr(owner, function, lambda *arguments: (time.sleep(0.002), real(*arguments))[1])
     for name in names:
         torch.manual_seed(100 + rank)
         cascade = fsdp.shard(adapted(name))
-        assert all(hasattr(each, "to_local") for each in cascade.parameters())
+        assert all(hasattr(parameter, "to_local") for parameter in cascade.parameters())
         optimizer = optimizer_of(cascade)
         run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
-        own = values(cascade)
+        results = values(cascade)
         with Gathered() as shapes:
             cascade.transition(optimizer)
         ranks = {site.rank for site in cascade.sites}
         assert shapes, "the transition asked for no factor"
         if cascade.plan.spec.adapter in ("lora", "dora"):  # factors, magnitudes: no weight
             assert all(ranks & set(shape) or len(shape) == 1 for shape in shapes), shapes
-        own |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
-        own |= back(cascade, name)
-        found |= {f"{name}/{key}": value for key, value in own.items()}
+        results |= {f"folded/{key}": value for key, value in fsdp.folded_state_dict(cascade).items()}
+        results |= back(cascade, name)
+        tensors |= {f"{name}/{key}": value for key, value in results.items()}
     setattr(owner, function, real)
-    return found
+    return tensors
 
 
 def narrow(rank: int, count: int) -> dict[str, Tensor]:
@@ -197,10 +201,10 @@ def narrow(rank: int, count: int) -> dict[str, Tensor]:
     cascade(example())[:, rank].sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    factors = {key: whole(each.detach()).clone() for key, each in cascade.branches.named_parameters()}
+    factors = full_parameters(cascade.branches)
     cascade.transition(optimizer)
     with cascade.weights("slow"):
-        return factors | {key: whole(each.detach()).clone() for key, each in cascade.model.named_parameters()}
+        return factors | full_parameters(cascade.model)
 
 
 # ---- experts
@@ -227,7 +231,7 @@ class Experts(nn.Module):
 
 
 def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for number, distribution in EXPERTS.items():
         torch.manual_seed(1)
         noise = lx.Noise(0.1, distribution)  # type: ignore[arg-type]
@@ -236,14 +240,14 @@ def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
         assert {site.weight for site in cascade.sites if site.kind == "experts"} == {"up", "down"}
         if count > 1:
             fsdp.shard(cascade)
-            stacked = [each for each in cascade.parameters() if each.dim() == 3]
-            assert all(count * each.to_local().numel() == each.numel() for each in stacked)  # type: ignore[operator]
+            stacked = [parameter for parameter in cascade.parameters() if parameter.dim() == 3]
+            assert all(count * parameter.to_local().numel() == parameter.numel() for parameter in stacked)  # type: ignore[operator]
         optimizer = optimizer_of(cascade)
         run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
         if count > 1:
             lx.save(cascade, f"{folder}/{number}", optimizer=optimizer)
-        found |= {f"{number}/{key}": value for key, value in values(cascade).items()}
-    return found
+        tensors |= {f"{number}/{key}": value for key, value in values(cascade).items()}
+    return tensors
 
 
 # ---- checkpoints
@@ -282,7 +286,7 @@ def resumed(rank: int, count: int, folder: str, **sizes: int) -> dict[str, Tenso
     return {**values(cascade), "drawn": drawn}
 
 
-# ---- a branch that is not finite
+# ---- inf in a branch
 
 
 def spoilt(rank: int, count: int) -> dict[str, Tensor]:
@@ -296,14 +300,14 @@ def spoilt(rank: int, count: int) -> dict[str, Tensor]:
     run(cascade, optimizer, 0, STEPS - 1, (rank, count))
     optimizer.zero_grad()
     for spoils in (cascade.branches["layers/1/up/weight"].lora_B, cascade.model.get_parameter("norm.weight")):
-        held = spoils.to_local() if count > 1 else spoils.detach()  # type: ignore[operator]
-        good = held[-1].clone()
+        values_of_rank = spoils.to_local() if count > 1 else spoils.detach()  # type: ignore[operator]
+        good = values_of_rank[-1].clone()
         with torch.no_grad():
-            held[-1] = float("inf") if rank == count - 1 else good
+            values_of_rank[-1] = float("inf") if rank == count - 1 else good
         with raises(lx.NonFiniteBranch, "non-finite"):
             cascade.transition(optimizer)
         with torch.no_grad():
-            held[-1] = good
+            values_of_rank[-1] = good
     cascade.transition(optimizer)
     return values(cascade)
 
@@ -312,7 +316,7 @@ def spoilt(rank: int, count: int) -> dict[str, Tensor]:
 
 
 def storages(tensors: Any) -> dict[int, int]:
-    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 class Peak(TorchDispatchMode):
@@ -323,12 +327,12 @@ class Peak(TorchDispatchMode):
         self.cascade, self.most = cascade, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [each for each in self.cascade.parameters() if not hasattr(each, "to_local")]
+        plain = [parameter for parameter in self.cascade.parameters() if not hasattr(parameter, "to_local")]
         self.most = max(self.most, sum(storages(plain).values()))
         return func(*args, **(kwargs or {}))
 
 
-# ---- ranks that are not alike
+# ---- different ranks
 
 HOWS: dict[str, Callable[[lx.Cascade, int], object]] = {
     "shard": lambda cascade, count: fsdp.shard(cascade),
@@ -339,18 +343,18 @@ HOWS: dict[str, Callable[[lx.Cascade, int], object]] = {
 def unlike(rank: int, count: int) -> None:
     """Different weights, specs or code on the second rank are an error on every rank."""
     for call, wrap in HOWS.items():
-        for what, name in {"weight": "weight 1.weight", "spec": "spec.pace", "code": "lorasc-fx", "": ""}.items():
+        for difference, name in {"weight": "weight 1.weight", "spec": "spec.pace", "code": "lorasc-fx", "": ""}.items():
             torch.manual_seed(0)
-            model, odd = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), what if rank == 1 else ""
-            if odd == "weight":
+            model, change = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), difference if rank == 1 else ""
+            if change == "weight":
                 model[1].weight.data[0, 0] += 1
-            spec = lx.CascadeSpec(rank=2, pace=0.5 if odd == "spec" else 0.25)
+            spec = lx.CascadeSpec(rank=2, pace=0.5 if change == "spec" else 0.25)
             cascade = lx.adapt(model.eval(), args=(torch.ones(2, 5),), spec=spec)
             owner, function = SEAMS["digest of the source"]
             with pytest.MonkeyPatch.context() as patch:
-                if odd == "code":
+                if change == "code":
                     patch.setattr(owner, function, lambda: "0" * 64)
-                if what:
+                if difference:
                     with raises(lx.StateError, "ranks-differ", call, f"rank 1 differs in {name}"):
                         wrap(cascade, count)
                 else:
@@ -365,14 +369,14 @@ def late(rank: int, count: int) -> None:
     cascade = fsdp.shard(adapted("fresh"))
     optimizer = optimizer_of(cascade)
     step(cascade, optimizer, 0, (rank, count))
-    before = {name: each.to_local().clone() for name, each in cascade.named_parameters()}  # type: ignore[operator]
+    before = {name: parameter.to_local().clone() for name, parameter in cascade.named_parameters()}  # type: ignore[operator]
     if rank == count - 1:
         time.sleep(12)
     with raises(lx.StateError, "rank-failed", "timeout", "last checkpoint"):
         cascade.transition(optimizer)
     assert cascade.stage == 1
-    for name, each in cascade.named_parameters():
-        assert torch.equal(each.to_local(), before[name]), name  # type: ignore[operator]
+    for name, parameter in cascade.named_parameters():
+        assert torch.equal(parameter.to_local(), before[name]), name  # type: ignore[operator]
 
 
 # ---- what is refused
@@ -408,16 +412,16 @@ def refused(rank: int, count: int, folder: str) -> None:
     weight = cascade.model.get_parameter("layers.1.up.weight").to_local().data  # type: ignore[operator]
     if rank == 0:  # likewise
         weight.neg_()
-    told = "layers.1.up.weight" if rank == 0 else "a weight on another process"
-    with raises(lx.StateError, "weights-changed-outside", told):
+    weight_name = "layers.1.up.weight" if rank == 0 else "a weight on another process"
+    with raises(lx.StateError, "weights-changed-outside", weight_name):
         cascade.transition(optimizer)
     if rank == 0:
         weight.neg_()
-    before = {name: each.detach().clone() for name, each in cascade.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in cascade.named_parameters()}
     with raises(lx.NonFiniteBranch, "non-finite", "head.weight", "1"):
         cascade.transition(optimizer)
     with raises(lx.NonFiniteBranch, "non-finite", "head.weight" if rank == count - 1 else "another rank"):
         lx.save(cascade, folder, optimizer=optimizer)
     assert not os.path.exists(folder)
-    for name, each in cascade.named_parameters():
-        torch.testing.assert_close(each.to_local(), before[name].to_local(), rtol=0, atol=0, equal_nan=True)  # type: ignore[operator]
+    for name, parameter in cascade.named_parameters():
+        torch.testing.assert_close(parameter.to_local(), before[name].to_local(), rtol=0, atol=0, equal_nan=True)  # type: ignore[operator]

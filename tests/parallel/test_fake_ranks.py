@@ -47,8 +47,8 @@ def ranks() -> Iterator[None]:
 
 
 def local_bytes(parameters: Any) -> int:
-    tensors = [each.to_local() if isinstance(each, DTensor) else each for each in parameters]
-    return sum(each.numel() * each.element_size() for each in tensors)
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in parameters]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @pytest.mark.filterwarnings("ignore:transition. the rounding of")  # of what trained in one step, in bf16

@@ -13,7 +13,7 @@ UNTIL = 10
 
 
 def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
-    found = {
+    results = {
         "trained": sharding.sharded(rank, count, sharding.SPECS),
         "spoilt": sharding.spoilt(rank, count),
         "narrow": sharding.narrow(rank, count),
@@ -23,24 +23,24 @@ def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     for name in SAVED:
         sharding.saved(rank, count, name, f"{folder}/{name}", 10)
     for name in ("fresh", "one process"):
-        found[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
+        results[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
     sharding.unlike(rank, count)
     sharding.refused(rank, count, f"{folder}/refused")
-    return by_part(found)
+    return by_part(results)
 
 
 def on_four(rank: int, count: int, folder: str, killed: str) -> dict[str, Tensor]:
     """Resume what two ranks have saved, and a run under DDP on all ranks and on the first two."""
-    found = {
+    results = {
         "trained": sharding.sharded(rank, count, ("fast", "dora, pissa")),
         "ddp": training.under_ddp(rank, count, ("fast",)),
     }
     for name in ("fresh", "averaged", "dora, pissa"):
-        found[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
+        results[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
     for part in (4, 2):
-        found[f"ddp on {part}"] = training.resumed(rank, count, "fast", killed, UNTIL, part)
-    return by_part(found)
+        results[f"ddp on {part}"] = training.resumed(rank, count, "fast", killed, UNTIL, part)
+    return by_part(results)
 
 
-def by_part(found: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{part}/{key}": value for part, tensors in found.items() for key, value in tensors.items()}
+def by_part(results: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}/{key}": value for part, tensors in results.items() for key, value in tensors.items()}

@@ -98,11 +98,11 @@ def run(model: nn.Module, optimizer: Any, done: int, until: int, share: tuple[in
 
 def values(cascade: lx.Cascade) -> dict[str, Tensor]:
     """Return slow and fast weights, and the factors of the running stage."""
-    found = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
+    tensors = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
     for view in ("slow", "fast"):
         with cascade.weights(view):  # type: ignore[arg-type]
-            found |= {f"{view}/{name}": value.detach().clone() for name, value in cascade.model.named_parameters()}
-    return found
+            tensors |= {f"{view}/{name}": value.detach().clone() for name, value in cascade.model.named_parameters()}
+    return tensors
 
 
 def alone(name: str, until: int = STAGES * STEPS) -> dict[str, Tensor]:
@@ -112,14 +112,14 @@ def alone(name: str, until: int = STAGES * STEPS) -> dict[str, Tensor]:
 
 
 def under_ddp(rank: int, count: int, names: Iterable[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         torch.manual_seed(100 + rank)  # no process owes its numbers to a common generator
         cascade = adapted(name)
         wrapper = DistributedDataParallel(cascade, find_unused_parameters=False)
         run(wrapper, optimizer_of(cascade), 0, STAGES * STEPS, (rank, count))
-        found |= {f"{name}/{key}": value for key, value in values(cascade).items()}
-    return found
+        tensors |= {f"{name}/{key}": value for key, value in values(cascade).items()}
+    return tensors
 
 
 # ---- a run that is saved, killed and resumed
