@@ -16,8 +16,9 @@ from torch import nn
 import lorasc_fx as lx
 from tests.contract.test_folded_alone import run_alone
 from tests.errors.state import unchanged
-from tests.export.cases import CASES, SLOW_CASES, Exported, llama, tensor_of, texts
+from tests.export.cases import CASES, SLOW_CASES, Exported, llama, seeded, tensor_of, texts
 from tests.kit import tiny
+from tests.kit.compare import assert_same
 from tests.kit.errors import raises
 from tests.kit.models import Breaking, randomize
 from tests.peft.models import BUILD, cascade_of, made, merged, trained_by_peft
@@ -30,11 +31,6 @@ MORE = {
     "gpt2": Exported(lambda: seeded(lambda: tiny.gpt2(use_cache=False)).eval(), texts),
 }
 EVERY = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW_CASES, *MORE))]
-
-
-def seeded(build: Any) -> Any:
-    torch.manual_seed(55)
-    return build()
 
 
 def runs_of(case: Exported) -> list[lx.Cascade]:
@@ -62,8 +58,7 @@ def make(case: Exported, folder: Path) -> list[lx.Cascade]:
             written = lx.export.adapter(run, folder / f"{index}.{ending}", max_rank=RANK, base=runs[0])
             assert not written.cut
         lx.export.pt2(run, folder / f"folded{index}.pt2")
-    after = runs[0].state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert_same(dict(runs[0].state_dict()), before)
     plain = lx.adapt(case.build().eval(), *case.inputs(3), spec=lx.CascadeSpec(rank=1))
     lx.export.pt2(plain, folder / "plain.pt2")
     lx.export.onnx(plain, folder / "plain.onnx")
@@ -178,7 +173,7 @@ def test_adapters_are_exchanged_in_a_compiled_package(name: str, tmp_path: Path)
 
 
 def test_the_signature_and_the_content_of_the_file(tmp_path: Path) -> None:
-    """The adapter follows the model's own arguments. The example and the weights contain nothing of a run."""
+    """The adapter follows the model's own arguments. The example and the weights contain no data of a run."""
     case = CASES["stated"]
     run = runs_of(case)[0]
     lx.export.adapter(run, tmp_path / "a.safetensors", max_rank=RANK)
@@ -242,8 +237,8 @@ def test_the_base_of_a_run_with_kept_noise_is_w0() -> None:
     randomize(run)
     run.transition(None)
     program = lx.export.program(run, adapter_rank=3)
-    found = tensor_of(program.module()(x, **program.example_inputs[1]))
-    assert torch.equal(found, case.build().eval()(x))
+    output = tensor_of(program.module()(x, **program.example_inputs[1]))
+    assert torch.equal(output, case.build().eval()(x))
 
 
 Tensors = dict[str, torch.Tensor]
@@ -256,18 +251,19 @@ def stem(weight: str) -> str:
 
 def assert_holds(tensors: Tensors, sites: tuple[lx.Site, ...], name: str, folded: Tensors, rank: int) -> None:
     """Assert that the tensors of all sites are there, padded to the rank, and W0 + B A equals the folded weight."""
-    names = [f"{stem(site.weight)}_{each}" for site in sites for each in ("lora_a", "lora_b", "scale")]
+    names = [f"{stem(site.weight)}_{field}" for site in sites for field in ("lora_a", "lora_b", "scale")]
     assert sorted(tensors) == sorted(names)
     base = made(BUILD[name]).state_dict()
     for site in sites:
-        a, b, scale = (tensors[f"{stem(site.weight)}_{each}"] for each in ("lora_a", "lora_b", "scale"))
+        a, b, scale = (tensors[f"{stem(site.weight)}_{field}"] for field in ("lora_a", "lora_b", "scale"))
         assert a.dtype == b.dtype == scale.dtype == torch.float64
         assert (a.shape[-2], b.shape[-1], tuple(scale.shape), scale.item()) == (rank, rank, (), 1)
-        total = base[site.weight] + (b @ a).view(base[site.weight].shape)
+        delta = (b @ a).mT if site.layout == "in_out" else b @ a
+        total = base[site.weight] + delta.reshape(site.shape)
         torch.testing.assert_close(total, folded[site.weight], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["suffixes", "convs"])
+@pytest.mark.parametrize("name", ["suffixes", "words", "convs", "mixture"])
 def test_a_cascade_and_a_checkpoint(name: str, tmp_path: Path) -> None:
     cascade = cascade_of(name, stages=2, running=False)
     lx.save(cascade, tmp_path / "run")
@@ -346,8 +342,8 @@ def test_changed_statistics_are_refused(trains: bool, tmp_path: Path) -> None:
                 lx.export.program(cascade, adapter_rank=4)
         else:
             program = lx.export.program(cascade, adapter_rank=4)
-            found = program.module()(values, **program.example_inputs[1])
-            assert torch.equal(found, Normed().to(values.dtype).eval()(values))
+            output = program.module()(values, **program.example_inputs[1])
+            assert torch.equal(output, Normed().to(values.dtype).eval()(values))
 
 
 def test_weights_with_the_same_input_names_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""`low_rank_pairs` of a cascade, a checkpoint and an adapter of peft, compared with folded weights."""
+"""`low_rank_pairs`: packed, transposed and quantized weights, and changes that factors cannot express."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torchao.quantization as torchao
 from torch import nn
@@ -14,91 +13,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
-from lorasc_fx.peft.adapter_pairs import LowRankAdapter, low_rank_pairs
+from lorasc_fx.peft.adapter_pairs import low_rank_pairs
 from lorasc_fx.peft.change import compressed
 from lorasc_fx.util.fingerprint import fingerprints
-from tests.errors.state import unchanged
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.kit.state import Factors
-from tests.peft.models import BUILD, INPUTS, cascade_of, made, merged, trained_by_peft
-
-
-def assert_sums_to(adapter: LowRankAdapter, name: str, folded: dict[str, torch.Tensor]) -> None:
-    """Assert that W0 plus the pairs equals all folded parameters, and that no pair is zero."""
-    base = made(BUILD[name]).state_dict()
-    assert adapter.pairs
-    for key, value in base.items():
-        total = value.clone()
-        if key in adapter.pairs:
-            pair = adapter.pairs[key]
-            assert pair.b.dtype == pair.a.dtype == torch.float64
-            assert not torch.equal(value, folded[key])
-            total += (pair.b @ pair.a).view(value.shape)
-        torch.testing.assert_close(total, folded[key], rtol=0, atol=1e-12, msg=key)
-
-
-@pytest.mark.parametrize("name", ["suffixes", "words", "convs", "mixture"])
-def test_a_cascade_and_its_checkpoint(name: str, tmp_path: Path) -> None:
-    cascade, running = cascade_of(name, stages=3, running=False), cascade_of(name, stages=2)
-    lx.save(cascade, tmp_path / "ended")
-    lx.save(running, tmp_path / "running")
-    base = made(BUILD[name])
-    with unchanged(cascade, running):
-        adapter = low_rank_pairs(cascade)
-        assert_sums_to(adapter, name, cascade.folded_state_dict())
-        assert_sums_to(low_rank_pairs(tmp_path / "ended"), name, cascade.folded_state_dict())
-        assert_sums_to(low_rank_pairs(running), name, running.folded_state_dict())
-        assert_sums_to(low_rank_pairs(tmp_path / "running", base), name, running.folded_state_dict())
-    adapter.check_base(fingerprints(dict(base.named_parameters())), "test")
-    with raises(lx.StateError, "stage-not-ended", "the run", "running", "stage 2", "model"):
-        low_rank_pairs(tmp_path / "running")
-
-
-def test_a_method_whose_delta_is_dense() -> None:
-    spec = lx.CascadeSpec(adapter="hira", rank=2, pace=0.5)
-    cascade = lx.adapt(made(BUILD["suffixes"]), INPUTS["suffixes"](), spec=spec)
-    with torch.no_grad():
-        for parameter in cascade.branches.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
-    assert_sums_to(low_rank_pairs(cascade), "suffixes", cascade.folded_state_dict())
-
-
-@pytest.mark.parametrize("name", ["suffixes", "words", "convs"])
-def test_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
-    targets = {"suffixes": ["lin", "other"], "words": ["emb", "up"], "convs": ["stem", "same", "head"]}[name]
-    theirs = trained_by_peft(name, tmp_path, target_modules=targets, use_rslora=True)
-    model = made(BUILD[name])
-    adapter = low_rank_pairs(tmp_path, model)
-    assert_sums_to(adapter, name, merged(theirs).state_dict())
-    assert {pair.rank for pair in adapter.pairs.values()} == {3}
-    adapter.check_base({"of": "anything"}, "test")  # peft keeps no fingerprint
-    with raises(lx.SpecError, "invalid-value", "the run", tmp_path, "model"):
-        low_rank_pairs(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["convs", "mixture"])
-def test_tensors_of_a_branch_and_the_exact_error_of_a_smaller_rank(name: str, tmp_path: Path) -> None:
-    cascade = cascade_of(name, stages=3)
-    adapter, written = low_rank_pairs(cascade), lx.export.peft(cascade, tmp_path, max_rank=3).cut
-    for site in cascade.sites:
-        pair, (tensors, cut) = adapter.pairs[site.weight], adapter.tensors(site, 7)
-        assert {key: tuple(value.shape) for key, value in tensors.items()} == {
-            "lora_A": (*pair.a.shape[:-2], 7, site.matrix_shape[1]),
-            "lora_B": (*pair.b.shape[:-2], site.matrix_shape[0], 7),
-            "scale": (),
-        }
-        assert (cut.after, cut.error) == (pair.rank, 0)
-        delta = (pair.b @ pair.a).mT if site.layout == "in_out" else pair.b @ pair.a
-        assert torch.equal(tensors["lora_B"] @ tensors["lora_A"], delta)
-        tensors, cut = adapter.tensors(site, 3)
-        if pair.rank > 3:
-            assert cut == written[site.weight]
-        assert cut.error == pytest.approx(float((tensors["lora_B"] @ tensors["lora_A"] - delta).norm()), abs=1e-9)
-    zeros, cut = replace(adapter, pairs={}).tensors(cascade.sites[0], 5)
-    assert not any(zeros[key].any() for key in ("lora_A", "lora_B"))
-    assert cut.relative == 0
-    assert zeros["lora_A"].shape[-2] == zeros["lora_B"].shape[-1] == 5
+from tests.peft.models import BUILD, INPUTS, cascade_of, made, trained_by_peft
 
 
 def test_tensors_of_a_packed_and_of_a_transposed_weight() -> None:
@@ -166,6 +87,8 @@ def test_changes_that_factors_cannot_express_are_one_error(tmp_path: Path) -> No
     trained_by_peft("words", tmp_path, target_modules=["up"], modules_to_save=["head"], use_dora=True)
     with raises(lx.SpecError, "method-not-supported", "up.weight", "DoRA", "head.0.weight", "in full"):
         low_rank_pairs(tmp_path, made(BUILD["words"]))
+    with raises(lx.SpecError, "invalid-value", "the run", tmp_path, "model"):
+        low_rank_pairs(tmp_path)
 
 
 def test_an_unchanged_parameter_is_accepted() -> None:
