@@ -96,7 +96,7 @@ def saved_storages(call: Callable[[], Any]) -> dict[int, int]:
 
 
 def quietly() -> Any:
-    """Hear nothing of what eager models warn of."""
+    """Ignore the warnings of eager models."""
     return warnings.catch_warnings(action="ignore")
 
 

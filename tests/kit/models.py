@@ -1,4 +1,4 @@
-"""Small models in fp64 with weights that are not square, and the steps that every trajectory test repeats."""
+"""Small models in fp64 without square weights, and the steps that every trajectory test repeats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit import oracle
-from tests.kit.compare import seed
+from tests.kit.compare import seed, tensors
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.05),
@@ -30,7 +30,7 @@ def mlp() -> nn.Module:
 
 
 class TwoLayers(nn.Module):
-    """[7, 5] and [3, 7]; a subclass says what is between them, or all of it."""
+    """[7, 5] and [3, 7]; a subclass computes between them, or replaces forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,15 +134,15 @@ def by_hand(model: nn.Module, cascade: lx.Cascade, **options: Any) -> oracle.Cas
 
 def merged(cascade: lx.Cascade, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """W + s B A of each site, for `torch.func.functional_call` on the model or on a twin of it."""
-    held, values = dict((model or cascade.model).named_parameters()), {}
+    parameters, values = dict((model or cascade.model).named_parameters()), {}
     for name, branch in branches(cascade).items():
-        delta, weight = branch.lora_B @ branch.lora_A, held[name]
+        delta, weight = branch.lora_B @ branch.lora_A, parameters[name]
         values[name] = weight + branch.scale * (delta if len(delta) == len(weight) else delta.t()).view_as(weight)
     return values
 
 
 def assert_merged(cascade: lx.Cascade, model: nn.Module, *args: Any, every: bool = True, **kwargs: Any) -> Any:
-    """Output and gradients of the factors are those that autograd has through W + s B A of an eager twin; return both
+    """Compare output and gradients of the factors with autograd's through W + s B A of an eager twin; return both
     outputs.
 
     Args:
@@ -153,17 +153,14 @@ def assert_merged(cascade: lx.Cascade, model: nn.Module, *args: Any, every: bool
         seeded(torch.func.functional_call, model, merged(cascade, model), args, kwargs),
     )
     assert type(outputs[0]) is type(outputs[1])
-    found, expected = (
-        next(iter(each.values())) if isinstance(each, dict) else each if isinstance(each, torch.Tensor) else each[0]
-        for each in outputs
-    )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    output, expected = (next(tensors(value)) for value in outputs)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     parameters = list(cascade.branches.parameters())
     how = {"allow_unused": not every, "materialize_grads": not every, "retain_graph": True}  # of inputs with a graph
-    ours, theirs = (torch.autograd.grad(loss_of(each), parameters, **how) for each in (found, expected))
-    assert (all if every else any)(other.any() for other in theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(loss_of(value), parameters, **how) for value in (output, expected))
+    assert (all if every else any)(gradient.any() for gradient in theirs)
+    for gradient, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=0, atol=1e-12)
     return outputs
 
 
@@ -192,8 +189,8 @@ def lora_of(cascade: lx.Cascade, model: nn.Module, targets: Iterable[str], **con
 def take_start(cascade: lx.Cascade, theirs: nn.Module) -> None:
     """Give the layers of peft in a model the A that the branches have now."""
     for name, branch in branches(cascade).items():
-        own = theirs.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight
-        own.copy_(branch.lora_A.view_as(own))
+        factor = theirs.get_submodule(name.removesuffix(".weight")).lora_A["default"].weight
+        factor.copy_(branch.lora_A.view_as(factor))
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

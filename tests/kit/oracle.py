@@ -1,4 +1,4 @@
-"""LoRASC by hand: dense tensors, the formulas of algorithm.md, torch.func. Nothing of lorasc_fx is in here.
+"""LoRASC in plain torch: dense tensors, the formulas of algorithm.md, torch.func. It imports nothing from lorasc_fx.
 
 A weight with a branch is one dense tensor, `W0 + start + N + s * (B @ A).view_as(W0)`, and the model is called with it,
 so that autograd differentiates the formula itself. Slow and fast weights are dense deltas.
@@ -39,8 +39,8 @@ class Cascade:
 
     def __post_init__(self) -> None:
         self.model = copy.deepcopy(self.model).requires_grad_(False)
-        held = dict(self.model.named_parameters())
-        self.base = {name: held[name].clone() for name in self.factors}
+        parameters = dict(self.model.named_parameters())
+        self.base = {name: parameters[name].clone() for name in self.factors}
         self.slow = {name: torch.zeros_like(value) for name, value in self.base.items()}
         self.start = dict(self.slow)
         self.begin(self.factors)
@@ -55,7 +55,7 @@ class Cascade:
             branch.b.requires_grad_()
 
     def parameters(self) -> list[torch.Tensor]:
-        """What an optimizer holds."""
+        """Return the trained factors."""
         return [tensor for branch in self.branches.values() for tensor in (branch.a, branch.b)]
 
     def fast(self, name: str) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.cascade import run, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
@@ -17,7 +16,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
-from lorasc_fx.state import SlowWeights, fold, stage
+from lorasc_fx.state import fold, stage
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
 
@@ -28,7 +27,6 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "insert": (compiler, "insert"),
     "checksum": (_MODULES["lorasc_fx.util.fingerprint"], "checksum"),
     "backward": (observe, "projected_gradients"),
-    "outside use": (_MODULES["lorasc_fx.compile.eager"].EagerModel, "_wrong_gradients"),
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
     "write tensors": (saved, "save_file"),
@@ -43,12 +41,10 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "write a tensor": (safetensors_files, "write_tensors"),
     # stages
     "transition": (transition, "next_stage"),
-    "start of a weight": (LoraBranch, "kept_values"),
     "commit": (Run, "commit"),
     "digest of the source": (run, "source_digest"),
     "redraw": (stage, "write_start"),
     "sum over ranks": (ProcessGroup, "sum"),
-    "rest a weight": (SlowWeights, "write_resting"),
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
@@ -59,7 +55,7 @@ LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
 
 
 def seam(name: str) -> Any:
-    """The function itself, as it is now."""
+    """Return the current function."""
     return getattr(*SEAMS[name])
 
 

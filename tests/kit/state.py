@@ -6,9 +6,7 @@ The slow state is given as this file's own classes, of plain tensors and tuples;
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.run import SPARE
-from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical, pack
+from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of
 from lorasc_fx.shards import UNSHARDED, ShardSpec
@@ -29,23 +27,12 @@ __all__ = ["MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage"
     "WeightState", "branches_of", "canonical", "checksum", "checksums", "device_sum",
     "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
     "lock_of", "noise_drawn", "oldest_variant", "placed_weights", "read",
-    "replace_plan", "resting_value", "slow_values", "stored_values", "text_digest", "trainable",
+    "replace_plan", "resting_value", "slow_values", "text_digest", "trainable",
     "trained_in_full", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
 
 
 # ---- checkpoints
-
-
-def stored_values(folder: Path) -> tuple[str, dict[str, object]]:
-    """Return what a checkpoint says, as text and tensors, without omitted defaults and without derived fields."""
-    checkpoint = read(folder)
-    plan = json.loads(checkpoint.plan.to_json())
-    plain, tensors = pack(dataclasses.replace(checkpoint.content, plan=plan, versions={}, changed_buffers=()))
-    return json.dumps(plain, sort_keys=True), {
-        name: (tensor.dtype, tensor.shape, tensor.flatten().view(torch.uint8).numpy().tobytes())
-        for name, tensor in tensors.items()
-    }
 
 
 # ---- the slow state
@@ -133,7 +120,7 @@ def _values(thing: Any) -> Any:
         return [(field.name, _values(getattr(thing, field.name))) for field in dataclasses.fields(thing)]
     if isinstance(thing, Mapping):
         return [(name, _values(thing[name])) for name in sorted(thing, key=str)]  # a load may order them otherwise
-    return [_values(each) for each in thing] if isinstance(thing, (list, tuple)) else thing
+    return [_values(item) for item in thing] if isinstance(thing, (list, tuple)) else thing
 
 
 # ---- parameters
@@ -155,14 +142,14 @@ def trained_in_full(cascade: lx.Cascade) -> dict[str, nn.Parameter]:
 
 
 def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
-    """What the cascade holds a parameter to be between two steps."""
+    """Return the value of a parameter between two steps, as the cascade computes it."""
     value = torch.empty_like(cascade.model.get_parameter(name), requires_grad=False)
     with torch.no_grad():
         cascade._run.slow.write_resting(name, cascade._run.plan, value)
     return value
 
 
-# ---- what the cascade is doing
+# ---- the state of the cascade
 
 
 def is_released(cascade: lx.Cascade) -> bool:
@@ -170,7 +157,7 @@ def is_released(cascade: lx.Cascade) -> bool:
 
 
 def placed_weights(cascade: lx.Cascade) -> str | int | None:
-    """Which weights `weights()` has put in place; a number is that of a stage."""
+    """Which weights `weights()` has put in place; a number names a stage."""
     return cascade._run.placed
 
 

@@ -16,7 +16,7 @@ SEQUENCE = rand((3, 4, 6))
 
 
 class Attends(nn.Module):
-    """nn.MultiheadAttention with options of its own and of its call."""
+    """nn.MultiheadAttention with options of the constructor and of the call."""
 
     def __init__(self, call: dict[str, Any], **options: Any) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def padding() -> Tensor:
 
 
 PACKED = linear("attention.in_proj_weight", "attention.out_proj.weight")
-APART = linear(*(f"attention.{each}_weight" for each in ("q_proj", "k_proj", "v_proj", "out_proj.x")))
+APART = linear(*(f"attention.{name}_weight" for name in ("q_proj", "k_proj", "v_proj", "out_proj.x")))
 APART = {name.replace("out_proj.x_weight", "out_proj.weight"): kind for name, kind in APART.items()}
 
 
@@ -78,8 +78,8 @@ class Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
-        found = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0, is_causal=True)
-        return self.out(found.transpose(1, 2).reshape(batch, length, 6))
+        output = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0, is_causal=True)
+        return self.out(output.transpose(1, 2).reshape(batch, length, 6))
 
 
 def _called(x: Tensor, packed: Tensor, out: Tensor) -> Tensor:

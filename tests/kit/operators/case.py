@@ -25,7 +25,7 @@ class Case:
 
     Args:
         name: of the row; "_DIALECT" comes before it in tests of passes.
-        build: makes the model anew, with random weights from torch's generator; no weight is square.
+        build: makes a new model with random weights from torch's generator; no weight is square.
         inputs: makes a call's positional arguments, or those and keywords as (tuple, dict), from torch's generator.
         sites: kind by weight name: what every front end must adapt.
         refused: reason by weight name: what no front end can adapt.
@@ -60,10 +60,10 @@ class Case:
     def call(self) -> Call:
         """Return the arguments of a call, the same values each time."""
         seed(5)
-        made = self.inputs()
-        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict):
-            return made
-        return (made if isinstance(made, tuple) else (made,)), {}
+        inputs = self.inputs()
+        if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[1], dict):
+            return inputs
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
     @property
     def taken_by(self) -> str:
@@ -97,29 +97,29 @@ def row(
 ) -> Case:
     """Return a case. `aten`, `functional` and `module` are the sites in a graph of that dialect, with their kinds."""
     graphs = {key: text for key, text in zip(DIALECTS, (aten, functional, module), strict=True) if text}
-    told = {weight: kind_in(text, weight) for text in graphs.values() for weight in sites_in(text)}
-    return Case(name, build, inputs, told if sites is None else sites, refused or {}, graphs=graphs, **more)
+    sites_of_graphs = {weight: kind_in(text, weight) for text in graphs.values() for weight in sites_in(text)}
+    return Case(name, build, inputs, sites_of_graphs if sites is None else sites, refused or {}, graphs=graphs, **more)
 
 
 @functools.cache
 def sites_in(text: str) -> dict[str, tuple[tuple[str, ...], Uses]]:
     """Read a table of sites: `w0:in_out=mm,F.linear_1 fc.weight=nn.Linear w1:experts=*`.
 
-    Behind a weight's name may stand its kind and its layout. Each of its uses is a form and the node's number: `mm_1`
+    A weight's name can be followed by its kind and its layout. Each of its uses is a form and the node's number: `mm_1`
     is a node of that name, of the form `aten.mm`; `F.linear_1` the same of `F.linear`. `nn.Linear` is the module that
     holds the weight, `*` a branch on the weight itself; `form@node` spells both out.
     """
-    found = {}
+    sites = {}
     for site in text.split():
-        (weight, *told), uses = site.partition("=")[0].split(":"), site.partition("=")[2]
-        found[weight] = tuple(told), tuple(_use(weight, use) for use in uses.split(","))
-    return found
+        (weight, *kinds_told), uses = site.partition("=")[0].split(":"), site.partition("=")[2]
+        sites[weight] = tuple(kinds_told), tuple(_use(weight, use) for use in uses.split(","))
+    return sites
 
 
 def kind_in(text: str, weight: str) -> str:
     """The kind of a site: told, or by the name of its form; without both, linear."""
-    told, ((_, form), *_) = sites_in(text)[weight]
-    kinds = [*(each for each in told if each != "in_out"), *(k for k in ("conv", "embedding") if k in form.lower())]
+    stated, ((_, form), *_) = sites_in(text)[weight]
+    kinds = [*(word for word in stated if word != "in_out"), *(k for k in ("conv", "embedding") if k in form.lower())]
     return next(iter(kinds), "linear")
 
 

@@ -28,8 +28,8 @@ def bank(name: str, layer: type[nn.Module], inputs: Callable[[], Any], *options:
     """Return a case of layers from 4 channels to 6, kernel 3 unless an option says else."""
 
     def build() -> nn.Module:
-        given = ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, **option} for option in options)
-        return Bank(*(layer(**each) for each in given))
+        settings = ({"in_channels": 4, "out_channels": 6, "kernel_size": 3, **option} for option in options)
+        return Bank(*(layer(**setting) for setting in settings))
 
     return Case(name, build, inputs, {f"layers.{index}.weight": "conv" for index in range(len(options))})
 
@@ -42,12 +42,12 @@ def banks(
     layer: type[nn.Module], inputs: Callable[[], Any], kernel: Any, stride: Any, dilation: Any, padding: Any
 ) -> tuple[Case, Case]:
     """Return the options of a layer one by one and together, and the padding modes under the options that pad."""
-    step, wide, pad = {"stride": stride}, {"dilation": dilation}, {"padding": padding}
+    step, gaps, pad = {"stride": stride}, {"dilation": dilation}, {"padding": padding}
     same, uneven = {"padding": "same"}, {"kernel_size": kernel}
-    plain = ({}, {"bias": False}, {"kernel_size": 1}, uneven, step, pad, wide, wide | pad, {"padding": "valid"} | step)
-    together = (step | pad, step | wide | pad | {"bias": False}, step | wide | pad | {"groups": 2})
-    padded = (same, same | uneven, same | wide, same | {"groups": 2})
-    grouped = ({"groups": 2}, {"groups": 4, "out_channels": 4} | wide, {"groups": 4, "out_channels": 12} | step)
+    plain = ({}, {"bias": False}, {"kernel_size": 1}, uneven, step, pad, gaps, gaps | pad, {"padding": "valid"} | step)
+    together = (step | pad, step | gaps | pad | {"bias": False}, step | gaps | pad | {"groups": 2})
+    padded = (same, same | uneven, same | gaps, same | {"groups": 2})
+    grouped = ({"groups": 2}, {"groups": 4, "out_channels": 4} | gaps, {"groups": 4, "out_channels": 12} | step)
     number = layer.__name__.lower()
     return (
         bank(f"{number}_options", layer, inputs, *plain, *together, *padded, *grouped),
@@ -57,8 +57,8 @@ def banks(
             inputs,
             *(
                 mode
-                for each in (pad | step, same | uneven, same | wide, pad | wide | {"groups": 2})
-                for mode in modes(**each)
+                for options in (pad | step, same | uneven, same | gaps, pad | gaps | {"groups": 2})
+                for mode in modes(**options)
             ),
         ),
     )

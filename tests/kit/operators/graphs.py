@@ -56,7 +56,7 @@ class NullToken(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two linears with one weight and biases of their own."""
+    """Two linears with one weight and separate biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,17 +255,8 @@ def _modes_1d_3d() -> nn.Module:
     )
 
 
-def _unbatched() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(3, 4, 3, groups=1, padding=1), nn.Conv1d(4, 8, 2, groups=4), nn.Linear(7, 5))
-
-
-def _unbatched_2d() -> nn.Module:
-    convs = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 2, groups=4)
-    return nn.Sequential(*convs, nn.Flatten(0), nn.Linear(4 * 4 * 3, 5))
-
-
 def _max_norm() -> nn.Module:
-    """A table that its lookup renormalizes in place; its rows are short, so that it stays as it is."""
+    """A table that its lookup renormalizes in place; its rows are short, so that the lookup does not change it."""
     return nn.Sequential(nn.Embedding(9, 4, _weight=torch.rand(9, 4) / 3, max_norm=1.0), nn.Linear(4, 3))
 
 
@@ -329,8 +320,8 @@ def _contractions(x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4:
     x = torch.einsum("bsi,oi->bso", x, w0).tanh()
     x = torch.tensordot(x, w1, ([2], [0])).tanh()
     x = torch.bilinear(x, x, w2).tanh()
-    first = w3 @ x.transpose(1, 2)
-    return first.sum(-1) + torch.einsum("bsi,hid->bhsd", x, w4).sum((-1, -2)) @ w5.view(3, 5)
+    product = w3 @ x.transpose(1, 2)
+    return product.sum(-1) + torch.einsum("bsi,hid->bhsd", x, w4).sum((-1, -2)) @ w5.view(3, 5)
 
 
 def _experts(x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, b: Tensor) -> Tensor:
@@ -365,7 +356,7 @@ def _grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """Rows that an input sorts by expert: stacks as they are stored, transposed, and beside another use."""
+    """Rows that an input sorts by expert: stored stacks, transposed ones, and one with another use."""
     ends = torch.stack([(x > 0).sum() * 0 + 2, (x > 0).any() * 3, (x > 0).any() * 6]).int()
     x = _grouped_product(x, w0, ends).tanh()
     x = _grouped_product(x, w1.transpose(-2, -1), ends).tanh()
@@ -402,10 +393,10 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
 
 
-def _layers(kind: str, *places: int, module: bool = False) -> str:
+def _layers(kind: str, *indices: int, module: bool = False) -> str:
     """Return the sites of a sequence whose modules or calls are of one kind."""
     names = [f"nn.{kind.capitalize()}"] * 9 if module else [kind, *(f"{kind}_{number}" for number in range(1, 9))]
-    return " ".join(f"{place}.weight={name}" for place, name in zip(places, names, strict=False))
+    return " ".join(f"{index}.weight={name}" for index, name in zip(indices, names, strict=False))
 
 
 # fmt: off
@@ -426,9 +417,6 @@ GRAPHS: list[Case] = [
     row("padding_modes", _modes, rand((2, 3, 8, 7)), aten=_layers("conv2d", *_MODES),
         module=_layers("conv2d", *_MODES, module=True)),
     row("padding_modes_1d_3d", _modes_1d_3d, rand((2, 3, 20)), module="0.weight=nn.Conv1d 2.weight=nn.Conv3d"),
-    row("unbatched", _unbatched, rand((3, 8)), aten="0.weight=conv1d 1.weight=conv1d_1 2.weight=linear"),
-    row("unbatched_2d", _unbatched_2d, rand((3, 5, 4)),
-        module="0.weight=nn.Conv2d 1.weight=nn.Conv2d 3.weight=nn.Linear"),
     row("shared", Shared, rand((3, 5)), aten="shared.weight=linear,linear_2 back.weight=linear_1",
         module="shared.weight=nn.Linear,nn.Linear@shared_1 back.weight=nn.Linear"),
     row("two_names", OneModule, rand((3, 5)), module="one.weight=nn.Linear,nn.Linear@one_1 back.weight=nn.Linear"),

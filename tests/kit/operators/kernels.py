@@ -47,8 +47,8 @@ class Modulated(nn.Module):
         weight = self.weight * self.style(code).view(batch, 1, channels, 1, 1)
         weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4)) + 1e-8).view(batch, 6, 1, 1, 1)
         weight = weight.view(batch * 6, channels, 3, 3)
-        found = F.conv2d(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
-        return found.view(batch, 6, height, width)
+        output = F.conv2d(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
+        return output.view(batch, 6, height, width)
 
 
 class Shuffled(nn.Module):

@@ -31,8 +31,8 @@ class Head(nn.Module):
         self.layer, self.head = layer, nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        found = self.layer(x)
-        return self.head(found[0]), found[1]
+        output = self.layer(x)
+        return self.head(output[0]), output[1]
 
 
 class Packed(nn.Module):
@@ -44,8 +44,8 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        found, state = self.layer(packed)
-        padded, _ = rnn.pad_packed_sequence(found, batch_first=True)
+        output, state = self.layer(packed)
+        padded, _ = rnn.pad_packed_sequence(output, batch_first=True)
         return self.head(padded), state[0] if isinstance(state, tuple) else state
 
 
@@ -57,17 +57,17 @@ class Cells(nn.Module):
         self.first, self.second, self.third = nn.LSTMCell(6, 5), nn.GRUCell(5, 4), nn.RNNCell(4, 3)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        state, second, third, found = None, None, None, []
+        lstm, gru, rnn, outputs = None, None, None, []
         for step in x.unbind(1):
-            state = self.first(step, state)
-            second = self.second(state[0], second)
-            third = self.third(second, third)
-            found.append(third)
-        return found
+            lstm = self.first(step, lstm)
+            gru = self.second(lstm[0], gru)
+            rnn = self.third(gru, rnn)
+            outputs.append(rnn)
+        return outputs
 
 
 class Stateful(nn.Module):
-    """Starts from a state that is given, of an unbatched sequence."""
+    """Starts an unbatched sequence from a given state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,29 +85,25 @@ def lengths() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 4, 6, dtype=torch.float64), torch.tensor([2, 4, 3])
 
 
-def recurs(name: str, build: Any, inputs: Any, sites: dict[str, str], **more: Any) -> Case:
-    return row(name, build, inputs, sites, **more)
-
-
 HEAD = linear("head.weight")
 TOLD = "head.weight=linear " + " ".join(f"{name}:recurrent=*" for name in recurrent(2, both=True))
 # fmt: off
 RECURRENT = [
-    recurs("lstm", layered(lambda: nn.LSTM(6, 5, batch_first=True), 5), SEQUENCE, HEAD | recurrent()),
-    recurs("lstm_deep", layered(lambda: nn.LSTM(6, 5, 2, dropout=0.3, bidirectional=True), 10), SEQUENCE,
+    row("lstm", layered(lambda: nn.LSTM(6, 5, batch_first=True), 5), SEQUENCE, HEAD | recurrent()),
+    row("lstm_deep", layered(lambda: nn.LSTM(6, 5, 2, dropout=0.3, bidirectional=True), 10), SEQUENCE,
         HEAD | recurrent(2, both=True), aten=TOLD),
-    recurs("lstm_projected", layered(lambda: nn.LSTM(6, 5, proj_size=4, bias=False, batch_first=True), 4), SEQUENCE,
+    row("lstm_projected", layered(lambda: nn.LSTM(6, 5, proj_size=4, bias=False, batch_first=True), 4), SEQUENCE,
         HEAD | recurrent(projected=True)),
-    recurs("gru", layered(lambda: nn.GRU(6, 5, 2, bidirectional=True, batch_first=True), 10), SEQUENCE,
+    row("gru", layered(lambda: nn.GRU(6, 5, 2, bidirectional=True, batch_first=True), 10), SEQUENCE,
         HEAD | recurrent(2, both=True), aten=TOLD),
-    recurs("rnn_tanh", layered(lambda: nn.RNN(6, 5), 5), SEQUENCE, HEAD | recurrent()),
-    recurs("rnn_relu", layered(lambda: nn.RNN(6, 5, nonlinearity="relu", bias=False), 5), SEQUENCE, HEAD | recurrent()),
-    recurs("lstm_state", Stateful, rand((4, 6), (2, 5), (2, 5)), recurrent(2)),
-    recurs("lstm_packed", lambda: Packed(nn.LSTM(6, 5, batch_first=True, bidirectional=True), 10), lengths,
+    row("rnn_tanh", layered(lambda: nn.RNN(6, 5), 5), SEQUENCE, HEAD | recurrent()),
+    row("rnn_relu", layered(lambda: nn.RNN(6, 5, nonlinearity="relu", bias=False), 5), SEQUENCE, HEAD | recurrent()),
+    row("lstm_state", Stateful, rand((4, 6), (2, 5), (2, 5)), recurrent(2)),
+    row("lstm_packed", lambda: Packed(nn.LSTM(6, 5, batch_first=True, bidirectional=True), 10), lengths,
         HEAD | recurrent(both=True), has_graph=False),
-    recurs("gru_packed", lambda: Packed(nn.GRU(6, 5, 2, dropout=0.2, batch_first=True), 5), lengths,
+    row("gru_packed", lambda: Packed(nn.GRU(6, 5, 2, dropout=0.2, batch_first=True), 5), lengths,
         HEAD | recurrent(2), has_graph=False),
-    recurs("cells", Cells, SEQUENCE,
+    row("cells", Cells, SEQUENCE,
         {f'{cell}.weight_{kind}': "recurrent" for cell in ("first", "second", "third") for kind in ("ih", "hh")}),
 ]
 # fmt: on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,42 +37,8 @@ class Symmetric(nn.Module):
         return x.triu() + x.triu(1).transpose(-1, -2)
 
 
-class Product(nn.Module):
-    """A weight of two factors."""
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        return left * values, right
-
-
 def symmetric(layer: nn.Module) -> nn.Module:
     return parametrize.register_parametrization(layer, "weight", Symmetric())
-
-
-def twice(layer: nn.Module) -> nn.Module:
-    parametrize.register_parametrization(layer, "weight", Symmetric())
-    return parametrizations.weight_norm(layer)
-
-
-def product(layer: nn.Module) -> nn.Module:
-    return parametrize.register_parametrization(layer, "weight", Product())
-
-
-class Cached(nn.Module):
-    """A recurrent use of a parametrized weight, computed once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = parametrizations.orthogonal(nn.Linear(5, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with parametrize.cached():
-            for _ in range(3):
-                x = torch.tanh(self.layer(x))
-        return x
 
 
 class Normalized(nn.Module):
@@ -106,8 +71,8 @@ class Hyper(nn.Module):
         self.latent, self.maker = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 5 * 7 + 7)
 
     def forward(self, x: Tensor) -> Tensor:
-        made = self.maker(self.latent)[0]
-        return F.linear(x, made[:35].view(7, 5), made[35:])
+        values = self.maker(self.latent)[0]
+        return F.linear(x, values[:35].view(7, 5), values[35:])
 
 
 class Dropped(nn.Linear):
@@ -140,41 +105,29 @@ def original(kind: str = "linear", *names: str) -> dict[str, str]:
     return {f"0.parametrizations.weight.{name}": kind for name in names or ("original",)} | {"2.weight": "linear"}
 
 
-def whole(
-    name: str,
-    build: Callable[[], nn.Module],
-    inputs: Callable[[], object],
-    sites: dict[str, str],
-    refused: dict[str, tuple[Reason, ...]] | None = None,
-    **more: Any,
-) -> Case:
-    """Return a row whose first layer computes its weight in a hook or a property."""
-    return row(name, build, inputs, sites, refused, **more)
-
-
 GAIN = (Reason.VECTOR, Reason.NO_FORM, Reason.OPAQUE)
 # fmt: off
 COMPUTED = [
-    whole("old_weight_norm", hooked("weight_norm", lambda: nn.Linear(5, 7)), X, linear("0.weight_v", "2.weight"),
+    row("old_weight_norm", hooked("weight_norm", lambda: nn.Linear(5, 7)), X, linear("0.weight_v", "2.weight"),
         {"0.weight_g": GAIN}),
-    whole("old_weight_norm_conv", hooked("weight_norm", lambda: nn.Conv1d(4, 6, 3), 9), SIGNAL,
+    row("old_weight_norm_conv", hooked("weight_norm", lambda: nn.Conv1d(4, 6, 3), 9), SIGNAL,
         {"0.weight_v": "conv", "2.weight": "linear"}, {"0.weight_g": GAIN}),
-    whole("old_spectral_norm", hooked("spectral_norm", lambda: nn.Linear(5, 7)), X,
+    row("old_spectral_norm", hooked("spectral_norm", lambda: nn.Linear(5, 7)), X,
         linear("0.weight_orig", "2.weight")),
-    whole("old_spectral_norm_transposed", hooked("spectral_norm", lambda: nn.ConvTranspose1d(4, 6, 3), 13), SIGNAL,
+    row("old_spectral_norm_transposed", hooked("spectral_norm", lambda: nn.ConvTranspose1d(4, 6, 3), 13), SIGNAL,
         {"0.weight_orig": "conv", "2.weight": "linear"}),
-    whole("weight_norm", parametrized(parametrizations.weight_norm, lambda: nn.Linear(5, 7), 7), X,
+    row("weight_norm", parametrized(parametrizations.weight_norm, lambda: nn.Linear(5, 7), 7), X,
         original("linear", "original1"), {"0.parametrizations.weight.original0": GAIN},
         aten="0.parametrizations.weight.original1=* 2.weight=linear_1"),
-    whole("spectral_norm", parametrized(parametrizations.spectral_norm, lambda: nn.Linear(5, 7), 7), X, original(),
+    row("spectral_norm", parametrized(parametrizations.spectral_norm, lambda: nn.Linear(5, 7), 7), X, original(),
         aten="0.parametrizations.weight.original=* 2.weight=linear_1"),
-    whole("spectral_norm_conv", parametrized(parametrizations.spectral_norm, lambda: nn.Conv1d(4, 6, 7)), SIGNAL,
+    row("spectral_norm_conv", parametrized(parametrizations.spectral_norm, lambda: nn.Conv1d(4, 6, 7)), SIGNAL,
         original("conv"), aten="0.parametrizations.weight.original:conv=* 2.weight=linear"),
-    whole("orthogonal", parametrized(parametrizations.orthogonal, lambda: nn.Linear(5, 5)), X, original()),
-    whole("orthogonal_cayley", parametrized(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"),
+    row("orthogonal", parametrized(parametrizations.orthogonal, lambda: nn.Linear(5, 5)), X, original()),
+    row("orthogonal_cayley", parametrized(lambda layer: parametrizations.orthogonal(layer, orthogonal_map="cayley"),
         lambda: nn.Linear(5, 5)), X, original()),
-    whole("symmetric", parametrized(symmetric, lambda: nn.Linear(5, 5)), X, original()),
-    whole("pruned", pruned, X, linear("0.weight_orig", "2.weight")),
+    row("symmetric", parametrized(symmetric, lambda: nn.Linear(5, 5)), X, original()),
+    row("pruned", pruned, X, linear("0.weight_orig", "2.weight")),
     Case("normalized", Normalized, X, linear("weight")),
     Case("masked", Masked, X, linear("weight")),
     Case("hyper", Hyper, X, linear("maker.weight"), {"latent": Reason.VECTOR}),
