@@ -144,19 +144,21 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
 
 
-def assert_same(one: Any, other: Any, what: str = "") -> None:
+def assert_same(tree: Any, expected: Any, label: str = "") -> None:
     """Compare the tensors of two trees: bit for bit on the simulated device, by tolerance on a real one."""
-    assert pytree.tree_structure(one) == pytree.tree_structure(other), what
-    for (path, left), right in zip(pytree.tree_flatten_with_path(one)[0], pytree.tree_leaves(other), strict=True):
-        where = f"{what}{pytree.keystr(path)}"
-        if not isinstance(left, Tensor):
-            assert left == right, where
+    assert pytree.tree_structure(tree) == pytree.tree_structure(expected), label
+    for (path, value), expected_value in zip(
+        pytree.tree_flatten_with_path(tree)[0], pytree.tree_leaves(expected), strict=True
+    ):
+        where = f"{label}{pytree.keystr(path)}"
+        if not isinstance(value, Tensor):
+            assert value == expected_value, where
         elif SIMULATED:
-            a, b = left.cpu(), right.cpu()
+            a, b = value.cpu(), expected_value.cpu()
             assert (a.dtype, a.shape) == (b.dtype, b.shape), where
             assert torch.equal(a, b), f"{where}: {int((a != b).sum())} of {a.numel()} entries differ"
         else:
-            torch.testing.assert_close(right.cpu(), left.cpu(), **TOLERANCE)
+            torch.testing.assert_close(expected_value.cpu(), value.cpu(), **TOLERANCE)
 
 
 class Side:

@@ -70,7 +70,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return a working folder with an image classifier in `resnet`, `digits.parquet`, and `tiny.toml`."""
     import datasets
     from PIL import Image
@@ -95,23 +95,23 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def texts(place: Path) -> Path:
+def texts(workspace: Path) -> Path:
     """Return a working folder with an encoder in `bert`, `said.csv`, and `texts.toml`."""
     from transformers import BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "dull", "a", "film"]
-    (place / "vocab.txt").write_text("\n".join(words))
+    (workspace / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
     tiny.bert("Model", vocab_size=len(words), initializer_range=0.3, **tiny.QUIET).save_pretrained("bert")
     BertTokenizer("vocab.txt", model_max_length=32).save_pretrained("bert")
     rows = "".join(f"a {word} film,{mood}\n" for word, mood in (("fine", "glad"), ("dull", "sad")) * 30)
-    (place / "said.csv").write_text("text,label\n" + rows)
-    (place / "texts.toml").write_text(TEXTS)
-    return place
+    (workspace / "said.csv").write_text("text,label\n" + rows)
+    (workspace / "texts.toml").write_text(TEXTS)
+    return workspace
 
 
 @pytest.fixture
-def language(place: Path) -> Path:
+def language(workspace: Path) -> Path:
     """Return a working folder with a language model in `llama`, `language.toml`, and data of all three kinds."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -134,9 +134,9 @@ def language(place: Path) -> Path:
         rows["pairs"].append({"prompt": prompt, "completion": f" {completion}"})
         rows["plain"].append({"text": f"{prompt} {completion}"})
     for name, lines in rows.items():
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (place / "language.toml").write_text(LANGUAGE)
-    return place
+        (workspace / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (workspace / "language.toml").write_text(LANGUAGE)
+    return workspace
 
 
 @pytest.fixture

@@ -48,7 +48,9 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: " ".join(value)[:60])
-def test_a_mistake_is_one_message(place: Path, fails: Callable[..., None], arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_message(
+    workspace: Path, fails: Callable[..., None], arguments: list[str], message: str
+) -> None:
     Path("tiny.csv").write_text("text,label\na,b\n")
     for split in ("train", "test"):
         for name in ("low", "high"):
@@ -76,7 +78,7 @@ def test_a_damaged_table(texts: Path, fails: Callable[..., None], text: str, mes
 
 
 def test_cells_are_texts(texts: Path, fails: Callable[..., None]) -> None:
-    """Words for missing values and numbers stay what they are."""
+    """Words for missing values and numbers stay strings."""
     from lorasc_fx.cli.config import DataConfig
     from lorasc_fx.cli.data import load_splits
 
@@ -88,8 +90,8 @@ def test_cells_are_texts(texts: Path, fails: Callable[..., None]) -> None:
 
 
 def test_sites(language: Path, capsys: Capture) -> None:
-    asked = ["--targets", "conv", "--rank", "3", "--train", "classifier.*", "--exclude", "*.layers.*"]
-    assert main(["sites", "resnet", *asked]) == 0
+    options = ["--targets", "conv", "--rank", "3", "--train", "classifier.*", "--exclude", "*.layers.*"]
+    assert main(["sites", "resnet", *options]) == 0
     said = capsys.readouterr().out
     assert "resnet.embedder.embedder.convolution.weight\tconv\t6 × 3 × 7 × 7\trank 3\t459" in said
     assert "classifier.1.weight\ttrained-in-full" in said
@@ -99,9 +101,9 @@ def test_sites(language: Path, capsys: Capture) -> None:
 
 
 def test_help_and_version(capsys: Capture) -> None:
-    for arguments, told in ((["--help"], "compare"), (["train", "--help"], "--resume"), (["sites", "-h"], "--rank")):
+    for arguments, text in ((["--help"], "compare"), (["train", "--help"], "--resume"), (["sites", "-h"], "--rank")):
         assert main(arguments) == 0
-        assert told in capsys.readouterr().out
+        assert text in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == importlib.metadata.version("lorasc-fx")
 
@@ -111,12 +113,12 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, fails: Callable[...,
     fails(["sites", "llama"], "this needs the package 'tyro', which is not installed: pip install 'lorasc-fx[cli]'")
 
 
-def test_a_new_process(place: Path) -> None:
+def test_a_new_process(workspace: Path) -> None:
     """`python -m lorasc_fx` survives a reader that closes the pipe."""
     command = ["sites", "resnet"]
-    done = run_alone("-m", "lorasc_fx", *command, cwd=place)
+    done = run_alone("-m", "lorasc_fx", *command, cwd=workspace)
     assert (done.returncode, "5 sites" in done.stdout) == (0, True), done.stderr
     closed = "import os, sys; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)"
     code = f"{closed}; from lorasc_fx.cli import main; sys.exit(main({command!r}))"
-    done = run_alone("-c", code, cwd=place)
+    done = run_alone("-c", code, cwd=workspace)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr

@@ -74,7 +74,7 @@ def test_a_classifier_of_transformers(texts: Path, capsys: Capture) -> None:
 
 
 def test_a_causal_model_as_a_classifier(language: Path) -> None:
-    """The last token that is no padding is classified, although the folder names no token for padding."""
+    """The last token before the padding is classified, although the folder names no token for padding."""
     from transformers import AutoModelForSequenceClassification
 
     AutoModelForSequenceClassification.from_pretrained("llama", pad_token_id=None).save_pretrained("llama")
@@ -85,7 +85,7 @@ def test_a_causal_model_as_a_classifier(language: Path) -> None:
     assert model.config.id2label == {0: "down", 1: "up"}
 
 
-def test_images_predictions_and_exports(place: Path, capsys: Capture, fails: Callable[..., None]) -> None:
+def test_images_predictions_and_exports(workspace: Path, capsys: Capture, fails: Callable[..., None]) -> None:
     """Folders of images, by the processor of the model."""
     import datasets
     from transformers import AutoModelForImageClassification

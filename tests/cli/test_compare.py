@@ -24,9 +24,9 @@ Capture = pytest.CaptureFixture[str]
 
 
 def test_a_comparison_and_its_continuation(
-    place: Path, capsys: Capture, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    workspace: Path, capsys: Capture, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ["compare", "tiny.toml", "compare.methods=['lora', 'lorasc', 'cascade']"]
+    options = ["compare", "tiny.toml", "compare.methods=['lora', 'lorasc', 'cascade']"]
     plain = RunCallback.on_step_end
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,33 +36,33 @@ def test_a_comparison_and_its_continuation(
 
     with monkeypatch.context() as patched:
         patched.setattr(RunCallback, "on_step_end", interrupted)
-        assert main(asked) == 130
+        assert main(options) == 130
     assert "Stopped after 1 runs." in capsys.readouterr().out
-    assert main(asked) == 0
+    assert main(options) == 0
     files = {path: path.read_text() for path in Path("runs/tiny/results").iterdir()}
     assert len(files) == 6
     capsys.readouterr()
-    assert main(asked) == 0
+    assert main(options) == 0
     said = capsys.readouterr().out
     assert "validation 0." not in said  # nothing is trained again
     assert all(path.read_text() == text for path, text in files.items())
     assert "| lora | 0.01 | 424 |" in said
     assert "| cascade | " in said.split("points over lora")[1]
     assert said.startswith(Path("runs/tiny/tables.md").read_text().strip()[:40])
-    fails([*asked, "spec.rank=3"], "runs/tiny has a run with spec.rank = 2, but now it is 3")
+    fails([*options, "spec.rank=3"], "runs/tiny has a run with spec.rank = 2, but now it is 3")
     assert weights("runs/tiny/weights/lorasc-seed0-lr0.01").keys() == build().state_dict().keys()
 
 
-def test_lorasc_is_what_train_trains(place: Path) -> None:
+def test_lorasc_is_what_train_trains(workspace: Path) -> None:
     assert main(["train", "tiny.toml"]) == 0
     assert main(["compare", "tiny.toml", "compare.methods=['lorasc']", "compare.seeds=[0]", "output=both"]) == 0
     for name, value in weights("runs/tiny").items():
         assert torch.equal(weights("both/weights/lorasc-seed0-lr0.01")[name], value)
 
 
-def test_a_diverged_run(place: Path, capsys: Capture) -> None:
-    asked = ["compare.methods=['lora', 'cascade']", "compare.lrs=[1e30]", "compare.seeds=[0]"]
-    assert main(["compare", "tiny.toml", *asked, "output=diverged"]) == 0
+def test_a_diverged_run(workspace: Path, capsys: Capture) -> None:
+    options = ["compare.methods=['lora', 'cascade']", "compare.lrs=[1e30]", "compare.seeds=[0]"]
+    assert main(["compare", "tiny.toml", *options, "output=diverged"]) == 0
     said = capsys.readouterr().out
     assert "cascade-seed0-lr1e+30: diverged" in said
     assert "| cascade | 1e+30 |" in said

@@ -56,7 +56,7 @@ def build() -> Any:
     return AutoModelForImageClassification.from_pretrained("resnet", id2label=labels, **more)
 
 
-def test_a_run_and_its_folder(place: Path, capsys: Capture, fails: Callable[..., None]) -> None:
+def test_a_run_and_its_folder(workspace: Path, capsys: Capture, fails: Callable[..., None]) -> None:
     assert main(["train", "tiny.toml", "spec.rank=3"]) == 0
     said = capsys.readouterr().out
     assert "2 sites: 2 conv" in said
@@ -86,7 +86,7 @@ def test_a_run_and_its_folder(place: Path, capsys: Capture, fails: Callable[...,
 
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_stopped_run_resumes_with_the_same_bits(
-    place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, stop: int
+    workspace: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     """Ctrl-C inside a stage, and at its end."""
     assert main(["train", "tiny.toml", "output=whole"]) == 0
@@ -109,13 +109,13 @@ def test_a_stopped_run_resumes_with_the_same_bits(
     assert same(weights("parts"), weights("whole"))
 
 
-def test_a_diverged_run_gives_back_ctrl_c(place: Path, fails: Callable[..., None]) -> None:
+def test_a_diverged_run_gives_back_ctrl_c(workspace: Path, fails: Callable[..., None]) -> None:
     before = signal.getsignal(signal.SIGINT)
     fails(["train", "tiny.toml", "train.learning_rate=1e30"], "a lower learning rate")
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_options_of_the_trainer(place: Path) -> None:
+def test_options_of_the_trainer(workspace: Path) -> None:
     """Accumulated batches give the steps of a whole batch; the Trainer's own schedule."""
     assert main(["train", "tiny.toml"]) == 0
     halves = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2"]
