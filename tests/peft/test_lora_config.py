@@ -43,13 +43,10 @@ class Traceable(LlamaForCausalLM):
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "suffixes": {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5},
-    "path": {"target_modules": ["model.layers.1.mlp.up_proj"]},
     "regex": {"target_modules": r".*layers\.0\..*(k|v)_proj", "lora_dropout": 0.25},
     "all-linear": {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 12},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
-    "excluded by regex": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-    "a layer of a pattern": {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
     "patterns": {
         "target_modules": ["q_proj", "v_proj", "gate_proj"], "r": 2, "lora_alpha": 4,
