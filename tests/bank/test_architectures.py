@@ -15,7 +15,7 @@ from benchmarks.coverage.zoo import ZOO
 from lorasc_fx.bank.rows import row_count
 from lorasc_fx.signature import leaves
 from lorasc_fx.spec import KINDS
-from tests.bank.test_bank import distance, folded, random_pairs
+from tests.bank.test_bank import assert_rows, distance, folded, random_pairs
 from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import Case
 
@@ -53,11 +53,11 @@ def check(
     bank = lx.AdapterBank(build().eval(), args=args, kwargs=kwargs, targets=targets, max_rank=4)
     pairs = {name: random_pairs(bank.sites, rank, seed) for seed, (name, rank) in enumerate({"a": 2, "b": 4}.items())}
     models: dict[str | None, nn.Module] = {None: original}
-    for name, each in pairs.items():
-        bank.add(name, each)
-        models[name] = folded(build().eval(), each)
+    for name, factors in pairs.items():
+        bank.add(name, factors)
+        models[name] = folded(build().eval(), factors)
     with torch.no_grad():
-        expected = {name: each(*args, **kwargs) for name, each in models.items()}
+        expected = {name: model(*args, **kwargs) for name, model in models.items()}
         for name in pairs:
             assert distance(bank(*args, adapter=name, **kwargs), expected[name]) < tolerance
         count = row_count(leaves(args, kwargs))
@@ -70,8 +70,7 @@ def check(
                 raise
             mixes = False
         else:
-            for row, name in enumerate(mix):
-                assert distance(mixed, expected[name], row, count) < tolerance
+            assert_rows(mixed, mix, expected.__getitem__, tolerance)
         assert distance(bank(*args, adapter=None, **kwargs), expected[None]) < 1e-14
     return mixes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
 from lorasc_fx import Site
 from lorasc_fx.bank.adapters import Adapters
-from lorasc_fx.bank.rows import segments
 from lorasc_fx.branch import Factors
 from tests.kit import tiny
+from tests.kit.compare import tensors
 from tests.kit.errors import raises
 
 Pairs = dict[str, Factors]
@@ -48,25 +47,34 @@ def folded(model: nn.Module, pairs: Mapping[str, Factors]) -> nn.Module:
     return model
 
 
-def tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def distance(got: Any, expected: Any, row: int | None = None, rows: int = 0) -> float:
     """Return the largest difference, relative to the largest entry, over all outputs.
 
     With `row`, only this row is compared, of outputs that have `rows` rows on axis 0.
     """
     worst = 0.0
-    for one, other in zip(tensors(got), tensors(expected), strict=True):
-        assert one.shape == other.shape
-        if row is not None and len(other) != rows:
+    for output, right in zip(tensors(got), tensors(expected), strict=True):
+        assert output.shape == right.shape
+        if not right.is_floating_point() or (row is not None and len(right) != rows):
             continue
-        difference = (one - other).abs() if row is None else (one[row] - other[row]).abs()
-        worst = max(
-            worst, (difference.max() / other.abs().max().clamp_min(1e-30)).item() if difference.numel() else 0.0
-        )
+        difference = (output - right).abs() if row is None else (output[row] - right[row]).abs()
+        if difference.numel():
+            worst = max(worst, (difference.max() / right.abs().max().clamp_min(1e-30)).item())
     return worst
+
+
+def assert_rows(
+    mixed: Any, mix: Sequence[str | None], alone: Callable[[str | None], Any], tolerance: float = 1e-13
+) -> None:
+    """Assert that each row of a mixed batch is this row of a batch in which all rows have its adapter."""
+    for row, name in enumerate(mix):
+        assert distance(mixed, alone(name), row, len(mix)) < tolerance
+
+
+def fill(bank: lx.AdapterBank, names: str = "ab", **options: Any) -> lx.AdapterBank:
+    for seed, name in enumerate(names):
+        bank.add(name, random_pairs(bank.sites, 2, seed, **options))
+    return bank
 
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -100,8 +108,7 @@ def test_add_and_remove_while_it_serves() -> None:
     before = {name: value.clone() for name, value in bank.model.state_dict().items()}
     bank.add("b", pairs(ord("b")))
     mixed = bank(X, adapter=["b", "a", None, "a", "b"])
-    for row, name in enumerate(["b", "a", None, "a", "b"]):
-        assert distance(mixed, expected(name), row, len(X)) < 1e-13
+    assert_rows(mixed, ["b", "a", None, "a", "b"], expected)
     bank.remove("a")
     assert bank.names == ("b",)
     with raises(lx.StateError, "unknown-name", "'a'", "'b'"):
@@ -137,8 +144,8 @@ def test_threads_call_while_adapters_come_and_go() -> None:
 def test_ranks_may_differ_and_stages_are_summed() -> None:
     bank = lx.AdapterBank(mlp(), {"a": pairs(1, 1), "b": pairs(2, 4)}, args=(X,))
     assert bank.max_rank == 4
-    for name, each in (("a", pairs(1, 1)), ("b", pairs(2, 4))):
-        assert distance(bank(X, adapter=name), folded(mlp(), each)(X)) < 1e-13
+    for name, factors in (("a", pairs(1, 1)), ("b", pairs(2, 4))):
+        assert distance(bank(X, adapter=name), folded(mlp(), factors)(X)) < 1e-13
     twice = {name: Factors(torch.cat([p.b, p.b], 1), torch.cat([p.a, p.a], 0)) for name, p in pairs(2, 4).items()}
     bank.add("twice", twice)  # of rank 4, in factors of rank 8
     assert distance(bank(X, adapter="twice"), folded(mlp(), twice)(X)) < 1e-12
@@ -158,12 +165,12 @@ def test_runs_and_checkpoints_are_sources(tmp_path: Path) -> None:
     slow = copy.deepcopy(cascade).release()(X)
     for name in ("run", "saved"):
         assert distance(bank(X, adapter=name), slow) < 1e-13
-    other = mlp()
+    changed = mlp()
     with torch.no_grad():
-        other[0].weight.add_(1)
+        changed[0].weight.add_(1)
     with raises(lx.CheckpointError, "base-differs", "0.weight"):
-        lx.AdapterBank(other, {"run": cascade}, args=(X,))
-    assert all(parameter.requires_grad for parameter in other.parameters())
+        lx.AdapterBank(changed, {"run": cascade}, args=(X,))
+    assert all(parameter.requires_grad for parameter in changed.parameters())
 
 
 def test_bf16_is_rounded_as_a_folded_model_is() -> None:
@@ -224,8 +231,7 @@ def test_compiled_once_for_all_adapters_and_mixes() -> None:
     assert len(graphs) == 1
     for mix in (["b", "c", None, "b", "c"], ["c", "c", "b", None, None], [None, "b", "b", "b", "b"]):
         mixed = bank(X, adapter=mix)
-        for row, name in enumerate(mix):
-            assert distance(mixed, expected(name), row, len(X)) < 1e-13
+        assert_rows(mixed, mix, expected)
     assert len(graphs) == 2
 
 
@@ -238,9 +244,9 @@ def test_generate(make: Any) -> None:
     bank = lx.AdapterBank(copy.deepcopy(model), kwargs={"input_ids": ids}, targets=("*attn*", "*mlp*"), max_rank=2)
     models = {None: model}
     for seed, name in enumerate(("a", "b")):
-        each = random_pairs(bank.sites, 2, seed, size=1.0)
-        bank.add(name, each)
-        models[name] = folded(copy.deepcopy(model), each)
+        factors = random_pairs(bank.sites, 2, seed, size=1.0)
+        bank.add(name, factors)
+        models[name] = folded(copy.deepcopy(model), factors)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     mix = ["b", None, "a"]
     for more in ({}, {"num_beams": 2}):
@@ -302,8 +308,7 @@ def test_a_mask_with_as_many_rows_as_the_batch_is_not_cut(rows: int) -> None:
     torch.manual_seed(rows)
     x, mask = torch.randn(rows, rows, 6).double(), torch.randn(rows, rows).double()
     bank = lx.AdapterBank(Masked().double().eval(), args=(x, mask), targets=("linear.weight",))
-    for seed, name in enumerate("ab"):
-        bank.add(name, random_pairs(bank.sites, 2, seed))
+    fill(bank)
     mix = [*"ab"] * (rows // 2)
     assert distance(bank(x, mask, adapter=mix), bank(x, mask, adapter="b"), rows - 1, rows) < 1e-12
 
@@ -312,14 +317,12 @@ def test_dropout_in_train_mode_is_one_pass() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
     bank = lx.AdapterBank(model.train(), args=(X,), targets=("linear",), max_rank=2)
-    for seed, name in enumerate("ab"):
-        bank.add(name, random_pairs(bank.sites, 2, seed))
+    fill(bank)
     mix, outputs = ["a", "b", "b", None, "a"], {}
     for adapter in ("a", "b", None, mix):
         torch.manual_seed(3)
         outputs[str(adapter)] = bank(X, adapter=adapter) if adapter else model(X)
-    for row, name in enumerate(mix):
-        assert distance(outputs[str(mix)], outputs[str(name)], row, len(X)) < 1e-12
+    assert_rows(outputs[str(mix)], mix, lambda name: outputs[str(name)], 1e-12)
 
 
 def test_refusals() -> None:
@@ -330,16 +333,38 @@ def test_refusals() -> None:
         bank(X, adapter=["a", None])
     with raises(lx.StateError, "unknown-name", "an adapter 'a' already"):
         bank.add("a", pairs(1))
-    with raises(lx.SpecError, "invalid-value", "the name of an adapter is ''"):
-        bank.add("", pairs(1))
     with raises(lx.SpecError, "invalid-value", "'b' has None for 0.weight; give lorasc_fx.branch.Factors"):
         bank.add("b", {"0.weight": None})  # type: ignore[dict-item]
     with raises(lx.SpecError, "adapter-does-not-fit", "'b' has b (8, 2) and a (2, 5) for 0.weight"):
         bank.add("b", {"0.weight": Factors(torch.zeros(8, 2), torch.zeros(2, 5))})
     with raises(lx.SpecError, "sites-differ", "'b' changes 1.weight"):
         bank.add("b", {"1.weight": Factors(torch.zeros(8, 2), torch.zeros(2, 5))})
-    with raises(lx.SpecError, "invalid-value", "the rank of 'b' is 3; give one from 1 to 2"):
-        bank.start("b", rank=3)
+    for options, text in (
+        ({"rank": 3}, "the rank of 'b' is 3; give one from 1 to 2"),
+        ({"rank": "1"}, "the rank of 'b' is '1'"),
+        ({"lora_alpha": 0.0}, "lora_alpha is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+    ):
+        with raises(lx.SpecError, "invalid-value", text):
+            bank.start("b", **options)  # type: ignore[arg-type]
+    for name in (None, "", 3):
+        for call in (bank.start, lambda name: bank.add(name, pairs(1))):
+            with raises(lx.SpecError, "invalid-value", f"the name of an adapter is {name!r}; give a string"):
+                call(name)
+        for call in (bank.remove, bank.parameters_of, bank.pairs):
+            with raises(lx.StateError, "unknown-name", f"no adapter {name!r}"):
+                call(name)
+    for factor, value in (("a", torch.nan), ("b", torch.inf), ("b", 1e300)):
+        single, broken = lx.AdapterBank(mlp().float(), {"a": pairs(1)}, args=(X.float(),)), pairs(2)
+        getattr(broken["2.weight"], factor)[0, 0] = value
+        with raises(lx.SpecError, "non-finite", "'b' has inf or nan in its factors for 2.weight, as torch.float32"):
+            single.add("b", broken)
+        assert single.names == ("a",)
+    with raises(lx.SpecError, "invalid-value", "targets is 'linear'; give a tuple: targets=('linear',)"):
+        lx.AdapterBank(mlp(), args=(X,), targets="linear")
+    for copied in (copy.copy, copy.deepcopy):
+        with raises(lx.StateError, "not-serializable", "Build another bank"):
+            copied(bank)
     with raises(lx.SpecError, "invalid-value", "max_rank is 0"):
         bank_of("a", max_rank=0)
     with raises(lx.SpecError, "invalid-value", "no adapter changes a weight"):
@@ -352,70 +377,23 @@ def test_refusals() -> None:
     assert all(parameter.requires_grad for parameter in bank.release().parameters())
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "text"),
-    [
-        ("lora_alpha", 0.0, "lora_alpha is 0.0"),
-        ("seed", -1, "seed is -1"),
-        ("rank", "1", "the rank of 'b' is '1'"),
-    ],
-)
-def test_start_checks_its_arguments_before_it_adds_the_adapter(option: str, value: Any, text: str) -> None:
-    bank = bank_of("a")
-    with raises(lx.SpecError, "invalid-value", text):
-        bank.start("b", **{option: value})
-    assert bank.names == ("a",)
-
-
-@pytest.mark.parametrize("name", [None, "", 3])
-def test_names_of_adapters_are_strings(name: Any) -> None:
-    bank = bank_of("a")
-    for call in (bank.start, lambda name: bank.add(name, pairs(1))):
-        with raises(lx.SpecError, "invalid-value", f"the name of an adapter is {name!r}; give a string"):
-            call(name)
-    for call in (bank.remove, bank.parameters_of, bank.pairs):
-        with raises(lx.StateError, "unknown-name", f"no adapter {name!r}"):
-            call(name)
-    assert bank.names == ("a",)
-    assert distance(bank(X, adapter=["a", None, None, None, None]), expected(None), 1, len(X)) < 1e-13
-
-
-@pytest.mark.parametrize(("factor", "value"), [("a", torch.nan), ("b", torch.inf), ("b", 1e300)])
-def test_factors_must_be_finite(factor: str, value: float) -> None:
-    bank, broken = lx.AdapterBank(mlp().float(), {"a": pairs(1)}, args=(X.float(),)), pairs(ord("b"))
-    getattr(broken["2.weight"], factor)[0, 0] = value
-    with raises(lx.SpecError, "non-finite", "'b' has inf or nan in its factors for 2.weight, as torch.float32"):
-        bank.add("b", broken)
-    assert bank.names == ("a",)
-
-
-def test_targets_are_a_tuple() -> None:
-    with raises(lx.SpecError, "invalid-value", "targets is 'linear'; give a tuple: targets=('linear',)"):
-        lx.AdapterBank(mlp(), args=(X,), targets="linear")
-
-
 def test_two_banks_on_one_model_restore_its_flags() -> None:
     model = mlp()
     model[2].bias.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    first, second = (lx.AdapterBank(model, {"a": pairs(1)}, args=(X,)) for _ in range(2))
-    for bank in (first, first):  # a second release of the same bank has no effect
+    bank, later = (lx.AdapterBank(model, {"a": pairs(1)}, args=(X,)) for _ in range(2))
+    for _ in range(2):  # a second release of the same bank has no effect
         bank.release()
         assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert distance(second(X, adapter="a"), folded(mlp(), pairs(1))(X)) < 1e-13
-    second.release()
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    third = lx.AdapterBank(model, {"a": pairs(1)}, args=(X,))
-    first.release()
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    third.release()
+    assert distance(later(X, adapter="a"), folded(mlp(), pairs(1))(X)) < 1e-13
+    later.release()
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
 def test_a_model_in_a_bank_cannot_be_adapted(tmp_path: Path) -> None:
     lx.save(lx.adapt(mlp(), args=(X,)), tmp_path)
     bank = bank_of("a")
-    other = lx.AdapterBank(bank.model, {"a": pairs(1)}, args=(X,))
+    later = lx.AdapterBank(bank.model, {"a": pairs(1)}, args=(X,))
     for call in (lambda: lx.adapt(bank.model, args=(X,)), lambda: lx.load(tmp_path, bank.model)):
         with raises(lx.StateError, "already-adapted", "A bank uses this model", "0.weight", "release()"):
             call()
@@ -423,15 +401,8 @@ def test_a_model_in_a_bank_cannot_be_adapted(tmp_path: Path) -> None:
     bank.release()
     with raises(lx.StateError, "already-adapted", "A bank uses this model"):
         lx.adapt(bank.model, args=(X,))
-    del other  # without `release`
+    del later  # without `release`
     lx.adapt(bank.model, args=(X,)).release()
-
-
-def test_a_bank_cannot_be_copied() -> None:
-    bank = bank_of("a")
-    for copied in (copy.copy, copy.deepcopy):
-        with raises(lx.StateError, "not-serializable", "Build another bank"):
-            copied(bank)
 
 
 def bank_with(*names: str, **options: Any) -> lx.AdapterBank:
@@ -439,14 +410,6 @@ def bank_with(*names: str, **options: Any) -> lx.AdapterBank:
     for name in names:
         bank.add(name, random_pairs(bank.sites, 2, ord(name)))
     return bank
-
-
-@pytest.mark.parametrize(
-    ("adapters", "expected"),
-    [("aaaabb", "aab"), ("aabbcc", "abc"), ("aabcc", "aabcc"), ("abab", "abab"), ("aaaaabb", "aaaaabb")],
-)
-def test_sorted_rows_are_segments(adapters: str, expected: str) -> None:
-    assert "".join(segments(list(adapters))) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convolutions", "windows"])
@@ -459,8 +422,7 @@ def test_sorted_rows_share_factors(kind: str, monkeypatch: pytest.MonkeyPatch) -
     }[kind]()
     x = torch.randn({"mlp": (6, 6), "convolutions": (6, 3, 7, 7), "windows": (6, 3, 6)}[kind]).double()
     bank = lx.AdapterBank(model.double().eval(), args=(x,), targets=("linear", "conv"), max_rank=2)
-    for seed, name in enumerate("ab"):
-        bank.add(name, random_pairs(bank.sites, 2, seed))
+    fill(bank)
     stacked: list[int] = []
     factors = Adapters.factors
 
@@ -472,8 +434,7 @@ def test_sorted_rows_share_factors(kind: str, monkeypatch: pytest.MonkeyPatch) -
     for mix, count in ((["a", "a", "b", "b", None, None], 3), (["b", "b", "b", "b", "a", "a"], 3), ([*"abbbba"], 6)):
         mixed = bank(x, adapter=mix)
         assert stacked.pop() == count
-        for row, name in enumerate(mix):
-            assert distance(mixed, bank(x, adapter=name), row, 6) < 1e-12
+        assert_rows(mixed, mix, lambda name: bank(x, adapter=name), 1e-12)
 
 
 class Layer(nn.Module):
@@ -521,8 +482,7 @@ def test_rows_that_are_not_on_the_first_axis_or_depend_on_each_other(case: str, 
     torch.manual_seed(0)
     x, (layer, reason) = torch.randn(rows, 2 * rows, 6).double(), DEPENDENT[case]
     bank = lx.AdapterBank(Layer(layer).double(), args=(x,), targets=("linear.weight",), max_rank=2)
-    for seed, name in enumerate("ab"):
-        bank.add(name, random_pairs(bank.sites, 2, seed))
+    fill(bank)
     for _ in range(2):
         with raises(lx.StateError, "rows-not-independent", reason, "Call the bank once for each adapter"):
             bank(x, adapter=["a", "b", *[None] * (rows - 2)])
@@ -534,8 +494,7 @@ def test_a_later_batch_shows_the_rows() -> None:
     x, gate = torch.randn(2, 4, 6).double(), torch.tensor(0.0).double()
     model = Layer(lambda linear, x, gate: x + gate * linear(x)).double()
     bank = lx.AdapterBank(model, args=(x, gate), targets=("linear",), max_rank=2)
-    for seed, name in enumerate("ab"):
-        bank.add(name, random_pairs(bank.sites, 2, seed))
+    fill(bank)
     with raises(lx.StateError, "rows-not-independent", "no effect on this batch"):
         bank(x, gate, adapter=["a", "b"])
     for value in (gate + 1, gate):
@@ -560,8 +519,7 @@ def test_positions_have_no_rows(dtype: torch.dtype) -> None:
     ids = torch.randint(20, (4, 4))
     for targets in (("linear", "tokens.weight"), ("linear", "embedding")):
         bank = lx.AdapterBank(Positions().to(dtype).eval(), args=(ids,), targets=targets, max_rank=2)
-        for seed, name in enumerate("ab"):
-            bank.add(name, random_pairs(bank.sites, 2, seed, size=3.0))
+        fill(bank, size=3.0)
         if "embedding" in targets:
             with raises(lx.StateError, "rows-not-independent"):
                 bank(ids, adapter=[*"abba"])
@@ -631,33 +589,24 @@ def test_training_after_inference_mode(building: bool) -> None:
         torch.testing.assert_close(gradient, right)
 
 
+class Writes(nn.Module):
+    """A linear layer, with a forward that also writes into its second argument."""
+
+    def __init__(self, write: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.write, self.linear = write, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, argument: Any) -> Tensor:
+        self.write(argument, x)
+        return self.linear(x)  # type: ignore[no-any-return]
+
+
 def test_a_forward_that_writes_into_an_argument() -> None:
-    class Stores(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-
-        def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
-            cache["x"] = x
-            return self.linear(x)  # type: ignore[no-any-return]
-
+    stores = Writes(lambda cache, x: cache.update(x=x)).double()
     for cache in ({}, {"x": torch.zeros(5, 6).double()}):
         with raises(lx.CaptureError, "no-graph", "writes into an argument, such as a cache", "bank.generate"):
-            lx.AdapterBank(Stores().double(), args=(X, cache), targets=("linear",))
-
-
-def test_finding_the_rows_does_not_write_into_arguments() -> None:
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-
-        def forward(self, x: Tensor, calls: Tensor) -> Tensor:
-            calls.add_(1)
-            return self.linear(x)  # type: ignore[no-any-return]
-
-    calls = torch.zeros(1)
-    bank = lx.AdapterBank(Writes().double(), args=(X, calls), targets=("linear",))
-    bank.add("a", random_pairs(bank.sites, 2, 3))
+            lx.AdapterBank(stores, args=(X, cache), targets=("linear",))
+    calls, counts = torch.zeros(1), Writes(lambda calls, _: calls.add_(1)).double()
+    bank = fill(lx.AdapterBank(counts, args=(X, calls), targets=("linear",), max_rank=2))
     bank(X, calls, adapter=["a", None, "a", None, "a"])
     assert calls.item() == 1
