@@ -44,9 +44,15 @@ def markdown(stored: Mapping[str, Any]) -> str:
     """Return a stored table as text: its paragraph, the machine, and the rows of all models."""
     rows: list[Row] = [row for model in stored["rows"].values() for row in model]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(name, "-") for name in columns] for row in rows)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [columns, ["---"] * len(columns), *([_cell(row, name) for name in columns] for row in rows)]
+    table = "\n".join(f"|{'|'.join(cells)}|" for cells in lines)
     return f"{stored['text']}\n\n{stored['machine']}:\n\n{table}"
+
+
+def _cell(row: Row, column: str) -> str:
+    """Return a cell: of the model its name without batch and layers, of ratios those of the minima."""
+    text = row.get(column, "-")
+    return text.partition(",")[0] if column == "model" else text.partition(" (")[0].replace(" / ", "/")
 
 
 def put(page: str, name: str, text: str) -> str:

@@ -28,12 +28,12 @@ noise, the released model holds the slow weights of the formula, and its state d
 new model.
 
 The columns count the weight matrices with a branch by kind, and the ones without by
-[reason](adapt.md#what-can-be-adapted). The column *peft* is LoRA of peft on every linear and convolution of the same
-model: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups of a convolution do not
-divide the rank. *No merge*: peft cannot merge a convolution with groups. A model runs as a graph unless `eager` follows
-its name ([what that means](adapt.md#with-and-without-a-graph))."""
+[reason](adapt.md#what-can-be-adapted) (`no-form` if none is named). The column *peft* is LoRA of peft on every linear
+and convolution of the same model: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups
+of a convolution do not divide the rank. *No merge*: peft cannot merge a convolution with groups. A model runs as a
+graph unless `eager` follows its name ([what that means](adapt.md#with-and-without-a-graph))."""
 KINDS = ("linear", "conv", "embedding", "experts", "recurrent")
-HEAD = f"| model | {' | '.join(KINDS)} | not adapted | peft |\n|{'---|' * (len(KINDS) + 3)}"
+HEAD = f"|model|{'|'.join(KINDS)}|not adapted|peft|\n|{'---|' * (len(KINDS) + 3)}"
 EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
 BUT_EMBEDDINGS = "lorasc-fx adapts every weight matrix, peft all except embeddings, and peft's result is right"
 MESSAGES = {
@@ -125,7 +125,8 @@ def _name(model: dict[str, Any]) -> str:
 def _row(model: dict[str, Any]) -> str:
     reasons = Counter(sentence.partition(": ")[2].partition(" (")[0] for sentence in model["refusals"].values())
     reasons["unreached"] = len(model["unreached"])
-    refused = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
+    named = [f"{count} {reason}" for reason, count in reasons.most_common() if count]
+    refused = ", ".join(text.removesuffix(" no-form") for text in named)
     counts = Counter(model["sites"].values())
     sites = "|".join(str(counts[kind] or "") for kind in KINDS)
     fault = f"; NOT RIGHT: {_cell(model['fault'])}" if model["fault"] else ""

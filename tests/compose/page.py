@@ -261,10 +261,10 @@ START, END = "<!-- composing -->\n", "<!-- /composing -->\n"
 
 def text() -> str:
     """Return the whole page: the text that it has, with a new table. After the fold every pass works."""
-    head = "| pass | graph | before the insertion | between | between, plain nodes |\n|---|---|---|---|---|"
+    head = "|pass|graph|before the insertion|between|between, plain nodes|\n|---|---|---|---|---|"
     rows = [
-        f"| {row.name} (`{row.source}`) | {DIALECTS[row.dialect]} | {row.before} | {row.between} | "
-        f"{row.inlined or 'there is no graph'} |"
+        f"|{row.name} (`{row.source}`)|{DIALECTS[row.dialect]}|{row.before}|{row.between}|"
+        f"{row.inlined or 'there is no graph'}|"
         for row in ROWS
     ]
     if any(isinstance(row.after, Refused) for row in ROWS):

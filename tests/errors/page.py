@@ -10,33 +10,21 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 HEAD = """# Errors
 
-Each error and each warning has a `code` that does not change between versions. Compare the code in a program, and look
-it up on this page. The message says what is wrong, where, and what to do; its words may change. If an error is raised,
-nothing has changed: model, branches, optimizer and files are as before the call.
+Each error and each warning has a `code` that does not change between versions. The message says what is wrong, where,
+and what to do; its words may change. If an error is raised, nothing has changed: model, branches, optimizer and files
+are as before the call. `except lx.LorascError as error:` catches every error of this page; `error.code` is its code.
 
 Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). Each is given once per cascade, at the
-line of your program. `warnings.filterwarnings("error", category=lorasc_fx.errors.LorascWarning)` turns them into
-errors.
+line of your program.
 
-`except lx.LorascError as error:` catches every error of this page. `error.code` is its code.
+The classes, and the classes as which they can be caught too:
 """
 
-CLASSES = {
-    "SpecError": "Use a value that the message lists",
-    "UnknownTarget": "`lorasc-fx sites MODEL` lists the weights of a model, by the names that a spec takes",
-    "NoSites": "Widen `targets`, or remove patterns from `exclude` and `train`",
-    "CaptureError": "Check that the model runs on the example inputs. If every front end fails, change the model where "
-    "the message says, or adapt a part of it",
-    "PassError": "Run the passes that the message names first",
-    "PassOrderError": "Give the passes in their order, and order='given'",
-    "VerifyError": "Fold the branches before you edit a graph, then adapt it again",
-    "StateError": "First do what the message says",
-    "NonFiniteBranch": "Nothing was folded: the slow weights and the last checkpoint are still finite",
-    "CheckpointError": "Delete a damaged version: `load` reads the newest one, and `save(keep=N)` keeps several",
-    "ExportError": "Exclude the weights that the message names, or export folded weights by `export.safetensors`",
-    "MissingExtra": "Run the pip command in the message",
-}
-"""What to do about the errors of each class, in addition to the message."""
+CLASSES = (
+    *("SpecError", "UnknownTarget", "NoSites", "CaptureError", "PassError", "PassOrderError", "VerifyError"),
+    *("StateError", "NonFiniteBranch", "CheckpointError", "ExportError", "MissingExtra"),
+)
+"""The classes of errors, in the order of the page."""
 
 TASKS = {
     "Writing a spec": "invalid-value conflicting-options unknown-name unknown-target no-sites",
@@ -64,31 +52,26 @@ TASKS = {
     "Running passes on a graph": "requirement-not-met pass-order graph-not-verified wrong-function-result",
     "Using the command line": ("missing-extra invalid-data"),
 }
-"""The codes of errors and warnings by task, in the order of the tables."""
+"""The codes of errors and warnings by task, in the order of the page."""
 
 
 def meaning(code: str) -> str:
-    """Return the text of a code in the table."""
+    """Return the text of a code."""
     text = errors.CODES[code]
     return text.replace("(warning) ", "Warning: ", 1)
-
-
-def table(head: str, rows: list[tuple[str, ...]]) -> str:
-    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def page() -> str:
     """Return the whole text."""
     classes = []
-    for name, remedy in CLASSES.items():
+    for name in CLASSES:
         kind = getattr(errors, name)
         bases = [base.__name__ for base in kind.__mro__[1:] if base not in (errors.LorascError, Exception, object)]
         caught = ", ".join(f"`{base}`" for base in bases if base != "BaseException")
-        classes.append((f"`{name}`", caught, " ".join((kind.__doc__ or "").split()), remedy))
-    parts = [HEAD.rstrip(), table("| class | caught as | meaning | what to do |", classes)]
+        classes.append(f"`{name}`{caught and f' (also {caught})'}")
+    parts = [HEAD.rstrip(), f"{'; '.join(classes)}."]
     for title, codes in TASKS.items():
-        rows = [(f"`{code}`", meaning(code)) for code in codes.split()]
-        parts += [f"## {title}", table("| code | meaning |", rows)]
+        parts += [f"## {title}", "\n".join(f"- `{code}`: {meaning(code)}" for code in codes.split())]
     return "\n\n".join(parts) + "\n"
 
 

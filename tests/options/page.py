@@ -1,43 +1,29 @@
-"""`python -m tests.options.page` writes the conflicts of the spec as a table into docs/method.md."""
+"""`python -m tests.options.page` writes the conflicts of options in docs/method.md from those of the spec."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lorasc_fx.spec import CONFLICTS, RULE_CONFLICTS
-from lorasc_fx.util.decode import Conflict
 
 PAGE = Path(__file__).parents[2] / "docs" / "method.md"
-HEAD = "| options | why | what to do |\n|---|---|---|\n"
+START, END = "<!-- conflicts -->\n", "<!-- /conflicts -->\n"
 
 
-def table() -> str:
-    """Return the table. Options that are refused for one reason with one method share a row."""
+def conflicts() -> str:
+    """Return a line for each conflict. Options that are refused for one reason with one method share a line."""
     named = [(conflict, "") for conflict in CONFLICTS]
     named += [(conflict, "Rule.") for conflict in RULE_CONFLICTS]
-    rows: dict[str, list[tuple[Conflict, str]]] = {}
+    lines: dict[str, dict[str, None]] = {}
     for conflict, prefix in named:
-        rows.setdefault(conflict.why, []).append((conflict, prefix))
-    return HEAD + "".join(f"| {_names(group)} | {why} | {_remedy(group)} |\n" for why, group in rows.items())
-
-
-def _names(group: list[tuple[Conflict, str]]) -> str:
-    shown = dict.fromkeys(f"`{prefix}{name}`" for conflict, prefix in group for name in conflict.fields)
-    return ", ".join(shown)
-
-
-def _remedy(group: list[tuple[Conflict, str]]) -> str:
-    (conflict, _), *more = group
-    return conflict.remedy.replace(conflict.fields[-1], "the option") if more else conflict.remedy
+        lines.setdefault(conflict.why, {}).update(dict.fromkeys(f"`{prefix}{name}`" for name in conflict.fields))
+    return "".join(f"- {', '.join(names)}: {why}\n" for why, names in lines.items())
 
 
 def page() -> str:
-    """Return the page with the current table."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, after = text.partition(HEAD)
-    lines = after.splitlines(keepends=True)
-    end = next((index for index, line in enumerate(lines) if not line.startswith("|")), len(lines))
-    return before + table() + "".join(lines[end:])
+    """Return the page with the current conflicts."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    return before + START + conflicts() + END + rest.partition(END)[2]
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def row(case: str, layer: Quantize, grid: str | None = None) -> str:
     with torch.enable_grad():
         trained_on_grid = on_grid(layer)
     distances = f"{rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {trained_on_grid:.0e}"
-    return f'| {case} | {version(case.partition(" ")[0])} | {distances} | `"requantize"` |'
+    return f"| {case} | {version(case.partition(' ')[0])} | {distances} |"
 
 
 def main() -> None:
