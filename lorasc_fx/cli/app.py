@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -41,21 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")  # print the package's warnings to standard error
     try:
         return _command(arguments)
-    except LorascError as fault:
+    except (LorascError, OSError) as fault:  # an OSError: a full disk, a missing permission
         print(f"lorasc-fx: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lorasc-fx: stopped; unsaved results are lost", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has closed the pipe, as in `lorasc-fx sites ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as fault:  # a full disk, a missing permission
-        if fault.errno is None:  # it does not come from the operating system
-            raise
-        where = f"{fault.filename}: " if fault.filename is not None else ""
-        print(f"lorasc-fx: {where}{fault.strerror}", file=sys.stderr)
-        return 2
     except SystemExit as end:  # tyro exits after its help (0) and its errors (2)
         return end.code if isinstance(end.code, int) else 2
 
@@ -72,8 +62,8 @@ def _command(arguments: list[str]) -> int:
     import tyro
 
     function = pkgutil.resolve_name(f"lorasc_fx.cli.{COMMANDS[name][0]}")
-    code: int = tyro.cli(function, prog=f"lorasc-fx {name}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
-    return code
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return int(tyro.cli(function, prog=f"lorasc-fx {name}", args=arguments[1:], config=config))
 
 
 def load(run: str | PathLike[str]) -> Cascade:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import transformers
@@ -61,8 +60,4 @@ def freeze_batch_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-            vars(module)["train"] = partial(_unchanged, module)
-
-
-def _unchanged(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
+            vars(module)["train"] = lambda mode=True, module=module: module

@@ -81,7 +81,7 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     for run in planned(settings):
         file = folder / "results" / f"{run.name}.json"
         if not file.is_file():
-            made = _make(run, settings, folder, task)
+            made = _make(run, settings, task)
             if made is None:
                 print(f"Stopped after {len(results)} runs. Run the same command again to continue.")
                 return 130
@@ -114,9 +114,9 @@ def configured(run: Run, config: Config) -> Config:
     return replace(config, spec=spec, stages=stages, train=train)
 
 
-def _make(run: Run, config: Config, folder: Path, task: Task) -> Result | None:
+def _make(run: Run, config: Config, task: Task) -> Result | None:
     """Train and evaluate one run. Return None if Ctrl-C has stopped it."""
-    task.config = replace(configured(run, config), output=str(folder / "weights" / run.name))
+    task.config = configured(run, config)
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
     trainer, cascade, callback = trainer_of(task, arguments, saves=False)
     trained = [value for value in cascade.parameters() if value.requires_grad]
@@ -133,8 +133,6 @@ def _make(run: Run, config: Config, folder: Path, task: Task) -> Result | None:
     if callback.stopped:
         return None
     metrics, found = trainer.evaluate(), trainer.predict(task.data["test"])
-    if run.method in config.compare.keep_weights:
-        trainer.save_model()
     result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
     result |= {"predicted": found.predictions.argmax(-1).tolist(), "labels": found.label_ids.tolist()}
     print(f"{run.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
@@ -169,7 +167,6 @@ def tables(config: Config, results: Results) -> Iterator[str]:
             for name, runs in best.items()
         ],
     )
-    yield "\n".join(f"- {name}: {METHODS[name]}" for name in best)
     rows = [
         [name, *_difference(runs, best[first])]
         for name, runs in best.items()

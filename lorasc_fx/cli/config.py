@@ -14,29 +14,13 @@ from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check, choice, decode
 from lorasc_fx.util.environment import module_of
-from lorasc_fx.util.files import replacing
 
-METHODS = {
-    "lora": "one stage, pace 1, no noise",
-    "cascade": "similar to ReLoRA: all stages, pace 1, no noise",
-    "lorasc": "LoRASC: all stages, with the pace and noise in [spec]",
-}
-"""What `lorasc-fx compare` can train, in the order of its tables."""
+METHODS = ("lora", "cascade", "lorasc")
+"""What `lorasc-fx compare` can train, in the order of its tables: one stage without noise; stages with pace 1 and
+without noise, similar to ReLoRA; and stages with the pace and noise of `[spec]`."""
 
-Count = Annotated[int, Check(lambda count: count >= 1, "give a whole number of 1 or more")]
-CountOrZero = Annotated[int, Check(lambda count: count >= 0, "give a whole number of 0 or more")]
-Share = Annotated[float, Check(lambda share: 0 <= share <= 1, "give a share from 0 to 1")]
-Rate = Annotated[float, Check(lambda rate: rate > 0, "give a number above 0, a learning rate")]
 Method = Annotated[str, choice(METHODS)]
-Size = Annotated[
-    int | float,
-    Check(
-        lambda size: 0 < size < 1 if isinstance(size, float) else size >= 1,
-        "give a whole number of examples, or a share between 0 and 1",
-    ),
-]
-ONE_OR_MORE = Check(len, "give a list of one entry or more")
-Rates = Annotated[tuple[Rate, ...], ONE_OR_MORE]
+Rates = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -56,16 +40,16 @@ class DataConfig:
     path: str = ""
     """A `.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.txt` file (one text per line), or a folder with a folder of
     images per class."""
-    train: Size = 0.7
+    train: int | float = 0.7
     """Training examples: a number, or a share of the data set."""
-    validation: Size = 0.1
+    validation: int | float = 0.1
     """Validation examples, which are evaluated at the end of each stage: a number or a share."""
-    test: Size = 0.2
+    test: int | float = 0.2
     """Test examples: a number or a share."""
-    seed: CountOrZero = 0
+    seed: int = 0
     """Seed of the split."""
-    max_length: CountOrZero = 0
-    """Maximum number of tokens. Longer texts are truncated. 0: the maximum of the model, and at most 1024."""
+    max_length: int = 0
+    """Maximum number of tokens, at most that of the model. Longer texts are truncated. 0: 1024."""
     text_column: str = "text"
     """Name of the column with the text."""
     image_column: str = "image"
@@ -78,11 +62,11 @@ class DataConfig:
 class StagesConfig:
     """The stages, and the learning rate within each of them."""
 
-    count: Count = 3
+    count: int = 3
     """Number of stages. The optimizer steps of the training are divided evenly among them."""
-    warmup: CountOrZero = 10
+    warmup: int = 10
     """Steps of linear warm-up at the start of each stage."""
-    floor: Share = 0.0
+    floor: float = 0.0
     """Learning rate at the end of each stage, as a share of the full one. 1 means no decay."""
 
 
@@ -90,16 +74,14 @@ class StagesConfig:
 class CompareConfig:
     """The methods, seeds and learning rates of `lorasc-fx compare`."""
 
-    methods: Annotated[tuple[Method, ...], ONE_OR_MORE] = ("lora", "cascade", "lorasc")
+    methods: tuple[Method, ...] = METHODS
     """The methods to compare. Each is compared with the first one."""
-    seeds: Annotated[tuple[CountOrZero, ...], ONE_OR_MORE] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds. Every method is trained with every learning rate once per seed."""
     lrs: Rates = (1e-3,)
     """Learning rates to try for each method."""
     rates: dict[Method, Rates] = field(default_factory=dict)
     """Learning rates for single methods, by name. They replace `lrs`."""
-    keep_weights: tuple[Method, ...] = ()
-    """Methods whose folded weights are saved, in `weights/RUN`."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +132,6 @@ def _override(table: dict[str, Any], override: str) -> None:
     *parents, name = key.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
-            raise SpecError(f"{key}: {parent} is not a table", code="unknown-name")
     try:
         table[name] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -163,8 +143,7 @@ def write_config(config: Config, path: Path) -> None:
     tomli_w = module_of("cli", "tomli_w")
     path.parent.mkdir(parents=True, exist_ok=True)
     config = _with_paths(config, lambda place: os.path.relpath(place, path.parent))
-    with replacing(path) as new:
-        new.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
 
 
 def _with_paths(config: Config, change: Callable[[str], str]) -> Config:

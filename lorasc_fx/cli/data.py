@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
-from typing import Any
 
 import datasets
+import pandas
 
 from lorasc_fx.cli.classifier import reading
 from lorasc_fx.cli.config import DataConfig
@@ -31,7 +30,7 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
     for name in ("train", "validation", "test"):
         size = getattr(config, name)
         count = size if isinstance(size, int) else int(size * total)
-        if not count or start + count > total:
+        if count < 1 or start + count > total:
             raise SpecError(
                 f"data.{name} is {size}, but {config.path} has {total} examples, of which {start} are used already; "
                 "change data.train, data.validation or data.test",
@@ -43,13 +42,16 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
 
 
 def read_table(path: str) -> datasets.Dataset:
-    """Return a data set with its own columns."""
+    """Return a data set with the columns of its file. The cells of a `.csv` or `.tsv` file are texts."""
     datasets.disable_progress_bars()
     place = Path(path)
-    if not place.exists():
-        raise SpecError(f"{path}: there is no such file or folder, and nothing is downloaded", code="unreadable-file")
     if place.suffix.lower() in (".csv", ".tsv"):
-        return _read_csv(place)
+        with reading(path), warnings.catch_warnings(action="error"):  # pandas only warns of a row with too many cells
+            table = pandas.read_csv(
+                path, sep="\t" if place.suffix.lower() == ".tsv" else ",", dtype=str, keep_default_na=False,
+                index_col=False, encoding="utf-8-sig",
+            )  # fmt: skip
+        return datasets.Dataset.from_pandas(table, preserve_index=False)
     loader = "imagefolder" if place.is_dir() else _LOADERS.get(place.suffix.lower())
     if loader is None:
         raise SpecError(
@@ -64,20 +66,6 @@ def read_table(path: str) -> datasets.Dataset:
             f"{path} has the splits {', '.join(splits)}; give the folder of one of them", code="invalid-data"
         )
     return splits["train"]
-
-
-def _read_csv(path: Path) -> datasets.Dataset:
-    """Return a table whose cells are texts."""
-    with reading(str(path)), path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-    for number, row in enumerate(rows, start=1):
-        if None in row:
-            raise SpecError(
-                f"{path}: row {number} has more cells than the header ({', '.join(list(row)[:-1])}). Put a text that "
-                'contains a separator into quotes ("...")',
-                code="invalid-data",
-            )
-    return datasets.Dataset.from_list(rows)
 
 
 def read_inputs(config: DataConfig, kind: str, path: str, *others: str) -> datasets.Dataset:
@@ -133,7 +121,9 @@ def _dialogues(config: DataConfig) -> datasets.Dataset:
                     "be learned; remove the example, or its last message",
                     code="invalid-data",
                 )
-        return table.map(_split_messages, remove_columns="messages")
+        return table.map(
+            lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns="messages"
+        )
     if {"prompt", "completion"} <= columns:
         return table
     if config.text_column in columns:
@@ -143,7 +133,3 @@ def _dialogues(config: DataConfig) -> datasets.Dataset:
         f"and completion, or {config.text_column} (data.text_column)",
         code="unknown-name",
     )
-
-
-def _split_messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}

@@ -10,13 +10,12 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
 from tyro.conf import Positional
 
 from lorasc_fx.cli.data import INPUT, read_inputs, read_table
 from lorasc_fx.cli.task import Task
 from lorasc_fx.cli.train import TASK, task_of
-from lorasc_fx.errors import SpecError, StateError
+from lorasc_fx.errors import SpecError
 
 BATCH = 32
 
@@ -38,10 +37,6 @@ def predict(
         max_new_tokens: maximum length of a generated text.
     """
     config, _ = task_of(run, overrides)
-    if not any(run.glob("*.safetensors")):
-        raise StateError(
-            f"{run} has not ended: finish it with lorasc-fx train {run}/config.toml --resume", code="stage-not-ended"
-        )
     task = Task.read(replace(config, model=replace(config.model, path=str(run))), run / TASK)
     model = task.model().to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if task.kind == "language":
@@ -68,9 +63,9 @@ def _classify(task: Task, model: Any, data: str) -> None:
     names = [f"{data}:{number}" for number in range(1, len(table) + 1)]
     if task.kind == "image":
         stored = table.cast_column(INPUT, datasets.Image(decode=False))[INPUT]
-        names = [each["path"] or name for each, name in zip(stored, names, strict=True)]
+        names = [image["path"] or name for image, name in zip(stored, names, strict=True)]
     for start in range(0, len(table), BATCH):
-        batch = _on_device(task(table[start : start + BATCH][INPUT]), model)
+        batch = {name: value.to(model.device) for name, value in task(table[start : start + BATCH][INPUT]).items()}
         for number, share in enumerate(model(**batch).logits.float().softmax(-1), start=start):
             print(f"{names[number]}\t{task.classes[int(share.argmax())]}\t{share.max():.4f}")
 
@@ -80,13 +75,8 @@ def _generate(task: Task, model: Any, data: str, max_new_tokens: int) -> None:
     questions = [_prompt(row, task.config.data.text_column, data) for row in read_table(data)]
     for start in range(0, len(questions), BATCH):
         prompts = questions[start : start + BATCH]
-        batch = _on_device(task(prompts), model)
+        batch = {name: value.to(model.device) for name, value in task(prompts).items()}
         tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         texts = task.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for prompt, text in zip(prompts, texts, strict=True):
             print(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False))
-
-
-def _on_device(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}

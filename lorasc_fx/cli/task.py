@@ -86,34 +86,26 @@ class Task:
         """Whether a language model learns from messages, which its chat template converts to a text."""
         if self._chat is None:
             self._chat = self.kind == "language" and isinstance(self.data["train"][0].get("prompt"), list)
-            if self._chat and self.processor.chat_template is None and not self.config.train.get("chat_template_path"):
-                raise SpecError(
-                    f"{self.config.data.path} has messages, but the tokenizer of {self.folder} has no chat template; "
-                    "give train.chat_template_path, or a data set with columns prompt and completion",
-                    code="invalid-data",
-                )
         return bool(self._chat)
 
     def model(self) -> nn.Module:
         """Build the model, with a new head for the classes. Without classes it keeps the head that it has."""
-        chosen = self.config.model.dtype
-        options: dict[str, Any] = {
-            **_LOCAL, "use_safetensors": True, "dtype": chosen if chosen == "auto" else getattr(torch, chosen)
-        }  # fmt: skip
-        auto: Any = transformers.AutoModelForCausalLM
-        if self.kind != "language":
+        autos: dict[str, Any] = {
+            "language": transformers.AutoModelForCausalLM,
+            "text": transformers.AutoModelForSequenceClassification,
+            "image": transformers.AutoModelForImageClassification,
+        }
+        auto, dtype = autos[self.kind], self.config.model.dtype
+        if self.classes:
             labels = dict(enumerate(self.classes))
-            if labels:
-                options |= {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-            options["ignore_mismatched_sizes"] = True
-            auto = transformers.AutoModelForSequenceClassification
-        if self.kind == "image":
-            auto = transformers.AutoModelForImageClassification
-        elif self.kind == "text" and not _classifies(self._settings):
-            self._settings.update({key: options.pop(key) for key in ("id2label", "label2id") if key in options})
-            auto, options["config"] = mean_pooled(self._settings), self._settings
+            self._settings.update({"id2label": labels, "label2id": {name: number for number, name in labels.items()}})
+        if self.kind == "text" and not _classifies(self._settings):
+            auto = mean_pooled(self._settings)
         with reading(self.folder):
-            model: Any = auto.from_pretrained(self.folder, **options)
+            model: Any = auto.from_pretrained(
+                self.folder, config=self._settings, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True, ignore_mismatched_sizes=self.kind != "language", **_LOCAL,
+            )  # fmt: skip
         if self.kind == "text" and model.config.pad_token_id is None:  # a causal model classifies the last token
             model.config.pad_token_id = self.processor.pad_token_id
         freeze_batch_norms(model)
@@ -127,20 +119,14 @@ class Task:
                 messages, which are padded on the left for `generate`.
 
         Raises:
-            SpecError: an image cannot be read, or `data.max_length` is more than the model's maximum.
+            SpecError: an image cannot be read.
         """
         if isinstance(inputs, (str, PathLike)) or not len(inputs):
             raise SpecError(f"inputs are {inputs!r}; give a list of texts, or of images")
         if self.kind == "image":
             with reading("image"):
                 return self._pixels([load_image(str(each) if isinstance(each, PathLike) else each) for each in inputs])
-        is_language = self.kind == "language"
-        encoded = self.processor(
-            [self._prompt(each) for each in inputs] if is_language else list(inputs), truncation=True,
-            max_length=self.max_length, padding=True, padding_side="left" if is_language else "right",
-            return_tensors="pt", add_special_tokens=not (is_language and self.chat),
-        )  # fmt: skip
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return self._tokens([self._prompt(each) for each in inputs] if self.kind == "language" else list(inputs))
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Return the arguments of a classifier for rows of the data, and `labels`."""
@@ -150,18 +136,21 @@ class Task:
         """Return arguments of the model for two inputs, without the data."""
         if self.kind == "image":
             return self._pixels([torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()] * 2)
-        return self(["an example", "another example"])
+        return self._tokens(["an example", "another example"])
 
     @property
     def max_length(self) -> int:
         """Maximum number of tokens."""
         limit: int = self.processor.model_max_length  # a huge number if the tokenizer does not know it
-        if self.config.data.max_length > limit:
-            raise SpecError(
-                f"data.max_length is {self.config.data.max_length}, but the model takes at most {limit} tokens; give "
-                f"{limit} or less"
-            )
-        return self.config.data.max_length or min(limit, MAX_LENGTH)
+        return min(limit, self.config.data.max_length or MAX_LENGTH)
+
+    def _tokens(self, texts: list[str]) -> Batch:
+        is_language = self.kind == "language"
+        encoded = self.processor(
+            texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt",
+            padding_side="left" if is_language else "right", add_special_tokens=not (is_language and self.chat),
+        )  # fmt: skip
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
     def _pixels(self, images: list[Any]) -> Batch:
         return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,14 +31,12 @@ def train(
     Args:
         config: TOML file (docs/llm.md).
         overrides: keys of the file with other values, such as spec.rank=16.
-        resume: continue the run in the output folder.
+        resume: continue the run in the output folder from its last checkpoint, if it has one.
     """
     settings = load_config(config, overrides)
     run = Path(settings.output)
     check_output(run, folder=True)
     saved = any(run.glob("checkpoint-*"))
-    if resume and not saved:
-        raise StateError(f"{run} has no checkpoint to resume; remove --resume", code="no-checkpoint")
     if not resume and (saved or (run / CASCADE).exists()):
         raise StateError(
             f"{run} already has a run. Give --resume to continue it, delete the folder, or give another output=FOLDER",
@@ -55,28 +52,24 @@ def train(
         task.write(run / TASK)
         print(cascade)
     with callback.catching() if arguments.world_size == 1 else nullcontext():
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume and saved)
     if arguments.process_index == 0:
         lx.save(cascade, run / CASCADE)
     if callback.stopped:
         print(f"Stopped after step {trainer.state.global_step}; continue with: lorasc-fx train {run / CONFIG} --resume")
         return 130
     trainer.save_model()
-    evaluated = [name for name in task.data if name != "train"]  # in the same order in all processes
-    for name in evaluated:
-        trainer.save_metrics(name, trainer.evaluate(task.data[name], metric_key_prefix=name))
-    if arguments.process_index == 0:
-        results = json.loads((run / "all_results.json").read_text(encoding="utf-8"))
-        metric = "loss" if task.kind == "language" else "accuracy"
-        print(f"{metric}: " + ", ".join(f"{name} {results[f'{name}_{metric}']:.3f}" for name in evaluated))
+    for name in ("validation", "test"):
+        metrics = trainer.evaluate(task.data[name], metric_key_prefix=name)
+        trainer.log_metrics(name, metrics)
+        trainer.save_metrics(name, metrics)
     return 0
 
 
 def check_output(path: Path, *, folder: bool) -> None:
     """Check that a file or folder can be written, before the long work starts. Raises SpecError or OSError."""
     if path.exists() and path.is_dir() != folder:
-        kind, expected = ("a file", "a folder") if folder else ("a folder", "a file")
-        raise SpecError(f"{path} is {kind}, but the output is {expected}; give another path", code="path-in-the-way")
+        raise SpecError(f"{path} is not a {'folder' if folder else 'file'}; give another path", code="path-in-the-way")
     within = path.absolute() if folder else path.absolute().parent
     with tempfile.TemporaryFile(dir=next(place for place in (within, *within.parents) if place.exists())):
         pass
@@ -84,15 +77,14 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 def check_same(run: Path, config: Config) -> None:
     """Check that a folder has a run with the settings that are about to be trained."""
-    old, new = (json.loads(json.dumps(to_dict(each))) for each in (load_config(run / CONFIG), config))
+    old, new = to_dict(load_config(run / CONFIG)), to_dict(config)
     for table in ("model", "data", "stages", "train", "spec"):
-        for key in {**old[table], **new[table]}:
-            if (was := old[table].get(key)) != (wanted := new[table].get(key)):
-                raise StateError(
-                    f"{run} has a run with {table}.{key} = {was!r}, but now it is {wanted!r}. Resume with the same "
-                    "value, delete the folder, or give another output=FOLDER",
-                    code="spec-differs",
-                )
+        if old[table] != new[table]:
+            raise StateError(
+                f"{run} has a run with {table} = {old[table]}, but now it is {new[table]}. Resume with the same "
+                "values, delete the folder, or give another output=FOLDER",
+                code="spec-differs",
+            )
 
 
 def open_run(run: Path) -> tuple[lx.Cascade, Task]:

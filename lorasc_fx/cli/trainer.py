@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import sys
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,43 +16,41 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import lorasc_fx as lx
 from lorasc_fx.cli.classifier import reading
-from lorasc_fx.cli.config import Config, StagesConfig
+from lorasc_fx.cli.config import Config
 from lorasc_fx.cli.task import Task
-from lorasc_fx.errors import SpecError, StateError, nearest
+from lorasc_fx.errors import SpecError, StateError
 from lorasc_fx.integrations.transformers import CascadeCallback
-from lorasc_fx.util.decode import decode
 from lorasc_fx.util.environment import module_of
 
-_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+_SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"}
 """Keys of `[train]` that replace the learning rate of `[stages]` by the Trainer's own schedule."""
 
 
 class StagedTrainer(Trainer):  # type: ignore[misc]
-    """Trains a cascade in `count` stages, with the schedule of `[stages]`, or the Trainer's own if that is None."""
+    """Trains a cascade in stages, with the schedule of `[stages]`, or the Trainer's own if `[train]` has one."""
 
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, *, count: int, stages: StagesConfig | None, **more: Any) -> None:
-        self._count, self._stages = count, stages
+    def __init__(self, *, config: Config, **more: Any) -> None:
+        self._config = config
         super().__init__(**more)
 
-    def create_optimizer(self, model: object = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: object = None) -> Any:
         """Create the optimizer of `optim` for the cascade's groups."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = self.model.param_groups(lr=self.args.learning_rate)
             self.optimizer = kind([{"weight_decay": self.args.weight_decay, **group} for group in groups], **options)
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule of `[stages]`, now that the number of optimizer steps is known."""
-        stages = self._stages
-        if stages is None:
+        stages = self._config.stages
+        if _SCHEDULE & self._config.train.keys():
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            ends = [round(stage * num_training_steps / self._count) for stage in range(self._count + 1)]
+            ends = [round(stage * num_training_steps / stages.count) for stage in range(stages.count + 1)]
             optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = lx.StageSchedule(
                 getattr(optimizer, "optimizer", optimizer),  # accelerate has wrapped it
@@ -72,25 +68,22 @@ class ClassifierTrainer(StagedTrainer):
         super().__init__(**more, compute_metrics=_accuracy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the accumulated steps
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
         """Return the loss, and the logits with `return_outputs`."""
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         loss = F.cross_entropy(logits, inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
-def _accuracy(found: Any) -> dict[str, float]:
-    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+def _accuracy(evaluated: Any) -> dict[str, float]:
+    return {"accuracy": float((evaluated.predictions.argmax(-1) == evaluated.label_ids).mean())}
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]
     """Evaluates and saves at the end of each stage, stops after Ctrl-C, and raises if the loss is not finite."""
 
-    def __init__(self, cascade: lx.Cascade, *, evaluates: bool, saves: bool) -> None:
-        self._cascade, self._evaluates, self._saves = cascade, evaluates, saves
-        self._stage = cascade.stage
+    def __init__(self, cascade: lx.Cascade, *, saves: bool) -> None:
+        self._cascade, self._stage, self._saves = cascade, cascade.stage, saves
         self.stopped = False
 
     @contextmanager
@@ -116,7 +109,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Ask the Trainer to evaluate, to save and to stop. CascadeCallback has ended the stage before."""
         if self._cascade.stage != self._stage:
             self._stage = self._cascade.stage
-            control.should_evaluate |= self._evaluates
+            control.should_evaluate |= self._saves
             control.should_save |= self._saves
         if self.stopped:
             control.should_save = control.should_training_stop = True
@@ -155,18 +148,10 @@ def arguments_of(config: Config, task: Task, **more: object) -> TrainingArgument
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_nan_inf_filter": False,  # with it, the Trainer would log a finite loss instead of nan
     }  # fmt: skip
-    hints = typing.get_type_hints(arguments)
-    fields = {field.name for field in dataclasses.fields(arguments)} - {"output_dir"}
-    for name, value in config.train.items():
-        if name not in fields:
-            hint = "; give output" if name == "output_dir" else nearest(name, fields)
-            raise SpecError(f"train.{name} is not a key of {arguments.__name__}{hint}", code="unknown-name")
-        if hints[name] in (bool, int, float):
-            decode(hints[name], value, ("train", name))
     if config.train.get("dataloader_drop_last"):
         raise SpecError("train.dataloader_drop_last would also drop examples from evaluations; remove it")
     with reading("[train]"):
-        return arguments(**defaults | config.train | {"output_dir": config.output} | more)
+        return arguments(output_dir=config.output, **defaults | config.train | more)
 
 
 def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) -> tuple[Any, lx.Cascade, RunCallback]:
@@ -177,37 +162,26 @@ def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) 
     batch: dict[str, Any] = {name: value.to(arguments.device) for name, value in task.example().items()}
     batch |= {"use_cache": False} if task.kind == "language" else {}
     cascade = lx.adapt(model, kwargs=batch, spec=config.spec)
-    evaluates = saves and "eval_strategy" not in config.train
-    callback = RunCallback(cascade, evaluates=evaluates, saves=saves and "save_strategy" not in config.train)
-    count = config.stages.count
+    callback = RunCallback(cascade, saves=saves)
     options: dict[str, Any] = {
-        "model": cascade, "args": arguments, "count": count, "processing_class": task.processor,
-        "stages": None if any(name in config.train for name in _SCHEDULE) else config.stages,
+        "model": cascade, "args": arguments, "config": config, "processing_class": task.processor,
         "train_dataset": data["train"], "eval_dataset": data["validation"],
-        "callbacks": [CascadeCallback(cascade, stages=count), callback],
+        "callbacks": [CascadeCallback(cascade, stages=config.stages.count), callback],
     }  # fmt: skip
     if task.kind != "language":
         return ClassifierTrainer(**options, data_collator=task.collate), cascade, callback
+    kind: Any = type("LanguageTrainer", (StagedTrainer, module_of("llm", "trl").SFTTrainer), {})
     with reading(config.data.path):
-        trainer = _sft_trainer()(**options)
+        trainer = kind(**options)
     if not arguments.packing:
         _check_dropped(len(data["train"]) - len(trainer.train_dataset), len(data["train"]), task.max_length)
     return trainer, cascade, callback
 
 
 def _check_dropped(dropped: int, total: int, max_length: int) -> None:
-    """Warn of training examples that TRL has dropped without a word. Raise SpecError if none is left."""
-    told = f"{dropped} of {total} training examples have no completion within {max_length} tokens (data.max_length)"
+    """Warn of training examples that TRL has dropped silently. Raise SpecError if none is left."""
+    message = f"{dropped} of {total} training examples have no completion within {max_length} tokens (data.max_length)"
     if dropped == total:
-        raise SpecError(f"{told}; give a larger maximum", code="invalid-data")
+        raise SpecError(f"{message}; give a larger maximum", code="invalid-data")
     if dropped:
-        print(f"lorasc-fx: WARNING: {told}, and are not learned", file=sys.stderr)
-
-
-def _sft_trainer() -> Any:
-    """Return TRL's trainer with the parts that all trainers share."""
-
-    class LanguageTrainer(StagedTrainer, module_of("llm", "trl").SFTTrainer):  # type: ignore[misc]
-        """TRL's SFTTrainer: chat template, loss on the completion, no packing unless `[train]` asks for it."""
-
-    return LanguageTrainer
+        print(f"lorasc-fx: WARNING: {message}, and are not learned", file=sys.stderr)

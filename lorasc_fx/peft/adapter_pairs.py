@@ -143,11 +143,8 @@ def _change_of_run(source_run: RunSource, part: Part, tensors: Mapping[str, torc
         elif (pair := pair_of(state, "slow")) is not None:
             change.pairs[name] = pair
     for name, value in part.buffers.items():
-        if tensors:
-            changed = name in tensors and not torch.equal(value.cpu(), tensors[name].cpu())
-        else:
-            changed = name in source_run.changed_buffers
-        if changed:
+        changed = name in source_run.changed_buffers
+        if not torch.equal(value.cpu(), tensors[name].cpu()) if name in tensors else changed:
             change.refused[name] = _BUFFER
     return change
 

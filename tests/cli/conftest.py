@@ -22,7 +22,7 @@ IMAGES = """
 model.path = "resnet"
 data = { path = "digits.parquet", train = 64, validation = 32, test = 100 }
 stages = { count = 3, warmup = 1 }
-compare = { seeds = [0, 1], lrs = [0.01], keep_weights = ["lorasc"] }
+compare = { seeds = [0, 1], lrs = [0.01] }
 
 [spec]
 targets = ["*embedder.conv*", "*.shortcut.conv*"]

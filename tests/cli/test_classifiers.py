@@ -117,7 +117,7 @@ def test_images_predictions_and_exports(workspace: Path, capsys: Capture, fails:
     exported: nn.Module = torch.export.load("a.pt2").module()
     torch.testing.assert_close(exported(**batch).logits, logits)
     fails(["export", "runs/tiny", "--to", "onnx", "--output", "a.onnx", "--max-rank", "2"], "are for --to peft")
-    fails(["export", "runs/tiny", "--to", "onnx", "--output", "images"], "images is a folder, but the output is a file")
+    fails(["export", "runs/tiny", "--to", "onnx", "--output", "images"], "images is not a file")
     fails(["export", "runs/tiny", "--to", "peft", "--output", "a.onnx/b"], "Not a directory")
 
 
