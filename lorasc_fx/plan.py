@@ -184,10 +184,6 @@ class Plan:
         planned = self.by_weight
         return replace(self, sites=self.sites + tuple(site for site in sites if site.weight not in planned))
 
-    def at_stage(self, stage: int) -> Plan:
-        """Return the plan at the start of another stage."""
-        return replace(self, stage=stage)
-
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         sites = [asdict(site) for site in self.sites]

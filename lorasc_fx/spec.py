@@ -291,14 +291,9 @@ class Noise:
     def __post_init__(self) -> None:
         check(self, "noise")
 
-    @property
-    def is_on(self) -> bool:
-        """Whether noise is added at all."""
-        return self.strength > 0
-
     def on_others(self, names: Iterable[str]) -> list[str]:
         """Return which of these weights without a branch get noise: all if `where` is "all", otherwise none."""
-        return list(names) if self.is_on and self.where == "all" else []
+        return list(names) if self.strength and self.where == "all" else []
 
 
 @checks_names
@@ -482,21 +477,9 @@ class CascadeSpec:
         return SiteOptions(rank, float(alpha), self.adapter, *options, grid=str(self.grid or ""))
 
     @property
-    def decomposes(self) -> bool:
-        """Whether a stage computes its factors from the weight, which then holds the residual `W - s B_0 A_0`."""
-        return self.start == "pissa"
-
-    @property
     def method(self) -> type[Any]:
         """The branch class of `adapter`."""
         return ADAPTERS[self.adapter]
-
-    def pace_at(self, stage: int, ended: int) -> float:
-        """Return the pace of a stage (the first is 1). `ended`: how many stages the slow weights are made of."""
-        if self.pace == "mean":
-            return 1 / (ended + 1)
-        shares = self.pace if isinstance(self.pace, tuple) else (self.pace,)
-        return shares[min(stage, len(shares)) - 1]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""

@@ -80,7 +80,7 @@ class FoldBranches(EndsStage):
             for weight, state in slow.states.items():
                 exact = state.exact("slow", arithmetic(state.base.dtype))
                 graph.set_tensor(named.names[weight], state.on_grid(exact.to(state.base.dtype)))
-            graph.record = replace(graph.record, slow=slow, plan=plan.at_stage(plan.stage + 1))
+            graph.record = replace(graph.record, slow=slow, plan=replace(plan, stage=plan.stage + 1))
             graph.unfreeze()
         graph.record = replace(graph.record, branched=frozenset())
         graph.set_branches({})

@@ -154,6 +154,6 @@ def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     # Write the start values of the weights that differ from the slow weights, by noise or initial factors.
     for weight in names:
         state = slow.states[weight]
-        if state.differs_from_slow(plan.spec.noise.is_on):
+        if state.differs_from_slow(plan.spec.noise.strength > 0):
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, plan.stage))
     graph.record = replace(graph.record, slow=slow)

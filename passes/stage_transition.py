@@ -48,7 +48,7 @@ class StageTransition(EndsStage):
                 code="requirement-not-met",
             )
         named, slow = named_weights(graph.owner), absorb_branches(graph, plan)
-        after, states = plan.at_stage(plan.stage + 1), dict(slow.states)
+        after, states = replace(plan, stage=plan.stage + 1), dict(slow.states)
         branches, new = graph.branches, {}
         for site in after.sites:
             state, branch = states[site.weight], branches[site.key]

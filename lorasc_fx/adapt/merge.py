@@ -181,7 +181,7 @@ def merge(
             run.check_base(digests, "merge")
         parts = [run.part(parameters) for run in named_runs]
         check_same_weights(parts)
-        plan = parts[0].plan.at_stage(max(part.plan.stage for part in parts) + 1)
+        plan = replace(parts[0].plan, stage=max(part.plan.stage for part in parts) + 1)
         cascade = replace(start, plan=plan).cascade(undo)
         install_sum(run_of(cascade), weighted_sum(run_of(cascade).slow, parts, shares, plan.stage - 1), parts, undo)
         return cascade

@@ -4,17 +4,14 @@ from lorasc_fx.branch.contract import (
     Branch,
     Decided,
     Declared,
-    Delta,
-    Factors,
-    InitialFactors,
-    Side,
     StartWeight,
-    Tree,
     fill,
+    generator,
 )
+from lorasc_fx.branch.deltas import Delta, Factors, InitialFactors, Side, Tree
 from lorasc_fx.branch.lora import LowRankBranch, ops_of
 from lorasc_fx.branch.methods import BUILT_IN, METHODS, check_registered, register_branch
-from lorasc_fx.branch.noise import amplitude, draw, generator
+from lorasc_fx.branch.noise import amplitude, draw
 from lorasc_fx.branch.placements import Placement
 
 __all__ = [

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import abc
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
-from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.grid import Through, arithmetic, rounded, scale_rows, step, step_on_grid
+from lorasc_fx.branch.deltas import (
+    Factors,
+    InitialFactors,
+    Side,
+    Through,
+    arithmetic,
+    rounded,
+    step,
+    step_on_grid,
+)
 from lorasc_fx.branch.placements import ConvCall, Placement
 from lorasc_fx.branch.products import PRODUCTS, with_strides
 from lorasc_fx.errors import PassError, SpecError
@@ -31,117 +40,6 @@ from lorasc_fx.shards import UNSHARDED, ShardSpec, full_tensor, local
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check
 from lorasc_fx.util.torch_private import disable_dynamo
-
-
-class Side(Enum):
-    """Which axes of a weight [rows, columns] the axes of a tensor match. This decides how the tensor is sharded.
-
-    Stacked experts have their axis first, in the weight and in the tensor, except `OUT`.
-    """
-
-    WEIGHT = "[rows, columns]"
-    LEFT = "[rows, rank]"
-    RIGHT = "[rank, columns]"
-    OUT = "[out]"
-
-    def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
-        """Return the axis along which a tensor is sharded if its weight is sharded along an axis, or None for none."""
-        lead = 1 if stacked else 0
-        if self is Side.OUT:
-            return 0 if along == lead + transposed else None
-        if self is Side.WEIGHT or along < lead:
-            return along
-        return along if (along == lead) == (self is Side.LEFT) else None
-
-
-class Tree:
-    """Base class of frozen dataclasses with tensors, with a `map` over all tensors.
-
-    Fields with tensors, or with tuples or mappings of tensors, have a `Side` in their metadata. Other fields may be
-    trees themselves.
-    """
-
-    def map(self, change: Callable[[torch.Tensor, Side], torch.Tensor]) -> Self:
-        """Return a copy in which `change` replaces every tensor. A tensor that occurs twice stays shared."""
-        done: dict[int, Any] = {}
-
-        def walk(value: object, side: Side | None) -> Any:
-            if isinstance(value, torch.Tensor):
-                assert side is not None, "a field with tensors has a Side in its metadata"
-                if id(value) not in done:
-                    done[id(value)] = change(value, side)
-                return done[id(value)]
-            if isinstance(value, tuple):
-                return tuple(walk(inner, side) for inner in value)
-            if isinstance(value, Mapping):
-                return {key: walk(inner, side) for key, inner in value.items()}
-            return rebuild(value) if isinstance(value, Tree) else value
-
-        def rebuild(tree: Any) -> Any:
-            return replace(
-                tree, **{item.name: walk(getattr(tree, item.name), item.metadata.get(Side)) for item in fields(tree)}
-            )
-
-        mapped: Self = rebuild(self)
-        done.clear()  # the two functions refer to each other, and would keep the tensors until a garbage collection
-        return mapped
-
-
-@dataclass(frozen=True)
-class Factors(Tree):
-    """A low-rank delta `b @ a` in the layout of the weight: `b` [rows, r] includes the scale, and `a` is [r, columns].
-
-    For stacked experts, both have the axis of experts first.
-    """
-
-    b: torch.Tensor = field(metadata={Side: Side.LEFT})
-    a: torch.Tensor = field(metadata={Side: Side.RIGHT})
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of `b`."""
-        return self.b.shape[-1]
-
-    def with_rows(self, scale: torch.Tensor, transposed: bool) -> Factors:
-        """Return the factors of the delta whose output rows are multiplied by `scale` [out]."""
-        if transposed:
-            return Factors(self.b, scale_rows(scale, self.a, True))
-        return Factors(scale_rows(scale, self.b, False), self.a)
-
-    @cached_property
-    def bound(self) -> float:
-        """An upper bound for the absolute entries of `b @ a`: the product of the norms (Cauchy-Schwarz)."""
-        b, a = (torch.linalg.vector_norm(factor.cpu(), dtype=torch.float64).item() for factor in (self.b, self.a))
-        return b * a if math.isfinite(b * a) else math.inf
-
-
-@dataclass(frozen=True)
-class Delta(Tree):
-    """The change of a weight W by a branch: the weight becomes `diag(gain) (W + b @ a + dense)`.
-
-    Args:
-        factors: the low-rank term, or None.
-        dense: the dense term in the shape of the weight, or None.
-        gain: factor of each row [out] (DoRA), in fp64 in host memory. None means 1.
-    """
-
-    factors: Factors | None = None
-    dense: torch.Tensor | None = field(default=None, metadata={Side: Side.WEIGHT})
-    gain: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
-
-
-@dataclass(frozen=True)
-class InitialFactors(Tree):
-    """Initial values of a branch whose delta was not zero at the start of a stage, in fp64 in host memory.
-
-    Args:
-        factors: the delta that was subtracted from the weight (PiSSA), or None.
-        magnitude: the initial row norms [out] of DoRA, or None.
-    """
-
-    factors: Factors | None = None
-    magnitude: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
-
 
 Reshard = Callable[[torch.Tensor, Side], torch.Tensor]
 """Returns this rank's slice of a tensor of a side, or gathers the full tensor from the slices."""
@@ -185,6 +83,16 @@ class _InPlace:
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
         return value
+
+
+def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
+    """Return a new CPU generator whose random stream depends only on the four arguments.
+
+    The random numbers of a weight depend neither on other weights, nor on the number of processes, nor on earlier
+    draws. Global generators are not used. See docs/algorithm.md, "Facts that hold exactly".
+    """
+    digest = hashlib.sha256(f"{seed}\0{stage}\0{purpose}\0{weight}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 @dataclass(frozen=True)
@@ -308,10 +216,10 @@ class Branch(nn.Module, abc.ABC):
     def values_like(cls, like: torch.Tensor, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
         """Return the initial values on the device of a tensor, in fp64 if it is fp64 and otherwise in fp32."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return {
-            name: value.to(device=like.device, dtype=dtype)
-            for name, value in cls.initial_values(site, seed, stage).items()
-        }
+        values = dict(cls.initial_values(site, seed, stage))
+        for name, value in values.items():
+            values[name] = value.to(device=like.device, dtype=dtype)
+        return values
 
     @classmethod
     def options_at(cls, site: Site) -> dict[str, float]:

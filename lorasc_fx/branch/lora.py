@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
-from lorasc_fx.branch.contract import Branch, Declared, Factors, InitialFactors, Reshard, Side, StartWeight
-from lorasc_fx.branch.noise import generator
+from lorasc_fx.branch.contract import Branch, Declared, Reshard, StartWeight, generator
+from lorasc_fx.branch.deltas import Factors, InitialFactors, Side
 from lorasc_fx.branch.placements import (
     BESIDE,
     SMALL,
@@ -216,7 +216,7 @@ class LoraBranch(LowRankBranch):
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
         """Return `factors` if the start of the spec computes them from the weight."""
-        return ("factors",) if running and spec.decomposes else ()
+        return ("factors",) if running and spec.start == "pissa" else ()
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
         """Return the learning rate of a factor: for B, multiplied by `lr_ratio` (LoRA+, 2402.12354)."""

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from lorasc_fx.branch.contract import Branch, Declared, Factors, StartWeight
+from lorasc_fx.branch.contract import Branch, Declared, StartWeight, generator
+from lorasc_fx.branch.deltas import Factors
 from lorasc_fx.branch.lora import DoraBranch, LoraBranch, LowRankBranch, random_factor
-from lorasc_fx.branch.noise import generator
 from lorasc_fx.branch.products import PRODUCTS, is_eager
 from lorasc_fx.errors import SpecError
 from lorasc_fx.plan import Site

@@ -14,7 +14,6 @@ Sources: Philox (Salmon et al., 2011) for random numbers from counters instead o
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from functools import lru_cache
 
 import torch
 
+from lorasc_fx.branch.contract import generator
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import Noise
 
@@ -38,16 +38,6 @@ CPU = torch.device("cpu")
 
 Region = tuple[slice, ...]
 """Position of a piece of noise in the local slice of a weight, as an index."""
-
-
-def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
-    """Return a new CPU generator whose random stream depends only on the four arguments.
-
-    The random numbers of a weight depend neither on other weights, nor on the number of processes, nor on earlier
-    draws. Global generators are not used. See docs/algorithm.md, "Facts that hold exactly".
-    """
-    digest = hashlib.sha256(f"{seed}\0{stage}\0{purpose}\0{weight}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) -> float:

@@ -524,7 +524,7 @@ def summary(
     plan, spec = run.plan, run.plan.spec
     total = sum(parameter.numel() for parameter in run.model.parameters())
     trainable = run.trained_entries
-    pace = f"{spec.pace_at(plan.stage, len(run.slow.history.ends)):g}"
+    pace = f"{run.slow.pace(plan):g}"
     kinds, counted = Counter(site.kind for site in plan.sites), Counter(placements.values())
     lines = [
         f"Cascade of {type(run.model).__name__}, "

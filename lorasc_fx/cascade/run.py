@@ -20,16 +20,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lorasc_fx.branch import Branch, Decided, fill
+from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.branch.noise import PIECE, WORKSPACE
 from lorasc_fx.cascade.training import PendingWatch, Warned, check_holds, check_rates, groups, put_state
 from lorasc_fx.errors import SpecError, StateError, named, warn
 from lorasc_fx.parameters import Holder, exchange
 from lorasc_fx.plan import Plan, Reason
-from lorasc_fx.quantized import quantized_in, writable
+from lorasc_fx.quantized import is_quantized, quantized_in
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local
 from lorasc_fx.spec import OWN_GRID
-from lorasc_fx.state import BaseMemory, Kept, Learner, Scratch, SlowWeights, ViewName, arithmetic
+from lorasc_fx.state import BaseMemory, Kept, Learner, Scratch, SlowWeights, ViewName, arithmetic, write_start
 from lorasc_fx.util.environment import source_digest, version
 from lorasc_fx.util.fingerprint import checksum, checksums, fingerprints
 from lorasc_fx.util.torch_private import current_backward
@@ -70,7 +70,7 @@ class Run:
         self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
         self._frozen: dict[str, int] = {}  # checksums of untrained parameters when their fingerprint was computed
         self._checksums: dict[str, int] = {}  # checksums of the weights after the last write by this package
-        self._objects: dict[str, int] = {}  # ids of the weights' Parameter objects at that time
+        self._objects: dict[str, nn.Parameter] = {}  # the weights' Parameter objects at that time
 
     @property
     def by_key(self) -> dict[str, Branch]:
@@ -105,17 +105,21 @@ class Run:
 
     def weights_by_name(self) -> dict[str, nn.Parameter]:
         """Return the parameters with experts or noise, by name. Parameters trained in full are left out."""
-        return self.present(name for name, state in self.slow.states.items() if not state.full)
+        weights = self.present(self.slow.states)
+        for name in self.slow.trained:
+            weights.pop(name, None)
+        return weights
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every parameter that an optimizer should hold, by its name in the cascade."""
-        parameters = {
-            f"branches.{key}.{name}": parameter
-            for key, branch in self.branches.items()
-            if isinstance(branch, Branch)
-            for name, parameter in branch.trainable().items()
-        }
-        return parameters | {f"model.{name}": parameter for name, parameter in self.present(self.slow.trained).items()}
+        parameters: dict[str, nn.Parameter] = {}
+        for key, branch in self.branches.items():
+            if isinstance(branch, Branch):
+                for name, parameter in branch.trainable().items():
+                    parameters[f"branches.{key}.{name}"] = parameter
+        for name, parameter in self.present(self.slow.trained).items():
+            parameters[f"model.{name}"] = parameter
+        return parameters
 
     @property
     def trained_entries(self) -> int:
@@ -130,7 +134,7 @@ class Run:
     @property
     def is_noisy(self) -> bool:
         """Whether the weights of the model have noise now."""
-        return self.plan.spec.noise.is_on and not self.slow.idle and self.placed is None
+        return self.plan.spec.noise.strength > 0 and not self.slow.idle and self.placed is None
 
     def faults(self) -> list[str]:
         """Return a sentence for each branch and each slow state with inf or nan."""
@@ -157,28 +161,33 @@ class Run:
             written: the parameters that were written, by name. One that the model no longer has is skipped, unless the
                 weights are sharded, because FSDP replaces parameters. None for all weights.
         """
-        weights = self.weights_by_name()
-        if written is not None:
-            weights = {
-                name: weight
-                for name, weight in weights.items()
-                if name in written and (self.is_sharded or weight is written[name])
-            }
+        weights: dict[str, nn.Parameter] = {}
+        for name, weight in self.weights_by_name().items():
+            if written is None or (name in written and (self.is_sharded or weight is written[name])):
+                weights[name] = weight
         self._checksums = {**self._checksums, **checksums(weights)}
-        self._objects = {**self._objects, **{name: id(weight) for name, weight in weights.items()}}
+        self._objects = {**self._objects, **weights}
 
-    def recorded(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the recorded checksums of weights, by name."""
-        return {name: self._checksums[name] for name in names}
+    def note_placed(self, unchanged: Collection[str]) -> None:
+        """Record the checksums of the weights that `weights` has put in place, except `unchanged` ones, which have."""
+        written = self.present(self.slow.states)
+        for name in unchanged:
+            written.pop(name, None)
+        self.placed_checksums = checksums(written)
+        for name in unchanged:
+            self.placed_checksums[name] = self._checksums[name]
 
     def exchanged(self) -> bool:
         """Whether the model has other Parameter objects than recorded, as inside torch.func.functional_call."""
-        return any(id(parameter) != self._objects.get(name) for name, parameter in self.weights_by_name().items())
+        return any(parameter is not self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
     def changed(self, recorded: Mapping[str, int]) -> str | None:
         """Return the name of the first parameter that is missing or has another checksum than recorded, or None."""
         current = checksums(self.present(recorded))
-        return next((name for name in recorded if current.get(name) != recorded[name]), None)
+        for name, value in recorded.items():
+            if current.get(name) != value:
+                return name
+        return None
 
     def check_weights(self, call: str) -> None:
         """Raise StateError if a weight is missing or was written by something other than this package.
@@ -190,10 +199,10 @@ class Run:
             parameters = self.weights_by_name()
             changed = self.changed(self._checksums)
             if changed is None and not self.is_sharded:  # parameters trained in full change, but must keep their shapes
-                trained = self.slow.trained
-                current = self.present(trained)
-                intact = {name for name in current if current[name].shape == trained[name].base.shape}
-                changed = next((name for name in trained if name not in intact), None)
+                current = self.present(self.slow.trained)
+                for name, state in self.slow.trained.items():
+                    if name not in current or current[name].shape != state.base.shape:
+                        changed = changed or name
         if self.slow.group.any(changed is not None):
             raise StateError(
                 f"{call}: {changed or 'a weight on another process'} was changed from outside the cascade "
@@ -210,7 +219,7 @@ class Run:
                         "parameter now, which a fold would not change. Tie them again, or call adapt with untie=...",
                         code="tied-weights-differ",
                     )
-        self._objects = {name: id(parameter) for name, parameter in parameters.items()}
+        self._objects = parameters
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprints of all parameters of the base, by name. Parameters that forward writes are left out.
@@ -277,11 +286,14 @@ class Run:
         return self._kept is not None and self._kept != self._branch_versions()
 
     def _branch_versions(self) -> int:
-        return sum(parameter._version for parameter in self.branches.parameters())
+        total = 0
+        for parameter in self.branches.parameters():
+            total += parameter._version
+        return total
 
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores the fields of this run. `commit` restores the values of tensors."""
-        fields, branches, unsaved = dict(vars(self)), set(self.branches), self.has_unsaved_training
+        fields, branches, versions = dict(vars(self)), set(self.branches), self._branch_versions()
         restore_pending = self.pending.restorer()
 
         def restore() -> None:
@@ -290,14 +302,14 @@ class Run:
                 del self.branches[key]
             restore_pending()
             self.set_unmerged()
-            if not unsaved and self._kept is not None:  # the rollback has written the branches
-                self.note_kept()
+            if self._kept is not None:  # the rollback has written the branches, which is no training
+                self._kept += self._branch_versions() - versions
 
         return restore
 
     def set_unmerged(self) -> None:
         """Give the branches of quantized weights the experts of earlier stages, which their weights cannot hold."""
-        slow, branches = self.slow, self.branches_by_weight() if self.slow.quantized else {}
+        slow, branches = self.slow, self.branches_by_weight()
         for name in slow.quantized:
             if name in branches:  # a rollback may have removed the branch
                 state = slow.states[name]
@@ -353,7 +365,6 @@ class Run:
             empty: as for `begin`.
             adapted: weights with a new branch, some of which may have had noise already.
         """
-        undo(self.pending.restorer())
         unsaved = self.has_unsaved_training
         if not self._buffers:
             self.note_buffers()
@@ -372,7 +383,7 @@ class Run:
         slow, branches = self.slow.with_weights(new, self.plan, self.memory), self.branches_by_weight()
         starting = {name: branches[name] for name in started if name in branches and not empty}
         slow, factors = slow.begin_stage(self.plan, starting)
-        written = started if (noise.is_on or factors) and not slow.idle else {}
+        written = started if (noise.strength > 0 or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
         if not empty:  # a loader writes the weights next, and records them then
             self.note_weights({name: new[name] for name in new if name not in written})
@@ -384,8 +395,8 @@ class Run:
         """Raise SpecError if the spec writes noise or residuals into weights, and a new weight is quantized."""
         spec, quantized = self.plan.spec, next(iter(quantized_in(new)), None)
         for is_used, option, value, advice in (
-            (spec.noise.is_on, f"noise.strength is {spec.noise.strength}", "noise", "noise.strength=0"),
-            (spec.decomposes, f"start is {spec.start!r}", "the residual", "start='lora'"),
+            (spec.noise.strength > 0, f"noise.strength is {spec.noise.strength}", "noise", "noise.strength=0"),
+            (spec.start == "pissa", f"start is {spec.start!r}", "the residual", "start='lora'"),
         ):
             if is_used and quantized is not None:
                 raise SpecError(
@@ -586,7 +597,8 @@ class WeightValues:
 
     Args:
         slow: the slow state.
-        view: the view of the state. None for the weights that train in the running stage (W_t).
+        view: the view of the state. None for the value that the parameter holds in the running stage: W_t, the slow
+            weight if no stage runs, or the value that a parameter trained in full started from.
         learners: branches, and current values of parameters trained in full, by weight name, if the view includes the
             running stage.
         plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
@@ -611,7 +623,10 @@ class WeightValues:
             self.slow.write_value(name, self.view, out, self.learners.get(name), self.plan, on_grid)
         else:
             assert self.plan is not None, "the weights of a stage depend on its plan"
-            self.slow.write_resting(name, self.plan, out, scratch)
+            if self.slow.idle:
+                self.slow.write_value(name, "fast", out, on_grid=False)
+            else:
+                write_start(out, self.slow.states[name], self.plan.spec, self.plan.stage, True, scratch)
 
     def matches(self, name: str, weight: torch.Tensor, noisy: bool) -> bool:
         """Whether the weight in the model has this value already. Without noise, slow weights usually do."""
@@ -690,7 +705,15 @@ def write_planned(run: Run, planned: Planned, undo: Undo) -> None:
             undo(partial(holder.put, holder.value) if holder.exists else partial(holder.store.pop, holder.key, 0))
             holder.put(buffer)
         put_state(planned.optimizers, planned.states, undo)
-        _write_parameters(run, planned, undo)
+        # A rollback computes each weight of the stage before again. Copies of all weights would double the memory.
+        scratch, spare = Scratch(), reserve(planned.parameters, planned.plan.spec.noise.strength > 0)
+        weights = planned.values or WeightValues(planned.slow, None, plan=planned.plan)
+        before = WeightValues(run.slow, None, plan=run.plan, known=planned.current)
+        new = WeightValues(planned.slow, "base")  # before this commit, a new weight had the value that is W0 now
+        for name, out in weights_to_write(run, planned.parameters, planned.slow):
+            known = name in run.slow.states or name in planned.current
+            undo(partial(_restore, before if known else new, name, out, out._version, spare))
+            weights.write(name, out, scratch)
     if planned.gradients is not None:
         # Frozen factors may have a gradient from the stage before too.
         for parameter in run.branches.parameters():
@@ -704,22 +727,8 @@ def write_planned(run: Run, planned: Planned, undo: Undo) -> None:
                 run.pending.note(parameter)
     run.plan, run.slow = planned.plan, planned.slow
     run.note_weights(planned.parameters)
-    run.set_unmerged()
-
-
-def _write_parameters(run: Run, planned: Planned, undo: Undo) -> None:
-    """Write the planned parameters one after another. A rollback writes the weights of the stage before.
-
-    A rollback computes each weight again. Copies of all weights would double the memory.
-    """
-    scratch, spare = Scratch(), reserve(planned.parameters, planned.plan.spec.noise.is_on)
-    values = planned.values or WeightValues(planned.slow, None, plan=planned.plan)
-    before = WeightValues(run.slow, None, plan=run.plan, known=planned.current)
-    new = WeightValues(planned.slow, "base")  # before this commit, a new weight had the value that is W0 now
-    for name, out in weights_to_write(run, planned.parameters, planned.slow):
-        known = name in run.slow.states or name in planned.current
-        undo(partial(_restore, before if known else new, name, out, out._version, spare))
-        values.write(name, out, scratch)
+    if run.slow.quantized:
+        run.set_unmerged()
 
 
 def _restore(values: WeightValues, name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]) -> None:
@@ -743,12 +752,13 @@ def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = 
         noisy: whether restored weights have noise. An accelerator draws it in a workspace.
         narrow: whether restoring a weight narrower than fp32 needs a buffer for its exact values as well.
     """
-    sizes = {torch.device("cpu"): SPARE} | {local(parameter).device: SPARE for parameter in parameters.values()}
-    for parameter in writable(parameters).values() if noisy else ():
-        if (weight := local(parameter)).device.type != "cpu":
+    sizes = {torch.device("cpu"): SPARE}
+    for parameter in parameters.values():
+        weight, size = local(parameter), SPARE
+        if noisy and weight.device.type != "cpu" and not is_quantized(parameter):
             exact = 4 * weight.numel() if narrow and weight.dtype != arithmetic(weight.dtype) else 0
-            workspace = WORKSPACE * min(weight.numel(), PIECE)
-            sizes[weight.device] = max(sizes[weight.device], exact + workspace + 2 * SPARE)
+            size = exact + WORKSPACE * min(weight.numel(), PIECE) + 2 * SPARE
+        sizes[weight.device] = max(size, sizes.get(weight.device, 0))
     return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
 
 
@@ -765,7 +775,9 @@ def weights_to_write(
         parameters: parameters of the model, by name.
         after: the next slow weights, if they are other ones than the run has now. Their W0 must survive as well.
     """
-    for name, parameter in writable(parameters).items():
+    for name, parameter in parameters.items():
+        if is_quantized(parameter):
+            continue
         out = local(parameter)
         for slow in (run.slow, after):
             if slow is not None and name in slow.states:
@@ -776,28 +788,26 @@ def weights_to_write(
 def _values_restorer(run: Run, planned: Planned) -> Callable[[], None]:
     """Return a function that restores the branches, tensors and gradients that a commit changes, from copies.
 
-    Weights of the slow state are left out, because `_write_parameters` computes them again. Of parameters trained in
+    Weights of the slow state are left out, because a rollback computes them again. Of parameters trained in
     full, only those without a copy in `current` are copied.
     """
-    branches, trained = run.branches_by_weight(), run.slow.trained
-    written = [branches[weight] for weight in planned.factors]
-    copied = [factor for branch in written for factor in branch.parameters()]
-    copied += [
-        parameter for name, parameter in planned.parameters.items() if name in trained and name not in planned.current
-    ]
-    values = [(parameter, parameter.detach().clone()) for parameter in copied]
-    tensors = [(tensor, tensor.detach().clone()) for tensor, _ in planned.tensors]
+    branches, written = run.branches_by_weight(), list[torch.Tensor]()
+    for weight in planned.factors:
+        written += branches[weight].parameters()
+    for name, parameter in planned.parameters.items():
+        if name in run.slow.trained and name not in planned.current:
+            written.append(parameter)
+    graded = [*written]
     if planned.gradients is not None:
-        copied += [*run.branches.parameters(), *run.trainable().values()]
-    gradients = [(parameter, parameter.grad) for parameter in copied]
+        graded += [*run.branches.parameters(), *run.trainable().values()]
+    gradients = [(parameter, parameter.grad) for parameter in graded]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*written, *dict(planned.tensors))]
 
     def restore() -> None:
-        for parameter, value in values:
-            fill(parameter, value)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for tensor, value in tensors:
-                tensor.copy_(value)
 
     return restore

@@ -89,13 +89,12 @@ class PendingWatch(Fresh):
 
     def waiting(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Return the names of the parameters with a nonzero gradient that no step has consumed."""
-        return [
-            name
-            for name, parameter in parameters.items()
-            if parameter.grad is not None
-            and self._versions.get(id(parameter)) == parameter._version
-            and bool(local(parameter.grad).any())
-        ]
+        names = []
+        for name, parameter in parameters.items():
+            is_noted = self._versions.get(id(parameter)) == parameter._version
+            if is_noted and parameter.grad is not None and bool(local(parameter.grad).any()):
+                names.append(name)
+        return names
 
     def note(self, parameter: nn.Parameter) -> None:
         """Record that the current gradient of a parameter waits for a step."""
@@ -141,16 +140,21 @@ def optimizers_of(call: str, optimizer: Optimizers | None) -> tuple[torch.optim.
 
 def check_holds(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise StateError unless each of these parameters, given by name, is in exactly one of the optimizers."""
-    held = [{id(parameter) for group in item.param_groups for parameter in group["params"]} for item in optimizers]
-    owners = {name: sum(id(parameter) in ids for ids in held) for name, parameter in parameters.items()}
-    if missing := [name for name, count in owners.items() if count == 0]:
+    first: dict[int, int] = {}  # indices of optimizers, by the id of a parameter
+    shared: set[int] = set()
+    for index, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if first.setdefault(id(parameter), index) != index:
+                    shared.add(id(parameter))
+    if missing := [name for name, parameter in parameters.items() if id(parameter) not in first]:
         raise StateError(
             f"no optimizer of this call holds {named(missing)}. Build it from cascade.param_groups(lr=...). With "
             "several, give all of them. If a later call of the cascade has added these branches, add them by "
             "optimizer.add_param_group",
             code="optimizer-lacks-parameters",
         )
-    if repeated := [name for name, count in owners.items() if count > 1]:
+    if shared and (repeated := [name for name, parameter in parameters.items() if id(parameter) in shared]):
         raise StateError(
             f"two optimizers hold {named(repeated)}, and both would train it. Give each group of "
             "cascade.param_groups(lr=...) to one optimizer",
@@ -188,30 +192,25 @@ def check_rates(
             )
 
 
-def state_of(optimizers: Iterable[torch.optim.Optimizer]) -> dict[nn.Parameter, Any]:
-    """Return the state of each parameter that one of the optimizers has stepped."""
-    held: dict[Any, Any] = {}
-    for optimizer in optimizers:
-        held |= {parameter: state for parameter, state in optimizer.state.items() if state}
-    return held
+Treatment = Literal["reset"] | float
+"""What a transition does with the optimizer state of a parameter: reset it, as if it was never stepped, or prune this
+share of its entries, in (0, 1), by magnitude (ReLoRA, 2307.05695)."""
 
 
 def treated_state(
-    states: Mapping[nn.Parameter, Any], parameters: Iterable[nn.Parameter], how: Literal["reset", "kept"] | float
+    optimizers: Iterable[torch.optim.Optimizer], treatments: Mapping[nn.Parameter, Treatment]
 ) -> dict[nn.Parameter, Any]:
     """Return the optimizer state of these parameters after a transition, as new tensors.
 
-    Parameters whose state is kept are left out, and so are parameters without a state.
-
-    Args:
-        states: the optimizer state of each parameter, which is not changed.
-        how: `reset` for the state of a parameter that was never stepped, `kept` for the current state. A number in
-            (0, 1) is the share of entries to prune by magnitude (ReLoRA, 2307.05695).
+    Parameters without a state are left out. The optimizers are not changed.
     """
-    if how == "kept":
-        return {}
-    stepped = [parameter for parameter in parameters if parameter in states]
-    return {p: {} if how == "reset" else _pruned(states[p], p, float(how)) for p in stepped}
+    states: dict[nn.Parameter, Any] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if state and isinstance(parameter, nn.Parameter) and parameter in treatments:
+                how = treatments[parameter]
+                states[parameter] = {} if how == "reset" else _pruned(state, parameter, float(how))
+    return states
 
 
 def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, object], undo: Undo) -> None:
@@ -221,12 +220,11 @@ def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Pa
     """
     for optimizer in optimizers:
         table = optimizer.state
-        before = {parameter: table[parameter] for parameter in states if parameter in table}
-        undo(partial(table.update, before))
-        for parameter in before:
-            if states[parameter]:
-                table[parameter] = states[parameter]
-            else:
+        undo(partial(table.update, dict(table)))
+        for parameter, state in states.items():
+            if parameter in table and state:
+                table[parameter] = state
+            elif parameter in table:
                 del table[parameter]
 
 

@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorasc_fx.cascade.run import Planned, Run, write_planned
-from lorasc_fx.cascade.training import check_holds, state_of, treated_state
+from lorasc_fx.cascade.training import Treatment, check_holds, treated_state
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import SlowWeights, loss_of, sample
+from lorasc_fx.state import Kept, SlowWeights, loss_of, sample
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.undo import Undo, commit
 
@@ -72,25 +73,26 @@ def next_stage(
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
         plan, before, start_time = run.plan, run.slow, time.monotonic()
-        branches, trained = run.branches_by_weight(), run.present(run.slow.trained)
+        branches, trained = run.branches_by_weight(), run.present(before.trained)
         if optimizers:
             check_holds(optimizers, run.trainable())
         # Fold the branches: compute the slow state after this stage.
         after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
-        planned = plan.at_stage(plan.stage + 1)
-        moved, states = before.moved(branches), state_of(optimizers)
+        moved, how = before.moved(branches), plan.spec.optimizer_state
         # Compute the optimizer's state for the next stage. Parameters trained in full continue, so they keep theirs.
-        state = treated_state(states, trained.values(), "kept")
+        treatments: dict[nn.Parameter, Treatment] = {}
         for branch in branches.values():
-            how = plan.spec.optimizer_state if idle or branch.restarts(plan.spec) else "kept"
-            state |= treated_state(states, branch.parameters(), how)
+            if how != "kept" and (idle or branch.restarts(plan.spec)):
+                treatments |= dict.fromkeys(branch.parameters(), how)
+        states = treated_state(optimizers, treatments)
         # Write everything, or nothing.
         with commit() as undo:
-            begin(run, Planned(planned, after, optimizers=optimizers, states=state), undo)
-            experts, seconds = sum(len(state.experts) for state in after.states.values()), time.monotonic() - start_time
-            share = check_rounding(run, "transition", after)
-            text = "stage %d folded, %d experts, in %.2f s; at least %.3f of the change kept"
-            log.info(text, plan.stage, experts, seconds, share)
+            next_plan = replace(plan, stage=plan.stage + 1)
+            begin(run, Planned(next_plan, after, optimizers=optimizers, states=states), undo)
+            seconds = time.monotonic() - start_time
+            check_rounding(run, "transition", after)
+            share = min(run.kept.values(), default=Kept(1.0, 0.0)).share
+            log.info("stage %d folded in %.2f s; at least %.3f of the change kept", plan.stage, seconds, share)
             if not moved and (optimizers or before.moved(trained)):
                 run.warned.once(
                     "no-branch-moved",
@@ -104,7 +106,7 @@ def next_stage(
 
 def restart(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Drop the training of the running stage, and start a new stage from the same weights."""
-    planned = run.plan.at_stage(run.plan.stage + 1)  # a stage number draws its noise only once
+    planned = replace(run.plan, stage=run.plan.stage + 1)  # a stage number draws its noise only once
     _begin_reset(run, optimizers, planned, run.slow)
 
 
@@ -112,7 +114,7 @@ def _begin_reset(run: Run, optimizers: Sequence[torch.optim.Optimizer], planned:
     """Start a stage from these slow weights, with new initial values of the branches and a reset optimizer state."""
     if optimizers:
         check_holds(optimizers, run.trainable())
-    state = treated_state(state_of(optimizers), run.trainable().values(), "reset")
+    state = treated_state(optimizers, dict.fromkeys(run.trainable().values(), "reset"))
     with commit() as undo:
         begin(run, Planned(planned, replace(slow, idle=False), optimizers=optimizers, states=state), undo, keep=False)
 
@@ -182,12 +184,11 @@ def install_slow(
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
 
-def check_rounding(run: Run, call: str, slow: SlowWeights) -> float:
-    """Warn once if the dtypes of the weights lose a part of the change, and return the smallest share that is kept."""
+def check_rounding(run: Run, call: str, slow: SlowWeights) -> None:
+    """Measure how much of the change the dtypes of some weights keep. Warn once if they lose a part of it."""
     run.kept = sample(slow.states.values())
-    if loss := loss_of(run.kept):
+    if run.kept and (loss := loss_of(run.kept)):
         run.warned.once("change-rounded-away", f"{call}: {loss}")
-    return min((kept.share for kept in run.kept.values()), default=1.0)
 
 
 def has_begun(run: Run) -> bool:
@@ -225,7 +226,7 @@ def rewind(run: Run, stage: int, optimizers: Sequence[torch.optim.Optimizer]) ->
         after = at_stage(run.slow, stage, "rewind")
         unused = run.slow.idle and not run.slow.moved(run.branches_by_weight())
         # Two stages with one number would draw the same noise, so only a stage that has not run keeps its number.
-        planned = run.plan if unused else run.plan.at_stage(run.plan.stage + 1)
+        planned = run.plan if unused else replace(run.plan, stage=run.plan.stage + 1)
         _begin_reset(run, optimizers, planned, after)
         log.info("rewound to the end of stage %d; stage %d starts", stage, planned.stage)
 
@@ -240,7 +241,7 @@ def ended(run: Run, call: str) -> SlowWeights:
     if not slow.moved(learners):
         return slow
     after = slow.after_stage(run.plan, learners)
-    pace = run.plan.spec.pace_at(run.plan.stage, len(slow.history.ends))
+    pace = slow.pace(run.plan)
     if pace < 1 and run.plan.stage == 1 and not run.looped:
         run.warned.once(
             "running-stage-folded",

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorasc_fx.branch.grid import rounded
+from lorasc_fx.branch.deltas import rounded
 from lorasc_fx.cascade.graphs import Graphs
 from lorasc_fx.cascade.run import Planned, Run, WeightValues, reserve, weights_to_write
 from lorasc_fx.cascade.transition import at_stage, check_rounding, ended
@@ -29,7 +29,6 @@ from lorasc_fx.quantized import QuantizedLinear, dense, is_quantized, quantized_
 from lorasc_fx.shards import local
 from lorasc_fx.spec import OWN_GRID, CascadeSpec
 from lorasc_fx.state import Kept, Scratch, SlowWeights, ViewName, loss_of
-from lorasc_fx.util.fingerprint import checksums
 from lorasc_fx.util.torch_private import set_version_counter
 from lorasc_fx.util.undo import PROCESS, AllOrNothing, Block, Undo, isolated
 
@@ -94,11 +93,9 @@ def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Va
         replaced = {id(before.parameters[name]): nn.Parameter(value, False) for name, value in dense.items()}
         undo(before.restore)
         noisy = run.is_noisy
-        before.matching |= {
-            name
-            for name, parameter in writable(before.parameters).items()
-            if weights.matches(name, local(parameter), noisy)
-        }
+        for name, parameter in writable(before.parameters).items():
+            if weights.matches(name, local(parameter), noisy):
+                before.matching.add(name)
         for holder in before.places:
             if id(holder.value) in replaced:
                 holder.put(replaced[id(holder.value)])
@@ -106,9 +103,7 @@ def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Va
             if name not in before.matching:
                 weights.write(name, out)
         run.placed = stage if stage is not None else str(view)
-        written = run.present(name for name in run.slow.states if name not in before.matching)
-        by_name = run.recorded(before.matching) | checksums(written)
-        run.placed_checksums = {name: by_name[name] for name in run.slow.states if name in by_name}
+        run.note_placed(before.matching)
         # With another version, autograd raises for a graph that saved W_t, instead of computing with other weights.
         before.set_versions(next(_VERSIONS))
     return value
@@ -157,6 +152,7 @@ class Before:
     def _write(self, unchanged: Collection[str] = ()) -> None:
         """Write the weights of the running stage, except unchanged ones. Safe to call again after it has raised."""
         run, scratch = self.run, Scratch()
+        weights = WeightValues(run.slow, None, plan=run.plan)
         for holder in self.places:
             if holder.exists:
                 holder.put(holder.value)
@@ -170,7 +166,7 @@ class Before:
                 out.copy_(self.trained[name])
                 continue
             try:
-                run.slow.write_resting(name, run.plan, out, scratch)
+                weights.write(name, out, scratch)
             except (MemoryError, RuntimeError):  # out of memory; harmless if this weight was not replaced yet
                 if run.placed is not None or self.versions.get(name) != out._version:
                     raise
@@ -182,9 +178,12 @@ class Before:
 
     def set_versions(self, version: int | None = None) -> None:
         """Set the version counters of the parameters to `version`, or to their values of before if it is None."""
-        names = tuple(name for name in self.versions if name in self.owned)
-        versions = tuple(self.versions[name] if version is None else version for name in names)
-        set_version_counter(tuple(self.parameters[name] for name in names), versions)
+        parameters, versions = list[torch.Tensor](), list[int]()
+        for name, before in self.versions.items():
+            if name in self.owned:
+                parameters.append(self.parameters[name])
+                versions.append(before if version is None else version)
+        set_version_counter(tuple(parameters), tuple(versions))
 
 
 def folded_state(run: Run, call: str, quantized: Requantize, view: str) -> dict[str, torch.Tensor]:
@@ -317,7 +316,7 @@ def _requantize(run: Run, holders: Iterable[Holder], names: Mapping[int, str], h
         trained = rounded(run.plan.by_weight[name].options.grid, trained_weight.detach(), old).double()
         run.kept[name] = kept = Kept.of(trained - before, dense(current).double() - before)
         log.info("%s was quantized again: %.3f of its change kept, error %.3g", name, *kept)
-    if loss := loss_of(run.kept):
+    if run.kept and (loss := loss_of(run.kept)):
         run.warned.once("change-rounded-away", f"release: {loss}")
 
 

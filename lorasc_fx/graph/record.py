@@ -138,7 +138,7 @@ def set_record(graph_module: fx.GraphModule, record: Record) -> None:
 def at_stage(graph_module: fx.GraphModule, stage: int) -> None:
     """Set the stage of the plan in the record."""
     record = record_of(graph_module)
-    set_record(graph_module, replace(record, plan=record.plan.at_stage(stage)))
+    set_record(graph_module, replace(record, plan=replace(record.plan, stage=stage)))
 
 
 def strip(graph_module: fx.GraphModule) -> None:

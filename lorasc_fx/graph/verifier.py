@@ -158,7 +158,7 @@ def _is_start(parameter: nn.Parameter, state: WeightState, spec: CascadeSpec, st
     if (same := same_quantized(parameter, state.base)) is not None:
         return same
     # If the start is W0 itself, the parameter usually shares its memory: avoid computing and comparing a copy.
-    if state.starts_at_base(spec.noise.is_on) and parameter.data_ptr() == state.base.data_ptr():
+    if state.starts_at_base(spec.noise.strength > 0) and parameter.data_ptr() == state.base.data_ptr():
         return True
     with torch.no_grad():
         start = start_weight(state, spec, stage).to(parameter)

@@ -81,7 +81,7 @@ def shard(cascade: Cascade) -> Cascade:
         run.take_shards(run.slow.to_shard(specs, ranks))
         run.note_frozen()
         # Write weights that differ from W0 again, as a transition does, because products of shards round differently.
-        noisy, states = run.plan.spec.noise.is_on, run.slow.states
+        noisy, states = run.plan.spec.noise.strength > 0, run.slow.states
         moved = {
             name: parameter
             for name, parameter in run.weights_by_name().items()

@@ -1,10 +1,9 @@
 """The slow state of weights as immutable values, and the functions that start and end a stage. Knows no graphs."""
 
-from lorasc_fx.branch.grid import arithmetic
-from lorasc_fx.state.fold import Scratch, scaled, sum_of, summing, svd_of, truncated
-from lorasc_fx.state.kept import Kept, kept_by, loss_of, sample
+from lorasc_fx.branch.deltas import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
 from lorasc_fx.state.stage import (
     BaseMemory,
+    Kept,
     Learner,
     Part,
     SlowWeights,
@@ -13,8 +12,11 @@ from lorasc_fx.state.stage import (
     delta_of,
     has_trained,
     host,
+    kept_by,
+    loss_of,
+    sample,
     start_weight,
-    sums_are_finite,
+    write_start,
 )
 from lorasc_fx.state.weight import Expert, History, KeptNoise, StageEnd, Summed, ViewName, WeightState
 
@@ -45,7 +47,7 @@ __all__ = [
     "start_weight",
     "sum_of",
     "summing",
-    "sums_are_finite",
     "svd_of",
     "truncated",
+    "write_start",
 ]

@@ -14,10 +14,10 @@ exactly zero before the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -33,16 +33,15 @@ from lorasc_fx.branch import (
     check_registered,
     draw,
 )
-from lorasc_fx.branch.grid import arithmetic, exact_products
+from lorasc_fx.branch.deltas import Scratch, arithmetic, cast, exact_products, truncated
 from lorasc_fx.branch.lora import DOWN, UP, LoraBranch
 from lorasc_fx.branch.noise import add_noise
 from lorasc_fx.errors import NonFiniteBranch, SpecError
 from lorasc_fx.plan import Plan, Site
-from lorasc_fx.quantized import is_quantized, quantized_in
+from lorasc_fx.quantized import is_quantized
 from lorasc_fx.shards import ONE_PROCESS, ProcessGroup, ShardSpec, full_tensor, local, local_like, shard_of
 from lorasc_fx.spec import CascadeSpec
-from lorasc_fx.state.fold import Scratch, cast, truncated
-from lorasc_fx.state.weight import History, KeptNoise, StageEnd, ViewName, WeightState
+from lorasc_fx.state.weight import History, KeptNoise, StageEnd, Summed, ViewName, WeightState
 
 Learner = Branch | torch.Tensor
 """The trained part of a weight in a stage: its branch, or the parameter itself if it is trained in full."""
@@ -89,7 +88,7 @@ def write_start(
     if state.base.dtype not in (out.dtype, dtype):  # the parameter was cast since: round to the dtype of W0 first
         out.copy_(start_weight(state, spec, stage, noisy, out.device))
         return
-    if not noisy or not spec.noise.is_on or state.full:
+    if not noisy or not spec.noise.strength > 0 or state.full:
         state.write(out, "fast", dtype, state.residual)
         return
     # Initial factors are subtracted last, because the noise depends on the standard deviation of the full weight.
@@ -178,13 +177,13 @@ def begin_stage(
         keep: whether the branch keeps the factors that the spec says (A, or both).
         noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
     """
-    parameter = next(branch.parameters()).detach()
-    decomposes = "factors" in branch.starts_from(spec, noisy)
+    parameter, needs = next(branch.parameters()).detach(), branch.starts_from(spec, noisy)
+    decomposes = "factors" in needs
     pairs = keep and noisy and not branch.restarts(spec)
     factors = magnitude = None
     with torch.no_grad():
         values = branch.values_like(parameter, site, spec.seed, stage)
-        if keep:
+        if keep and spec.restart_factors != "both":
             values |= branch.kept_values(values, spec, pairs)
         if decomposes:
             assert isinstance(branch, LoraBranch)
@@ -195,8 +194,9 @@ def begin_stage(
             assert isinstance(branch, LoraBranch)
             factors = branch.exact_factors(values, site.scale).map(state.cut)
         state = replace(state, initial=None if factors is None else InitialFactors(factors))
-        computed = branch.values_from(site, values, StageWeight(state, spec, stage, noisy, parameter.device))
-        values |= {name: value.to(values[name]) for name, value in computed.items()}
+        if needs:
+            computed = branch.values_from(site, values, StageWeight(state, spec, stage, noisy, parameter.device))
+            values |= {name: value.to(values[name]) for name, value in computed.items()}
         if branch.magnitude:
             magnitude = state.cut(values[branch.magnitude], Side.OUT).cpu().double().clone()
             state = replace(state, initial=InitialFactors(factors, magnitude))
@@ -206,24 +206,22 @@ def begin_stage(
     return state, values
 
 
-def all_finite(branches: Iterable[Branch]) -> bool:
-    """Whether no parameter of any branch holds inf or nan. Entries are checked only if a sum is not finite."""
-    branches = list(branches)
-    factors = [factor for branch in branches for factor in branch.parameters()]
-    return sums_are_finite(factors) or all(branch.finite() for branch in branches)
+def all_finite(learners: Iterable[Learner]) -> bool:
+    """Whether no parameter of any branch holds inf or nan. Parameters trained in full are not checked.
 
-
-def sums_are_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the sum of each tensor is finite, with one synchronization per device.
-
-    If so, all entries are finite. The reverse does not hold, because a sum of finite entries may overflow.
+    If the sum of each tensor is finite, all entries are. This takes one synchronization per device. The reverse does
+    not hold, because a sum of finite entries may overflow, so all entries are checked then.
     """
-    sums: dict[torch.device, list[torch.Tensor]] = {}
+    learners, sums = list(learners), dict[torch.device, list[torch.Tensor]]()
     with torch.no_grad():
-        for tensor in tensors:
-            total = local(tensor).sum()
-            sums.setdefault(total.device, []).append(total)
-        return all(math.isfinite(torch.stack(totals).sum().item()) for totals in sums.values())
+        for learner in learners:
+            for factor in learner.parameters() if isinstance(learner, Branch) else ():
+                total = local(factor).sum()
+                sums.setdefault(total.device, []).append(total)
+        for totals in sums.values():
+            if not math.isfinite(torch.stack(totals).sum().item()):
+                return all(learner.finite() for learner in learners if isinstance(learner, Branch))
+    return True
 
 
 def check_finite(branch: Branch, stage: int) -> None:
@@ -277,7 +275,7 @@ def end_stage(
             raise _not_folded(f"the branch of {state.name} makes the weight overflow {state.base.dtype}", stage)
     else:
         after = state.absorb(None, history)
-    if noisy and spec.noise.is_on and spec.noise.keep and not state.full:
+    if noisy and spec.noise.strength > 0 and spec.noise.keep and not state.full:
         size = amplitude(spec.noise, state.exact("fast", arithmetic(state.base.dtype)), state.shard)
         after = replace(after, noises=(*after.noises, KeptNoise(spec.noise, spec.seed, stage, size)))
     return after
@@ -344,7 +342,7 @@ def delta_of(
     parameter = next(branch.parameters())
     weight = StageWeight(state, spec, stage, noisy, parameter.device)
     with torch.no_grad():
-        gain = branch.gain(weight)
+        gain = branch.gain(weight) if branch.magnitude else None
         gain = None if gain is None else gain.cpu().double()
         if state.initial is not None and state.initial.factors is not None:
             assert isinstance(branch, LoraBranch)
@@ -403,7 +401,14 @@ class SlowWeights:
     @cached_property
     def quantized(self) -> tuple[str, ...]:
         """Names of the quantized weights. Their parameters cannot hold a delta, so their branches compute it."""
-        return tuple(quantized_in({name: state.base for name, state in self.states.items() if not state.full}))
+        return tuple([name for name, state in self.states.items() if not state.full and is_quantized(state.base)])
+
+    def pace(self, plan: Plan) -> float:
+        """Return the share of the fast weights that the running stage adds to the slow ones (`CascadeSpec.pace`)."""
+        if plan.spec.pace == "mean":
+            return 1 / (len(self.history.ends) + 1)
+        shares = plan.spec.pace if isinstance(plan.spec.pace, tuple) else (plan.spec.pace,)
+        return shares[min(plan.stage, len(shares)) - 1]
 
     def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup) -> SlowWeights:
         """Return the state for this rank's shards. `specs` has the slice of each weight on this rank, by name."""
@@ -462,16 +467,6 @@ class SlowWeights:
         history = self.history.resting()
         return {name: state.resting(history) for name, state in self.states.items()}
 
-    def write_resting(self, name: str, plan: Plan, out: torch.Tensor, scratch: Scratch | None = None) -> None:
-        """Write the value that the parameter holds in the running stage: W_t, or the slow weight if idle.
-
-        For a parameter trained in full, this is the value that its stage started from.
-        """
-        if self.idle:
-            self.write_value(name, "fast", out, on_grid=False)
-        else:
-            write_start(out, self.states[name], plan.spec, plan.stage, True, scratch)
-
     def value(
         self, name: str, view: ViewName, like: torch.Tensor, learner: Learner | None = None, plan: Plan | None = None
     ) -> torch.Tensor:
@@ -520,25 +515,27 @@ class SlowWeights:
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
         """Whether a learner (by weight name) has changed since the start of its stage, on any rank."""
-        trained = [has_trained(learner, self.started(name)) for name, learner in learners.items()]
-        return self.group.any(any(trained))  # not lazily: every rank must make the same collective calls
+        trained = False
+        for name, learner in learners.items():  # all of them: every rank must make the same collective calls
+            trained |= has_trained(learner, self.started(name))
+        return self.group.any(trained)
 
     def after_stage(self, plan: Plan, learners: Mapping[str, Learner]) -> SlowWeights:
         """Return the state after the slow update of the running stage (docs/algorithm.md, row "slow update")."""
         spec, noisy = plan.spec, not self.idle
-        branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
         # Check all factors in one pass. `end_stage` checks each branch only if this fails.
-        finite = self.group.all(all_finite(branches))
-        # Small parameters trained in full keep a copy per stage, so that `rewind` can restore them.
-        size = sum(factor.numel() for branch in branches for factor in branch.parameters())
-        keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
+        finite = self.group.all(all_finite(learners.values()))
+        keeps = True
+        if self.trained:  # if they are small, they keep a copy per stage, so that `rewind` can restore them
+            branches = [learner for learner in learners.values() if isinstance(learner, Branch)]
+            size = sum(factor.numel() for branch in branches for factor in branch.parameters())
+            keeps = sum(state.base.numel() for state in self.trained.values()) <= max(MAX_FULL_ENTRIES, size)
         before = self.history.resting() if self.idle else self.history
-        pace, share = spec.pace_at(plan.stage, len(before.ends)), 1 / (before.averaged + 1) if spec.average else None
-        history = before.after(StageEnd(plan.stage, pace, spec.restart, share))
-        states = {
-            name: end_stage(self.started(name), learners.get(name), spec, history, noisy, finite, keeps)
-            for name in self.states
-        }
+        share = 1 / (before.averaged + 1) if spec.average else None
+        history = History((*before.ends, StageEnd(plan.stage, self.pace(plan), spec.restart, share)))
+        states = {}
+        for name in self.states:
+            states[name] = end_stage(self.started(name), learners.get(name), spec, history, noisy, finite, keeps)
         return replace(self, states=states, idle=False, history=history)
 
     def begin_stage(
@@ -556,12 +553,14 @@ class SlowWeights:
             The state, and local tensors by weight name and parameter name.
         """
         states, values = dict(self.states), {}
-        for name, branch in branches.items():
-            if not restart and not branch.starts_from(plan.spec, not self.idle):
+        for site in plan.sites:
+            name, branch = site.weight, branches.get(site.weight)
+            if branch is None or not (restart or branch.starts_from(plan.spec, not self.idle)):
                 continue  # its constructor has set its initial values
-            site = plan.by_weight[name]
             states[name], started = begin_stage(states[name], branch, site, plan.spec, plan.stage, keep, not self.idle)
-            values[name] = {key: local_like(value, branch.get_parameter(key)) for key, value in started.items()}
+            for key, value in started.items():
+                started[key] = local_like(value, branch.get_parameter(key))
+            values[name] = started
         return replace(self, states=states), values
 
     def faults(self) -> list[str]:
@@ -602,3 +601,70 @@ def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
         shared = type(weight) is nn.Parameter and not weight.is_inference()
         return weight.data if shared else local(weight).detach().clone()
     return host(weight).pin_memory() if memory == "pinned" else host(weight)
+
+
+# ---- How much of the trained change a fold keeps, after its weights are rounded to the dtype of the model
+
+ROWS = 16
+"""Rows of a weight that are compared, evenly spaced. The numbers of a row tell those of the others."""
+SAMPLE = 8
+"""Weights that are compared at each transition, evenly spaced."""
+ENOUGH = 0.9
+"""A fold that keeps a smaller share of the change of a weight warns."""
+
+
+class Kept(NamedTuple):
+    """How much of the change of a weight since W0 a fold keeps. Computed in fp64.
+
+    Args:
+        share: projection of the stored change on the exact one, divided by the norm of the exact one. 1 if nothing is
+            lost, 0 if all is lost. Errors that have nothing to do with the change do not count.
+        error: norm of the difference between the stored change and the exact one, divided by the norm of the exact one.
+    """
+
+    share: float
+    error: float
+
+    @classmethod
+    def of(cls, change: torch.Tensor, stored: torch.Tensor) -> Kept:
+        """Compare an exact change with the stored one, in the same shape."""
+        change, stored = change.double().flatten(), stored.double().flatten()
+        size = change.dot(change)
+        if not size > 0:
+            return cls(1.0, 0.0)
+        return cls(float(change.dot(stored) / size), float((stored - change).norm() / size.sqrt()))
+
+
+def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
+    """Return how much of the change of a weight its own dtype keeps.
+
+    None if the weight is trained in full, quantized, unchanged, or trained on a grid, which loses nothing.
+    """
+    if state.full or state.grid or is_quantized(state.base) or not state.changed:
+        return None
+    part = state.sampled(ROWS)
+    change = part.exact(view, torch.float64)
+    stored = change.to(part.base.dtype).double().sub_(part.base)
+    return Kept.of(change.sub_(part.base), stored)
+
+
+def sample(states: Iterable[WeightState]) -> dict[str, Kept]:
+    """Return how much a few of the weights in half precision keep, by name."""
+    found = dict[str, Kept]()
+    narrow = [state for state in states if state.base.dtype.itemsize < 4 and state.changed]
+    for state in narrow[:: max(1, -(-len(narrow) // SAMPLE))]:
+        if (kept := kept_by(state)) is not None:
+            found[state.name] = kept
+    return found
+
+
+def loss_of(found: Mapping[str, Kept]) -> str:
+    """Return a sentence about the weight that keeps the least, if that is less than `ENOUGH`. Otherwise ""."""
+    name, kept = min(found.items(), key=lambda item: item[1].share)
+    if kept.share >= ENOUGH:
+        return ""
+    return (
+        f"the rounding of {name} keeps {kept.share:.2f} of what was trained (relative error {kept.error:.2g}). Train "
+        "with the rounded weights (CascadeSpec.grid), keep the branches (lorasc_fx.save, export.peft), or fold into a "
+        "wider dtype"
+    )

@@ -20,26 +20,35 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Annotated, Literal
 
 import torch
 
-from lorasc_fx.branch.contract import Delta, Factors, InitialFactors, Side, Tree
-from lorasc_fx.branch.grid import arithmetic, exact_products, rounded, scale_rows, step
+from lorasc_fx.branch.deltas import (
+    Delta,
+    Factors,
+    InitialFactors,
+    Side,
+    Tree,
+    accumulate,
+    arithmetic,
+    cast,
+    exact_products,
+    has_fp64,
+    rounded,
+    scale_rows,
+    scaled,
+    shortest_pair,
+    step,
+    sum_of,
+    summing,
+)
 from lorasc_fx.branch.noise import add_noise, draw
 from lorasc_fx.quantized import dense, is_quantized
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import OWN_GRID, CascadeSpec, Noise, Share
-from lorasc_fx.state.fold import (
-    accumulate,
-    cast,
-    scaled,
-    shortest_pair,
-    sum_of,
-    summing,
-)
 from lorasc_fx.util.decode import Check
-from lorasc_fx.util.environment import has_fp64
 
 ViewName = Literal["slow", "fast", "base", "averaged"]
 """Weights that `Cascade.weights` can put in place."""
@@ -95,10 +104,6 @@ class History:
         """Number of stages in the mean over stages: the last of n has the share 1 / n."""
         share = self.ends[-1].share if self.ends else None
         return 0 if share is None else round(1 / share)
-
-    def after(self, end: StageEnd) -> History:
-        """Return the history with one more stage."""
-        return replace(self, ends=(*self.ends, end))
 
     def until(self, stage: int) -> History:
         """Return the history for a rewind. The next stage starts from the slow weights, and so does the mean."""
@@ -198,7 +203,7 @@ class WeightState(Tree):
         shard: the slice of the weight that this rank holds. `base` and all other tensors are slices then.
         full: whether the parameter is trained in full. Then there are no experts and no noise.
         grid: the grid of the site (`CascadeSpec.grid`), or "". Then deltas are added one after another, by
-            `branch.grid.step`.
+            `branch.deltas.step`.
     """
 
     name: str
@@ -366,7 +371,8 @@ class WeightState(Tree):
         gain = running.gain
         base, delta, pairs = dense(self.base), self.dense_in(view), self._pairs(view, gain)
         if running.factors is not None:
-            pairs.append((1.0, scaled(running.factors, gain, self.transposed)))
+            factors = running.factors if gain is None else scaled(running.factors, gain, self.transposed)
+            pairs.append((1.0, factors))
         # Every later expert scales the dense delta, which was collapsed before any of them.
         if delta is not None and (rows := self._scale_since(0, gain)) is not None:
             delta = scale_rows(rows, delta, self.transposed)
@@ -380,17 +386,17 @@ class WeightState(Tree):
 
     def _pairs(self, view: Summed, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
         """Return (coefficient, factors) of each expert in a view, its rows scaled by all later experts and `gain`."""
-        return [
-            (c, scaled(expert, self._scale_since(index + 1, gain), self.transposed))
-            for index, (c, expert) in enumerate(zip(self.coefficients(view), self.experts, strict=True))
-            if c != 0 and expert.rank
-        ]
+        pairs: list[tuple[float, Factors]] = []
+        for index, (c, expert) in enumerate(zip(self.coefficients(view), self.experts, strict=True)):
+            if c != 0 and expert.rank:
+                rows = self._scale_since(index + 1, gain)
+                pairs.append((c, expert if rows is None else scaled(expert, rows, self.transposed)))
+        return pairs
 
     def _scale_since(self, index: int, *extra: torch.Tensor | None) -> torch.Tensor | None:
         """Return the product [out] of the row scales of `experts[index:]` and the extra ones. None if all are None."""
-        scales = [expert.row_scale for expert in self.experts[index:] if expert.row_scale is not None]
-        product = torch.stack(scales).prod(0) if scales else None
-        for scale in extra:
+        product: torch.Tensor | None = None
+        for scale in (*map(attrgetter("row_scale"), self.experts[index:]), *extra):
             if scale is not None:
                 product = scale if product is None else product * scale
         return product
@@ -410,15 +416,18 @@ class WeightState(Tree):
         views: tuple[Summed, ...] = ("slow", "fast") if self.differs("fast") else ("slow",)
         # Try a cheap bound first: a change below half the gap of the two largest numbers of the dtype cannot overflow.
         if not (self.full or self.grid) and self.scale() is None:
-            noise = sum(8 * kept.amplitude for kept in self.noises)  # more than any sample
-            bounds = []
             for view in views:
-                experts = zip(self.coefficients(view), self.experts, strict=True)
-                bound = sum(abs(c) * expert.bound for c, expert in experts if c)
+                bound = 0.0
+                for kept in self.noises:
+                    bound += 8 * kept.amplitude  # more than any sample
+                for c, expert in zip(self.coefficients(view), self.experts, strict=True):
+                    bound += abs(c) * expert.bound if c else 0.0
                 if (total := self.dense_in(view)) is not None and total.numel():
-                    bound += max(abs(extreme.item()) for extreme in torch.aminmax(total))
-                bounds.append(bound + noise)
-            if all(bound < limits.max * limits.eps / 8 for bound in bounds):
+                    lowest, highest = torch.aminmax(total)
+                    bound += max(-lowest.item(), highest.item())
+                if not bound < limits.max * limits.eps / 8:
+                    break
+            else:
                 return True
         exact = arithmetic(self.base.dtype)
         values = (self.exact(view, exact, device=device).to(self.base.dtype) for view in views)
@@ -607,7 +616,7 @@ class WeightState(Tree):
 
     def compact(self, device: torch.device | None = None) -> WeightState:
         """Return the state with its experts summed if they need more memory than their sum. `device`: see `absorb`."""
-        ranks = sum(expert.rank for expert in self.experts)
+        ranks = sum(map(attrgetter("rank"), self.experts))
         if is_quantized(self.base) and self.grid:  # a sum of experts would have other bits
             return self
         if is_quantized(self.base):
@@ -628,15 +637,15 @@ class WeightState(Tree):
         current = [view for view in views if view == "slow" or self.differs(view)]
         experts: tuple[Expert, ...] = ()
         dense: dict[Summed, torch.Tensor] = {}
-        if not is_quantized(self.base):
-            dense = {view: self._sum(view, device) for view in current}
-        else:
-            # Each view has the coefficient 1 for its own expert, and 0 for the experts of the other views.
-            owners = [view if view in current else "slow" for view in views]
-            for view in current:
+        for view in current:
+            if is_quantized(self.base):
+                # Each view has the coefficient 1 for its own expert, and 0 for the experts of the other views.
+                owners = [owner if owner in current else "slow" for owner in views]
                 slow, start, average = (float(owner == view) for owner in owners)
                 experts = (*experts, self._low_rank(view, (slow, start, average)))
-        gone = max((self.gone, *self.history.numbers[:-1]))
+            else:
+                dense[view] = self._sum(view, device)
+        gone = max(self.gone, self.history.ends[-2].number if len(self.history.ends) > 1 else 0)
         rows = None if self.grid else self.scale()
         return replace(self, experts=experts, dense=dense, gone=gone, row_scale=rows)
 

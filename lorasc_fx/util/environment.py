@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,16 +91,6 @@ def in_use() -> tuple[str, ModuleType] | None:
     module = torch.get_device_module(device)
     used = getattr(module, "is_initialized", module.is_available)()  # torch.mps needs no initialization
     return (device.type, module) if used else None
-
-
-@lru_cache(maxsize=8)
-def has_fp64(device: torch.device) -> bool:
-    """Whether a device supports fp64. MPS does not."""
-    try:
-        torch.zeros((), dtype=torch.float64, device=device)
-    except TypeError:
-        return False
-    return True
 
 
 def generator_states() -> dict[str, torch.Tensor]:

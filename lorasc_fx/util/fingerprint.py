@@ -148,9 +148,9 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 def _map_tensors(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
     """Return the digest of each tensor, by name. Uses as many threads as torch if the tensors are large."""
-    threads, size = torch.get_num_threads(), sum(tensor.nbytes for tensor in tensors.values())
-    if threads == 1 or size < MIN_BYTES_FOR_THREADS:
-        return {name: digest(tensor) for name, tensor in tensors.items()}
+    threads = torch.get_num_threads()
+    if threads == 1 or sum(tensor.nbytes for tensor in tensors.values()) < MIN_BYTES_FOR_THREADS:
+        return dict(zip(tensors, map(digest, tensors.values()), strict=True))
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
-from lorasc_fx.util.environment import has_fp64
+from lorasc_fx.branch.deltas import has_fp64
 from tests.accelerator.device import NAME, ops
 from tests.kit import tiny
 from tests.kit.models import Tied

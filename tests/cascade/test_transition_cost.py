@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
+from lorasc_fx.branch.deltas import accumulate
 from lorasc_fx.branch.noise import BLOCK
-from lorasc_fx.state.fold import accumulate
 from tests.kit.models import batches, branches, loss_of, mlp, optimizer_of, randomize, train
 from tests.kit.seams import SEAMS, lower, seam
 from tests.kit.state import variant_count

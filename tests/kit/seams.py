@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lorasc_fx.branch import deltas
 from lorasc_fx.cascade import run, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
@@ -16,7 +17,7 @@ from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
 from lorasc_fx.shards import ProcessGroup
-from lorasc_fx.state import fold, stage
+from lorasc_fx.state import stage
 
 __all__ = ["LIMITS", "SEAMS", "lower", "seam"]
 
@@ -43,12 +44,12 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "transition": (transition, "next_stage"),
     "commit": (Run, "commit"),
     "digest of the source": (run, "source_digest"),
-    "redraw": (stage, "write_start"),
+    "redraw": (run, "write_start"),
     "sum over ranks": (ProcessGroup, "sum"),
 }
 
 LIMITS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "block of a sum": ((fold, "BLOCK"),),
+    "block of a sum": ((deltas, "BLOCK"),),
     "number of variants": ((variants, "MAX_VARIANTS"),),
     "entries kept of each stage": ((stage, "MAX_FULL_ENTRIES"),),
 }

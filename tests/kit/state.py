@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
-from lorasc_fx.cascade.run import SPARE
+from lorasc_fx.cascade.run import SPARE, WeightValues
 from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of
@@ -145,7 +145,7 @@ def resting_value(cascade: lx.Cascade, name: str) -> Tensor:
     """Return the value of a parameter between two steps, as the cascade computes it."""
     value = torch.empty_like(cascade.model.get_parameter(name), requires_grad=False)
     with torch.no_grad():
-        cascade._run.slow.write_resting(name, cascade._run.plan, value)
+        WeightValues(cascade._run.slow, None, plan=cascade._run.plan).write(name, value)
     return value
 
 

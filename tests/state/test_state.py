@@ -117,12 +117,12 @@ def through_a_file(plan: Plan, slow: SlowWeights, branch: Any, value: Any) -> We
 def test_a_stage_that_moves_magnitudes_alone_survives_a_file() -> None:
     """It scales rows and adds no factors. A checkpoint has the scale, and no factors."""
     spec = CascadeSpec(adapter="dora", rank=1)
-    plan = Plan(spec, (Site("w", "linear", (6, 4), spec.site_options()),)).at_stage(5)
+    plan = Plan(spec, (Site("w", "linear", (6, 4), spec.site_options()),), 5)
     pair = Factors(numbers(6, 1), numbers(1, 4))
     zero = Factors(torch.zeros(6, 1, dtype=torch.float64), pair.a)
     state, gains = WeightState("w", numbers(6, 4)), [numbers(6, seed=seed).abs() for seed in range(4)]
     for stage, factors in enumerate((zero, pair, zero, zero), start=1):
-        history = state.history.after(StageEnd(stage, 0.5))
+        history = History((*state.history.ends, StageEnd(stage, 0.5)))
         state = state.absorb(Delta(factors, gain=gains[stage - 1]), history)
     expected = state.base * torch.stack([0.5 + 0.5 * gain for gain in gains]).prod(0)[:, None]
     late = torch.stack([0.5 + 0.5 * gain for gain in gains[2:]]).prod(0) * 0.5 * gains[1]
@@ -154,19 +154,19 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
     exact_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     fast = WeightState("w", base, full=True).bare()
     for stage, value in enumerate(values, start=1):
-        fast = fast.absorb_value(value, fast.history.after(StageEnd(stage, 1.0, restart)), 1.0, keeps=True)
+        fast = fast.absorb_value(value, History((*fast.history.ends, StageEnd(stage, 1.0, restart))), 1.0, keeps=True)
         assert torch.equal(fast.exact("slow", exact_dtype), value.to(exact_dtype))
         assert torch.equal(fast.exact("fast", dtype), value)
     value, half = values[0].to(exact_dtype), fast.at(1)
     assert half is not None
-    half = half.absorb_value(values[1], half.history.after(StageEnd(2, 0.5, restart)), 0.5, keeps=True)
+    half = half.absorb_value(values[1], History((*half.history.ends, StageEnd(2, 0.5, restart))), 0.5, keeps=True)
     slow = torch.lerp(value, values[1].to(exact_dtype), 0.5)
     assert torch.equal(half.exact("slow", exact_dtype), slow)
     assert torch.equal(half.exact("fast", dtype), slow.to(dtype) if restart == "slow" else values[1])
-    last = fast.absorb_value(base, fast.history.after(StageEnd(3, 1.0, restart)), 1.0)
+    last = fast.absorb_value(base, History((*fast.history.ends, StageEnd(3, 1.0, restart))), 1.0)
     assert last.at(2) is None  # without `keeps`, the last end alone
     assert not half.faults()
-    plan = Plan(CascadeSpec(restart=restart), ()).at_stage(3)
+    plan = Plan(CascadeSpec(restart=restart), (), 3)
     loaded = through_a_file(plan, SlowWeights({"w": half}, history=half.history), {}, {"w": values[1]})
     for stage in (0, 1, 2):
         before, after = half.at(stage), loaded.at(stage)
