@@ -21,7 +21,7 @@ from torch import nn
 
 from lorasc_fx.branch import Branch, InitialFactors, Side, generator
 from lorasc_fx.cascade.run import Planned, Run, WeightValues
-from lorasc_fx.cascade.training import check_holds
+from lorasc_fx.cascade.training import check_holds, check_numbers
 from lorasc_fx.checkpoint.files import Tensors, is_storable, refusing, versions
 from lorasc_fx.errors import CheckpointError, warn
 from lorasc_fx.parameters import Holder, buffer_holders
@@ -29,6 +29,7 @@ from lorasc_fx.plan import Plan
 from lorasc_fx.shards import ProcessGroup, dtensor_like, local, shard_axis
 from lorasc_fx.state import Expert, History, KeptNoise, Learner, SlowWeights, StageEnd, Summed, WeightState
 from lorasc_fx.util.environment import generator_states, set_generator_states
+from lorasc_fx.util.fingerprint import fingerprint
 from lorasc_fx.util.undo import Undo, commit
 
 T = TypeVar("T")
@@ -128,6 +129,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
         shape = parameters[index].shape
         for name, value in entries.items():
             if not isinstance(value, torch.Tensor):
+                if has_shapes and value is not None:
+                    raise ValueError(f"optimizer: {name} of parameter {index} is {value!r:.40}, not a tensor")
                 continue
             if has_shapes and value.dim() and value.shape != shape:
                 raise ValueError(
@@ -414,6 +417,8 @@ def decoded(content: Content, plan: Plan) -> RunState:
     history, states = History(content.history), dict[str, WeightState]()
     for name, stored in content.slow.items():
         if stored.base is not None:
+            if content.base.get(name, digest := fingerprint(stored.base)) != digest:
+                raise ValueError(f"slow/{name}/base differs from its fingerprint")
             bare = WeightState(name, stored.base, full=True).bare()
         elif (site := plan.by_weight.get(name)) is not None:
             base = torch.empty(site.shape, device="meta")
@@ -441,8 +446,11 @@ def check_branches(content: Content, plan: Plan) -> None:
     if odd := sorted(tensors.keys() ^ shapes.keys()):
         raise ValueError(f"the branches and the plan disagree about branch/{'/'.join(odd[0])}")
     for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(f"branch/{'/'.join(key)} is {tuple(tensors[key].shape)}, but must be {shape}")
+        value = tensors[key]
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise ValueError(
+                f"branch/{'/'.join(key)} is {tuple(value.shape)} {value.dtype}, but must be {shape} floats"
+            )
 
 
 # ---- restore a run
@@ -501,7 +509,11 @@ def _model_state(
     for value, names in groups.values():
         current = places[names[0]].value
         together = [name for name, holder in places.items() if holder.value is current]
-        if current is not None and value.shape == current.shape and sorted(together) == sorted(names):
+        if (
+            current is not None
+            and (value.shape, value.is_floating_point()) == (current.shape, current.is_floating_point())
+            and sorted(together) == sorted(names)
+        ):
             in_place.append((current, value))
         else:
             new = value.to(places[names[0]].device, copy=True)
@@ -515,8 +527,10 @@ def gradients_of(run: Run, content: Content) -> Planned:
     Raises:
         ValueError: a gradient belongs to no trained parameter.
     """
-    if odd := sorted({*content.gradient, *content.pending} - run.trainable().keys()):
+    if odd := sorted(content.gradient.keys() - run.trainable().keys()):
         raise ValueError(f"has the gradient of {odd[0]}, which is not trained")
+    if odd := sorted({*content.pending} - content.gradient.keys()):
+        raise ValueError(f"has no tensor gradient/{odd[0]}")
     return Planned(run.plan, run.slow, gradients=content.gradient, pending=content.pending)
 
 
@@ -550,6 +564,7 @@ def resume(
         check_holds(optimizers, run.trainable())
     with refusing(path, same_way, code="optimizer-differs"):
         for optimizer, saved in with_optimizer:
+            check_numbers(saved.state, "optimizer")
             check_optimizer(optimizer, saved.state)
     # Restore everything in one transaction: optimizers and schedulers by their own methods, the gradients as a commit
     # of the run, and the random generators, which belong to the process.
@@ -568,6 +583,8 @@ def resume(
             run.commit(gradients_of(run, content), undo)
         for scheduler, saved in with_scheduler:
             undo(partial(scheduler.load_state_dict, deepcopy(current := scheduler.state_dict())))
+            if missing := sorted(current.keys() - saved.state.keys()):
+                raise ValueError(f"scheduler: {missing[0]} is missing")
             tables = {name: value for name, value in current.items() if isinstance(value, dict)}
             # Restore the types of tables, such as the Counter of MultiStepLR.
             restored = {name: type(value)(saved.state[name]) for name, value in tables.items() if name in saved.state}

@@ -34,7 +34,7 @@ from tests.errors.state import assert_same, of, unchanged
 from tests.kit.errors import raises
 from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS
-from tests.kit.state import weight_states
+from tests.kit.state import stored_values, weight_states
 
 MANIFEST, TENSORS = "manifest.json", "state.safetensors"
 X = inputs(3, 5)
@@ -362,27 +362,32 @@ def edit_of_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> str
 def test_an_edit_is_refused_or_restored(
     kind: str, part: str, files: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
-    """A signed edit of one value is a CheckpointError that changes nothing, or the run resumes."""
+    """A signed edit of one value is a CheckpointError that changes nothing, or the run resumes with what the file says.
+
+    What the resumed run saves again equals the edited version, or the original one if the edit has no effect.
+    """
     rng, version = random.Random(f"{kind} {part}"), tmp_path / "run" / "version-00000001"
     version.mkdir(parents=True)
-    outcomes = collections.Counter[str]()
+    put(version, files(kind))
+    original, outcomes = stored_values(version.parent), collections.Counter[str]()
     for _ in range(50 if part == "manifest" else 20):
         put(version, files(kind))
         if part == "manifest":
-            forge(version, functools.partial(edit_of_manifest, rng))
+            edit = forge(version, functools.partial(edit_of_manifest, rng))
         else:
-            forge_tensors(version, functools.partial(edit_of_tensors, rng))
-        outcomes[load_and_resume(version)] += 1
+            edit = forge_tensors(version, functools.partial(edit_of_tensors, rng))
+        again = saved_again(version, tmp_path / "again")
+        outcomes["refused" if again is None else "resumed"] += 1
+        assert again in (None, original) or again == stored_values(version.parent), edit
     assert min(outcomes["refused"], outcomes["resumed"]) > 3, outcomes
 
 
-def told(fault: lx.CheckpointError, version: Path) -> str:
+def told(fault: lx.CheckpointError, version: Path) -> None:
     assert str(version) in str(fault)
-    return "refused"
 
 
-def load_and_resume(version: Path) -> str:
-    """Load and resume a version. A CheckpointError must name the version and change nothing."""
+def saved_again(version: Path, folder: Path) -> Any:
+    """Load, resume and save a version, and return what was saved. None after an error, which must change nothing."""
     model = Small()
     before = of(model)
     try:
@@ -395,11 +400,12 @@ def load_and_resume(version: Path) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LorascWarning)  # of versions
-            cascade.resume(optimizer, scheduler)
+            extra = cascade.resume(optimizer, scheduler)
     except lx.CheckpointError as fault:
         assert_same(of(cascade, optimizer), before)
         return told(fault, version)
-    return "resumed"
+    lx.save(cascade, folder, optimizer=optimizer, scheduler=scheduler, extra=extra)
+    return stored_values(folder)
 
 
 def optimizer_group(manifest: Any) -> Any:

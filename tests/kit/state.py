@@ -6,7 +6,9 @@ The slow state is given as this file's own classes, of plain tensors and tuples;
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.run import SPARE, WeightValues
-from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical
+from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical, pack
 from lorasc_fx.checkpoint.reader import read
 from lorasc_fx.graph import record_of
 from lorasc_fx.shards import UNSHARDED, ShardSpec
@@ -27,12 +29,23 @@ __all__ = ["MANIFEST", "SPARE", "TENSORS", "Expert", "Factors", "Flags", "Stage"
     "WeightState", "branches_of", "canonical", "checksum", "checksums", "device_sum",
     "end_idle", "exact_slow", "file_digest", "forget_warnings", "graphs_of", "is_released",
     "lock_of", "noise_drawn", "oldest_variant", "placed_weights", "read",
-    "replace_plan", "resting_value", "slow_values", "text_digest", "trainable",
+    "replace_plan", "resting_value", "slow_values", "stored_values", "text_digest", "trainable",
     "trained_in_full", "variant_count", "variant_for", "weight_state", "weight_states"]
 # fmt: on
 
 
 # ---- checkpoints
+
+
+def stored_values(folder: Path) -> tuple[str, dict[str, object]]:
+    """Return what a checkpoint says, as text and tensors, without omitted defaults and without derived fields."""
+    checkpoint = read(folder)
+    plan = json.loads(checkpoint.plan.to_json())
+    plain, tensors = pack(dataclasses.replace(checkpoint.content, plan=plan, versions={}, changed_buffers=()))
+    return json.dumps(plain, sort_keys=True), {
+        name: (tensor.dtype, tensor.shape, tensor.flatten().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
 
 
 # ---- the slow state
