@@ -15,7 +15,6 @@ from lorasc_fx.adapt import adapt, load
 from lorasc_fx.adapt.merge import from_peft, merge
 from lorasc_fx.bank import AdapterBank
 from lorasc_fx.branch import register_branch
-from lorasc_fx.checkpoint.saved import save
 from lorasc_fx.errors import (
     CaptureError,
     CheckpointError,
@@ -26,7 +25,7 @@ from lorasc_fx.errors import (
     StateError,
     UnknownTarget,
 )
-from lorasc_fx.facade import Cascade
+from lorasc_fx.facade import Cascade, save
 from lorasc_fx.graph import register_form
 from lorasc_fx.passes.backend import backend
 from lorasc_fx.plan import Plan, Refusal, Site

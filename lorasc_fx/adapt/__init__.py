@@ -13,10 +13,9 @@ from torch import nn
 from lorasc_fx.adapt.start import Setup, check_loaded, check_new
 from lorasc_fx.capture import FRONTENDS, open_model
 from lorasc_fx.cascade import flags_of
-from lorasc_fx.checkpoint.reader import Checkpoint, check_base, check_ties, read
-from lorasc_fx.checkpoint.saved import load_into
+from lorasc_fx.checkpoint.versions import Checkpoint, check_base, check_ties, read
 from lorasc_fx.errors import CheckpointError, PassError, SpecError, named, warn
-from lorasc_fx.facade import Cascade
+from lorasc_fx.facade import Cascade, load_into
 from lorasc_fx.graph import matches, named_weights
 from lorasc_fx.graph.forms import forms_missing
 from lorasc_fx.peft.spec_from_peft import is_config, spec_of

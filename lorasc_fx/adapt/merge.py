@@ -21,7 +21,7 @@ from lorasc_fx.capture import open_model
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import install_slow
-from lorasc_fx.checkpoint.reader import RunSource
+from lorasc_fx.checkpoint.versions import RunSource
 from lorasc_fx.errors import CheckpointError, SpecError, named, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights

@@ -21,7 +21,7 @@ from lorasc_fx.cascade import Flags, Graphs, graphs_of, run_of, watch_model
 from lorasc_fx.cascade.guards import Joined
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check.isolation import written_by
-from lorasc_fx.checkpoint.reader import Checkpoint
+from lorasc_fx.checkpoint.versions import Checkpoint
 from lorasc_fx.compile import Compiler
 from lorasc_fx.errors import CaptureError, CheckpointError, PassError, SpecError, StateError
 from lorasc_fx.facade import Cascade, cascade_class

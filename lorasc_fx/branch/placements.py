@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lorasc_fx.branch.functions import Beside, BesideConv, DenseGradient, MergedConv, MergedProduct
 from lorasc_fx.branch.products import (
     CONV,
     PRODUCTS,
+    Beside,
+    BesideConv,
     ConvGeometry,
+    DenseGradient,
     FrozenGrouped,
+    MergedConv,
+    MergedProduct,
     allows_custom_backward,
     apply,
     compute_dtype,

@@ -1,4 +1,4 @@
-"""Defines the files of a checkpoint, reads their bytes, and reports damage.
+"""Defines the files of a checkpoint, reads and writes their bytes, and reports damage.
 
 A checkpoint folder contains versions. Each version is a folder with a manifest and the tensors. The tensors are in one
 file, or in one file per rank if the weights are sharded. Then each file has the shards of its rank, and the first one
@@ -19,11 +19,16 @@ times is stored once, and is one object again after the load.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 import re
+import shutil
+import stat
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -31,9 +36,10 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
-from lorasc_fx.errors import CheckpointError, LorascError, SpecError, reason_of
+from lorasc_fx.errors import CheckpointError, ExportError, LorascError, SpecError, reason_of
 from lorasc_fx.shards import local
 from lorasc_fx.util.environment import OUT_OF_MEMORY, version
 from lorasc_fx.util.fingerprint import fingerprint, text_digest
@@ -257,3 +263,108 @@ def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
         ((key, item),) = plain.items()
         return special[key](item)
     return {name: unpack(item, tensors) for name, item in plain.items()}
+
+
+# ---- atomic writes: to a temporary path next to the target, synced to disk, and then renamed
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(root: Path) -> None:
+    """Create a folder and its missing parents, and sync all folders that get a new entry."""
+    created = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(created):
+        sync(folder.parent)
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of the umask. safetensors would let only the owner read it."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[bool]:
+    """Context manager: lock the file `.lock` of a folder, so that no other process writes into the folder.
+
+    Yields whether the lock is held. It is not held if the file system does not support locks. The operating system
+    releases the lock if the process dies.
+
+    Raises:
+        CheckpointError: another process is writing into the folder.
+        OSError: the lock file cannot be created.
+    """
+    lock = folder / ".lock"
+    with lock.open("a") as file:
+        locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            raise CheckpointError(
+                f"{folder}: another process is writing to this path. Give each run its own path, and write from one "
+                "process of a run only",
+                code="concurrent-save",
+            ) from fault
+        except OSError:
+            locked = False
+        try:
+            yield locked
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Context manager: yield a temporary path, which replaces the file or folder `out` at the end of the block.
+
+    If the block raises, `out` is unchanged.
+
+    Raises:
+        ExportError: `out` cannot be written.
+    """
+    target = Path(os.path.realpath(out)) if out.is_dir() else out
+    token = uuid.uuid4().hex
+    new = target.with_name(f".{target.name}.writing-{token}{target.suffix}")
+    old = target.with_name(f".{target.name}.leaving-{token}")
+    try:
+        make_folder(target.parent)
+        try:
+            yield new
+            for path in [*new.rglob("*"), new]:
+                if path.is_file() or path.is_dir():
+                    sync(path)
+            # A rename can replace a file, but not a folder with content.
+            if target.is_dir():
+                target.rename(old)
+            try:
+                new.replace(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
+            sync(target.parent)
+        finally:
+            _remove(new)
+            _remove(old)
+    except (OSError, SafetensorError) as fault:
+        raise ExportError(
+            f"{out}: was not written: {reason_of(fault)}. The previous content is unchanged", code="write-failed"
+        ) from fault
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lorasc_fx.cascade import run_of
-from lorasc_fx.checkpoint.saved import write_tensors
+from lorasc_fx.checkpoint.files import replacing, write_tensors
 from lorasc_fx.errors import SpecError, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes, low_rank_pairs
@@ -25,7 +25,6 @@ from lorasc_fx.peft.change import CutOff
 from lorasc_fx.plan import Plan
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import module_of
-from lorasc_fx.util.files import replacing
 
 log = logging.getLogger("lorasc_fx")
 

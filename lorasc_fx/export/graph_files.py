@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.capture import least_sizes
 from lorasc_fx.cascade import graphs_of, run_of
 from lorasc_fx.check.process_state import quiet
+from lorasc_fx.checkpoint.files import replacing
 from lorasc_fx.compile import Axis, Call, Variant
 from lorasc_fx.errors import CaptureError, SpecError, named, path_of, warn
 from lorasc_fx.export.adapter_files import checked_rank, inputs_of
@@ -26,7 +27,6 @@ from lorasc_fx.graph.editor import assert_min_sizes
 from lorasc_fx.peft.adapter_pairs import LowRankAdapter, branch_dtypes
 from lorasc_fx.signature import bind, is_opaque_leaf, leaves, signature_of
 from lorasc_fx.util.environment import module_of, require
-from lorasc_fx.util.files import replacing
 from lorasc_fx.util.undo import Block, isolated
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.weights import check_view
-from lorasc_fx.checkpoint.saved import write_tensors
+from lorasc_fx.checkpoint.files import replacing, write_tensors
 from lorasc_fx.errors import ExportError, SpecError, StateError, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights
@@ -33,7 +33,6 @@ from lorasc_fx.peft.targets import Target, targets_of
 from lorasc_fx.state import arithmetic
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import module_of
-from lorasc_fx.util.files import replacing
 
 _VIEWS = ("slow", "fast", "averaged")
 

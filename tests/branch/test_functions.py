@@ -14,9 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
-from lorasc_fx.branch.functions import Beside, BesideConv, MergedConv, MergedProduct
 from lorasc_fx.branch.placements import ConvCall
-from lorasc_fx.branch.products import ConvGeometry
+from lorasc_fx.branch.products import Beside, BesideConv, ConvGeometry, MergedConv, MergedProduct
 from tests.kit.compare import saved_storages
 from tests.kit.models import loss_of, randomize
 from tests.kit.state import branches_of

@@ -1,46 +1,82 @@
-"""Reads and checks a checkpoint, restores it, and computes the folded weights of a checkpoint or a cascade.
+"""Reads, restores and writes versions, and computes the folded weights of a checkpoint or a cascade.
 
 A checkpoint is either restored completely, or rejected with one error. Digests tell damage. Names in a file are not
 used as paths, and nothing in a file is executed.
+
+A version is written into a temporary folder, which is synced and then renamed. The next save deletes temporary folders
+that a killed writer has left, under the lock of `files.one_writer`. A version is renamed before it is deleted, so that
+a partly deleted version is never loaded. Only versions of the same run are deleted, because other programs may write
+into the same folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from lorasc_fx.branch import Branch
 from lorasc_fx.cascade.run import Planned, Run
+from lorasc_fx.cascade.training import check_numbers
 from lorasc_fx.cascade.transition import ended
 from lorasc_fx.cascade.weights import check_quantized, check_view
-from lorasc_fx.checkpoint.content import Content, RunState, check_branches, decoded, gradients_of, install
+from lorasc_fx.checkpoint.content import (
+    Content,
+    RunState,
+    Stateful,
+    check_branches,
+    decoded,
+    gathered_random_states,
+    gradients_of,
+    install,
+)
 from lorasc_fx.checkpoint.files import (
+    FORMAT,
     KEY,
     MANIFEST,
     Manifest,
+    Tensors,
+    canonical,
     digest_of,
     file_names,
     list_versions,
+    make_folder,
+    next_name,
+    one_writer,
+    pack,
+    packed,
     recovery_advice,
     refusing,
+    sync,
     unpack,
+    write_tensors,
 )
-from lorasc_fx.errors import CheckpointError, SpecError, StateError, named, path_of
+from lorasc_fx.errors import CheckpointError, NonFiniteBranch, SpecError, StateError, named, path_of, reason_of
 from lorasc_fx.parameters import names_of
 from lorasc_fx.plan import Plan
+from lorasc_fx.shards import ProcessGroup, local
 from lorasc_fx.state import Learner, Part, ViewName, check_finite, host
-from lorasc_fx.util.decode import decode
-from lorasc_fx.util.fingerprint import data_of, fingerprints
+from lorasc_fx.state.stage import all_finite
+from lorasc_fx.util.decode import decode, is_integer
+from lorasc_fx.util.fingerprint import data_of, file_digest, fingerprints, text_digest
 from lorasc_fx.util.undo import Undo
+
+_WRITING, _DELETING = ".writing-", ".leaving-"
+_TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -423,3 +459,189 @@ class RunSource:
             slow = replace(slow, states=states).after_stage(state.plan, learners)
         buffers = {name: value for name, value in state.buffers.items() if value is not None}
         return Part(self.name, state.plan, slow.without_base(), buffers)
+
+
+# ---- writing
+
+
+def write_version(
+    run: Run,
+    root: Path,
+    optimizers: Sequence[torch.optim.Optimizer],
+    schedulers: Sequence[Stateful],
+    extra: Mapping[str, object],
+    keep: int,
+    group: ProcessGroup,
+) -> Path:
+    """Write a new version into `root`, and delete all but the last `keep` versions. See `lorasc_fx.save`.
+
+    Every rank of the group calls this. Each rank writes its shards. The first one also writes everything else.
+    """
+    if not is_integer(keep, 1):
+        raise SpecError(f"save: keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
+    is_first = group.rank == 0
+    writers = run.slow.group.size  # the ranks that share the weights; all other ranks are replicas
+    takes_part = group.rank < writers
+    tensors: Tensors = {}
+    manifest: dict[str, Any] = {}
+    version = temporary = root
+    created: Path | None = None  # the folder to delete if anything fails
+    with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(contextlib.ExitStack())
+        try:
+            # Check on all ranks that the cascade can be saved, before any rank writes.
+            with group.agreed("save"):
+                if not group.is_alone:
+                    check_between_steps(run, "save")
+                if takes_part:
+                    reading.enter_context(run.exclusive("save", sharded=True, keeps=True))
+                    check_run_finite(run)
+            rng = gathered_random_states(group, "save")
+            # Copy the state into host memory. The first rank locks the folder and creates a temporary one.
+            with group.agreed("save"), _as_checkpoint_error(root, "cannot be written"):
+                if takes_part:
+                    tensors, manifest = contents(Content.of(run, optimizers, schedulers, extra, rng), run)
+                reading.close()  # the copies are written without holding the locks of the weights
+                if is_first:
+                    make_folder(root)
+                    if stack.enter_context(one_writer(root)):
+                        for path in root.iterdir():  # delete what killed writers have left
+                            if _TEMPORARY.fullmatch(path.name):
+                                remove(path)
+                    version = root / next_name(root)
+                    created = temporary = root / f"{_WRITING}{uuid.uuid4().hex}"
+                    created.mkdir()
+            temporary = Path(group.gather_text(str(temporary), "save")[0])
+            # Each rank writes its file. The manifest is written last, because it has the digests of all files.
+            names, digest = file_names(writers), ""
+            with group.agreed("save"), _as_checkpoint_error(root):
+                if takes_part:
+                    shards = manifest["shards"]
+                    to_write = {name: value for name, value in tensors.items() if is_first or name in shards}
+                    path = temporary / names[group.rank]
+                    write_tensors(to_write, path)
+                    sync(path)
+                    digest = file_digest(path)
+            digests = group.gather_text(digest, "save")
+            with group.agreed("save"), _as_checkpoint_error(root):
+                if is_first:
+                    manifest["files"] = dict(zip(names, digests[:writers], strict=True))
+                    _write_manifest(manifest, temporary)
+                    temporary.rename(version)
+                    created = version
+                    sync(root)
+        except BaseException:
+            if created is not None:
+                _drop(created)
+            raise
+        for old in list_versions(root)[:-keep] if is_first else ():
+            if _replaces(manifest, old):
+                _drop(old)
+    return Path(group.gather_text(str(version), "save")[0])
+
+
+def check_between_steps(run: Run, call: str) -> None:
+    """Raise StateError if gradients wait for a step, because each rank may have different ones."""
+    waiting = run.pending.waiting(run.trainable())
+    if waiting:
+        raise StateError(
+            f"{call}: {waiting[0]} has a gradient that no optimizer step has used, and each rank may have a different "
+            f"one; call {call} between optimizer.step() and the next backward",
+            code="gradients-pending",
+        )
+
+
+def check_run_finite(run: Run) -> None:
+    """Raise if the state has inf or nan: `load` would reject such a checkpoint, and older versions are deleted.
+
+    Raises:
+        NonFiniteBranch: a branch holds inf or nan.
+    """
+    if run.slow.group.any(not all_finite(run.by_key.values())):
+        broken = next(
+            (name for name, branch in run.branches_by_weight().items() if not branch.finite()), "another rank"
+        )
+        raise NonFiniteBranch(
+            f"save: the branch of {broken} holds inf or nan; nothing was written, and the last version is unchanged. "
+            "Load it, and continue with a lower learning rate or with clipped gradients"
+        )
+
+
+def contents(content: Content, run: Run) -> tuple[Tensors, dict[str, Any]]:
+    """Return copies of the tensors of a version, and its manifest. Of a sharded tensor, the local shard is copied."""
+    try:
+        for owner in content.optimizers:
+            check_numbers(owner.state, "optimizer")
+    except ValueError as fault:
+        raise CheckpointError(
+            f"save: {fault}; nothing was written, and the last version is unchanged. Load it, and continue with a "
+            "lower learning rate or with clipped gradients",
+            code="non-finite",
+        ) from fault
+    axes = content.axes(run.slow) if run.is_sharded else {}
+    try:
+        plain, tensors = pack(content)
+        manifest = json.loads(json.dumps({"format": FORMAT, "content": plain}, allow_nan=False))
+    except (RecursionError, TypeError, ValueError) as fault:
+        raise CheckpointError(
+            "save: a buffer, a gradient, extra, or the state of the optimizer or scheduler contains a value that "
+            f"neither JSON nor safetensors can store: {fault}; use numbers, strings, lists, dicts and dense tensors",
+            code="not-serializable",
+        ) from fault
+    shards = {name: axes[id(tensor)] for name, tensor in tensors.items() if id(tensor) in axes}
+    copies = {
+        name: local(tensor.detach()).clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return copies, {**manifest, "shards": shards}
+
+
+def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
+    """Return copies of the state of a cascade, without optimizer and scheduler, as tensors by name.
+
+    Raises:
+        NonFiniteBranch: a branch holds inf or nan.
+    """
+    check_run_finite(run)
+    tensors, manifest = contents(Content.of(run), run)
+    return {**tensors, KEY: packed(manifest, digest_of(tensors))}
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(root: Path, failure: str = "the checkpoint was not written") -> Iterator[None]:
+    """Convert errors of the file system to CheckpointErrors."""
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        raise CheckpointError(
+            f"{root}: {failure}: {reason_of(fault)}; existing versions are unchanged", code="write-failed"
+        ) from fault
+
+
+def _write_manifest(manifest: dict[str, object], folder: Path) -> None:
+    """Add the digest of a manifest, write it, and sync it and its folder."""
+    manifest["digest"] = text_digest(canonical(manifest))
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder. Files that cannot be deleted stay."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop(version: Path) -> None:
+    """Delete a version, or the temporary folder of a failed save. If it is busy, a later save deletes it."""
+    with contextlib.suppress(OSError):
+        if not _TEMPORARY.fullmatch(version.name):
+            version = version.rename(version.with_name(f"{_DELETING}{uuid.uuid4().hex}"))
+        remove(version)
+
+
+def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
+    """Return whether an older version is of the same run: it has the same base and spec."""
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # damaged, or not a manifest
+        old, new = json.loads((version / MANIFEST).read_bytes())["content"], manifest["content"]
+        return bool(old["base"] == new["base"] and old["plan"]["spec"] == new["plan"]["spec"])
+    return False
