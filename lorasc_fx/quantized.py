@@ -200,7 +200,7 @@ def _like_mx(old: Any, value: torch.Tensor) -> torch.Tensor:
     return quantized
 
 
-def _settings(old: Any, *names: str) -> dict[str, Any]:
+def _settings(old: object, *names: str) -> dict[str, Any]:
     """Return the attributes with these names that this version of the library has."""
     return {name: getattr(old, name) for name in names if hasattr(old, name)}
 
@@ -316,7 +316,7 @@ class QuantizedWeight(torch.Tensor):
         raise NotImplementedError("a quantized layer cannot be traced, because its forward is one opaque call")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             arguments = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
             if isinstance(arguments["weight"], cls):

@@ -63,7 +63,7 @@ def lora(steps: int, adapter: str = "lora", **options: object) -> Recipe:
     return _recipe("lora", {"pace": 1.0, "restart": "slow"}, adapter, options, steps, 1, decays=True)
 
 
-def lora_cycles(steps: int, stages: int = 3, **options: Any) -> Recipe:
+def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
     """LoRA whose rate decays to 0 in each of several cycles; the slow weights are the mean of the ends of the cycles.
 
     Each cycle is a stage, and no pair of factors restarts at its end. Weights of the cycles as in snapshot ensembles

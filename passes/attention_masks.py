@@ -206,7 +206,7 @@ def _computed(mask: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any] | N
     is_dynamic = any(isinstance(size, torch.SymInt) for node in read for size in (*_shape(node), node.meta["val"]))
     values, cpu = dict[fx.Node, Any](), torch.device("cpu")
 
-    def value_of(arg: Any) -> Any:
+    def value_of(arg: object) -> Any:
         return values[arg] if isinstance(arg, fx.Node) else cpu if isinstance(arg, torch.device) else arg
 
     try:

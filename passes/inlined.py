@@ -217,7 +217,7 @@ def _same_op(pattern: fx.Node, node: fx.Node) -> bool:
     return (pattern.op, pattern.target) == (node.op, node.target)
 
 
-def _unify(pattern: Any, value: Any, bound: dict[fx.Node, fx.Node]) -> bool:
+def _unify(pattern: object, value: object, bound: dict[fx.Node, fx.Node]) -> bool:
     """Whether a value is what the formula says. Adds the node for each node of the formula to `bound`."""
     if not isinstance(pattern, fx.Node) or not isinstance(value, fx.Node):
         return bool(type(pattern) is type(value) and pattern == value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -213,7 +212,7 @@ class Adapters:
         }
 
 
-def checked_factors(name: str, weight: str, pair: Any) -> Factors:
+def checked_factors(name: str, weight: str, pair: object) -> Factors:
     """Return the factors of a user in fp64 on the CPU. Raise SpecError if they are something else."""
     if not isinstance(pair, Factors):
         raise SpecError(f"bank: {name!r} has {pair!r:.60} for {weight}; give lorasc_fx.branch.Factors(b, a) of tensors")

@@ -89,7 +89,7 @@ class AdaptedWeight(torch.Tensor):
         return Placement.BESIDE in self.branch.placements and self.branch.transposed == (form.layout == "in_out")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
             return func(args[0].weight, *args[1:], **kwargs)
@@ -273,7 +273,7 @@ class EffectiveWeights:
             if isinstance(parameters, _Parameters) and parameters.reader() is self:
                 vars(module)["_parameters"] = dict(parameters)
 
-    def read(self, name: str, value: Any) -> Any:
+    def read(self, name: str, value: object) -> Any:
         """Return the value that a module reads as a weight.
 
         Args:

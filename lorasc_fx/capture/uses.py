@@ -101,7 +101,7 @@ class _Watcher(ObserverMode, TorchFunctionMode):
         """The kind of each weight that a form uses. If several rules apply to a weight, the first one counts."""
         return {name: kind for kinds in reversed(self._kinds.values()) for name, kind in kinds.items()}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
         read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})

@@ -35,7 +35,7 @@ from lorasc_fx.util.undo import Block, isolated
 def isolation(
     undo: Block,
     model: nn.Module,
-    args: Any,
+    args: object,
     kwargs: Mapping[str, Any],
     *observers: AbstractContextManager[Any],
     grad: bool = True,
@@ -78,7 +78,7 @@ def call_recorder(
         after_call: gets path, module and output. The output is None if the call raised.
     """
 
-    def without_args(path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def without_args(path: str, module: nn.Module, args: object, output: object) -> None:
         after_call(path, module, output)
 
     for path, module in model.named_modules():
@@ -179,7 +179,7 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
         for name, tensor in tensors.items():
             self._watched.setdefault(_storage_of(tensor), {})[name] = tensor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, OpOverload):  # not a higher-order op
             schema = func._schema.arguments
             arguments = {argument.name: value for argument, value in zip(schema, args, strict=False)} | (kwargs or {})

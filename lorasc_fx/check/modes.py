@@ -103,7 +103,7 @@ class _Operators(ObserverMode, TorchDispatchMode):
         self.calls += [self.described(output), [self._tensor(value) for value in tensors_in(output)]]
         return output
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         self.calls.append((func, torch.is_grad_enabled(), self.described((args, kwargs or {}))))
         output = func(*args, **(kwargs or {}))
         for index, value in enumerate(pytree.tree_leaves(output)):
@@ -157,6 +157,6 @@ class _Functions(ObserverMode, TorchFunctionMode):
         super().__init__()
         self._operators = operators
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         self._operators.calls.append(object() if func in _UNKNOWN else func)
         return func(*args, **(kwargs or {}))

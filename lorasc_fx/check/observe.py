@@ -113,7 +113,7 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
         self._inside = 0  # depth of calls of quantized layers
         self._hooks_before = saved_tensors_hooks(True)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         # Gradient checkpointing runs its region under hooks on saved tensors.
         self.recomputes |= saved_tensors_hooks(True) != self._hooks_before
         getter_of = getattr(func, "__self__", None)  # the attribute, if func is its `__get__`

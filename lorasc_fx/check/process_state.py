@@ -65,7 +65,7 @@ _IS_GRAD_ENABLED = torch.is_grad_enabled
 """The function of torch, which `observe` replaces for a while."""
 
 
-def _with_compiler(compile_body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_compiler(compile_body: Callable[..., Any], *args: object, **kwargs: object) -> Any:
     """Run a control flow op outside of the modes of this package, because dynamo cannot compile its body under them."""
     with contextlib.ExitStack() as stack:
         # Dynamo builds tables with torch's functions when it first compiles. They must not hold a replaced function.

@@ -26,7 +26,7 @@ def reading(what: str) -> Iterator[None]:
         raise SpecError(f"{what}: {type(cause).__name__}: {reason}", code="unreadable-file") from fault
 
 
-def mean_pooled(settings: Any) -> Any:
+def mean_pooled(settings: object) -> Any:
     """Return the class of a text classifier: an encoder, the mean over its unmasked tokens, and a linear head.
 
     Its state dict has the encoder under the prefix of the library's own classes, so that `AutoModel.from_pretrained`

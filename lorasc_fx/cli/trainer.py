@@ -105,7 +105,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Note the running stage."""
         self._stage = self._cascade.stage
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: Any, **kwargs: object) -> None:
         """Ask the Trainer to evaluate, to save and to stop. CascadeCallback has ended the stage before."""
         if self._cascade.stage != self._stage:
             self._stage = self._cascade.stage
@@ -114,7 +114,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: object, state: Any, control: Any, logs: Any = None, **kwargs: object) -> None:
         """Raise if the loss is inf or nan."""
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise StateError(

@@ -217,7 +217,7 @@ REGISTERED: OrderedDict[int, RegisteredForm] = OrderedDict()
 """The registered rows, by the id of their handle. `RemovableHandle` requires an OrderedDict."""
 
 
-def registered_form(target: Any) -> FunctionForm | WeightForm | None:
+def registered_form(target: object) -> FunctionForm | WeightForm | None:
     """Return the registered row that has this target, or None."""
     for form in REGISTERED.values() if REGISTERED else ():
         if not isinstance(form, ModuleForm) and target in targets_of(form):
@@ -425,7 +425,7 @@ _SWAP = (aten.transpose.int, torch.transpose, torch.swapaxes, "transpose", "swap
 _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
-def without_transposes(source: Any, dims: int) -> tuple[Any, bool]:
+def without_transposes(source: object, dims: int) -> tuple[Any, bool]:
     """Skip transposes of the last two of `dims` axes. Return the node before, and whether their number is odd."""
     transposed = False
     while isinstance(source, fx.Node) and source.all_input_nodes and _transposes(source, dims):
@@ -523,12 +523,12 @@ def _check(form: RegisteredForm) -> None:
             raise SpecError(f"{form.name}: parameters is {form.parameters}, but {_shown(target)} takes {arguments}.")
 
 
-def _name(target: Any) -> str:
+def _name(target: object) -> str:
     """Return the name of a target without namespace and overload."""
     packet = getattr(target, "overloadpacket", target)
     return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
 
 
-def _shown(target: Any) -> str:
+def _shown(target: object) -> str:
     """Return the name of a target for a message."""
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

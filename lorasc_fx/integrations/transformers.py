@@ -109,7 +109,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     # ---- events of the Trainer
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: object, control: object, **kwargs: object) -> None:
         """Check the Trainer's arguments, and wrap its methods."""
         self._check_model(kwargs["model"])
         self._trainer, arguments = _calling_trainer()
@@ -125,7 +125,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             if hasattr(trainer, name):
                 setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: Any, control: object, **kwargs: Any) -> None:
         """Check that the training can run as configured."""
         self._check_model(kwargs["model"])
         if self._trainer is None:
@@ -155,7 +155,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         """Remember the stage of this step for the logs."""
         self._stage = self.cascade.stage
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: Any, control: object, **kwargs: Any) -> None:
         """End the stage if this was its last step, before an evaluation or a checkpoint of the same step."""
         epoch_ends = state.epoch is not None and state.epoch == int(state.epoch)
         if (

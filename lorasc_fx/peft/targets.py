@@ -77,7 +77,7 @@ class Calls(TorchFunctionMode):
         """Record the end of a call."""
         self._stack.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         read = args[:1] if name in LIKE_ANOTHER else (args, kwargs or {})

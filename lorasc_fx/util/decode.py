@@ -91,7 +91,7 @@ def choice(names: Iterable[str]) -> Check:
     return Check(valid.__contains__, f"give one of {', '.join(valid)}", valid)
 
 
-def decode(hint: Any, value: Any, path: FieldPath = ()) -> Any:
+def decode(hint: object, value: Any, path: FieldPath = ()) -> Any:
     """Convert a value to an annotated type. A table becomes a dataclass, and a list becomes a tuple.
 
     Args:
