@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lorasc_fx.checkpoint.files import replacing
 from lorasc_fx.errors import SpecError
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import Check, choice, decode
