@@ -94,6 +94,17 @@ def _llama_1b() -> nn.Module:
         torch.set_default_dtype(before)
 
 
+def _smollm2() -> nn.Module:
+    """Return a model of the sizes of SmolLM2-135M, in fp32."""
+    import transformers
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(
+        **sizes, num_hidden_layers=30, vocab_size=49152, tie_word_embeddings=True, use_cache=False
+    )
+    return transformers.LlamaForCausalLM(config).train()
+
+
 def _mixtral() -> nn.Module:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = transformers.MixtralConfig(
@@ -114,6 +125,10 @@ _VIT = {
 }
 _DECODER = {"targets": _LLAMA, "peft": {"target_modules": r".*\.(q|k|v|o|gate|up|down)_proj"}}
 _EMBEDDED = _batch("inputs_embeds", 2, 256, 1024, scale=0.02)
+
+
+def _ids() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 32000, (2, 32))}
 
 
 def _named(*works: Work) -> dict[str, Work]:
@@ -156,9 +171,8 @@ WORKS = _named(
 
 STARTED = _named(
     Work("vit-b", "ViT-B, linears", _images("vit_base_patch16_224"), _batch("x", 2, 3, 224, 224), **_VIT),
-    Work(
-        "llama-1b", "Llama 1.1B, bf16", _llama_1b, lambda: {"input_ids": torch.randint(0, 32000, (2, 32))}, **_DECODER
-    ),
+    Work("smollm2-135m", "SmolLM2-135M", _smollm2, _ids, **_DECODER),
+    Work("llama-1b", "Llama 1.1B, bf16", _llama_1b, _ids, **_DECODER),
 )  # fmt: skip
 """Models whose start is measured, but not their steps, which take long on a CPU."""
 

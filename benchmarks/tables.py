@@ -305,7 +305,7 @@ def costs(work: Work, rounds: int) -> Rows:
     threads=1,
 )
 def start(work: Work, rounds: int) -> Rows:
-    """Measure `adapt`, `load`, and the first call after it."""
+    """Measure `adapt`, `load`, and the first calls of a kind."""
     model = work.build()
     batch = {name: value[:2] for name, value in work.batch().items()}
     adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()  # imports, and what is done once
@@ -324,12 +324,16 @@ def start(work: Work, rounds: int) -> Rows:
             before = peak_memory()
         cascade = least(seconds, "adapt", partial(adapted, work, twin, batch))
         added = added or peak_memory() - before
+        with torch.no_grad():
+            least(seconds, "first evaluation", lambda cascade=cascade: cascade.eval()(**batch))
+        cascade.train(model.training)
         with tempfile.TemporaryDirectory() as folder:
             lx.save(cascade, Path(folder))
             del cascade
             loaded = least(seconds, "load", partial(lx.load, folder, copy.deepcopy(model)))
             least(seconds, "first call after load", partial(loaded, **batch))
         del loaded
+        least(seconds, "adapt by peft", partial(wrapped, work, copy.deepcopy(model)))
     bound = 1.4 * seconds["export"] + 3 * seconds["forward"] + seconds["backward"]
     cells = {name: f"{value:.2f}" for name, value in seconds.items()}
     yield {
