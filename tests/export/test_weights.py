@@ -262,7 +262,7 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
         "no tensor is named": (
             {f"{name}x": value for name, value in state.items()}, "out", "given.safetensors has no ",
         ),
-        "the place is taken": (state, "full", "full is a folder, but the output is a file; give another path"),
+        "the place is taken": (state, "full", "full is not a file; give another path"),
         "the place is the base": (state, "given.safetensors", "safetensors is the base, which is not overwritten"),
         "no base": (None, "out", "given.safetensors is not a safetensors file, nor a folder with model.safetensors"),
     }  # fmt: skip
