@@ -215,9 +215,10 @@ class Machine(RuleBasedStateMachine):
             like = torch.zeros(1, dtype=torch.float64)
             fixed = {"A": branch.vera_A.like(like), "B": branch.vera_B.like(like)}
         elif self.spec.adapter == "lora-xs":
-            fixed = {"A": branch.xs_A.detach().double(), "B": branch.xs_B.detach().double()}
+            # The next stage writes into the same memory.
+            fixed = {name: getattr(branch, f"xs_{name}").detach().to(torch.float64, copy=True) for name in "AB"}
         elif self.spec.adapter == "shira":
-            fixed = {"places": branch.positions[: len(branch.shira_values)]}
+            fixed = {"places": branch.positions[: len(branch.shira_values)].clone()}
         return trained, fixed
 
     def velocity(self, leaf: nn.Parameter) -> Tensor:
