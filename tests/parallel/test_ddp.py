@@ -161,7 +161,7 @@ def test_an_error_of_one_process_is_one_of_all(tmp_path: Path) -> None:
 def test_the_example_runs_by_torchrun(name: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", f"examples.{name}"], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        [*command, "-m", f"examples.{name}"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^stage 3 of 3: loss [01]\.\d+ on 2 processes$", done.stdout, re.MULTILINE), done.stdout
