@@ -37,14 +37,16 @@ EXCLUDED_BY_DORA = {
     "bert": ("*embeddings*",),
     "conv": ("up.weight",),
     "llama": ("*embed_tokens*",),
-    "tied": ("embedding.*",),
+    "tied": ("table.*",),
 }
+TRAINED = {"llama": ("*layernorm.weight",), "tied": ("mix.weight",)}
+"""What `train` names in models without biases."""
 NOT_BY_PEFT = {"noise that stays", "conv", "attention", "tied", "rows", *OTHERS}
 
 
 def spec_of(spec: str, name: str = "mlp") -> lx.CascadeSpec:
     excluded = (EXCLUDED_BY_DORA if spec == "dora" else EXCLUDED).get(name, ())
-    more = {"train": ("*layernorm.weight",)} if (spec, name) == ("train", "llama") else {}
+    more = {"train": TRAINED[name]} if spec == "train" and name in TRAINED else {}
     return lx.CascadeSpec(**{"rank": 2, "exclude": excluded, **SPECS[spec], **more})
 
 
