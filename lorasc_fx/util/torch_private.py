@@ -1,6 +1,6 @@
 """The private names of torch that this package uses, with the reason for each. No other file names one.
 
-They exist in torch 2.9 to 2.13. If a new version of torch drops one, replace it here.
+They exist in torch 2.9 to 2.15. If a new version of torch drops one, replace it here.
 """
 
 # ruff: noqa: PLC0414 - mypy takes such an alias for a name that other files may import
