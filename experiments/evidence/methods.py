@@ -30,7 +30,7 @@ class Method:
         replay: in a sequence, the share of examples of the tasks before.
         separate: in a sequence, whether each task has its own adapter on the original model.
         orthogonal: in a sequence, whether a task's lora_A starts orthogonally to those before (SLAO, 2512.23017).
-        like: the method whose rates are used if the plane does not have this one.
+        like: the method whose rates are used; otherwise the method has rates of its own.
     """
 
     about: str
@@ -53,17 +53,20 @@ SHIRA = {"adapter": "shira"}
 METHODS: dict[str, Method] = {
     "lora": LORA,
     "lora-mlp": replace(LORA, about="LoRA on the weights of the MLPs", targets=("*.mlp.*",)),
-    "lora-early": replace(LORA, about="LoRA, stopped early by validation loss", keep="best"),
-    "lora-average": replace(LORA, about="LoRA, mean of the weights of the second half", keep="mean"),
+    "lora-early": replace(LORA, about="LoRA, stopped early by validation loss", keep="best", like="lora"),
+    "lora-average": replace(LORA, about="LoRA, mean of the weights of the second half", keep="mean", like="lora"),
     "dora": replace(LORA, about="DoRA", spec={"pace": 1.0, "adapter": "dora"}),
     "shira": replace(LORA, about="SHiRA in one stage", spec={"pace": 1.0, **SHIRA}),
     "paper": PAPER,
-    "paper-noise": replace(PAPER, about="the paper's rule with noise", noise=True),
+    "paper-noise": replace(PAPER, about="the paper's rule with noise", noise=True, like="paper"),
     "stages-1.0": replace(PAPER, about="stages with pace 1.0", spec={"pace": 1.0, "restart": "slow"}),
     "stages-0.25": replace(PAPER, about="stages with pace 0.25", spec={"pace": 0.25, "restart": "slow"}),
     "shira-stages": replace(PAPER, about="SHiRA in stages, the same positions in each", spec=PAPER.spec | SHIRA),
     "shira-fresh": replace(
-        PAPER, about="SHiRA in stages, other positions in each", spec=PAPER.spec | {"adapter": "shira-fresh"}
+        PAPER,
+        about="SHiRA in stages, other positions in each",
+        spec=PAPER.spec | {"adapter": "shira-fresh"},
+        like="shira-stages",
     ),
     "lora-scaled": replace(LORA, about="LoRA, 0.7 of the change is kept", scale=0.7, like="lora"),
     "lora-replay": replace(LORA, about="LoRA with 5 % of old examples", replay=0.05, like="lora"),

@@ -107,10 +107,11 @@ def cells(protocol: Protocol, results: Results) -> Iterator[Cell]:
 
     plane, sequences, images = protocol["plane"], protocol["sequences"], protocol["images"]
     for method in plane["methods"]:
+        source = METHODS[method].like or method
         for task in plane["tasks"]:
-            for rate in _next_rates(protocol, results, task, method)[0]:
+            for rate in _next_rates(protocol, results, task, source)[0] if source == method else ():
                 yield from (Cell("rates", (task,), method, (rate,), seed) for seed in protocol["rates"]["seeds"])
-            if rate := chosen_rate(protocol, results, task, method):
+            if rate := chosen_rate(protocol, results, task, source):
                 yield from (Cell("plane", (task,), method, (rate,), seed) for seed in plane["seeds"])
     for method in sequences["methods"]:
         source = METHODS[method].like or method
@@ -135,8 +136,8 @@ def _made(cell: Cell, protocol: Protocol) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     scales = protocol["plane"]["scales"] if cell.part == "plane" else ()
-    tasks = [TASKS[name]() for name in cell.tasks]
-    return run(tasks, METHODS[cell.method], protocol["training"], cell.rates, cell.seed, scales)
+    tasks, tested = [TASKS[name]() for name in cell.tasks], cell.part != "rates"
+    return run(tasks, METHODS[cell.method], protocol["training"], cell.rates, cell.seed, scales, tested)
 
 
 def make(protocol: Protocol, results: Results, parts: list[str]) -> None:
@@ -170,7 +171,8 @@ def check(protocol: Protocol, results: Results) -> int:
         return 2
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     cell = list(results.found)[int(commit[:8], 16) % len(results.found)]
-    before, now = results.found[cell]["after"], _made(cell, protocol)["after"]
+    before, now = results.found[cell], _made(cell, protocol)
+    before, now = ({key: value for key, value in found.items() if key != "cpu_s"} for found in (before, now))
     print(f"{cell}: {'the same' if before == now else f'{before} then, {now} now'}")
     return int(before != now)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import fcntl
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -180,26 +179,13 @@ def _extraction() -> Texts:
     return [(each.sentence, each.answer) for each in found]
 
 
-def _wrong(read: Callable[[], Texts], share: float = 0.2) -> Callable[[], Texts]:
-    """Return a reader of the same texts, where a share of the training answers is the wrong class."""
-
-    def changed() -> Texts:
-        rows, source = read(), random.Random(1)
-        classes = sorted({answer for _, answer in rows})
-        held_out, pool = rows[: VALIDATION + TEST], rows[VALIDATION + TEST :]
-        return held_out + [
-            (text, source.choice([name for name in classes if name != answer]) if source.random() < share else answer)
-            for text, answer in pool
-        ]
-
-    return changed
-
-
-_R8 = corpus("reuters-r8-train.tab", "Category", "Text")
-_TOPIC = "Answer with the topic of this report:"
 _SOURCES: dict[str, tuple[str, Callable[[], Texts], int | None]] = {
     "extract": ("Extract name, age, city and job as JSON:", _extraction, None),
-    "r8": (_TOPIC, _R8, TEXT_TOKENS),
+    "r8": (
+        "Answer with the topic of this report:",
+        corpus("reuters-r8-train.tab", "Category", "Text"),
+        TEXT_TOKENS,
+    ),
     "newsgroups": (
         "Answer with the newsgroup of this message:",
         corpus("20newsgroups-train.tab", "Category", "Text"),
@@ -210,7 +196,6 @@ _SOURCES: dict[str, tuple[str, Callable[[], Texts], int | None]] = {
         corpus("election-tweets-2016.tab", "Author", "Content"),
         TEXT_TOKENS,
     ),
-    "r8-wrong": (_TOPIC, _wrong(_R8), TEXT_TOKENS),
 }
 """By task: the instruction before each text, a reader, and the number of tokens of a text that are used."""
 

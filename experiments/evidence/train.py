@@ -30,6 +30,7 @@ def run(
     rates: Sequence[float],
     seed: int,
     scales: Sequence[float] = (),
+    tested: bool = True,
 ) -> dict[str, Any]:
     """Train on one task after another, and return what is measured of all of them after each.
 
@@ -40,6 +41,7 @@ def run(
         rates: a learning rate for each task.
         seed: of the examples, their order, the branches and the noise.
         scales: with one task, the shares of the change that are measured.
+        tested: whether the test examples and general text are measured; a run that finds a rate only validates.
     """
     began = time.process_time()
     original = tasks[0].model()
@@ -66,6 +68,8 @@ def run(
         states.append(state)
         old.append(_drawn(task.pool, training["examples"], seed))
         result["validation"] = validation
+        if not tested:
+            continue
         kept = [states[min(i, index)] if method.separate else state for i in range(len(tasks))]
         measured = {
             other.name: measure(_with(original, own), other.test) for other, own in zip(tasks, kept, strict=True)
