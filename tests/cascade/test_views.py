@@ -39,6 +39,24 @@ def test_other_weights_between_a_forward_and_its_backward(placement: str) -> Non
     assert all(map(torch.equal, gradients, expected))
 
 
+@pytest.mark.parametrize("view", ["slow", "fast", "base"])
+def test_unchanged_statistics_stay_valid_for_a_backward(view: str) -> None:
+    """In eval mode a BatchNorm saves its statistics for the backward, so a block that keeps them must not write them."""
+    (x,) = batches(1, 4, 20)
+    cascade = cascade_of(x, nn.BatchNorm1d(24)).eval()
+    parameters = list(cascade.branches.parameters())
+    statistics = {name: buffer.clone() for name, buffer in cascade.model.named_buffers()}
+    expected = torch.autograd.grad(cascade(x).square().mean(), parameters)
+    output = cascade(x)
+    with torch.no_grad(), cascade.weights(view):
+        cascade(x)
+    with torch.no_grad(), cascade.disable_adapter():
+        cascade(x)
+    gradients = torch.autograd.grad(output.square().mean(), parameters)
+    assert all(map(torch.equal, gradients, expected))
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in cascade.model.named_buffers())
+
+
 def test_the_backward_of_a_call_whose_weights_were_replaced_raises() -> None:
     (x,) = batches(1, 4, 20)
     cascade = cascade_of(x)
