@@ -199,25 +199,17 @@ class Branch(nn.Module, abc.ABC):
         return {name: row.shape for name, row in cls.table(site).items()}
 
     @classmethod
-    def initial_values(cls, site: Site, seed: int, stage: int) -> Mapping[str, torch.Tensor]:
-        """Return the initial values of all parameters of a stage, in fp32 in host memory.
+    def values_like(cls, like: torch.Tensor, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
+        """Return the initial values of a stage on the device of a tensor, in fp64 if it is fp64 and otherwise in fp32.
 
-        `values_from` replaces the values that depend on the weight.
+        Values are drawn in fp32 in host memory. `values_from` replaces those that depend on the weight.
         """
-        values = {}
+        dtype, values = torch.float64 if like.dtype == torch.float64 else torch.float32, {}
         for name, row in cls.table(site).items():
             if callable(row.initial):
-                values[name] = row.initial(seed, stage, name, site.weight, row.shape)
+                value = row.initial(seed, stage, name, site.weight, row.shape)
             else:
-                values[name] = torch.full(row.shape, float(row.initial))
-        return values
-
-    @classmethod
-    def values_like(cls, like: torch.Tensor, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return the initial values on the device of a tensor, in fp64 if it is fp64 and otherwise in fp32."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        values = dict(cls.initial_values(site, seed, stage))
-        for name, value in values.items():
+                value = torch.full(row.shape, float(row.initial))
             values[name] = value.to(device=like.device, dtype=dtype)
         return values
 
@@ -242,7 +234,10 @@ class Branch(nn.Module, abc.ABC):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by name. `param_groups` has one group for each name."""
-        return {name: value for name, value in self.named_parameters() if name in self._trainable}
+        parameters = dict(self.named_parameters())
+        for name in parameters.keys() - self._trainable:
+            del parameters[name]
+        return parameters
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
         """Return the learning rate of a parameter, given the base rate. LoRA+ has another one for B."""

@@ -292,8 +292,8 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
     """Return the sum of `c * b @ a` over (c, factors) pairs as one pair of the summed rank.
 
     Its `b` [rows, sum of r] has all `c b` as columns, its `a` [sum of r, columns] all `a` as rows. A single pair is not
-    copied if possible. Both results are row-major: BLAS rounds the product of a transposed factor differently, and a
-    checkpoint does not store strides.
+    copied if possible. Both results have the strides of new tensors: BLAS rounds the product of a transposed factor
+    differently, and a checkpoint does not store strides.
     """
     if len(pairs) == 1:
         b, a = pairs[0][1].b, pairs[0][1].a
@@ -308,7 +308,12 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
         b = b * torch.tensor(columns, dtype=dtype, device=device)
     elif pairs[0][0] != 1:
         b = b * pairs[0][0]
-    return Factors(_row_major(b), _row_major(a))
+    factors = list[torch.Tensor]()
+    for factor in (b, a):  # `contiguous` is not enough, because it keeps any strides of axes of length 1
+        strides = torch.empty(factor.shape, device="meta").stride()
+        fits = factor.stride() == strides
+        factors.append(factor if fits else factor.clone(memory_format=torch.contiguous_format))
+    return Factors(*factors)
 
 
 def shortest_pair(pair: Factors, floor: float = 0.0) -> Factors:
@@ -340,15 +345,6 @@ def truncated(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int
     """
     root = (values[..., :rank] / scale).sqrt()
     return Factors(u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :])
-
-
-def _row_major(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor with the strides of a new tensor, copied if necessary.
-
-    `contiguous` is not enough, because it keeps any strides of axes of length 1.
-    """
-    strides = torch.empty(tensor.shape, device="meta").stride()
-    return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def scaled(pair: Factors, scale: torch.Tensor, transposed: bool) -> Factors:

@@ -79,7 +79,11 @@ class Run:
 
     def branches_by_weight(self) -> dict[str, Branch]:
         """Return the branches by weight name."""
-        return {branch.weight_name: branch for branch in self.branches.values() if isinstance(branch, Branch)}
+        branches = dict[str, Branch]()
+        for branch in self.branches.values():
+            if isinstance(branch, Branch):
+                branches[branch.weight_name] = branch
+        return branches
 
     def learners(self) -> dict[str, Learner]:
         """Return the branches and the parameters trained in full, by weight name."""
@@ -759,7 +763,10 @@ def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = 
             exact = 4 * weight.numel() if narrow and weight.dtype != arithmetic(weight.dtype) else 0
             size = exact + WORKSPACE * min(weight.numel(), PIECE) + 2 * SPARE
         sizes[weight.device] = max(size, sizes.get(weight.device, 0))
-    return [torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()]
+    memory = list[torch.Tensor]()
+    for device, size in sizes.items():
+        memory.append(torch.empty(size, dtype=torch.uint8, device=device))
+    return memory
 
 
 def weights_to_write(
@@ -801,7 +808,9 @@ def _values_restorer(run: Run, planned: Planned) -> Callable[[], None]:
     if planned.gradients is not None:
         graded += [*run.branches.parameters(), *run.trainable().values()]
     gradients = [(parameter, parameter.grad) for parameter in graded]
-    values = [(tensor, tensor.detach().clone()) for tensor in (*written, *dict(planned.tensors))]
+    values = list[tuple[torch.Tensor, torch.Tensor]]()
+    for tensor in (*written, *dict(planned.tensors)):
+        values.append((tensor, tensor.detach().clone()))
 
     def restore() -> None:
         with torch.no_grad():

@@ -147,14 +147,20 @@ def check_holds(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping
             for parameter in group["params"]:
                 if first.setdefault(id(parameter), index) != index:
                     shared.add(id(parameter))
-    if missing := [name for name, parameter in parameters.items() if id(parameter) not in first]:
+    missing, repeated = list[str](), list[str]()
+    for name, parameter in parameters.items():
+        if id(parameter) not in first:
+            missing.append(name)
+        elif id(parameter) in shared:
+            repeated.append(name)
+    if missing:
         raise StateError(
             f"no optimizer of this call holds {named(missing)}. Build it from cascade.param_groups(lr=...). With "
             "several, give all of them. If a later call of the cascade has added these branches, add them by "
             "optimizer.add_param_group",
             code="optimizer-lacks-parameters",
         )
-    if shared and (repeated := [name for name, parameter in parameters.items() if id(parameter) in shared]):
+    if repeated:
         raise StateError(
             f"two optimizers hold {named(repeated)}, and both would train it. Give each group of "
             "cascade.param_groups(lr=...) to one optimizer",

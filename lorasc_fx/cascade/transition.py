@@ -25,7 +25,7 @@ from lorasc_fx.cascade.training import Treatment, check_holds, treated_state
 from lorasc_fx.errors import StateError, named
 from lorasc_fx.parameters import Holder, buffer_holders
 from lorasc_fx.plan import Plan
-from lorasc_fx.state import Kept, SlowWeights, loss_of, sample
+from lorasc_fx.state import Kept, SlowWeights, WeightState, kept_by, loss_of
 from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.undo import Undo, commit
 
@@ -184,9 +184,19 @@ def install_slow(
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
 
 
+SAMPLE = 8
+"""Number of weights, evenly spaced, whose rounding `check_rounding` measures."""
+
+
 def check_rounding(run: Run, call: str, slow: SlowWeights) -> None:
-    """Measure how much of the change the dtypes of some weights keep. Warn once if they lose a part of it."""
-    run.kept = sample(slow.states.values())
+    """Measure how much of the change some weights in half precision keep. Warn once if they lose a part of it."""
+    narrow, run.kept = list[WeightState](), {}
+    for state in slow.states.values():
+        if state.base.dtype.itemsize < 4 and state.changed:
+            narrow.append(state)
+    for state in narrow[:: max(1, -(-len(narrow) // SAMPLE))]:
+        if (kept := kept_by(state)) is not None:
+            run.kept[state.name] = kept
     if run.kept and (loss := loss_of(run.kept)):
         run.warned.once("change-rounded-away", f"{call}: {loss}")
 

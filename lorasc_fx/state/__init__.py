@@ -14,7 +14,6 @@ from lorasc_fx.state.stage import (
     host,
     kept_by,
     loss_of,
-    sample,
     start_weight,
     write_start,
 )
@@ -42,7 +41,6 @@ __all__ = [
     "host",
     "kept_by",
     "loss_of",
-    "sample",
     "scaled",
     "start_weight",
     "sum_of",

@@ -396,12 +396,20 @@ class SlowWeights:
     @cached_property
     def trained(self) -> Mapping[str, WeightState]:
         """The states of the parameters trained in full."""
-        return {name: state for name, state in self.states.items() if state.full}
+        trained = dict[str, WeightState]()
+        for name, state in self.states.items():
+            if state.full:
+                trained[name] = state
+        return trained
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
         """Names of the quantized weights. Their parameters cannot hold a delta, so their branches compute it."""
-        return tuple([name for name, state in self.states.items() if not state.full and is_quantized(state.base)])
+        names = list[str]()
+        for name, state in self.states.items():
+            if not state.full and is_quantized(state.base):
+                names.append(name)
+        return tuple(names)
 
     def pace(self, plan: Plan) -> float:
         """Return the share of the fast weights that the running stage adds to the slow ones (`CascadeSpec.pace`)."""
@@ -607,8 +615,6 @@ def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
 
 ROWS = 16
 """Rows of a weight that are compared, evenly spaced. The numbers of a row tell those of the others."""
-SAMPLE = 8
-"""Weights that are compared at each transition, evenly spaced."""
 ENOUGH = 0.9
 """A fold that keeps a smaller share of the change of a weight warns."""
 
@@ -646,16 +652,6 @@ def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
     change = part.exact(view, torch.float64)
     stored = change.to(part.base.dtype).double().sub_(part.base)
     return Kept.of(change.sub_(part.base), stored)
-
-
-def sample(states: Iterable[WeightState]) -> dict[str, Kept]:
-    """Return how much a few of the weights in half precision keep, by name."""
-    found = dict[str, Kept]()
-    narrow = [state for state in states if state.base.dtype.itemsize < 4 and state.changed]
-    for state in narrow[:: max(1, -(-len(narrow) // SAMPLE))]:
-        if (kept := kept_by(state)) is not None:
-            found[state.name] = kept
-    return found
 
 
 def loss_of(found: Mapping[str, Kept]) -> str:

@@ -249,8 +249,10 @@ class WeightState(Tree):
 
     def coefficients(self, view: Summed) -> tuple[float, ...]:
         """Return the coefficient of each expert in a view."""
-        place = ("slow", "fast", "averaged").index(view)
-        return tuple(self.history.coefficients(expert.stage, expert.origin)[place] for expert in self.experts)
+        place, coefficients = ("slow", "fast", "averaged").index(view), list[float]()
+        for expert in self.experts:
+            coefficients.append(self.history.coefficients(expert.stage, expert.origin)[place])
+        return tuple(coefficients)
 
     def dense_in(self, view: Summed) -> torch.Tensor | None:
         """Return the dense tensor of a view, or None."""
@@ -634,8 +636,11 @@ class WeightState(Tree):
         The sum is dense, or one expert if the weight is quantized, because its branch computes it.
         """
         views: tuple[Summed, ...] = ("slow", "fast", "averaged")
-        current = [view for view in views if view == "slow" or self.differs(view)]
         experts: tuple[Expert, ...] = ()
+        current = list[Summed]()
+        for view in views:
+            if view == "slow" or self.differs(view):
+                current.append(view)
         dense: dict[Summed, torch.Tensor] = {}
         for view in current:
             if is_quantized(self.base):

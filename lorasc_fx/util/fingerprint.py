@@ -7,7 +7,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,24 +135,21 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the fingerprint of each tensor, by name."""
-    return _map_tensors(fingerprint, tensors)
-
-
-def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the checksum of each tensor, by name."""
-    with _disable_current_modes():  # for all tensors at once
-        return _map_tensors(_checksum, tensors)
-
-
 def _map_tensors(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
     """Return the digest of each tensor, by name. Uses as many threads as torch if the tensors are large."""
     threads = torch.get_num_threads()
-    if threads == 1 or sum(tensor.nbytes for tensor in tensors.values()) < MIN_BYTES_FOR_THREADS:
-        return dict(zip(tensors, map(digest, tensors.values()), strict=True))
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+    with _disable_current_modes():  # for all tensors at once
+        if threads == 1 or sum(tensor.nbytes for tensor in tensors.values()) < MIN_BYTES_FOR_THREADS:
+            return dict(zip(tensors, map(digest, tensors.values()), strict=True))
+        with ThreadPoolExecutor(threads) as pool:
+            return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+fingerprints: Callable[[Mapping[str, torch.Tensor]], dict[str, str]] = partial(_map_tensors, fingerprint)
+"""Returns the fingerprint of each tensor, by name."""
+
+checksums: Callable[[Mapping[str, torch.Tensor]], dict[str, int]] = partial(_map_tensors, _checksum)
+"""Returns the checksum of each tensor, by name."""
 
 
 def data_of(plain: torch.Tensor) -> Buffer:
