@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorasc_fx.cascade import CascadeModule, graphs_of, run_of
 from lorasc_fx.cascade.training import Optimizers, optimizers_of
+from lorasc_fx.checkpoint import Checkpoint, from_state_dict, restore, take_over, to_state_dict, write_version
 from lorasc_fx.checkpoint.content import Stateful, several
 from lorasc_fx.checkpoint.content import resume as restore_training
 from lorasc_fx.checkpoint.files import KEY
-from lorasc_fx.checkpoint.versions import Checkpoint, from_state_dict, restore, take_over, to_state_dict, write_version
 from lorasc_fx.errors import StateError, path_of
 from lorasc_fx.shards import ProcessGroup
 from lorasc_fx.util.undo import Undo, commit

@@ -15,13 +15,12 @@ from os import PathLike
 import torch
 from torch import nn
 
-from lorasc_fx.adapt import adapt
-from lorasc_fx.adapt.start import Setup, check_new
+from lorasc_fx.adapt import Setup, adapt, check_new
 from lorasc_fx.capture import open_model
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.transition import install_slow
-from lorasc_fx.checkpoint.versions import RunSource
+from lorasc_fx.checkpoint import RunSource
 from lorasc_fx.errors import CheckpointError, SpecError, named, path_of, warn
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
-from lorasc_fx.adapt.start import check_new, serve, stop_serving
+from lorasc_fx.adapt import check_new, serve, stop_serving
 from lorasc_fx.bank.adapters import Adapters, Key, Stored, checked_factors
 from lorasc_fx.bank.graph import BankGraph
 from lorasc_fx.bank.hooked import hooked

@@ -1,8 +1,7 @@
 """The cascade: the adapted model as an nn.Module, its slow weights and its stages. `compile` makes its graphs."""
 
-from lorasc_fx.cascade.cascade import CascadeModule, flags_of, graphs_of, run_of, watch_model
+from lorasc_fx.cascade.cascade import CascadeModule, Flags, flags_of, graphs_of, run_of, watch_model
 from lorasc_fx.cascade.graphs import Graphs
-from lorasc_fx.cascade.guards import Flags
 from lorasc_fx.cascade.transition import Stage
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 import lorasc_fx as lx
-from lorasc_fx.checkpoint.versions import folded_checkpoint, read
+from lorasc_fx.checkpoint import folded_checkpoint, read
 from lorasc_fx.cli.train import TASK, check_output, open_run
 from lorasc_fx.errors import SpecError, warn
 from lorasc_fx.export.safetensors_files import fold_files

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lorasc_fx.checkpoint import Change, FoldedWeights
 from lorasc_fx.checkpoint.files import refusing
-from lorasc_fx.checkpoint.versions import Change, FoldedWeights
 from lorasc_fx.errors import CheckpointError, nearest
 from lorasc_fx.util.fingerprint import fingerprint
 

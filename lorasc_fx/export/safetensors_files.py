@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.weights import folded_each
+from lorasc_fx.checkpoint import Change, FoldedWeights, folded_run
 from lorasc_fx.checkpoint.files import DTYPES, refusing, replacing, write_tensors
-from lorasc_fx.checkpoint.versions import Change, FoldedWeights, folded_run
 from lorasc_fx.errors import SpecError, StateError, path_of
 from lorasc_fx.export.base_weights import INDEX, SINGLE, mapped, matched, shards_of
 from lorasc_fx.facade import Cascade

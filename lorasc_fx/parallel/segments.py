@@ -288,7 +288,7 @@ def gathered(undo: Block, shards: Shards, model: nn.Module) -> None:
         for module in _called(modules[name]):
             ids = {id(parameter) for parameter in module.parameters()}
             if names := sorted({units[number] for number in ids if number in units} & numbered):
-                # Wrap the call of the module. A hook would count as outside use of the model, see cascade/guards.py.
+                # Wrap the call of the module. A hook would count as outside use of the model, see `UsageWatch`.
                 table, slot = vars(module), "_compiled_call_impl"
                 inner = module._compiled_call_impl
                 undo(partial(table.pop, slot) if inner is None else partial(table.update, {slot: inner}))

@@ -13,7 +13,7 @@ from torch import nn
 from lorasc_fx.branch import Factors
 from lorasc_fx.cascade import run_of
 from lorasc_fx.cascade.run import Run
-from lorasc_fx.checkpoint.versions import Checkpoint, RunSource, check_digests
+from lorasc_fx.checkpoint import Checkpoint, RunSource, check_digests
 from lorasc_fx.errors import SpecError, named, path_of
 from lorasc_fx.facade import Cascade
 from lorasc_fx.graph import named_weights

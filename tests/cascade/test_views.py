@@ -41,7 +41,7 @@ def test_other_weights_between_a_forward_and_its_backward(placement: str) -> Non
 
 @pytest.mark.parametrize("view", ["slow", "fast", "base"])
 def test_unchanged_statistics_stay_valid_for_a_backward(view: str) -> None:
-    """In eval mode a BatchNorm saves its statistics for the backward, so a block that keeps them must not write them."""
+    """In eval mode BatchNorm saves its statistics for the backward, so a block that keeps them does not write them."""
     (x,) = batches(1, 4, 20)
     cascade = cascade_of(x, nn.BatchNorm1d(24)).eval()
     parameters = list(cascade.branches.parameters())

@@ -421,7 +421,7 @@ def test_one_file_of_a_large_model_is_in_memory_at_a_time(tmp_path: Path) -> Non
     assert measured["code"] == 0, done.stderr
     largest = 4096 * 4096 * 2
     assert measured["peak"] - measured["loaded"] < 2 * size / 6 + 2 * largest
-    saved = lx.checkpoint.versions.read(checkpoint)
+    saved = lx.checkpoint.read(checkpoint)
     branches, scale = saved.content.branch, saved.plan.sites[0].scale
     for path in sorted(base.glob("*.safetensors")):
         assert (out / path.name).stat().st_size == path.stat().st_size

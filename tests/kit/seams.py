@@ -12,7 +12,7 @@ from lorasc_fx.branch import deltas
 from lorasc_fx.cascade import run, transition
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.check import observe
-from lorasc_fx.checkpoint import files, versions
+from lorasc_fx.checkpoint import files
 from lorasc_fx.compile import compiler, variants
 from lorasc_fx.export import safetensors_files
 from lorasc_fx.peft import adapter_writer as peft_writer
@@ -31,12 +31,12 @@ SEAMS: dict[str, tuple[Any, str]] = {
     "sum of runs": (_MODULES["lorasc_fx.adapt.merge"], "weighted_sum"),
     # checkpoints
     "write tensors": (files, "save_file"),
-    "digest": (versions, "file_digest"),
-    "sync": (versions, "sync"),
-    "remove a folder": (versions, "remove"),
-    "read tensors": (versions, "load"),
-    "unpack": (versions, "install"),
-    "unpack gradients": (versions, "gradients_of"),
+    "digest": (_MODULES["lorasc_fx.checkpoint"], "file_digest"),
+    "sync": (_MODULES["lorasc_fx.checkpoint"], "sync"),
+    "remove a folder": (_MODULES["lorasc_fx.checkpoint"], "remove"),
+    "read tensors": (_MODULES["lorasc_fx.checkpoint"], "load"),
+    "unpack": (_MODULES["lorasc_fx.checkpoint"], "install"),
+    "unpack gradients": (_MODULES["lorasc_fx.checkpoint"], "gradients_of"),
     "load into a cascade": (_MODULES["lorasc_fx.adapt"], "load_into"),
     "write an adapter": (peft_writer, "write_tensors"),
     "write a tensor": (safetensors_files, "write_tensors"),

@@ -18,8 +18,8 @@ import lorasc_fx as lx
 from lorasc_fx.branch import Factors, draw
 from lorasc_fx.cascade import Flags, Stage, transition
 from lorasc_fx.cascade.run import SPARE, WeightValues
+from lorasc_fx.checkpoint import read
 from lorasc_fx.checkpoint.files import MANIFEST, TENSORS, canonical, pack
-from lorasc_fx.checkpoint.versions import read
 from lorasc_fx.graph import record_of
 from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.util.fingerprint import checksum, checksums, device_sum, file_digest, text_digest
