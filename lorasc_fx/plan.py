@@ -80,7 +80,7 @@ class Site:
     Args:
         weight: name of the weight in the model. For a tied weight, the first of its names.
         kind: one of `lorasc_fx.spec.KINDS`.
-        shape: shape of the weight: [out, in], [out, in/groups, *kernel], or [experts, out, in].
+        shape: shape of the weight: [out, in], [out, in/groups, *kernel], or [matrices, out, in].
         options: options of the branch.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` if the weight is stored transposed (transformers' Conv1D).
@@ -119,18 +119,18 @@ class Site:
         """
         return self.weight.replace("/", "//").replace(".", "/")
 
-    @cached_property
-    def experts(self) -> int | None:
-        """Number of stacked matrices of a weight of kind `experts`, each with its own pair of factors. Else None."""
-        return self.shape[0] if self.kind == "experts" else None
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis of the weight counts matrices, each with its own pair of factors."""
+        return self.kind == "stacked"
 
     @cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape [out, in] of the weight as a matrix. All axes after the first are flattened.
 
-        For experts, the shape of each of the stacked matrices.
+        For stacked matrices, the shape of each of them.
         """
-        rows, *others = self.shape[1:] if self.experts else self.shape
+        rows, *others = self.shape[1:] if self.stacked else self.shape
         columns = math.prod(others)
         return (rows, columns) if self.layout == "out_in" else (columns, rows)
 
@@ -138,10 +138,10 @@ class Site:
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the factors A and B: [rank, in] and [out, rank].
 
-        For experts, both have the axis of experts first.
+        For stacked matrices, both have the axis of the stack first.
         """
         out, columns = self.matrix_shape
-        stack = (self.experts,) if self.experts else ()
+        stack = self.shape[:1] if self.stacked else ()
         return (*stack, self.rank, columns), (*stack, out, self.rank)
 
     @property
@@ -219,8 +219,8 @@ class Plan:
 
 def _check_site(site: Site) -> None:
     """Raise ValueError if the fields of a site from a file contradict each other."""
-    if site.kind == "experts" and len(site.shape) != 3:
-        raise ValueError(f"shape is {site.shape}, not [experts, out, in]")
+    if site.stacked and len(site.shape) != 3:
+        raise ValueError(f"shape is {site.shape}, not [matrices, out, in]")
     if fault := site.options.method.fault(site):
         raise ValueError(f"{site.weight} {fault}")
     if site.placement not in {*site.options.method.placements, *(["weight"] if site.options.grid else [])}:

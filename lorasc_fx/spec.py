@@ -51,7 +51,7 @@ def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -
         name: the name. For a function in `CascadeSpec.grid` it is the qualified name of the function.
         function: rounds its argument to the nearest values of a grid, in the same shape and dtype. The argument is a
             weight in its stored layout [out, in] (transformers' Conv1D: [in, out]), the kernel of a convolution
-            [out, in/groups, *kernel], or one expert of a stack. The function must compute the same in each call, and
+            [out, in/groups, *kernel], or one matrix of a stack. The function must compute the same in each call, and
             must not write to its argument.
 
     Raises:
@@ -214,7 +214,7 @@ def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) ->
             raise SpecError(f"adapter_options[{name!r}] is {value!r} with adapter={adapter!r}; {check.remedy}")
 
 
-KINDS = ("linear", "conv", "embedding", "recurrent", "experts")
+KINDS = ("linear", "conv", "embedding", "recurrent", "stacked")
 """Kinds of weights. A target with any other text is a glob on weight names."""
 
 PLACEMENTS = ("beside", "merged", "weight")
@@ -372,7 +372,7 @@ class CascadeSpec:
     restart_factors and start. docs/method.md lists the options that cannot be combined, from `CONFLICTS`.
 
     Args:
-        targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, experts), or globs on weight
+        targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, stacked), or globs on weight
             names. A glob that matches a module name selects all weights of the module. Default: all kinds.
         exclude: globs on names of weights that must not be changed, whatever targets says. Default: none.
         train: globs on names of parameters to train in full, such as a new head or norms. As peft's modules_to_save.

@@ -43,7 +43,7 @@ class InlineBranches(CascadePass):
 
     Raises:
         PassError: the graph module reads a live model. Or a branch has dropout in train mode, trains on a grid, or has
-            no plain formula, such as DoRA and branches of stacked experts.
+            no plain formula, such as DoRA and branches of stacked matrices.
     """
 
     name: ClassVar[str] = "inline-branches"

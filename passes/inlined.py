@@ -100,7 +100,7 @@ def _compute(branch: Any, inputs: Sequence[Any], same_dtype: bool, at: Placement
         base, term = inputs[0], branch.dense_delta(inputs[0])
         return aten.add.Tensor(base, term if same_dtype else aten.type_as.default(term, base))
     if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
-        raise refusal(branch, "it computes with stacked experts" if branch.kind == "experts" else f"it is {at}")
+        raise refusal(branch, "it computes with stacked matrices" if branch.kind == "stacked" else f"it is {at}")
     base, x = inputs
     if at is Placement.LOOKUP:
         return MatrixOps.at_lookup(branch, base, x, **options)

@@ -32,7 +32,7 @@ The columns count the weight matrices with a branch by kind, and the ones withou
 and convolution of the same model: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups
 of a convolution do not divide the rank. *No merge*: peft cannot merge a convolution with groups. A model runs as a
 graph unless `eager` follows its name ([what that means](adapt.md#with-and-without-a-graph))."""
-KINDS = ("linear", "conv", "embedding", "experts", "recurrent")
+KINDS = ("linear", "conv", "embedding", "stacked", "recurrent")
 HEAD = f"|model|{'|'.join(KINDS)}|not adapted|peft|\n|{'---|' * (len(KINDS) + 3)}"
 EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
 BUT_EMBEDDINGS = "lorasc-fx adapts every weight matrix, peft all except embeddings, and peft's result is right"

@@ -221,7 +221,7 @@ def checked_factors(name: str, weight: str, pair: object) -> Factors:
 
 def _check_shapes(name: str, site: Site, pair: Factors) -> None:
     """Raise SpecError unless a pair has the shapes for its weight in its stored layout."""
-    lead = 1 if site.experts else 0
+    lead = 1 if site.stacked else 0
     stack, rows, columns = site.shape[:lead], site.shape[lead], torch.Size(site.shape[lead + 1 :]).numel()
     rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0
     wanted = ((*stack, rows, rank), (*stack, rank, columns))

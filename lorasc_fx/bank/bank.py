@@ -202,7 +202,7 @@ class AdapterBank:
         """Run the model with an adapter, or with one adapter for each row of the batch.
 
         A batch with several adapters runs in one pass, which is fastest if the rows are sorted by adapter. The rows
-        must be on the first axis of the input of each adapted layer. Stacked experts, weights that are read outside of
+        must be on the first axis of the input of each adapted layer. Stacked matrices, weights that are read outside of
         a product, and sequence-first layers, such as `torch.nn.MultiheadAttention`, take one adapter per call.
 
         Args:

@@ -156,10 +156,10 @@ class _Trial(fx.Interpreter):
 def _branch_input(branch: Branch, args: Sequence[Any], at: Placement) -> _Projection:
     """Return the projection of a branch's input to the axes that may have the rows.
 
-    There are no rows for a branch on a weight, for stacked experts, whose tokens are sorted by expert, and for a
+    There are no rows for a branch on a weight, for stacked matrices, whose rows are sorted by matrix, and for a
     convolution of a single image.
     """
-    if at in (Placement.BESIDE, Placement.LOOKUP, Placement.MERGED) and branch.kind != "experts":
+    if at in (Placement.BESIDE, Placement.LOOKUP, Placement.MERGED) and branch.kind != "stacked":
         x = args[0 if at is Placement.MERGED else 1]
         if branch.kind != "conv":
             return _projected(x, x.dim() - (at is not Placement.LOOKUP))

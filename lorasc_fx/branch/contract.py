@@ -122,7 +122,7 @@ class Branch(nn.Module, abc.ABC):
         like: tensor with the device and dtype of the weight. Parameters are fp64 for an fp64 weight, otherwise fp32.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "recurrent", "experts"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding", "recurrent", "stacked"})
     """Kinds of weights (`spec.KINDS`) that the method can adapt."""
 
     zeros: tuple[str, ...]
@@ -179,7 +179,7 @@ class Branch(nn.Module, abc.ABC):
                 )
             setattr(self, name, nn.Parameter(value, requires_grad=name in self._trainable))
         filled = not like.is_meta and any(like.stride())  # a checkpoint gives one zero, expanded to the shape
-        if self.grid and filled and not rounded(self.grid, dense(like), like, self.kind == "experts").isfinite().all():
+        if self.grid and filled and not rounded(self.grid, dense(like), like, self.kind == "stacked").isfinite().all():
             raise SpecError(
                 f"grid={self.grid!r} makes {site.weight} inf or nan. Exclude it (exclude=({site.weight!r},)), or give "
                 "another grid",
@@ -371,7 +371,7 @@ class Branch(nn.Module, abc.ABC):
                 else:
                     scaled = delta if gain is None else delta.with_rows(gain, self.transposed)
                     factors, change = (scaled.b, scaled.a), None
-                stacked = self.kind == "experts"
+                stacked = self.kind == "stacked"
                 value = step_on_grid(value, factors, change, gain, self.transposed, self.grid, weight, stacked)
             if gain is not None:
                 source = self.adapted(weight, gain.new_full((), self.scale))
@@ -482,8 +482,8 @@ class Branch(nn.Module, abc.ABC):
         return copy.deepcopy(self, parameters)
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return a view of a weight or a delta as the matrix [out, in], or [experts, out, in]."""
-        lead = 1 if self.kind == "experts" else 0
+        """Return a view of a weight or a delta as the matrix [out, in], or [matrices, out, in]."""
+        lead = 1 if self.kind == "stacked" else 0
         flat = weight.reshape(*weight.shape[: lead + 1], -1)
         return flat.mT if self.transposed else flat
 

@@ -33,7 +33,7 @@ from lorasc_fx.util.undo import Block, isolated
 class Side(Enum):
     """Which axes of a weight [rows, columns] the axes of a tensor match. This decides how the tensor is sharded.
 
-    Stacked experts have their axis first, in the weight and in the tensor, except `OUT`.
+    Stacked matrices have the axis of the stack first, in the weight and in the tensor, except `OUT`.
     """
 
     WEIGHT = "[rows, columns]"
@@ -88,7 +88,7 @@ class Tree:
 class Factors(Tree):
     """A low-rank delta `b @ a` in the layout of the weight: `b` [rows, r] includes the scale, and `a` is [r, columns].
 
-    For stacked experts, both have the axis of experts first.
+    For stacked matrices, both have the axis of the stack first.
     """
 
     b: torch.Tensor = field(metadata={Side: Side.LEFT})
@@ -218,12 +218,12 @@ def accumulate(
     """Write `base + delta + b @ a` into `out`, computed in `dtype` and rounded once to the dtype of `out`.
 
     Args:
-        out: a weight [out, ...], or stacked [experts, out, ...], on any device, in any memory format.
+        out: a weight [out, ...], or stacked [matrices, out, ...], on any device, in any memory format.
         base, delta: tensors in the shape of `out`, on any device and in any dtype.
         dtype: dtype of the arithmetic.
         pair: `b` [out, r] and `a` [r, columns] in `dtype` on the device of `out`. If the weight is stacked, both have
-            the axis of experts first.
-        stacked: whether the first axis counts experts.
+            the axis of the stack first.
+        stacked: whether the first axis counts matrices.
     """
     # Step 1: find an order of axes in which the weight is contiguous, so that its rows are rows of a matrix.
     lead = 2 if stacked else 1
@@ -239,7 +239,7 @@ def accumulate(
             columns = pair[1].view(*pair[1].shape[:lead], *out.shape[lead:])
             pair = pair[0], columns.permute(order).reshape(pair[1].shape)
         out = out.permute(order)
-    # Step 2: choose the number of rows of a block. If one expert exceeds a block, fold each expert as a matrix.
+    # Step 2: choose the number of rows of a block. If one matrix of a stack exceeds a block, fold each of them alone.
     size = (BLOCK * torch.get_num_threads() if out.device.type == "cpu" else DEVICE_BLOCK) // dtype.itemsize
     entries = math.prod(out.shape[1:])
     if stacked and entries > size:
@@ -367,8 +367,8 @@ def step(
     """Return `diag(gain) (W + dense) + b @ a`, computed in at least fp32 and rounded to the dtype of W.
 
     Args:
-        weight: W [out, ...], or stacked [experts, out, ...].
-        pair: `b` [rows, rank] and `a` [rank, columns]. For a stacked weight, both have the axis of experts first.
+        weight: W [out, ...], or stacked [matrices, out, ...].
+        pair: `b` [rows, rank] and `a` [rank, columns]. For a stacked weight, both have the axis of the stack first.
         dense: dense delta, with as many entries as the weight.
         gain: factor of each output row [out].
         transposed: whether the weight is stored as [in, out].
@@ -382,7 +382,7 @@ def step(
         # BLAS rounds the product of a transposed factor differently.
         b, a = (factor.to(total, copy=True, memory_format=torch.contiguous_format) for factor in pair)
         with exact_products(total):
-            # Experts are multiplied one by one, so that one that is read alone has the same bits.
+            # Stacked matrices are multiplied one by one, so that one that is read alone has the same bits.
             parts = zip(total, b, a, strict=True) if b.dim() == 3 else [(total, b, a)]
             for part, up, down in parts:
                 part.view(len(up), -1).addmm_(up, down)
@@ -394,7 +394,7 @@ def rounded(grid: str, value: torch.Tensor, weight: torch.Tensor, stacked: bool 
 
     Args:
         grid: a name in `GRIDS`, or "own" for the grid of a quantized weight. "" for no grid.
-        value: [out, ...], or [experts, out, ...] if `stacked`: each expert is rounded alone.
+        value: [out, ...], or [matrices, out, ...] if `stacked`: each matrix is rounded alone.
         weight: the weight whose grid is "own".
 
     Raises:

@@ -1,8 +1,8 @@
 """LoRA (2106.09685), the base class of all methods whose delta is a low-rank product `s B A`, and DoRA (2402.09353).
 
 A is [rank, in] and B [out, rank], for a weight [out, in/groups, *kernel] as the matrix [out, in] (docs/algorithm.md,
-rows "branch" and "training"). With stacked experts, A and B have the axis of experts first. The delta of a weight that
-is stored as [in, out] is transposed.
+rows "branch" and "training"). With stacked matrices, A and B have the axis of the stack first. The delta of a weight
+that is stored as [in, out] is transposed.
 
 In DoRA, a low-rank pair changes the direction of each row, and a trained magnitude sets its norm:
 `W' = diag(g) (W + s B A)` with `g = m / |W + s B A|`. The norms are taken over rows [out], and as in peft they are
@@ -67,12 +67,12 @@ class LowRankBranch(Branch):
     @property
     @abc.abstractmethod
     def down(self) -> torch.Tensor:
-        """A [rank, in]. [experts, rank, in] for stacked experts."""
+        """A [rank, in]. [matrices, rank, in] for stacked matrices."""
 
     @property
     @abc.abstractmethod
     def up(self) -> torch.Tensor:
-        """B [out, rank]. [experts, out, rank] for stacked experts."""
+        """B [out, rank]. [matrices, out, rank] for stacked matrices."""
 
     @property
     def drops(self) -> bool:
@@ -277,8 +277,8 @@ class LoraBranch(LowRankBranch):
     def shard_axes(self, weight: torch.Tensor, parts: int) -> dict[str, int]:
         """Return axes whose length is a multiple of the number of ranks.
 
-        FSDP pads other axes. A [rank, in] is sharded along the inputs if its rank is not a multiple. Stacked experts
-        [experts, out, rank] are sharded along `out` if their number is not a multiple.
+        FSDP pads other axes. A [rank, in] is sharded along the inputs if its rank is not a multiple. Stacked matrices
+        [matrices, out, rank] are sharded along `out` if their number is not a multiple.
         """
         stacked, inputs = self.lora_A.dim() == 3, self.lora_A.dim() - 1
         if self.lora_A.shape[0] % parts == 0:

@@ -26,7 +26,7 @@ from lorasc_fx.util.decode import Check
 
 Table = Mapping[str, Declared]
 
-ALL_BUT_EXPERTS = frozenset({"linear", "conv", "embedding", "recurrent"})
+ALL_BUT_STACKED = frozenset({"linear", "conv", "embedding", "recurrent"})
 
 
 # ---- Methods whose delta is a low-rank product
@@ -40,7 +40,7 @@ class LoraXsBranch(LowRankBranch):
     N(0, 1e-5).
 
     Attributes:
-        xs_R: R [rank, rank]. [experts, rank, rank] for stacked experts.
+        xs_R: R [rank, rank]. [matrices, rank, rank] for stacked matrices.
         xs_A, xs_B: frozen factors A [rank, in] and B [out, rank].
     """
 
@@ -106,7 +106,7 @@ class VeraBranch(LowRankBranch):
 
     vera_lambda_b: nn.Parameter
     vera_lambda_d: nn.Parameter
-    kinds = ALL_BUT_EXPERTS
+    kinds = ALL_BUT_STACKED
     defaults: ClassVar[Mapping[str, float]] = {"d_initial": 0.1}
     checks: ClassVar[Mapping[str, Check]] = {
         "d_initial": Check(
@@ -191,7 +191,7 @@ class MissBranch(LowRankBranch):
     """
 
     miss_block: nn.Parameter
-    kinds = ALL_BUT_EXPERTS
+    kinds = ALL_BUT_STACKED
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
         super().__init__(site, seed, stage, like)
@@ -244,7 +244,7 @@ class DeloraBranch(LowRankBranch):
     delora_B: nn.Parameter
     delora_lambda: nn.Parameter
     delora_w_norm: nn.Parameter
-    kinds = ALL_BUT_EXPERTS
+    kinds = ALL_BUT_STACKED
     beside_quantized = False
     defaults: ClassVar[Mapping[str, float]] = {"bound": 15.0}
     checks: ClassVar[Mapping[str, Check]] = {
@@ -344,7 +344,7 @@ class HiraBranch(Branch):
 
     hira_A: nn.Parameter
     hira_B: nn.Parameter
-    kinds = ALL_BUT_EXPERTS
+    kinds = ALL_BUT_STACKED
     pads_with_zeros = True
     uses_weight = True
 
@@ -375,7 +375,7 @@ class ShiraBranch(Branch):
 
     shira_values: nn.Parameter
     positions: torch.Tensor
-    kinds = ALL_BUT_EXPERTS
+    kinds = ALL_BUT_STACKED
     pads_with_zeros = True
 
     def __init__(self, site: Site, seed: int, stage: int, like: torch.Tensor) -> None:
@@ -415,7 +415,7 @@ class OftBranch(Branch):
 
     oft_R: nn.Parameter
     positions: torch.Tensor
-    kinds = ALL_BUT_EXPERTS
+    kinds = ALL_BUT_STACKED
     defaults: ClassVar[Mapping[str, float]] = {"neumann_terms": 5}
     checks: ClassVar[Mapping[str, Check]] = {
         "neumann_terms": Check(
@@ -654,7 +654,7 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
 
 
 def _check_delta(title: str, branch: Branch, site: Site, weight: torch.Tensor | None) -> None:
-    delta, lead = branch.delta(weight), 2 if site.experts else 1
+    delta, lead = branch.delta(weight), 2 if site.stacked else 1
     shapes = tuple(delta.shape) if isinstance(delta, torch.Tensor) else (tuple(delta.b.shape), tuple(delta.a.shape))
     matrix = (*site.shape[:lead], math.prod(site.shape[lead:]))
     expected: tuple[Any, ...] = site.shape

@@ -187,7 +187,7 @@ def block_of(shape: torch.Size) -> tuple[int, ...]:
     """Return the shape of the blocks of a weight: [32, 1024] for a large matrix.
 
     A block has at most `BLOCK` entries, and at most `MAX_AXIS` along each axis. The last axes are filled first, so a
-    shard of a few rows, columns or experts shares few blocks with other shards.
+    shard of a few rows, columns or matrices shares few blocks with other shards.
     """
     block, entries = list[int](), BLOCK
     for length in reversed(shape):

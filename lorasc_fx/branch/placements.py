@@ -49,7 +49,7 @@ class Placement(enum.StrEnum):
     LOOKUP = "lookup"
     """The same beside the lookup of an embedding."""
     GROUPED = "grouped"
-    """The same beside a product of experts with sorted rows."""
+    """The same beside a grouped product with sorted rows."""
     MERGED = "merged"
     """Replaces the op by the op with the adapted weight."""
     WEIGHT = "weight"
@@ -139,16 +139,16 @@ class MatrixOps:
         by: str,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `base + s B_e (A_e x)` for the rows x of each expert e, beside a grouped product.
+        """Return `base + s B_e (A_e x)` for the rows x of each stacked matrix e, beside a grouped product.
 
-        Rows after the last end in `offs` belong to no expert. They are not read, in forward and backward, and their
+        Rows after the last end in `offs` belong to no matrix. They are not read, in forward and backward, and their
         output is undefined, as for the base op.
 
         Args:
             base: output of the grouped product, [rows, out].
-            x, offs: rows [rows, in] sorted by expert, and the end of the rows of each expert.
+            x, offs: rows [rows, in] sorted by matrix, and the end of the rows of each matrix.
             by: qualified name of the op in `torch.ops` that computes grouped products, such as `aten::_grouped_mm`.
-            weight: frozen weight [experts, in, out] of an op whose own backward would compute its gradient.
+            weight: frozen weight [matrices, in, out] of an op whose own backward would compute its gradient.
         """
         space, _, name = by.partition("::")
         product: Any = getattr(getattr(torch.ops, space), name)
@@ -302,8 +302,8 @@ class GivenFactors(NamedTuple):
     """The factors of a site.
 
     Args:
-        down: A [rank, in], or [experts, rank, in]. With a pair for each row of the batch, [rows, rank, in].
-        up: B [out, rank], or [experts, out, rank]. With a pair for each row of the batch, [rows, out, rank].
+        down: A [rank, in], or [matrices, rank, in]. With a pair for each row of the batch, [rows, rank, in].
+        up: B [out, rank], or [matrices, out, rank]. With a pair for each row of the batch, [rows, out, rank].
         scale: scale of the delta, [], or [rows] with a pair for each row.
     """
 
@@ -350,7 +350,7 @@ def grouped(
     by: str,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `base + scale B_e (A_e x)` for the rows x of each expert e. See `MatrixOps.grouped` for the arguments."""
+    """Return `base + scale B_e (A_e x)` for the rows x of each matrix e; see `MatrixOps.grouped`."""
     space, _, name = by.partition("::")
     product: Any = getattr(getattr(torch.ops, space), name)
     a, b = pair.down.to(x.dtype), pair.up.to(x.dtype)

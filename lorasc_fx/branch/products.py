@@ -329,10 +329,10 @@ def product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 
 def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """Return the grouped product of experts [rows, out], with oneDNN if it is faster. For use in an autograd.Function.
+    """Return the grouped product [rows, out], with oneDNN if it is faster. For use in an autograd.Function.
 
-    x is [rows, in], sorted by expert, and weight [experts, in, out]. `offs` [experts] has the end of the rows of each
-    expert. The output is zero for rows after the last end.
+    x is [rows, in], sorted by matrix, and weight [matrices, in, out]. `offs` [matrices] has the end of the rows of each
+    matrix. The output is zero for rows after the last end.
     """
     if not len(weight) or not _uses_onednn(x, weight[0].t(), None):
         return op(x, weight, offs)
@@ -412,7 +412,7 @@ class FrozenGrouped(torch.autograd.Function):
     def forward(
         ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, op: object
     ) -> torch.Tensor:
-        """Return base [rows, out]. x is [rows, in], and weight [experts, in, out]."""
+        """Return base [rows, out]. x is [rows, in], and weight [matrices, in, out]."""
         ctx.save_for_backward(weight, offs)
         ctx.op = op
         return detached(base)

@@ -150,7 +150,7 @@ def form_of_function(func: object) -> FunctionForm | WeightForm | None:
 
 def has_form(call: StoredCall, form: FunctionForm) -> bool:
     """Whether the arguments of a call match the row, and a branch can compute beside it outside of a graph."""
-    fits = form.kind != "experts" and all(form.argument(call, name) in (None, value) for name, value in form.plain)
+    fits = form.kind != "stacked" and all(form.argument(call, name) in (None, value) for name, value in form.plain)
     fits = fits and all((form.argument(call, name) or 0) >= 0 for name in form.counted)
     fits = fits and all(form.argument(call, name) is not None for name in form.needs)
     weight = form.argument(call, form.weight)

@@ -139,7 +139,7 @@ def projected(value: torch.Tensor) -> torch.Tensor:
         value = torch.view_as_real(value)
     if not value.numel():
         value = value.new_zeros(1)
-    # The matrix [rows, columns] that needs the fewest random numbers. For stacked experts, [experts * out, in].
+    # The matrix [rows, columns] that needs the fewest random numbers. For stacked matrices, [matrices * out, in].
     sizes = (math.prod(value.shape[:axis]) for axis in range(value.dim() + 1))
     matrix = value.reshape(min(sizes, key=lambda rows: rows + value.numel() // rows), -1)
     matrix = matrix if matrix.dtype is torch.float64 else matrix.float()

@@ -423,7 +423,7 @@ def decoded(content: Content, plan: Plan) -> RunState:
         elif (site := plan.by_weight.get(name)) is not None:
             base = torch.empty(site.shape, device="meta")
             grid = site.options.grid
-            bare = WeightState(name, base, site.experts is not None, site.layout == "in_out", grid=grid)
+            bare = WeightState(name, base, site.stacked, site.layout == "in_out", grid=grid)
         else:  # a weight that only has noise
             bare = WeightState(name, torch.empty((0,), device="meta"))
         states[name] = stored.on(bare, history)

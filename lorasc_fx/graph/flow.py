@@ -164,7 +164,7 @@ def looks_up(node: fx.Node, constant: Container[fx.Node]) -> bool:
 
 
 def selects(node: fx.Node, derived: Container[fx.Node]) -> bool:
-    """Whether a node selects a part of a derived value by an index, as a router selects an expert."""
+    """Whether a node selects a part of a derived value by an index, as a router selects a matrix of a stack."""
     return _is_selection(node) and node.args[0] in derived and not any(index in derived for index in _indices(node))
 
 

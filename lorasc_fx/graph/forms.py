@@ -277,7 +277,7 @@ def _lookup(name: str, target: Any) -> FunctionForm:
 def _grouped(name: str, target: Any, parameters: tuple[str, ...], by: str, *more: str) -> FunctionForm:
     return FunctionForm(
         name,
-        "experts",
+        "stacked",
         (target,),
         parameters,
         3,

@@ -131,7 +131,7 @@ class WeightUses:
 def kind_at(shape: tuple[int, ...], uses: WeightUses) -> str:
     """Return the kind of site of a weight with this shape and at least one use of known kind."""
     kind = uses.kinds[0]
-    return "experts" if kind == "linear" and len(shape) == 3 else kind
+    return "stacked" if kind == "linear" and len(shape) == 3 else kind
 
 
 def _no_uses(owner: nn.Module, weights: Weights) -> dict[str, WeightUses]:
@@ -390,9 +390,9 @@ def _use_phrase(site: Site, uses: WeightUses, weight: torch.Tensor) -> str:
 
 
 def _beside(site: Site, uses: WeightUses) -> bool:
-    """Whether a branch can be added to the output of every use. A stack of experts needs forms of kind `experts`."""
+    """Whether a branch can be added to the output of every use. A stack of matrices needs forms of kind `stacked`."""
     kinds = {use.form.kind for use in uses.beside}
-    return uses.all_beside and (site.kind != "experts" or kinds == {"experts"})
+    return uses.all_beside and (site.kind != "stacked" or kinds == {"stacked"})
 
 
 def _planned_uses(

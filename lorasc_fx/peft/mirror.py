@@ -158,7 +158,7 @@ class Mirror:
 
 
 def is_transposed(layer: Any) -> bool:
-    """Return whether the weight of a layer is [in, out], or a stack of experts [experts, in, out]."""
+    """Return whether the weight of a layer is [in, out], or a stack of matrices [matrices, in, out]."""
     kind = type(layer).__name__
     if kind == "ParamWrapper":
         return layer.num_experts > 1 and not layer._did_swap_in_out_features

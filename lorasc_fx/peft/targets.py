@@ -153,7 +153,7 @@ def _target(site: Site, path: str, leaf: str, module: nn.Module, call: Call) -> 
     fault = fault_of(module, call) if leaf == "weight" else f"peft adapts no {leaf} of a {type(module).__name__}"
     if fault is None:
         return Target(path, leaf, named=False)
-    if len(site.shape) != 2 and not (site.kind == "experts" and site.shape[0] > 1):
+    if len(site.shape) != 2 and not (site.kind == "stacked" and site.shape[0] > 1):
         return fault
     if isinstance(module, (nn.RNNBase, ParametrizationList)):
         return f"it is a parameter of a {type(module).__name__}, where peft's target_parameters have no effect"

@@ -294,7 +294,7 @@ def decomposed(
     of B are zero.
 
     Returns:
-        A [r, in] and B [out, r] by the names of their parameters. Stacked experts have one more axis.
+        A [r, in] and B [out, r] by the names of their parameters. Stacked matrices have one more axis.
     """
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
@@ -443,7 +443,7 @@ class SlowWeights:
             name: WeightState(
                 name,
                 base_of(value, memory),
-                stacked=name in sites and sites[name].experts is not None,
+                stacked=name in sites and sites[name].stacked,
                 transposed=name in sites and sites[name].layout == "in_out",
                 history=self.history,
                 shard=shard_of(value),

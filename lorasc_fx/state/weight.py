@@ -602,7 +602,7 @@ class WeightState(Tree):
 
     @property
     def matrix(self) -> tuple[int, ...]:
-        """Shape of the weight as a matrix [rows, columns], or [experts, rows, columns] if stacked.
+        """Shape of the weight as a matrix [rows, columns], or [matrices, rows, columns] if stacked.
 
         For a parameter trained in full, the shape of the parameter.
         """

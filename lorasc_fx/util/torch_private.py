@@ -41,7 +41,7 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether vmap, grad or jvp run, which cannot transform a custom backward."""
 grouped_mm: Callable[..., torch.Tensor] = torch._grouped_mm
-"""The product of stacked experts that `F.grouped_mm` calls."""
+"""The product of stacked matrices that `F.grouped_mm` calls."""
 has_storage: Callable[[torch.Tensor], bool] = torch._C._has_storage
 """Whether a tensor has a storage. Sparse tensors and some subclasses have none."""
 mkldnn_is_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled

@@ -33,7 +33,7 @@ MORE = (
     *("distilbert", "roberta", "albert", "deberta_v2", "mamba", "qwen2", "gemma", "falcon", "opt", "clip"),
 )
 NOT_EVERY_KIND = ("gpt2", "mixtral", "bert", "distilbert", "albert", "deberta_v2", "mamba", "t5")
-"""Models with embeddings of positions, stacked experts, or weights that are read outside of products."""
+"""Models with embeddings of positions, stacked matrices, or weights that are read outside of products."""
 SLOW = [name for name in ZOO if name in MORE]
 
 

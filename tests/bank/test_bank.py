@@ -28,7 +28,7 @@ def random_pairs(sites: Iterable[Site], rank: int, seed: int, size: float = 0.2)
     """Return factors for every site, in the stored layout of its weight. Each changes its weight by about `size`."""
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for site in sites:
-        lead = 1 if site.experts else 0
+        lead = 1 if site.stacked else 0
         stack, rows, columns = site.shape[:lead], site.shape[lead], torch.Size(site.shape[lead + 1 :]).numel()
         b = torch.randn(*stack, rows, rank, generator=generator, dtype=torch.float64)
         a = torch.randn(*stack, rank, columns, generator=generator, dtype=torch.float64)

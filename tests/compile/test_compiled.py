@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Mixed(nn.Module):
-    """An embedding, linears that share an input, a grouped and a plain convolution, and stacked experts."""
+    """An embedding, linears that share an input, a grouped and a plain convolution, and stacked matrices."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def test_an_operator(case: Case) -> None:
     inserted = fill(insert(case.own(), case.spec))
     before, adapted = text(inserted), run(inserted, case)
     if case.name in REFUSED:
-        with raises(lx.PassError, "method-not-supported", "stacked experts"):
+        with raises(lx.PassError, "method-not-supported", "stacked matrices"):
             InlineBranches()(inserted)
         return
     plain = inlined(inserted)

@@ -127,7 +127,7 @@ def mixtral() -> nn.Module:
 @pytest.mark.parametrize("frontend", ["auto", "eager"])
 @pytest.mark.parametrize("model", [tiny.gpt2, tiny.llama, mixtral])
 def test_language_models(model: Any, frontend: str) -> None:
-    """Weights that are stored as [in, out], shared inputs, and stacked experts; released, they run by themselves."""
+    """Weights that are stored as [in, out], shared inputs, and stacked matrices; released, they run by themselves."""
     net, ids = model().eval(), torch.arange(18).view(2, 9)
     exclude = ("*wte*", "*wpe*") if model is tiny.gpt2 else ("*embed*",)
     spec = lx.CascadeSpec(rank=3, grid="four bits", pace=1.0, exclude=exclude)
@@ -256,7 +256,7 @@ def test_stacked_experts_are_rounded_one_by_one() -> None:
     lx.register_grid("without zeros", without_zeros)
     spec = lx.CascadeSpec(("*experts*",), rank=2, grid="without zeros")
     cascade = lx.adapt(net, kwargs={"input_ids": ids}, spec=spec)
-    assert cascade.sites[0].kind == "experts"
+    assert cascade.sites[0].kind == "stacked"
 
 
 def test_layers_beside_quantized_ones_are_folded_onto_the_grid() -> None:

@@ -237,7 +237,7 @@ def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
         noise = lx.Noise(0.1, distribution)  # type: ignore[arg-type]
         spec = lx.CascadeSpec(rank=2, pace=0.6, noise=noise, seed=5, restart_factors="B")
         cascade = lx.adapt(Experts(number).double(), args=(example(),), spec=spec)
-        assert {site.weight for site in cascade.sites if site.kind == "experts"} == {"up", "down"}
+        assert {site.weight for site in cascade.sites if site.kind == "stacked"} == {"up", "down"}
         if count > 1:
             fsdp.shard(cascade)
             stacked = [parameter for parameter in cascade.parameters() if parameter.dim() == 3]

@@ -21,7 +21,7 @@ from lorasc_fx.graph import FORMS, FunctionForm
 from tests.kit.models import train
 from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, uses_of
 
-SPEC = lx.CascadeSpec(rank=3, lora_alpha=5.0, pace=0.5, seed=11, targets=("experts",))
+SPEC = lx.CascadeSpec(rank=3, lora_alpha=5.0, pace=0.5, seed=11, targets=("stacked",))
 ENDS = (2, 2, 7)
 GROUPED = getattr(F, "grouped_mm", torch._grouped_mm)  # public since torch 2.10
 FALLBACK = torch.ops.transformers.grouped_mm_fallback.default
@@ -67,7 +67,7 @@ ROWS = {
 
 
 def test_every_row_of_experts_has_a_case() -> None:
-    assert {name for name, _ in ROWS} == {form.name for form in FORMS if form.kind == "experts"}
+    assert {name for name, _ in ROWS} == {form.name for form in FORMS if form.kind == "stacked"}
 
 
 @pytest.mark.parametrize(("row", "dtype"), ROWS, ids=str)
@@ -143,7 +143,7 @@ OPS += [("transformers::grouped_mm_fallback", torch.float32)]
 
 def branch(dtype: torch.dtype) -> LoraBranch:
     """A branch of three experts [24, 16], B not zero."""
-    site = lx.Site("experts", "experts", (3, 24, 16), lx.plan.SiteOptions(3, 5.0))
+    site = lx.Site("experts", "stacked", (3, 24, 16), lx.plan.SiteOptions(3, 5.0))
     lora = LoraBranch(site, 0, 1, torch.empty(0, dtype=dtype))
     with torch.no_grad():
         lora.lora_B.copy_(torch.randn(lora.lora_B.shape, generator=torch.Generator().manual_seed(7)))

@@ -102,7 +102,7 @@ def test_nodes_and_branches(case: Case) -> None:
     for weight, branch in branches_of(inserted).items():
         site, parameter = sites_of(inserted)[weight], weights_of(inserted)[weight]
         columns, rows = parameter[0].numel(), parameter.shape[0]
-        if case.kind(weight) == "experts":
+        if case.kind(weight) == "stacked":
             outputs, columns = parameter.shape[:0:-1] if weight in case.transposed else parameter.shape[1:]
             assert branch.lora_A.shape == (rows, site.rank, columns)
             assert branch.lora_B.shape == (rows, outputs, site.rank)

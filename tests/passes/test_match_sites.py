@@ -374,7 +374,7 @@ def test_a_spec_that_matches_nothing(
 
 
 SPECS = [
-    *(CascadeSpec(targets=targets) for targets in (("linear",), ("embedding", "recurrent", "experts"), ("*",))),
+    *(CascadeSpec(targets=targets) for targets in (("linear",), ("embedding", "recurrent", "stacked"), ("*",))),
     *(CascadeSpec(), CascadeSpec(exclude=("*",)), CascadeSpec(train=("*",))),
 ]
 

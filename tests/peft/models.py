@@ -93,7 +93,7 @@ class Convs(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked experts, as transformers keeps them, in both layouts."""
+    """Stacked matrices, as transformers keeps them, in both layouts."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()

@@ -156,7 +156,7 @@ def test_noise_lies_on_the_residual() -> None:
 
 
 class Odd(nn.Module):
-    """A packed weight, a table, a stack of experts, a transposed convolution, and an LSTM."""
+    """A packed weight, a table, a stack of matrices, a transposed convolution, and an LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
     for site in cascade.sites:
         value, residual = base[site.weight], cascade.model.get_parameter(site.weight).detach()
         matrices = (
-            list(zip(value, residual, strict=True)) if site.experts else [(value.flatten(1), residual.flatten(1))]
+            list(zip(value, residual, strict=True)) if site.stacked else [(value.flatten(1), residual.flatten(1))]
         )
         for pair in matrices:
             weight, remaining = (matrix.mT if site.layout == "in_out" else matrix for matrix in pair)

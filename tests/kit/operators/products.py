@@ -85,7 +85,7 @@ PRODUCTS = [
     Case("addbmm", of(lambda x, w: torch.addbmm(x.new_ones(4, 7), x, w.expand(2, 5, 7)), (5, 7)), X3, ONE),
     Case("inner", of(torch.inner, (7, 5)), X3, ONE),
     Case("tensordot", of(lambda x, w: torch.tensordot(x, w, dims=([2], [1])), (7, 5)), X3, ONE),
-    Case("bilinear", Bilinear, rand((4, 5), (4, 4)), linear("head.weight") | {"pair.weight": "experts"}),
+    Case("bilinear", Bilinear, rand((4, 5), (4, 4)), linear("head.weight") | {"pair.weight": "stacked"}),
     Case("vmap", of(lambda x, w: torch.vmap(lambda row: w @ row)(x), (7, 5)), X, ONE,
         has_graph=VMAP_IN_EXPORT),
     Case("einsum", of(lambda x, w: torch.einsum("bi,oi->bo", x, w), (7, 5)), X, ONE),
@@ -94,8 +94,8 @@ PRODUCTS = [
     Case("einsum_chain", of(lambda x, v, w: torch.einsum("bi,ri,or->bo", x, v, w), (3, 5), (7, 3)), X,
         linear("w0", "w1")),
     Case("einsum_numbers", of(lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]), (7, 5)), X, ONE),
-    Case("einsum_heads", of(lambda x, w: torch.einsum("btd,dhk->bthk", x, w), (5, 2, 3)), X3, {"w0": "experts"}),
-    Case("view", of(lambda x, w: F.linear(x, w.view(7, -1)), (7, 5, 1)), X3, {"w0": "experts"}),
+    Case("einsum_heads", of(lambda x, w: torch.einsum("btd,dhk->bthk", x, w), (5, 2, 3)), X3, {"w0": "stacked"}),
+    Case("view", of(lambda x, w: F.linear(x, w.view(7, -1)), (7, 5, 1)), X3, {"w0": "stacked"}),
     Case("reshape", of(lambda x, v, w: x @ v.reshape(5, 7) @ w, (35, 1), (7, 3)), X, linear("w1"),
         {"w0": Reason.VECTOR}),
     Case("sliced", of(lambda x, w: F.linear(x, w[:3]) * F.linear(x, w[-3:]), (7, 5)), X, ONE),
@@ -108,12 +108,12 @@ PRODUCTS = [
 ]
 
 EXPERTS = [
-    Case("experts_bmm", of(torch.bmm, (3, 5, 7)), rand((3, 4, 5)), {"w0": "experts"}, shapes={"w0": (3, 2, 7)}),
-    Case("experts_matmul", of(lambda x, w: x.unsqueeze(1) @ w, (3, 5, 7)), X3, {"w0": "experts"}),
-    Case("experts_turned", of(lambda x, w: x @ w.transpose(1, 2), (2, 7, 5)), X3, {"w0": "experts"}),
+    Case("experts_bmm", of(torch.bmm, (3, 5, 7)), rand((3, 4, 5)), {"w0": "stacked"}, shapes={"w0": (3, 2, 7)}),
+    Case("experts_matmul", of(lambda x, w: x.unsqueeze(1) @ w, (3, 5, 7)), X3, {"w0": "stacked"}),
+    Case("experts_turned", of(lambda x, w: x @ w.transpose(1, 2), (2, 7, 5)), X3, {"w0": "stacked"}),
     Case("experts_einsum", of(lambda x, w: torch.einsum("ebi,eoi->ebo", x, w), (3, 7, 5)), rand((3, 4, 5)),
-        {"w0": "experts"}, shapes={"w0": (3, 2, 5)}),
-    Case("experts_unbound", of(_unbound, (3, 7, 5)), X, {"w0": "experts"}),
+        {"w0": "stacked"}, shapes={"w0": (3, 2, 5)}),
+    Case("experts_unbound", of(_unbound, (3, 7, 5)), X, {"w0": "stacked"}),
 ]
 # fmt: on
 
@@ -198,10 +198,10 @@ class Listed(nn.Module):
         return (outputs * self.gate(x).softmax(-1).unsqueeze(1)).sum(-1)
 
 
-_ROUTED: dict[str, Any] = {"router.weight": "linear", "up": "experts", "down": "experts"}
+_ROUTED: dict[str, Any] = {"router.weight": "linear", "up": "stacked", "down": "stacked"}
 
 EXPERTS += [
-    Case("experts_grouped", Grouped, rand((8, 16)), {"experts": "experts"}, shapes={"experts": (3, 2, 24)}),
+    Case("experts_grouped", Grouped, rand((8, 16)), {"experts": "stacked"}, shapes={"experts": (3, 2, 24)}),
     Case("experts_sorted", lambda: Sorted(transposed=False), rand((9, 5)), _ROUTED),
     Case("experts_sorted_turned", lambda: Sorted(transposed=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),
     Case("experts_routed", Routed, rand((9, 5)), _ROUTED),
