@@ -36,15 +36,15 @@ def insert_calls(graph: GraphEditor) -> None:
     plan = graph.record.plan
     # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
     done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
-    for base, use in uses_in(graph.module, graph.record).items():
-        if base in done or not base.users:  # a node without users is dead code
+    for source, use in uses_in(graph.module, graph.record).items():
+        if source in done or not source.users:  # a node without users is dead code
             continue
-        args, options = branch_call(use, base)
+        args, options = branch_call(use, source)
         insert = graph.replace_op if use.merged else graph.insert_after
-        insert(base, plan.by_weight[use.weight].key, args, options)
+        insert(source, plan.by_weight[use.weight].key, args, options)
 
 
-def plain_call(branch: Branch, use: Use, base: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def plain_call(branch: Branch, use: Use, source: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments and options of the branch that is inlined at a use.
 
     It never replaces the op: a low-rank branch is added to the output of the op, and another one to its weight.
@@ -52,13 +52,13 @@ def plain_call(branch: Branch, use: Use, base: fx.Node) -> tuple[tuple[Any, ...]
     Raises:
         PassError: the branch can only replace the op, which is a call of a module.
     """
-    args, options = branch_call(use, base)
+    args, options = branch_call(use, source)
     if not use.merged:
         return args, options
     if isinstance(branch, LowRankBranch):
-        return branch_call(replace(use, merged=False), base)
-    if base.op == "call_module":
-        raise refusal(branch, f"node {base.name} calls a module, so its weight is not in the graph")
+        return branch_call(replace(use, merged=False), source)
+    if source.op == "call_module":
+        raise refusal(branch, f"node {source.name} calls a module, so its weight is not in the graph")
     return args[1:2], {"at": Placement.WEIGHT}
 
 
@@ -71,7 +71,7 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
     graph, at = fx.Graph(), options["at"]
     tracer = fx.proxy.GraphAppendingTracer(graph)
     path = f"{BRANCHES}.{record.plan.by_weight[branch.weight_name].key}"
-    names = ("weight",) if at is Placement.WEIGHT else ("base", "x")
+    names = ("weight",) if at is Placement.WEIGHT else ("y", "x")
     inputs = [fx.Proxy(graph.placeholder(name), tracer) for name in names]
     # The methods of the branch compute with proxies instead of its tensors.
     plain, tensors = shallow(branch), {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
@@ -97,20 +97,20 @@ def _compute(branch: Any, inputs: Sequence[Any], same_dtype: bool, at: Placement
     if branch.magnitude or branch.grid:
         raise refusal(branch, "it rounds to a grid" if branch.grid else "it scales the rows of the weight")
     if at is Placement.WEIGHT and not options:
-        base, term = inputs[0], branch.dense_delta(inputs[0])
-        return aten.add.Tensor(base, term if same_dtype else aten.type_as.default(term, base))
+        weight, term = inputs[0], branch.dense_delta(inputs[0])
+        return aten.add.Tensor(weight, term if same_dtype else aten.type_as.default(term, weight))
     if not isinstance(branch, LowRankBranch) or at not in (Placement.BESIDE, Placement.LOOKUP):
         raise refusal(branch, "it computes with stacked matrices" if branch.kind == "stacked" else f"it is {at}")
-    base, x = inputs
+    y, x = inputs
     if at is Placement.LOOKUP:
-        return MatrixOps.at_lookup(branch, base, x, **options)
+        return MatrixOps.at_lookup(branch, y, x, **options)
     if branch.kind == "conv":
         call = ConvCall(**options)
         term = low_rank_conv(branch, call.padded(x), call)
     else:
         a, b = (t if same_dtype else aten.type_as.default(t, x) for t in (branch.down, branch.up))
         term = aten.linear.default(aten.linear.default(x, a), b)
-    return aten.add.Tensor(base, aten.mul.Tensor(term, branch.scale))
+    return aten.add.Tensor(y, aten.mul.Tensor(term, branch.scale))
 
 
 def refusal(branch: Branch, reason: str) -> PassError:

@@ -330,12 +330,12 @@ class AdapterBank:
         values = {key: both[0] for key, both in graph.random_factors().items()}
         with torch.no_grad():
             hooked_outputs = tensors_in(self._hooked(values, 1.0)(*call.args, **call.kwargs))
-            base_outputs = tensors_in(self.model(*call.args, **call.kwargs))
+            plain_outputs = tensors_in(self.model(*call.args, **call.kwargs))
             graph_outputs = tensors_in(graph(call, graph.tensors_from(values, 1.0)))
-        for output, reference, base in zip(hooked_outputs, graph_outputs, base_outputs, strict=True):
+        for output, reference, plain in zip(hooked_outputs, graph_outputs, plain_outputs, strict=True):
             # Rounding errors are small relative to the change that the adapter makes.
             tolerance = 1e-3 if output.dtype.itemsize > 2 else 0.1
-            change = (reference.double() - base.double()).norm()
+            change = (reference.double() - plain.double()).norm()
             if (output.double() - reference.double()).norm() > tolerance * change:
                 raise StateError(
                     "bank: generate adds adapters by hooks on modules, but with hooks this model computes something "

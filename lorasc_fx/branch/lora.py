@@ -172,8 +172,8 @@ class LowRankBranch(Branch):
             # Compute beside the op instead: factors that are inputs are never merged.
             args = (self.product_with(x, weight, bias[0] if bias else None, op, **options), x)
         if self.kind == "conv":
-            base, x = args
-            return beside_conv(base, x, pair, ConvCall(**options), self.weight_shape)
+            output, x = args
+            return beside_conv(output, x, pair, ConvCall(**options), self.weight_shape)
         return BESIDE[at](*args, pair, **options)
 
     def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ convolution. This is exact, and for depthwise convolutions cheaper than `rank` c
 
 Factors that are inputs of the graph are one pair for the whole batch, or one pair per row of it. Their functions use
 plain operations, so that torch.export, ONNX and torch.compile work. The scale is a tensor that multiplies A x, the
-smallest operand. With zero factors or a scale of 0, the output equals `base`, bit for bit.
+smallest operand. With zero factors or a scale of 0, the output equals `output`, bit for bit.
 """
 
 from __future__ import annotations
@@ -77,25 +77,25 @@ class MatrixOps:
     """
 
     @staticmethod
-    def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return `base + s B A x` for base [..., out] and x [..., in].
+    def beside(branch: LowRankBranch, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return `output + s B A x` for output [..., out] and x [..., in].
 
         For a quantized weight, this includes the deltas of earlier stages.
         """
         if branch.unmerged_A is not None and branch.unmerged_B is not None:
-            base = base + F.linear(F.linear(x, branch.unmerged_A.to(x.dtype)), branch.unmerged_B.to(x.dtype)).to(
-                base.dtype
+            output = output + F.linear(F.linear(x, branch.unmerged_A.to(x.dtype)), branch.unmerged_B.to(x.dtype)).to(
+                output.dtype
             )
-        return MatrixOps._beside(branch, base, x)
+        return MatrixOps._beside(branch, output, x)
 
     @staticmethod
-    def beside_small(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def beside_small(branch: LowRankBranch, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return what `beside` returns for small tensors, for which plain operations take less time. No dropout."""
         if branch.unmerged_A is not None:
-            return MatrixOps.beside(branch, base, x)
+            return MatrixOps.beside(branch, output, x)
         a, b = branch.down, branch.up
         low = F.linear(x, a if a.dtype == x.dtype else a.to(x.dtype))
-        return torch.add(base, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
+        return torch.add(output, F.linear(low, b if b.dtype == low.dtype else b.to(low.dtype)), alpha=branch.scale)
 
     @staticmethod
     def on_weight(branch: LowRankBranch, weight: torch.Tensor) -> torch.Tensor:
@@ -119,33 +119,33 @@ class MatrixOps:
 
     @staticmethod
     def at_lookup(
-        branch: LowRankBranch, base: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1
+        branch: LowRankBranch, output: torch.Tensor, indices: torch.Tensor, padding_idx: int = -1
     ) -> torch.Tensor:
-        """Return `base + s B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
+        """Return `output + s B[indices] A` for output [..., out] and indices [...]. B is [entries, rank].
 
         As in `F.embedding`, entries at padding_idx contribute no gradient. A negative padding_idx means none.
         """
-        low = F.embedding(indices, branch.up.type_as(base), padding_idx if padding_idx >= 0 else None)
-        delta = (low @ branch.down.type_as(low)).type_as(base)  # autocast does not change the dtype of a lookup
-        total = plus(base, delta, branch.scale)
+        low = F.embedding(indices, branch.up.type_as(output), padding_idx if padding_idx >= 0 else None)
+        delta = (low @ branch.down.type_as(low)).type_as(output)  # autocast does not change the dtype of a lookup
+        total = plus(output, delta, branch.scale)
         return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
 
     @staticmethod
     def grouped(
         branch: LowRankBranch,
-        base: torch.Tensor,
+        output: torch.Tensor,
         x: torch.Tensor,
         offs: torch.Tensor,
         by: str,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `base + s B_e (A_e x)` for the rows x of each stacked matrix e, beside a grouped product.
+        """Return `output + s B_e (A_e x)` for the rows x of each stacked matrix e, beside a grouped product.
 
         Rows after the last end in `offs` belong to no matrix. They are not read, in forward and backward, and their
-        output is undefined, as for the base op.
+        output is undefined, as for the op.
 
         Args:
-            base: output of the grouped product, [rows, out].
+            output: output of the grouped product, [rows, out].
             x, offs: rows [rows, in] sorted by matrix, and the end of the rows of each matrix.
             by: qualified name of the op in `torch.ops` that computes grouped products, such as `aten::_grouped_mm`.
             weight: frozen weight [matrices, in, out] of an op whose own backward would compute its gradient.
@@ -156,32 +156,32 @@ class MatrixOps:
             weight is not None
             and not weight.requires_grad
             and x.requires_grad
-            and allows_custom_backward(base, x, weight)
+            and allows_custom_backward(output, x, weight)
         ):
-            base = apply(FrozenGrouped, base.detach(), x, weight, offs, product)
+            output = apply(FrozenGrouped, output.detach(), x, weight, offs, product)
         # Pad the rank with zeros, because torch's op needs aligned strides.
         a, b, padding = branch.down.to(x.dtype), branch.up.to(x.dtype), -branch.rank % _ALIGNED
         if padding and space == "aten":
             a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
         term: torch.Tensor = product(product(x, a.transpose(-2, -1), offs), b.transpose(-2, -1), offs)
-        return plus(base, term.to(base.dtype), branch.scale)
+        return plus(output, term.to(output.dtype), branch.scale)
 
     @staticmethod
-    def _beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _beside(branch: LowRankBranch, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         # Tracers must not compare sizes, which would specialize the graph on them.
-        if allows_custom_backward(base, x) and max(base.numel(), x.numel()) > SMALL:
-            a, b, seed = branch.down.to(base.dtype), branch.up.to(base.dtype), branch.dropout_seed()
-            return apply(Beside, base, x.to(base.dtype), a, b, branch.scale, branch.dropout, seed)
+        if allows_custom_backward(output, x) and max(output.numel(), x.numel()) > SMALL:
+            a, b, seed = branch.down.to(output.dtype), branch.up.to(output.dtype), branch.dropout_seed()
+            return apply(Beside, output, x.to(output.dtype), a, b, branch.scale, branch.dropout, seed)
         x = F.dropout(x, branch.dropout) if branch.drops else x
-        return MatrixOps._added(branch, base, F.linear(x, branch.down.to(x.dtype)))
+        return MatrixOps._added(branch, output, F.linear(x, branch.down.to(x.dtype)))
 
     @staticmethod
-    def _added(branch: LowRankBranch, base: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Return `base + s B low` with plain operations."""
-        if isinstance(base, torch.Tensor) and base.is_nested:  # addmm does not support nested tensors
-            return base + F.linear(low, branch.up.to(low.dtype)) * branch.scale
-        rows, up = base.reshape(-1, base.shape[-1]), branch.up.t().to(low.dtype)
-        return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=branch.scale).view(base.shape)
+    def _added(branch: LowRankBranch, output: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Return `output + s B low` with plain operations."""
+        if isinstance(output, torch.Tensor) and output.is_nested:  # addmm does not support nested tensors
+            return output + F.linear(low, branch.up.to(low.dtype)) * branch.scale
+        rows, up = output.reshape(-1, output.shape[-1]), branch.up.t().to(low.dtype)
+        return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up, alpha=branch.scale).view(output.shape)
 
 
 class ConvCall(NamedTuple):
@@ -244,12 +244,12 @@ class ConvOps:
         return with_strides(plus(weight, branch.product().to(weight.dtype), branch.scale), weight)
 
     @staticmethod
-    def beside(branch: LowRankBranch, base: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Return `base + s B (A * x)` for base [batch, out, *out_space] and x [batch, in, *space]."""
+    def beside(branch: LowRankBranch, output: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Return `output + s B (A * x)` for output [batch, out, *out_space] and x [batch, in, *space]."""
         call = ConvCall(**options)
         image = call.padded(x)
-        geometry = call.geometry(image, branch.weight_shape[2:]) if allows_custom_backward(base, x) else None
-        return ConvOps._beside(branch, base, image, call, geometry)
+        geometry = call.geometry(image, branch.weight_shape[2:]) if allows_custom_backward(output, x) else None
+        return ConvOps._beside(branch, output, image, call, geometry)
 
     @staticmethod
     def merged(
@@ -269,22 +269,22 @@ class ConvOps:
         image = call.padded(x)
         geometry = call.geometry(image, branch.weight_shape[2:]) if allows_custom_backward(x, weight) else None
         if geometry is None:
-            base = call.conv(len(branch.weight_shape) - 2, image, weight, bias)
-            return ConvOps._beside(branch, base, image, call, geometry)
+            output = call.conv(len(branch.weight_shape) - 2, image, weight, bias)
+            return ConvOps._beside(branch, output, image, call, geometry)
         a, dtype = branch.down.view(-1, *branch.weight_shape[1:]), compute_dtype(image)
         bias = bias.to(dtype) if bias is not None else None
         return apply(MergedConv, image.to(dtype), weight, bias, a, branch.up, geometry, branch.scale)
 
     @staticmethod
     def _beside(
-        branch: LowRankBranch, base: torch.Tensor, image: torch.Tensor, call: ConvCall, geometry: ConvGeometry | None
+        branch: LowRankBranch, output: torch.Tensor, image: torch.Tensor, call: ConvCall, geometry: ConvGeometry | None
     ) -> torch.Tensor:
         if geometry is not None and call.groups == 1:
-            image, seed = image.to(base.dtype), branch.dropout_seed()
-            a, b = branch.down.to(base.dtype).view(-1, *branch.weight_shape[1:]), branch.up.to(base.dtype)
-            return apply(BesideConv, base, image, a, b, geometry, branch.scale, branch.dropout, seed)
+            image, seed = image.to(output.dtype), branch.dropout_seed()
+            a, b = branch.down.to(output.dtype).view(-1, *branch.weight_shape[1:]), branch.up.to(output.dtype)
+            return apply(BesideConv, output, image, a, b, geometry, branch.scale, branch.dropout, seed)
         image = F.dropout(image, branch.dropout) if branch.drops else image
-        return plus(base, low_rank_conv(branch, image, call), branch.scale)
+        return plus(output, low_rank_conv(branch, image, call), branch.scale)
 
 
 def low_rank_conv(branch: LowRankBranch, image: torch.Tensor, call: ConvCall) -> torch.Tensor:
@@ -312,45 +312,47 @@ class GivenFactors(NamedTuple):
     scale: torch.Tensor
 
 
-def beside(base: torch.Tensor, x: torch.Tensor, pair: GivenFactors) -> torch.Tensor:
-    """Return `base + scale B A x` for base [..., out] and x [..., in]."""
+def beside(output: torch.Tensor, x: torch.Tensor, pair: GivenFactors) -> torch.Tensor:
+    """Return `output + scale B A x` for output [..., out] and x [..., in]."""
     down = pair.down.to(x.dtype)
     if down.dim() == 2:
         low = F.linear(x, down) * pair.scale
         up = pair.up.to(low.dtype)
-        if not base.is_contiguous():  # keep the strides of base, because later ops may sum in another order otherwise
-            return base + F.linear(low, up)
-        flat, low = base.view(-1, base.shape[-1]), low.reshape(-1, low.shape[-1])
-        add = flat.addmm_ if _is_scratch(base, low) else partial(torch.addmm, flat)
-        return add(low, up.t()).view(base.shape)
+        if (
+            not output.is_contiguous()
+        ):  # keep the strides of output, because later ops may sum in another order otherwise
+            return output + F.linear(low, up)
+        flat, low = output.view(-1, output.shape[-1]), low.reshape(-1, low.shape[-1])
+        add = flat.addmm_ if _is_scratch(output, low) else partial(torch.addmm, flat)
+        return add(low, up.t()).view(output.shape)
     x = x.unflatten(0, (len(down), -1)).flatten(1, -2)
-    return _plus_rows(base, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale)
+    return _plus_rows(output, torch.bmm(x, down.transpose(1, 2)), pair.up, pair.scale)
 
 
-def at_lookup(base: torch.Tensor, indices: torch.Tensor, pair: GivenFactors, padding_idx: int = -1) -> torch.Tensor:
-    """Return `base + scale B[indices] A` for base [..., out] and indices [...]. B is [entries, rank].
+def at_lookup(output: torch.Tensor, indices: torch.Tensor, pair: GivenFactors, padding_idx: int = -1) -> torch.Tensor:
+    """Return `output + scale B[indices] A` for output [..., out] and indices [...]. B is [entries, rank].
 
     Entries at padding_idx contribute no gradient. A negative padding_idx means none.
     """
-    up, down = pair.up.to(base.dtype), pair.down.to(base.dtype)
+    up, down = pair.up.to(output.dtype), pair.down.to(output.dtype)
     if up.dim() == 2:
-        total = base + (F.embedding(indices, up) * pair.scale) @ down
+        total = output + (F.embedding(indices, up) * pair.scale) @ down
     else:
         row_indices = indices.unflatten(0, (len(up), -1)).flatten(1).unsqueeze(-1)
         low = up.gather(1, row_indices.expand(-1, -1, up.shape[-1]))
-        total = _plus_rows(base, low, down.transpose(1, 2), pair.scale)
+        total = _plus_rows(output, low, down.transpose(1, 2), pair.scale)
     return torch.where((indices == padding_idx).unsqueeze(-1), total.detach(), total) if padding_idx >= 0 else total
 
 
 def grouped(
-    base: torch.Tensor,
+    output: torch.Tensor,
     x: torch.Tensor,
     pair: GivenFactors,
     offs: torch.Tensor,
     by: str,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `base + scale B_e (A_e x)` for the rows x of each matrix e; see `MatrixOps.grouped`."""
+    """Return `output + scale B_e (A_e x)` for the rows x of each matrix e; see `MatrixOps.grouped`."""
     space, _, name = by.partition("::")
     product: Any = getattr(getattr(torch.ops, space), name)
     a, b = pair.down.to(x.dtype), pair.up.to(x.dtype)
@@ -358,7 +360,7 @@ def grouped(
     a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
     low = product(x, a.transpose(-2, -1), offs) * pair.scale.to(x.dtype)
     term: torch.Tensor = product(low, b.transpose(-2, -1), offs)
-    return base + term.to(base.dtype)
+    return output + term.to(output.dtype)
 
 
 BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
@@ -367,19 +369,19 @@ BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
     Placement.LOOKUP: at_lookup,
     Placement.GROUPED: grouped,
 }
-"""Functions for the placements of matrices. Their arguments are (base, x, pair) and the options of the node."""
+"""Functions for the placements of matrices. Their arguments are (output, x, pair) and the options of the node."""
 
 
 def beside_conv(
-    base: torch.Tensor, x: torch.Tensor, pair: GivenFactors, call: ConvCall, shape: Sequence[int]
+    output: torch.Tensor, x: torch.Tensor, pair: GivenFactors, call: ConvCall, shape: Sequence[int]
 ) -> torch.Tensor:
-    """Return `base + scale B (A * x)` for base [batch, out, *out_space] and x [batch, in, *space].
+    """Return `output + scale B (A * x)` for output [batch, out, *out_space] and x [batch, in, *space].
 
     With a pair for each row of the batch, all rows are computed by one convolution with a group per row. If the op
     itself has groups, the delta B A is used as the kernel.
 
     Args:
-        base, x, pair: as for `beside`.
+        output, x, pair: as for `beside`.
         call: arguments of the convolution.
         shape: shape of the weight, [out, in/groups, *kernel].
     """
@@ -388,9 +390,9 @@ def beside_conv(
     axes = len(kernel) - 1
     if down.dim() == 2:
         if call.groups != 1:
-            return base + call.conv(axes, x, (up * scale @ down).view(-1, *kernel)).to(base.dtype)
+            return output + call.conv(axes, x, (up * scale @ down).view(-1, *kernel)).to(output.dtype)
         low = call.conv(axes, x, down.view(-1, *kernel)) * scale
-        return base + ConvCall().conv(axes, low, up[(..., *(None for _ in range(axes)))]).to(base.dtype)
+        return output + ConvCall().conv(axes, low, up[(..., *(None for _ in range(axes)))]).to(output.dtype)
     count, scale = len(down), scale.reshape(-1, 1, 1)
     x = x.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)  # [images, rows * in, *space]
     call = call._replace(groups=count * call.groups)
@@ -400,25 +402,25 @@ def beside_conv(
         low = call.conv(axes, x, (down * scale).view(-1, *kernel))
         stacked = up.reshape(-1, up.shape[-1])[(..., *(None for _ in range(axes)))]
         term = ConvCall(groups=count).conv(axes, low, stacked)
-    total: torch.Tensor = base + term.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1).to(base.dtype)
+    total: torch.Tensor = output + term.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1).to(output.dtype)
     return total
 
 
-def _plus_rows(base: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return `base + scale B low` for low [rows, entries, rank] and B `up` [rows, out, rank]."""
+def _plus_rows(output: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return `output + scale B low` for low [rows, entries, rank] and B `up` [rows, out, rank]."""
     low = low * scale.to(low.dtype).reshape(-1, 1, 1)
     up = up.to(low.dtype).transpose(1, 2)
-    if not base.is_contiguous():  # the sum keeps the strides of base
-        return base + torch.bmm(low, up).view(base.shape)
-    flat = base.view(*low.shape[:2], base.shape[-1])
-    add = flat.baddbmm_ if _is_scratch(base, low) else partial(torch.baddbmm, flat)
-    return add(low, up).view(base.shape)
+    if not output.is_contiguous():  # the sum keeps the strides of output
+        return output + torch.bmm(low, up).view(output.shape)
+    flat = output.view(*low.shape[:2], output.shape[-1])
+    add = flat.baddbmm_ if _is_scratch(output, low) else partial(torch.baddbmm, flat)
+    return add(low, up).view(output.shape)
 
 
-def _is_scratch(base: torch.Tensor, low: torch.Tensor) -> bool:
-    """Whether `base` can be overwritten to save a copy: in eager mode without gradients.
+def _is_scratch(output: torch.Tensor, low: torch.Tensor) -> bool:
+    """Whether `output` can be overwritten to save a copy: in eager mode without gradients.
 
-    `base` is the output of an op, and nothing except the branch of the op reads it.
+    `output` is the output of an op, and nothing except the branch of the op reads it.
     """
-    plain = type(base) is type(low) is torch.Tensor and base.dtype == low.dtype
+    plain = type(output) is type(low) is torch.Tensor and output.dtype == low.dtype
     return plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or functorch_is_active())

@@ -71,15 +71,15 @@ def detached(output: torch.Tensor) -> torch.Tensor:
     return output.detach()
 
 
-def plus(base: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `base + scale * term`.
+def plus(output: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `output + scale * term`.
 
     Under a compiler, this does not use `alpha`. Inductor (torch 2.13) fuses a product and `torch.add` to addmm, and
     drops the alpha.
     """
     if torch.compiler.is_compiling():
-        return base + term * scale
-    return torch.add(base, term, alpha=scale)
+        return output + term * scale
+    return torch.add(output, term, alpha=scale)
 
 
 def merged_matrix(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
@@ -253,11 +253,13 @@ def low_rank_product(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(factor.expand(len(x), -1, -1), x.flatten(2)).view(len(x), len(factor), *x.shape[2:])
 
 
-def conv_up(base: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `base + scale * B low` for base [batch, out, *space], low [batch, rank, *space] and b [out, rank]."""
-    if _in_rows(base):
-        return _images(torch.addmm(_pixels(base), _pixels(low), b.t(), alpha=scale), base)
-    return torch.baddbmm(base.flatten(2), b.expand(len(base), -1, -1), low.flatten(2), alpha=scale).view(base.shape)
+def conv_up(output: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return `output + scale * B low` for output [batch, out, *space], low [batch, rank, *space] and b [out, rank]."""
+    if _in_rows(output):
+        return _images(torch.addmm(_pixels(output), _pixels(low), b.t(), alpha=scale), output)
+    return torch.baddbmm(output.flatten(2), b.expand(len(output), -1, -1), low.flatten(2), alpha=scale).view(
+        output.shape
+    )
 
 
 def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -403,19 +405,19 @@ def _frozen(
 
 
 class FrozenGrouped(torch.autograd.Function):
-    """Identity on `base`, the grouped product of x and a frozen weight, with a backward for x only.
+    """Identity on `output`, the grouped product of x and a frozen weight, with a backward for x only.
 
     The backward of the op itself would compute the gradient of the frozen weight too.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, base: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, op: object
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, op: object
     ) -> torch.Tensor:
-        """Return base [rows, out]. x is [rows, in], and weight [matrices, in, out]."""
+        """Return output [rows, out]. x is [rows, in], and weight [matrices, in, out]."""
         ctx.save_for_backward(weight, offs)
         ctx.op = op
-        return detached(base)
+        return detached(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -435,8 +437,8 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, same_bit
     if weight.requires_grad or torch.is_autocast_enabled("cpu") or not allows_custom_backward(x, weight):
         return op(x, weight, offs)
     with torch.no_grad():
-        base = grouped(op, x, weight, offs)
-    return apply(FrozenGrouped, base, x, weight, offs, op)
+        output = grouped(op, x, weight, offs)
+    return apply(FrozenGrouped, output, x, weight, offs, op)
 
 
 _FROZEN: dict[str, Callable[..., torch.Tensor]] = {
@@ -475,9 +477,9 @@ def drop(x: torch.Tensor, p: float, seed: int | None) -> torch.Tensor:
 
 
 class Beside(torch.autograd.Function):
-    """`base + scale * x A^T B^T`: the output of an op plus the term of its branch.
+    """`output + scale * x A^T B^T`: the output of an op plus the term of its branch.
 
-    Arguments: base [..., out], x [..., in], lora_A [rank, in], lora_B [out, rank], scale, dropout probability p, seed
+    Arguments: output [..., out], x [..., in], lora_A [rank, in], lora_B [out, rank], scale, dropout probability p, seed
     of the dropout mask or None. All tensors have the same dtype.
     """
 
@@ -485,7 +487,7 @@ class Beside(torch.autograd.Function):
     @without_autocast
     def forward(
         ctx: Any,
-        base: torch.Tensor,
+        output: torch.Tensor,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -499,13 +501,13 @@ class Beside(torch.autograd.Function):
         low = down(a, rows)
         ctx.shape = x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, low)
-        term = up(chunked(base.reshape(-1, base.shape[-1])), low, b.t().contiguous(), scale)
-        return detached(term.view(base.shape))
+        term = up(chunked(output.reshape(-1, output.shape[-1])), low, b.t().contiguous(), scale)
+        return detached(term.view(output.shape))
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of base, x, lora_A and lora_B."""
+        """Return the gradients of output, x, lora_A and lora_B."""
         x, a, b, low = ctx.saved_tensors
         no_gradients = (None, None, None)
         if torch.is_grad_enabled():  # create_graph=True
@@ -653,9 +655,9 @@ def merged_kernel(
 
 
 class BesideConv(torch.autograd.Function):
-    """`base + scale * B (A * x)`: the output of a convolution plus the term of its branch.
+    """`output + scale * B (A * x)`: the output of a convolution plus the term of its branch.
 
-    Arguments: base [batch, out, *space], x [batch, in, *space], lora_A [rank, in, *kernel], lora_B [out, rank],
+    Arguments: output [batch, out, *space], x [batch, in, *space], lora_A [rank, in, *kernel], lora_B [out, rank],
     geometry, scale, dropout probability p, seed of the dropout mask or None.
     """
 
@@ -663,7 +665,7 @@ class BesideConv(torch.autograd.Function):
     @without_autocast
     def forward(
         ctx: Any,
-        base: torch.Tensor,
+        output: torch.Tensor,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
@@ -679,12 +681,12 @@ class BesideConv(torch.autograd.Function):
         # The gradient of x needs the shape and memory format of x, but not its values.
         ctx.like = None if saves_x else torch.empty_like(x, device="meta")
         ctx.save_for_backward(x if saves_x else None, a, b, low)
-        return detached(conv_up(base, low, b, scale))
+        return detached(conv_up(output, low, b, scale))
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of base, x, lora_A and lora_B."""
+        """Return the gradients of output, x, lora_A and lora_B."""
         x, a, b, low = ctx.saved_tensors
         no_gradients = (None, None, None, None)
         if torch.is_grad_enabled():  # create_graph=True

@@ -2,7 +2,7 @@
 
 A branch node has one of these forms:
 
-- added to the output of an op (placement `beside`): `%out = branches.KEY(%base, %x, at="beside")`;
+- added to the output of an op (placement `beside`): `%out = branches.KEY(%op, %x, at="beside")`;
 - instead of the op (placement `merged`): `%out = branches.KEY(%x, %weight, %bias, at="merged", op=...)`. The call of
   the op is stored in the metadata of the node, so that a fold can restore it;
 - added to a weight (placement `weight`): `%adapted = branches.KEY(%weight, at="weight")`.

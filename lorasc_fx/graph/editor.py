@@ -106,35 +106,37 @@ class GraphEditor:
             self._renewed.setdefault(key, old[key])
         self.set_branches({**old, **renewed})
 
-    def insert_after(self, base: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
+    def insert_after(self, source: fx.Node, key: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> fx.Node:
         """Insert `branches.KEY(*args, **options)` after a node, and make all users of the node read the result."""
         graph = self.module.graph
-        with graph.inserting_after(base):
-            node = graph.create_node("call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{base.name}_lora")
-        node.meta = {**base.meta, MADE_BY: self.name}
+        with graph.inserting_after(source):
+            node = graph.create_node(
+                "call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{source.name}_lora"
+            )
+        node.meta = {**source.meta, MADE_BY: self.name}
         # fx adds a number to a name that was used before, even if no node has it any more after a fold.
-        if f"{base.name}_lora" not in self._names:
-            node.name = f"{base.name}_lora"
+        if f"{source.name}_lora" not in self._names:
+            node.name = f"{source.name}_lora"
         self._names.add(node.name)
-        base.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        source.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
         self.modified = True
         return node
 
-    def replace_op(self, base: fx.Node, key: str, args: tuple[object, ...], options: Mapping[str, object]) -> fx.Node:
+    def replace_op(self, source: fx.Node, key: str, args: tuple[object, ...], options: Mapping[str, object]) -> fx.Node:
         """Replace an op by `branches.KEY(x, weight, bias, at="merged", op=...)`. A name reads the attribute.
 
-        The call of `base` is stored in the metadata of the new node, from which a fold restores it.
+        The call of `source` is stored in the metadata of the new node, from which a fold restores it.
         """
         graph, inputs = self.module.graph, [*args]
         for index, name in enumerate(args):
-            if isinstance(name, str):  # an attribute of the module that `base` calls
-                with graph.inserting_before(base):
-                    inputs[index] = self._create("get_attr", name, (), f"{base.name}_{name.rpartition('.')[2]}")
-        replaced = CallTemplate.of(base, inputs)
-        node = self.insert_after(base, key, tuple(inputs), options)
+            if isinstance(name, str):  # an attribute of the module that `source` calls
+                with graph.inserting_before(source):
+                    inputs[index] = self._create("get_attr", name, (), f"{source.name}_{name.rpartition('.')[2]}")
+        replaced = CallTemplate.of(source, inputs)
+        node = self.insert_after(source, key, tuple(inputs), options)
         node.meta[REPLACED_CALL] = replaced
-        graph.erase_node(base)
-        self._names.discard(base.name)
+        graph.erase_node(source)
+        self._names.discard(source.name)
         return node
 
     def _create(self, op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
@@ -146,24 +148,24 @@ class GraphEditor:
 
     def insert_formula(self, inputs: Sequence[fx.Node], formula: fx.Graph) -> fx.Node:
         """Insert the nodes of a formula after its first input, whose users then read the result. Return the result."""
-        graph, base = self.module.graph, inputs[0]
-        users = list(base.users)
+        graph, source = self.module.graph, inputs[0]
+        users = list(source.users)
         values = dict(zip((node for node in formula.nodes if node.op == "placeholder"), inputs, strict=True))
-        with graph.inserting_before(base.next):
+        with graph.inserting_before(source.next):
             result = graph.graph_copy(formula, values)
         assert isinstance(result, fx.Node)
         for node in set(values.values()) - set(inputs):
             node.meta = {MADE_BY: self.name}
             self._names.add(node.name)
-        result.meta |= {name: value for name, value in base.meta.items() if name != MADE_BY}
+        result.meta |= {name: value for name, value in source.meta.items() if name != MADE_BY}
         for user in users:
-            user.replace_input_with(base, result)
+            user.replace_input_with(source, result)
         self.modified = True
         return result
 
-    def remove_formula(self, result: fx.Node, base: fx.Node, nodes: Collection[fx.Node]) -> None:
-        """Make the users of the result of a formula read `base`, and erase its nodes that have no other users."""
-        result.replace_all_uses_with(base)
+    def remove_formula(self, result: fx.Node, source: fx.Node, nodes: Collection[fx.Node]) -> None:
+        """Make the users of the result of a formula read `source`, and erase its nodes that have no other users."""
+        result.replace_all_uses_with(source)
         self.drop_unused(lambda node: node in nodes)
 
     def remove_branch(self, node: fx.Node) -> None:
@@ -172,21 +174,21 @@ class GraphEditor:
         if op is not None:
             self._restore_op(node, op)
             return
-        base = node.args[0]
-        assert isinstance(base, fx.Node)
-        node.replace_all_uses_with(base)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node.replace_all_uses_with(source)
         self._erase(node)
 
     def _restore_op(self, node: fx.Node, op: ReplacedCall) -> None:
         """Restore the op that a merged branch replaced."""
         graph = self.module.graph
         with graph.inserting_before(node):
-            base = graph.create_node(op.op, op.target, op.args, dict(op.kwargs), name=op.name)
-        base.meta = {name: value for name, value in node.meta.items() if name not in (MADE_BY, REPLACED_CALL)}
+            restored = graph.create_node(op.op, op.target, op.args, dict(op.kwargs), name=op.name)
+        restored.meta = {name: value for name, value in node.meta.items() if name not in (MADE_BY, REPLACED_CALL)}
         if op.name not in self._names:
-            base.name = op.name
-        self._names.add(base.name)
-        node.replace_all_uses_with(base)
+            restored.name = op.name
+        self._names.add(restored.name)
+        node.replace_all_uses_with(restored)
         self._erase(node)
 
     def _erase(self, node: fx.Node) -> None:

@@ -432,14 +432,14 @@ def _planned_uses(
     return dict(sorted(planned.items(), key=lambda item: order[item[0]]))
 
 
-def branch_call(use: Use, base: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments and options of the branch node at a use, whose op or weight is `base`."""
-    if isinstance(base, fx.Node) and use.form == ON_WEIGHT:
-        return (base,), {"at": Placement.WEIGHT}
+def branch_call(use: Use, source: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments and options of the branch node at a use, whose op or weight is `source`."""
+    if isinstance(source, fx.Node) and use.form == ON_WEIGHT:
+        return (source,), {"at": Placement.WEIGHT}
     form = form_named(use.form)
-    reading = form.reads(base, called_module(base) if isinstance(base, fx.Node) else base.module)
+    reading = form.reads(source, called_module(source) if isinstance(source, fx.Node) else source.module)
     if not use.merged:
-        return (base, reading.x), {"at": Placement.BESIDE, **reading.options}
+        return (source, reading.x), {"at": Placement.BESIDE, **reading.options}
     tensors = (reading.weight,) if reading.bias is None else (reading.weight, reading.bias)
     return (reading.x, *tensors), {"at": Placement.MERGED, **reading.options, "op": form.product}
 

@@ -93,18 +93,18 @@ def _calls_are_derived(module: fx.GraphModule, record: Record) -> Iterator[str]:
     for node in branch_nodes(module):
         calls[node if call_template(node) is not None else next(iter(node.args), None)].append(node)
     weights = {use.weight for use in uses.values()}
-    for base, use in uses.items():
-        nodes, site = calls.pop(base, []), record.plan.by_weight[use.weight]
-        if base.users and len(nodes) != 1:  # a use without users is dead code and has no branch
+    for source, use in uses.items():
+        nodes, site = calls.pop(source, []), record.plan.by_weight[use.weight]
+        if source.users and len(nodes) != 1:  # a use without users is dead code and has no branch
             form = f" (planned for the form {site.form})" if site.form else ""
-            yield f"{use.weight} is used at node {base.name} with {len(nodes)} branches instead of one{form}"
+            yield f"{use.weight} is used at node {source.name} with {len(nodes)} branches instead of one{form}"
         for node in nodes:
-            yield from _call_is_derived(node, base, use, f"{BRANCHES}.{site.key}")
-    for base, nodes in calls.items():
+            yield from _call_is_derived(node, source, use, f"{BRANCHES}.{site.key}")
+    for source, nodes in calls.items():
         for node in nodes:
             weights.add(branch_nodes(module)[node].weight_name)
             yield (
-                f"branch node {node.name} is at {base}, where the plan and this graph need none; run fold-branches "
+                f"branch node {node.name} is at {source}, where the plan and this graph need none; run fold-branches "
                 "before a pass that changes the uses of weights, such as one that inserts observers"
             )
     for weight in sorted(record.branched - weights):
@@ -114,9 +114,9 @@ def _calls_are_derived(module: fx.GraphModule, record: Record) -> Iterator[str]:
         )
 
 
-def _call_is_derived(node: fx.Node, base: fx.Node, use: Use, target: str) -> Iterator[str]:
+def _call_is_derived(node: fx.Node, source: fx.Node, use: Use, target: str) -> Iterator[str]:
     """A branch node has the target, arguments and options that its use needs, and is the only user of its op."""
-    op = replaced_call(node) or base
+    op = replaced_call(node) or source
     args, options = branch_call(use, op)
     # A call of a module reads weight and bias by name.
     wanted = dict(enumerate(args))
@@ -130,9 +130,9 @@ def _call_is_derived(node: fx.Node, base: fx.Node, use: Use, target: str) -> Ite
             f"branch node {node.name} is {node.target}{read} with {keywords}, but the use of {use.weight} at {op.name} "
             f"needs {target}{args} with {options}"
         )
-    bypassing = [user.name for user in base.users if user is not node] if base is not node else []
+    bypassing = [user.name for user in source.users if user is not node] if source is not node else []
     if bypassing:
-        yield f"node {base.name} has a branch, but is also read without it, by {', '.join(bypassing)}"
+        yield f"node {source.name} has a branch, but is also read without it, by {', '.join(bypassing)}"
     if not node.users:
         yield f"branch node {node.name} has no users"
 

@@ -183,10 +183,10 @@ _ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, 
 
 def _expert(name: str, layer: Any, parameters: Mapping[str, torch.Tensor]) -> Expert:
     """Return the change of a LoRA layer. DoRA: diag(m / |W0 + s B A|) (W0 + s B A) = diag(g) W0 + diag(g) s B A."""
-    base = layer.get_base_layer()
-    if getattr(base, "groups", 1) != 1 or isinstance(base, nn.MultiheadAttention):
+    module = layer.get_base_layer()
+    if getattr(module, "groups", 1) != 1 or isinstance(module, nn.MultiheadAttention):
         raise CheckpointError(
-            f"{name}: peft's adapter of a {type(base).__name__} with groups, or of a complete attention, is not a "
+            f"{name}: peft's adapter of a {type(module).__name__} with groups, or of a complete attention, is not a "
             "change of its weight",
             code="adapter-not-supported",
         )

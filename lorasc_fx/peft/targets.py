@@ -194,8 +194,8 @@ def fault_of(module: nn.Module, call: Call) -> str | None:
             merged = layer(*args, **kwargs)
             layer.unmerge()
             layer.enable_adapters(False)
-            base = layer(*args, **kwargs)
-        change, error = (float((merged - output).abs().max()) for output in (base, adapted))
+            plain = layer(*args, **kwargs)
+        change, error = (float((merged - output).abs().max()) for output in (plain, adapted))
     except Exception as fault:  # peft refuses the module, or the module's own code raises
         return f"peft adapts no {type(module).__name__}: {' '.join(str(fault).split())[:200]}"
     if error <= 1e-6 * change + 1e-12 * float(merged.abs().max()):
