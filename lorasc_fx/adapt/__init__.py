@@ -53,7 +53,7 @@ def adapt(
     *,
     spec: CascadeSpec | object = None,
     frontend: str = "auto",
-    base: BaseMemory = "memory",
+    base_memory: BaseMemory = "memory",
 ) -> Cascade:
     """Add low-rank branches to a model and train them in stages, without changing its source code.
 
@@ -65,7 +65,7 @@ def adapt(
             configuration, the other options have the defaults of `CascadeSpec`.
         frontend: `export` for a graph of torch.export, `eager` to run the model itself, or `auto` for the first one
             that works.
-        base: where the original values W0 of the adapted weights are stored:
+        base_memory: where the original values W0 of the adapted weights are stored:
 
             - `memory`: a copy on the host. A weight on the host is copied just before it is first written (by noise, at
               the end of a stage, or by `weights`).
@@ -80,7 +80,7 @@ def adapt(
     Raises:
         UnknownTarget: a pattern of the spec matches nothing.
         SpecError: the spec leaves no weight to adapt, is not a CascadeSpec, or unties a parameter that has no tie; or
-            `base` is unknown, or is `pinned` on a machine without an accelerator.
+            `base_memory` is unknown, or is `pinned` on a machine without an accelerator.
         StateError: the model is already adapted, or its parameters are already sharded.
         CaptureError: the model has tensors on the meta device, or raises on the inputs, or no front end works.
     """
@@ -98,7 +98,7 @@ def adapt(
         plan = Plan(spec_of(spec, opened))
     check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
-        cascade = Setup.of(opened, plan, frontend, (args, kwargs), base, undo).cascade(undo)
+        cascade = Setup.of(opened, plan, frontend, (args, kwargs), base_memory, undo).cascade(undo)
         _warn_about_frozen_sites(cascade)
         _warn_about_quantized_weights(cascade)
         return cascade
@@ -110,7 +110,7 @@ def load(
     args: Sequence[object] = (),
     kwargs: Mapping[str, object] | None = None,
     *,
-    base: BaseMemory = "memory",
+    base_memory: BaseMemory = "memory",
 ) -> Cascade:
     """Load the newest checkpoint of a folder into a base model, and return the cascade at that point of the run.
 
@@ -125,8 +125,8 @@ def load(
     Args:
         folder: a folder written by `lorasc_fx.save`, or a checkpoint that was read from one. For the folder of a run of
             `lorasc-fx train`, use `lorasc_fx.cli.load`.
-        model, args, kwargs, base: as for `adapt`. The model must have the weights that were adapted. Parameters that
-            are trained in full, such as a new head, may have any values, because the checkpoint overwrites them.
+        model, args, kwargs, base_memory: as for `adapt`. The model must have the weights that were adapted. Parameters
+            that are trained in full, such as a new head, may have any values, because the checkpoint overwrites them.
 
     Raises:
         CheckpointError: the folder has no checkpoint, the checkpoint is damaged, or the base model differs. The model
@@ -142,8 +142,8 @@ def load(
     opened = open_model(model)
     check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
-        inputs = (args, kwargs)
-        start = Setup.of(opened, checkpoint.plan, checkpoint.frontend, inputs, base, undo, checkpoint, loads=True)
+        plan, inputs = checkpoint.plan, (args, kwargs)
+        start = Setup.of(opened, plan, checkpoint.frontend, inputs, base_memory, undo, checkpoint, loads=True)
         weights = named_weights(opened)
         check_base(checkpoint, weights.parameters)
         check_ties(checkpoint, weights.matrices)
@@ -259,7 +259,7 @@ class Setup:
         plan: Plan,
         frontend: str,
         inputs: tuple[Sequence[object], Mapping[str, object] | None],
-        base: object,
+        base_memory: object,
         undo: Undo,
         checkpoint: Checkpoint | None = None,
         loads: bool = False,
@@ -267,15 +267,15 @@ class Setup:
         """Prepare the layers and ties of a model, which must have passed `check_new`.
 
         Raises:
-            SpecError: `base` is unknown, or is `pinned` on a machine without an accelerator.
+            SpecError: `base_memory` is unknown, or is `pinned` on a machine without an accelerator.
         """
-        memory: BaseMemory | None = next((name for name in get_args(BaseMemory) if name == base), None)
+        memory: BaseMemory | None = next((name for name in get_args(BaseMemory) if name == base_memory), None)
         if memory is None:
-            raise SpecError(f"base is {base!r}. Give 'memory', 'pinned' or 'device'")
+            raise SpecError(f"base_memory is {base_memory!r}. Give 'memory', 'pinned' or 'device'")
         if memory == "pinned" and not torch.accelerator.is_available():
             raise SpecError(
-                "base='pinned' needs an accelerator, and this machine has none. Pinned memory only makes copies to an "
-                "accelerator faster: give base='memory'"
+                "base_memory='pinned' needs an accelerator, and this machine has none. Pinned memory only makes copies "
+                "to an accelerator faster: give base_memory='memory'"
             )
         wrap_layers(model, undo)
         if not loads:

@@ -135,7 +135,7 @@ def merge(
     kwargs: Mapping[str, object] | None = None,
     *,
     weights: Sequence[float] | None = None,
-    base: BaseMemory = "memory",
+    base_memory: BaseMemory = "memory",
 ) -> Cascade:
     """Return a cascade for the weighted sum of several runs on one base model: `W = W0 + sum_i w_i S_i`.
 
@@ -146,7 +146,7 @@ def merge(
     Args:
         runs: checkpoint folders (the newest version of each), or cascades on copies of the base, which are left
             unchanged. The result has the spec and the ranks of the first run.
-        model, args, kwargs, base: as for `load`, which needs no inputs.
+        model, args, kwargs, base_memory: as for `load`, which needs no inputs.
         weights: one finite number w_i for each run. By default all are equal and sum to 1. Weights with another sum are
             known as task arithmetic, and a negative weight subtracts a run.
 
@@ -172,7 +172,7 @@ def merge(
     check_new(opened)
     with torch.inference_mode(False), AllOrNothing() as undo:
         spec_run = named_runs[0]
-        start = Setup.of(opened, spec_run.plan, spec_run.frontend, (args, kwargs), base, undo, loads=True)
+        start = Setup.of(opened, spec_run.plan, spec_run.frontend, (args, kwargs), base_memory, undo, loads=True)
         # Read the runs, start a cascade like the first one, and set its slow weights to the sum.
         parameters = dict(opened.named_parameters())
         digests = fingerprints(parameters)
@@ -207,7 +207,7 @@ def from_peft(
     *,
     spec: CascadeSpec | None = None,
     frontend: str = "auto",
-    base: BaseMemory = "memory",
+    base_memory: BaseMemory = "memory",
 ) -> Cascade:
     """Adapt a model that already has a LoRA adapter trained by peft. The adapter becomes the first expert.
 
@@ -218,7 +218,7 @@ def from_peft(
     Args:
         folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         model: the base model of the adapter, without the adapter.
-        args, kwargs, frontend, base: as for `adapt`.
+        args, kwargs, frontend, base_memory: as for `adapt`.
         spec: the spec of the training that follows. The default is `export.peft_spec(folder, model)`. It must adapt
             every weight that the adapter has factors for, and train in full every parameter that the adapter stores in
             full.
@@ -235,7 +235,7 @@ def from_peft(
     adapter = read_adapter(path_of(folder), opened)
     spec = spec if spec is not None else spec_of_mirror(adapter.mirror, opened)
     changes = adapter.by_weight(opened, spec.untie)
-    cascade = adapt(opened, args, kwargs, spec=spec, frontend=frontend, base=base)
+    cascade = adapt(opened, args, kwargs, spec=spec, frontend=frontend, base_memory=base_memory)
     try:
         _install(cascade, adapter, changes)
     except BaseException:

@@ -240,7 +240,7 @@ class Branch(nn.Module, abc.ABC):
         return parameters
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
-        """Return the learning rate of a parameter, given the rate `lr` of the other ones. LoRA+ has another one for B."""
+        """Return the learning rate of a parameter, given that of the other parameters. LoRA+ has another one for B."""
         return lr
 
     # ---- Stages

@@ -238,7 +238,7 @@ ACTIONS: dict[str, Callable[[Side], object]] = {
 def traffic(spec: dict[str, Any], base: str, action: str, dtype: torch.dtype) -> tuple[dict[str, int], int, int, int]:
     """What an action of a stage copies; the bytes of W0 and of the factors, and the number of sites."""
     side = Side("llama", DEVICE, lx.CascadeSpec(rank=2, **spec), dtype, adapted=False)
-    side.adopt(lx.adapt(*side.inputs, spec=side.spec, base=base))
+    side.adopt(lx.adapt(*side.inputs, spec=side.spec, base_memory=base))
     for _ in range(2):
         side.transition()
     side.step()
@@ -285,7 +285,7 @@ def test_where_the_base_is_changes_no_bit() -> None:
     shown = []
     for base in ("memory", "device"):
         side = Side("llama", DEVICE, lx.CascadeSpec(rank=2, **NOISE), torch.bfloat16, adapted=False)
-        side.adopt(lx.adapt(*side.inputs, spec=side.spec, base=base))
+        side.adopt(lx.adapt(*side.inputs, spec=side.spec, base_memory=base))
         side.transition()
         side.step()
         assert {state.base.device.type for state in weight_states(side.cascade).values()} == {

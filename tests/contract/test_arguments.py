@@ -52,8 +52,8 @@ def test_w0_on_the_device_and_other_inputs(run: Any, tmp_path: Path) -> None:
     lx.export.peft(cascade, tmp_path / "adapter")
     with cascade.weights("slow"):
         expected = cascade(X)
-    merged = lx.merge([tmp_path / "run"], Net(), args=(X,), base="device")
-    imported = lx.from_peft(tmp_path / "adapter", Net(), args=(X,), kwargs={"shift": SHIFT}, base="device")
+    merged = lx.merge([tmp_path / "run"], Net(), args=(X,), base_memory="device")
+    imported = lx.from_peft(tmp_path / "adapter", Net(), args=(X,), kwargs={"shift": SHIFT}, base_memory="device")
     assert imported.example[1].keys() == {"shift"}
     for result, call, added in ((merged, {}, 0.0), (imported, {"shift": SHIFT}, SHIFT)):
         with result.weights("slow"):

@@ -85,7 +85,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[lx.LorascError]
     "no values": (lambda: mlp().to("meta"), {}, lx.CaptureError, ("meta-model", "0.weight")),
     "a buffer without values": (lambda: nn.Sequential(mlp(), nn.BatchNorm1d(2, affine=False, device="meta")), {},
         lx.CaptureError, ("meta-model", "1.running_mean")),
-    "W0 in a file": (mlp, {"base": "base.safetensors"}, lx.SpecError, ("invalid-value", "base", "'device'")),
+    "W0 in a file": (mlp, {"base_memory": "base.safetensors"}, lx.SpecError,
+        ("invalid-value", "base_memory", "'device'")),
     "a function": (lambda: mlp, {}, lx.CaptureError, ("not-a-model", "function")),
     "TorchScript": (scripted, {}, lx.CaptureError, ("not-a-model", "TorchScript", "nn.Module")),
 }
