@@ -53,7 +53,7 @@ def check_independent(
     """Raise StateError unless all branches of a graph have the rows of the batch on the first axis of their input.
 
     Other axes may be flattened into this axis after the rows, such as [batch * tokens, features]. The values and the
-    Python state of the model are restored. One run for each bit of the row indices, with an adapter by this bit,
+    Python state of the model are restored. One execution for each bit of the row indices, with an adapter by this bit,
     identifies each row. The input of a branch shows no rows if no adapter affects it. Then another order of the
     adapters must change something that is computed from the input.
 
@@ -66,12 +66,12 @@ def check_independent(
     count = row_count(inputs)
     assert count is not None
 
-    def run(adapter: int | Sequence[int], rolled: str = "") -> dict[str, _Projection]:
+    def projected(adapter: int | Sequence[int], rolled: str = "") -> dict[str, _Projection]:
         """Run the graph, and return projections of the inputs of the branches, and of the outputs that have rows."""
         values = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs]
         trial = _Trial(graph, count, rolled)
         with isolated_model(model), kept_generators():
-            torch.manual_seed(0)  # all runs need the same dropout
+            torch.manual_seed(0)  # all executions need the same dropout
             output = trial.run(*values, *tensors(adapter), enable_io_processing=False)
         rows = [leaf for leaf in tensors_in(output) if leaf.dim() and len(leaf) == count]
         if not rows:
@@ -85,13 +85,13 @@ def check_independent(
 
     bits = [[row >> bit & 1 for row in range(count)] for bit in range((count - 1).bit_length())]
     with torch.inference_mode(False), torch.no_grad():
-        zero, one = run(0), run(1)
+        zero, one = projected(0), projected(1)
         for chosen in bits:
-            if fault := first_fault(run(chosen), chosen):
+            if fault := first_fault(projected(chosen), chosen):
                 raise not_independent(f"{fault} does not have the rows of the batch, in their order, on its first axis")
         for name in zero:
             unaffected = torch.equal(zero[name].values, one[name].values)
-            if unaffected and name in _branch_names(graph) and first_fault(run(bits[0], name), bits[0]) is None:
+            if unaffected and name in _branch_names(graph) and first_fault(projected(bits[0], name), bits[0]) is None:
                 raise not_independent(f"{name} has no effect on this batch, so it does not show its rows")
 
 

@@ -114,14 +114,14 @@ def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate forward or backward of an autograd.Function: disable autocast inside, so that dtypes stay as given."""
 
     @wraps(method)
-    def run(ctx: Any, tensor: torch.Tensor, *args: object) -> Any:
+    def call(ctx: Any, tensor: torch.Tensor, *args: object) -> Any:
         kind = tensor.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return method(ctx, tensor, *args)
         with torch.autocast(kind, enabled=False):
             return method(ctx, tensor, *args)
 
-    return run
+    return call
 
 
 def chunked(rows: torch.Tensor) -> torch.Tensor:

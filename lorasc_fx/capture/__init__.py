@@ -100,7 +100,7 @@ def capture(
             preflight = run_preflight(model, inputs, named, torch.is_grad_enabled())
         example = _Example(model, inputs, named, dynamic, trained, rewrites, preflight, on_values)
         captured = captured_graph(model) if isinstance(model, fx.GraphModule) else example.captured(frontend)
-    # Guard the Python state only now: a first run may fill caches in the model's attributes.
+    # Guard the Python state only now: a first call may fill caches in the model's attributes.
     state = Guards(model, preflight.assigned, preflight.written)
     return replace(
         captured,
@@ -116,7 +116,7 @@ def capture(
 
 @dataclass(frozen=True)
 class _Example:
-    """The call to capture: the arguments of `capture`, and the observations of the preflight run.
+    """The call to capture: the arguments of `capture`, and the observations of the preflight.
 
     Args:
         on_values: False if the model runs on fake tensors, because it is sharded.

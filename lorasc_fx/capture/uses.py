@@ -1,4 +1,4 @@
-"""Find the weights that an eager run uses, by the four rules of graph/flow.py, for tensors instead of nodes."""
+"""Find the weights that an eager call uses, by the four rules of graph/flow.py, for tensors instead of nodes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _READS_NO_VALUE = {"__get__", "detach", "requires_grad_"}
 
 @dataclass(frozen=True)
 class Uses:
-    """The weights that a run used.
+    """The weights that a call used.
 
     Args:
         kinds: the kind of site that each weight can be, such as `linear`, or "" if no form uses it.
@@ -47,7 +47,7 @@ class Uses:
     graph: fx.GraphModule
 
 
-def uses_in_a_run(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> Uses:
+def uses_in_a_call(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> Uses:
     """Run the model once, and return the weights that it uses.
 
     Model, inputs and random generators are left unchanged.
@@ -70,7 +70,7 @@ def uses_in_a_run(model: nn.Module, args: object, kwargs: Mapping[str, object]) 
 
 
 class _Watcher(ObserverMode, TorchFunctionMode):
-    """Follows the weights through a run, and records which forms use them.
+    """Follows the weights through a call, and records which forms use them.
 
     Args:
         model: its parameters are followed. Its buffers count as constants.

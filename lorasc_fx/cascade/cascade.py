@@ -133,7 +133,7 @@ class CascadeModule(nn.Module):
         variant = graphs.variants.find(call) or graphs.capture(call)
         if DistributedDataParallel._active_ddp_module is not None or not torch.is_grad_enabled():
             run.check_call(self.training)
-        return variant.run(call)
+        return variant.compute(call)
 
     # ---- the plan and the graphs
 

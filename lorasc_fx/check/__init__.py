@@ -1,1 +1,1 @@
-"""Checks that a captured graph computes the same as its model: runs without side effects, comparisons, and guards."""
+"""Checks that a captured graph computes the same as its model: isolated executions, comparisons, and guards."""

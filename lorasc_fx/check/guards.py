@@ -130,7 +130,7 @@ class Change(NamedTuple):
 def walk(model: nn.Module) -> Iterator[StateHolder]:
     """Yield the containers in which the model keeps Python state. Each is yielded once, before those inside it."""
     seen, budget = set[int](), MAX_OBJECTS
-    # Objects that only a function or method refers to come last. Their state is restored after a run, but not guarded.
+    # Objects that only a function or method refers to come last. Their state is restored, but not guarded.
     waiting: list[tuple[str, Any]] = [("", model)]
     functions: list[tuple[str, Any]] = []
     guarded = True

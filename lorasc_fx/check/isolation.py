@@ -1,4 +1,4 @@
-"""Run a model without side effects: restore the model and the process after the run.
+"""Run a model without side effects: restore the model and the process after the execution.
 
 Restored are buffers, parameters that forward writes into, and attributes that its Python code sets.
 
@@ -41,7 +41,7 @@ def isolation(
     grad: bool = True,
     seeded: bool = True,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Context manager: isolate runs of the model, and return copies of the arguments to run it with.
+    """Context manager: isolate executions of the model, and return copies of the arguments to run it with.
 
     Args:
         undo: restores the state at the end of the block.
@@ -49,7 +49,7 @@ def isolation(
         args, kwargs: arguments of a call.
         observers: context managers that are entered last, such as hooks, dispatch modes and replaced weights.
         grad: whether gradients are on.
-        seeded: whether the random generators start from a fixed seed, so that two runs draw the same numbers.
+        seeded: whether the random generators start from a fixed seed, so that two executions draw the same numbers.
             Otherwise they draw the same numbers as the next call, which may skip layers at random.
     """
     inputs = copy_inputs(args, kwargs)
@@ -209,9 +209,9 @@ def _storage_of(tensor: torch.Tensor) -> int:
 def restored_values(undo: Block, model: nn.Module) -> None:
     """Context manager: restore buffers, and parameters that forward writes into, at the end of the block.
 
-    Forward works on copies of the buffers. The first run of a model finds the parameters: each is copied to host memory
-    just before an op writes into it. `torch.compile` inside the model is disabled there, because the writes of compiled
-    kernels cannot be observed. Later runs copy only the parameters that were found.
+    Forward works on copies of the buffers. The first execution of a model finds the parameters: each is copied to host
+    memory just before an op writes into it. `torch.compile` inside the model is disabled there, because the writes of
+    compiled kernels cannot be observed. Later executions copy only the parameters that were found.
     """
     is_first = model not in WRITTEN
     written = set(written_by(model))

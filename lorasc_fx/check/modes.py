@@ -1,9 +1,10 @@
 """Tell whether a model runs the same operators in train and eval mode, so that one graph serves both.
 
-Equal outputs are not enough: a new model may have two biases of zeros, one for each mode. So the two runs must call the
-same operators with the same arguments, where each tensor is the same parameter, buffer, input or earlier result. Then
-a trace of each mode would give the same graph for inputs of these sizes. Code that reads a value cannot be traced, so
-the model must read none, or avoid it while it is traced: then the graph of the first mode has no such operator.
+Equal outputs are not enough: a new model may have two biases of zeros, one for each mode. So the two executions must
+call the same operators with the same arguments, where each tensor is the same parameter, buffer, input or earlier
+result. Then a trace of each mode would give the same graph for inputs of these sizes. Code that reads a value cannot be
+traced, so the model must read none, or avoid it while it is traced: then the graph of the first mode has no such
+operator.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def is_data_dependent(graph: fx.Graph) -> bool:
 def same_in_current_mode(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], captured: Guards
 ) -> tuple[Guards, Observed] | None:
-    """Compare a run in the current mode with one in the mode of a capture. The model is left unchanged.
+    """Compare an execution in the current mode with one in the mode of a capture. The model is left unchanged.
 
     Args:
         model: the model. The parameters that training changes must require gradients.
@@ -44,8 +45,8 @@ def same_in_current_mode(
         captured: guards of the capture, in another mode.
 
     Returns:
-        Guards on the state in the current mode, and the run in this mode. None if anything but the modes of modules has
-        changed since the capture, or the runs differ.
+        Guards on the state in the current mode, and the execution in this mode. None if anything but the modes of
+        modules has changed since the capture, or the executions differ.
     """
     with captured.modes_restored():
         if not captured.hold():
@@ -61,10 +62,10 @@ def same_in_current_mode(
 def _record(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], guards: Guards
 ) -> tuple[_Operators, Observed] | None:
-    """Run the model, and return its operators and results. None if a graph could not replace this run."""
+    """Run the model, and return its operators and results. None if a graph could not replace this."""
     operators = _Operators(model)
     with trial(model, torch.is_grad_enabled()):
-        seen, _ = attempt(observe, operators.run, model, args, kwargs, gradients=False)
+        seen, _ = attempt(observe, operators.record, model, args, kwargs, gradients=False)
         operators.calls.append(generators())
         if seen is None or not guards.hold() or Preflight(seen).obstacles:
             return None
@@ -72,7 +73,7 @@ def _record(
 
 
 class _Operators(ObserverMode, TorchDispatchMode):
-    """Records the operators of one run. Two records are equal if the runs compute the same from all inputs.
+    """Records the operators of one execution. Two records are equal if the executions compute the same from all inputs.
 
     Attributes:
         calls: each function of torch that the model calls, and operator, gradient mode and arguments of each operator,
@@ -90,7 +91,7 @@ class _Operators(ObserverMode, TorchDispatchMode):
         self._tensors = WeakTensorKeyDictionary()
         self._storages: dict[int, str] = {}
 
-    def run(self, *args: object, **kwargs: object) -> Any:
+    def record(self, *args: object, **kwargs: object) -> Any:
         """Run the model, and record its operators."""
         inputs = {f"input {index}": leaf for index, leaf in enumerate(leaves(args, kwargs))}
         for name, value in [*self._model.named_parameters(), *self._model.named_buffers(), *inputs.items()]:
@@ -147,7 +148,7 @@ _UNKNOWN = (
     _TENSOR.requires_grad.__set__,
     _TENSOR.data.__set__,
 )
-"""Functions that change values or gradients without an operator. Two runs that call one are never equal."""
+"""Functions that change values or gradients without an operator. Two executions that call one are never equal."""
 
 
 class _Functions(ObserverMode, TorchFunctionMode):

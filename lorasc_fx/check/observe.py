@@ -1,8 +1,8 @@
-"""Run a model or its graph once, record the results (outputs, buffers, gradients), and compare the records of two runs.
+"""Run a model or its graph once, record the results (outputs, buffers, gradients), and compare two such records.
 
 Gradients are not stored. Each is reduced to a few random projections when it is computed. Projections are linear, so a
 gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass runs if the autograd graphs of
-both runs have the same nodes and edges.
+both executions have the same nodes and edges.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CUSTOM_OP = "GeneratedBackwardFor_"
 
 @dataclass(frozen=True)
 class Observed:
-    """The record of one run.
+    """The record of one execution.
 
     Args:
         output: types and tensors of the output.
@@ -171,7 +171,7 @@ def observe(
     backward: bool = False,
     gradients: bool = True,
 ) -> Observed:
-    """Run once in the current gradient mode, and return the record of the run.
+    """Run once in the current gradient mode, and return the record of the execution.
 
     Backward runs only if the edges of the autograd graph say too little, or differ from the edges of `reference`.
 
@@ -185,7 +185,7 @@ def observe(
     """
     inputs, named = copy_inputs(args, kwargs)
     with restored_values(model):
-        seed()  # so that dropout draws the same numbers in each observed run
+        seed()  # so that dropout draws the same numbers in each observed execution
         stateful = attribute_tensors(model)
         use = _AutogradUse()
         with _watched_hooks(model) as observers, _use_observed(model, use):
@@ -277,11 +277,11 @@ def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
 
 
 def difference_of(graph: Observed, model: Observed, gradients: bool = True) -> str | None:
-    """Return the first difference between two runs as a phrase, or None if they agree up to rounding.
+    """Return the first difference between two executions as a phrase, or None if they agree up to rounding.
 
     Args:
-        graph: the run to check.
-        model: the run with the expected values.
+        graph: the execution to check.
+        model: the execution with the expected values.
         gradients: whether gradients are compared.
     """
     for subject, computed, expected in (
@@ -327,7 +327,7 @@ def _gradient_difference(
     for name in sorted(graph.keys() | model.keys()):
         computed, expected = graph.get(name, zero), model.get(name, zero)
         gap, scale = float((computed - expected).norm()), max(float(expected.norm()), min_scale)
-        # `not gap <= ...` is true for nan. Gradients with inf or nan in both runs cannot be compared.
+        # `not gap <= ...` is true for nan. Gradients with inf or nan in both executions cannot be compared.
         both_not_finite = (computed.isfinite().logical_not() & expected.isfinite().logical_not()).any()
         if not gap <= allowed * scale and not both_not_finite:
             errors[name] = gap / scale if scale else float("inf")

@@ -53,7 +53,7 @@ class Preflight:
     """The results of the preflight.
 
     Args:
-        seen: the run that graphs are compared with. It is replaced by another run if gradients are missing.
+        seen: the execution that graphs are compared with. It is replaced by another one if gradients are missing.
         changing: names of attributes that forward sets to a different value in each call.
         draws: whether forward draws from the random generators of Python or numpy without seeding them.
         assigned: (holder, key) of the Python state that forward sets in each call, even if to an equal value.
@@ -103,7 +103,7 @@ def trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
 def run_preflight(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], grad: bool = True
 ) -> Preflight:
-    """Run the model on example inputs, and observe the runs. The model is left unchanged.
+    """Run the model on example inputs, and observe the executions. The model is left unchanged.
 
     Args:
         model: the model. The parameters that training changes must require gradients.
@@ -113,12 +113,12 @@ def run_preflight(
     Raises:
         CaptureError: the model itself raises.
     """
-    has_run = model in WRITTEN
+    has_executed = model in WRITTEN
     try:
         with trial(model, grad) as attributes:
             guards = Guards(model)
             seen = observe(model, model, args, kwargs)
-            if written_by(model):  # the first run found these parameters: observe their values in a second one
+            if written_by(model):  # the first execution found these parameters: observe their values in a second one
                 attributes.restore()
                 seen = observe(model, model, args, kwargs)
             states = generators()
@@ -128,7 +128,7 @@ def run_preflight(
             written: list[torch.Tensor] = []
             if guards.changes():
                 guards = Guards(model)
-                _run(model, args, kwargs)
+                _execute(model, args, kwargs)
                 changes, written = guards.changes(), guards.written()
                 changing = sorted(change.entry for change in changes if change.is_new)
                 assigned = {(change.holder, change.key) for change in changes}
@@ -138,10 +138,10 @@ def run_preflight(
             moved = [index for index, state in enumerate(generators()) if state != states[index]]
             draws = False
             if moved:
-                _run(model, args, kwargs, seed_value=1)
+                _execute(model, args, kwargs, seed_value=1)
                 again = generators()
                 draws = any(states[index] != again[index] for index in moved)
-            # Does the result depend on the gradient mode? A run without gradients does not show the gradients.
+            # Does the result depend on the gradient mode? An execution without gradients does not show the gradients.
             mode = None
             if seen.asks_grad_mode or not grad:
                 attributes.restore()
@@ -155,7 +155,7 @@ def run_preflight(
     except (*OUT_OF_MEMORY, CaptureError):
         raise
     except Exception as fault:
-        if not has_run:  # the first run has stopped early, and may have missed parameters that forward writes into
+        if not has_executed:  # the first execution has stopped early, and may have missed written parameters
             WRITTEN.pop(model, None)
         raise CaptureError(
             f"{type(model).__name__} itself raises on the example inputs: {one_line(fault)}. "
@@ -174,16 +174,16 @@ def check_agrees(
     """Compare a graph with its model on one call: types, outputs, buffers, arguments after the call, and gradients.
 
     Raises:
-        Disagreement: they differ by more than rounding, although two runs of the model under one seed agree.
+        Disagreement: they differ by more than rounding, although two executions of the model under one seed agree.
     """
     grad = preflight.grad is not False
 
-    def run(call: Callable[..., Any], **options: Any) -> Observed:
+    def observed(call: Callable[..., Any], **options: Any) -> Observed:
         with trial(model, grad):
             return observe(call, model, args, kwargs, **options)
 
     try:
-        computed = run(graph, reference=preflight.seen)
+        computed = observed(graph, reference=preflight.seen)
     except OUT_OF_MEMORY:
         raise
     except Exception as fault:
@@ -191,12 +191,12 @@ def check_agrees(
     difference = difference_of(computed, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and computed.autograd != preflight.seen.autograd:
         # The autograd graphs differ, so the graph has run backward, but the model has not. Run it with backward too.
-        preflight.seen = run(model, backward=True)
+        preflight.seen = observed(model, backward=True)
         difference = difference_of(computed, preflight.seen)
     if difference is None:
         return
     # The graph is wrong only if the model is deterministic under one seed.
-    again = run(model, backward=True)
+    again = observed(model, backward=True)
     if difference_of(again, preflight.seen) is None:
         raise Disagreement(difference)
 
@@ -219,7 +219,7 @@ def generators() -> tuple[Any, Any]:
     return random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in state]
 
 
-def _run(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], seed_value: int = 0) -> None:
+def _execute(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], seed_value: int = 0) -> None:
     """Run the model under a seed. Its attributes are left as forward sets them; buffers and parameters are restored."""
     inputs, named = copy_inputs(args, kwargs)
     with restored_values(model):

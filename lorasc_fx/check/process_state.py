@@ -1,4 +1,4 @@
-"""Protect the process during isolated runs: random generators, standard streams, logs, warnings, and modes of torch."""
+"""Protect the process from an execution: random generators, standard streams, logs, warnings, and modes of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random projections of gradients. They are small enough to be stored for a comparison of two runs."""
+"""Random projections of gradients. They are small enough to be stored for a comparison of two executions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _VIEWS = {f"{name}Backward0" for name in ("Alias", "Expand", "ReshapeAlias", "Sl
 
 
 def autograd_edges(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> Counter[Any]:
-    """Count the edges of the autograd graph of some tensors. Two runs with equal values and edges have equal gradients.
+    """Count the edges of the autograd graph of some tensors. With equal values and edges, gradients are equal.
 
     An edge has the name of a node, and the name of the node or leaf that its gradient goes to, with the index of its
     output. Views are skipped. Hooks are not shown.

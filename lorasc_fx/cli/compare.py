@@ -28,8 +28,8 @@ from lorasc_fx.spec import Noise
 from lorasc_fx.util.environment import module_of
 
 
-class Run(NamedTuple):
-    """One run of the comparison: a method with a seed and a learning rate."""
+class Trial(NamedTuple):
+    """One training of the comparison: a method with a seed and a learning rate."""
 
     method: str
     seed: int
@@ -57,7 +57,7 @@ class Result(TypedDict):
     labels: list[int]
 
 
-Results = dict[Run, Result]
+Results = dict[Trial, Result]
 
 
 def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (), /) -> int:
@@ -78,25 +78,25 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     write_config(settings, folder / CONFIG)
     (folder / "results").mkdir(exist_ok=True)
     results: Results = {}
-    for run in planned(settings):
-        file = folder / "results" / f"{run.name}.json"
+    for trial in planned(settings):
+        file = folder / "results" / f"{trial.name}.json"
         if not file.is_file():
-            made = _make(run, settings, task)
+            made = _make(trial, settings, task)
             if made is None:
                 print(f"Stopped after {len(results)} runs. Run the same command again to continue.")
                 return 130
             file.write_text(json.dumps(made) + "\n", encoding="utf-8")
-        results[run] = json.loads(file.read_text(encoding="utf-8"))
+        results[trial] = json.loads(file.read_text(encoding="utf-8"))
     text = "\n\n".join(tables(settings, results))
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
 
 
-def planned(config: Config) -> list[Run]:
+def planned(config: Config) -> list[Trial]:
     """Return the runs of a comparison, in the order in which they are trained."""
     return [
-        Run(method, seed, lr)
+        Trial(method, seed, lr)
         for seed in config.compare.seeds
         for method in METHODS
         if method in config.compare.methods
@@ -104,38 +104,38 @@ def planned(config: Config) -> list[Run]:
     ]
 
 
-def configured(run: Run, config: Config) -> Config:
-    """Return the configuration of a run."""
-    spec = replace(config.spec, seed=config.spec.seed + run.seed)
-    if run.method != "lorasc":
+def configured(trial: Trial, config: Config) -> Config:
+    """Return the configuration of a trial."""
+    spec = replace(config.spec, seed=config.spec.seed + trial.seed)
+    if trial.method != "lorasc":
         spec = replace(spec, pace=1.0, restart="slow", noise=Noise(), average=False)
-    stages = replace(config.stages, count=1) if run.method == "lora" else config.stages
-    train = config.train | {"seed": config.train.get("seed", 0) + run.seed, "learning_rate": run.lr}
+    stages = replace(config.stages, count=1) if trial.method == "lora" else config.stages
+    train = config.train | {"seed": config.train.get("seed", 0) + trial.seed, "learning_rate": trial.lr}
     return replace(config, spec=spec, stages=stages, train=train)
 
 
-def _make(run: Run, config: Config, task: Task) -> Result | None:
-    """Train and evaluate one run. Return None if Ctrl-C has stopped it."""
-    task.config = configured(run, config)
+def _make(trial: Trial, config: Config, task: Task) -> Result | None:
+    """Train and evaluate one trial. Return None if Ctrl-C has stopped it."""
+    task.config = configured(trial, config)
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
     trainer, cascade, callback = trainer_of(task, arguments, saves=False)
     trained = [value for value in cascade.parameters() if value.requires_grad]
     result: Result = {
-        "lr": run.lr, "parameters": sum(value.numel() for value in trained), "seconds": 0.0, "loss": math.inf,
+        "lr": trial.lr, "parameters": sum(value.numel() for value in trained), "seconds": 0.0, "loss": math.inf,
         "accuracy": 0.0, "predicted": [], "labels": [],
     }  # fmt: skip
     try:
         with callback.catching():
             result["seconds"] = trainer.train().metrics["train_runtime"]
     except (StateError, NonFiniteBranch) as fault:
-        print(f"{run.name}: diverged ({fault})")
+        print(f"{trial.name}: diverged ({fault})")
         return result
     if callback.stopped:
         return None
     metrics, found = trainer.evaluate(), trainer.predict(task.data["test"])
     result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
     result |= {"predicted": found.predictions.argmax(-1).tolist(), "labels": found.label_ids.tolist()}
-    print(f"{run.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
+    print(f"{trial.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
     return result
 
 
@@ -146,8 +146,10 @@ def best_rates(results: Results) -> dict[str, list[Result]]:
     """
     best: dict[str, list[Result]] = {}
     for method in METHODS:
-        rates = sorted({run.lr for run in results if run.method == method})
-        by_rate = [[results[run] for run in sorted(results) if (run.method, run.lr) == (method, lr)] for lr in rates]
+        rates = sorted({trial.lr for trial in results if trial.method == method})
+        by_rate = [
+            [results[trial] for trial in sorted(results) if (trial.method, trial.lr) == (method, lr)] for lr in rates
+        ]
         if by_rate:
             best[method] = min(by_rate, key=lambda runs: _mean(runs, "loss"))
     return best

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lorasc_fx.branch import Branch, Decided
 from lorasc_fx.capture import EAGER, OWNER, Captured, Conditions, not_captured, read_live
 from lorasc_fx.capture.effective import EffectiveWeights
-from lorasc_fx.capture.uses import Uses, uses_in_a_run
+from lorasc_fx.capture.uses import Uses, uses_in_a_call
 from lorasc_fx.check.isolation import isolation
 from lorasc_fx.check.observe import attempt, one_line
 from lorasc_fx.check.process_state import quiet
@@ -49,7 +49,7 @@ gradient."""
 
 
 def with_uses(decided: Decided, model: nn.Module, uses: Uses | None) -> Decided:
-    """Add the weights that a run used to the plan. Each gets a branch. None adds no weight."""
+    """Add the weights that a call used to the plan. Each gets a branch. None adds no weight."""
     graph = read_live(nn.Module(), fx.Graph(), model) if uses is None else uses.graph
     record = Record(owner=OWNER, plan=decided.plan, refusals=decided.refusals)
     record = survey([graph], record, {} if uses is None else uses.kinds)
@@ -80,7 +80,7 @@ def make_eager(
         CaptureError: the model raises, or with its branches it differs from the eager model with merged weights.
     """
     spec = decided.plan.spec
-    uses, fault = attempt(uses_in_a_run, model, args, kwargs)
+    uses, fault = attempt(uses_in_a_call, model, args, kwargs)
     if uses is None:
         assert fault is not None
         raise not_captured(model, {**dict(captured.refused), EAGER.name: one_line(fault)}) from fault
@@ -149,7 +149,7 @@ class EagerModel:
         While there are weights that no call has used, each call costs an extra forward of the model.
         """
         if self._unused:
-            uses = uses_in_a_run(self.model, args, kwargs)
+            uses = uses_in_a_call(self.model, args, kwargs)
             if any(kind and name in self._unused for name, kind in uses.kinds.items()):
                 self._grow(uses)
         # In another mode the model may compute otherwise, for example with gradient checkpointing.
@@ -173,7 +173,7 @@ class EagerModel:
             self.placements.setdefault(name, "beside" if is_beside else "weight")
 
     def _grow(self, uses: Uses) -> None:
-        """Add the weights of a run to the plan, and to the run of the cascade."""
+        """Add the weights of a call to the plan, and to the run of the cascade."""
         run = self.run()
         decided = self.decided if run is None else Decided(run.plan, run.by_key, run.refusals, ())
         grown = with_uses(decided, self.model, uses)
@@ -196,10 +196,10 @@ class EagerModel:
         if not wrong:
             return
         with requiring_grad(self.model, None), without_gradients(self._leaves):
-            once, again = (self._run(args, kwargs, {}) for _ in range(2))
+            once, again = (self._computed(args, kwargs, {}) for _ in range(2))
         if not all(map(torch.equal, once, again)):
             raise CaptureError(
-                f"Two runs of {type(self.model).__name__} under one seed differ, so a run with branches cannot be "
+                f"Two calls of {type(self.model).__name__} under one seed differ, so a call with branches cannot be "
                 "compared with them. Its forward may seed a generator itself. Make the model deterministic, such as "
                 "by setting dropout to 0."
             )
@@ -258,7 +258,7 @@ class EagerModel:
             }
             # Run the eager model with merged weights. They determine the gradients of the branches.
             with requiring_grad(model, trained):
-                outputs, fault = attempt(self._run, args, kwargs, merged)
+                outputs, fault = attempt(self._computed, args, kwargs, merged)
             if fault is not None:
                 return set()  # the model has no gradients
             slopes = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
@@ -269,7 +269,7 @@ class EagerModel:
             for leaf in self._leaves:
                 leaf.grad = None
             # Run it with adapted weights.
-            adapted_outputs, fault = attempt(self._run, args, kwargs, None)
+            adapted_outputs, fault = attempt(self._computed, args, kwargs, None)
             if fault is not None:  # for example, gradient checkpointing raises if forward and recomputation differ
                 return set(weights)
             if not expected:
@@ -284,7 +284,7 @@ class EagerModel:
                 if not _gap(factor.grad, slope) <= allowed * (_norm(slope) + floor)
             }
 
-    def _run(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor]:
+    def _computed(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor]:
         """Run forward and backward with merged weights, or None for adapted ones. Return the floating-point outputs."""
         with isolation(self.model, args, kwargs, _with_values(self.model, merged or {})) as (inputs, by_name):
             output = self.weights(*inputs, **by_name) if merged is None else self.model(*inputs, **by_name)

@@ -63,7 +63,7 @@ class Variant:
     placements: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def run(self) -> Callable[[Call], Any]:
+    def compute(self) -> Callable[[Call], Any]:
         """A function that computes a call.
 
         It runs a captured graph as a plain function, which is faster than calling the graph module. If a branch has
@@ -79,12 +79,12 @@ class Variant:
         function, hooks, flat = as_function(module), hooks_of(module), takes_leaves(module.graph)
         inputs = sum(node.op == "placeholder" for node in module.graph.nodes)
 
-        def run(call: Call) -> Any:
+        def by_function(call: Call) -> Any:
             if any(hooks) or (flat and len(call.leaves) != inputs):
                 return by_module(call)
             return function(*call.leaves) if flat else function(*call.args, **call.kwargs)
 
-        return run
+        return by_function
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Segment:
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
 
-    def run(self, interpreter: fx.Interpreter, values: Iterable[object]) -> tuple[Any, ...]:
+    def compute(self, interpreter: fx.Interpreter, values: Iterable[object]) -> tuple[Any, ...]:
         """Return the values of `outputs`, given the values of `inputs`. The interpreter computes each node."""
         computed: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
 
@@ -100,20 +100,20 @@ class SegmentedGraph:
 def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
     """Split a graph into segments. `units` has the unit of every parameter by the id of the parameter."""
     reads = _reads(graph_module)
-    # Divide the nodes into runs of one unit. Nodes that read no weights, or only ROOT, continue the current run.
-    runs: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
+    # Divide the nodes into groups of one unit. Nodes that read no weights, or only ROOT, continue the current group.
+    groups: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" or node in reads.lazy:
             continue
         node_units = {units[parameter] for parameter in reads.of(node)} - {ROOT}
-        if node_units and node_units != {runs[-1][0]}:
-            runs.append((node_units.pop(), []))
-        runs[-1][1].append(node)
-    runs = [(unit, nodes) for unit, nodes in runs if nodes]
+        if node_units and node_units != {groups[-1][0]}:
+            groups.append((node_units.pop(), []))
+        groups[-1][1].append(node)
+    groups = [(unit, nodes) for unit, nodes in groups if nodes]
     # Connect the segments: each returns the values that later ones read.
-    needs = [_needs(nodes, reads.lazy) for _, nodes in runs]
+    needs = [_needs(nodes, reads.lazy) for _, nodes in groups]
     segments = []
-    for index, (unit, nodes) in enumerate(runs):
+    for index, (unit, nodes) in enumerate(groups):
         inside = set(nodes)
         inputs = tuple(node for node in needs[index] if node not in inside)
         later = {node for needed in needs[index + 1 :] for node in needed}
@@ -179,7 +179,7 @@ class Unit(nn.Module):
     def forward(self, segment: Segment, interpreter: fx.Interpreter, *values: object) -> tuple[Any, ...]:
         """Return the outputs of the segment, without views of weights, because FSDP frees these after the forward."""
         storages = {local(parameter).untyped_storage()._cdata for parameter in self.parameters()}
-        outputs: tuple[Any, ...] = segment.run(interpreter, values)
+        outputs: tuple[Any, ...] = segment.compute(interpreter, values)
         outputs = pytree.tree_map_only(torch.Tensor, partial(_not_a_view, storages=storages), outputs)
         return outputs
 
@@ -205,7 +205,7 @@ class Shards(nn.Module):
         for segment, later in zip(graph.segments, graph.later, strict=True):
             read = [values[node] for node in segment.inputs]
             if segment.unit == ROOT:
-                outputs = segment.run(interpreter, read)
+                outputs = segment.compute(interpreter, read)
             else:
                 outputs = self.unit(segment.unit)(segment, interpreter, *read)
             # Free the values that no later segment reads.
@@ -240,9 +240,9 @@ class SplitGraph:
             raise StateError(
                 "torch.compile: a cascade with sharded weights cannot be compiled. Call it uncompiled", code="sharded"
             )
-        return self.graph.module.graph.process_outputs(self.run(self.graph.interpreter, *leaves(args, kwargs)))
+        return self.graph.module.graph.process_outputs(self.compute(self.graph.interpreter, *leaves(args, kwargs)))
 
-    def run(self, interpreter: fx.Interpreter, *inputs: object) -> Any:
+    def compute(self, interpreter: fx.Interpreter, *inputs: object) -> Any:
         """Return the value of the output node for the leaves of the arguments of a call."""
         with disabled(self.branches) if self.before_call() else contextlib.nullcontext():
             try:

@@ -15,7 +15,7 @@ import pytest
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
-from lorasc_fx.cli.compare import Result, Run, best_rates, configured, tables
+from lorasc_fx.cli.compare import Result, Trial, best_rates, configured, tables
 from lorasc_fx.cli.config import METHODS, CompareConfig, Config
 from lorasc_fx.cli.trainer import RunCallback
 from tests.cli.test_train import results
@@ -80,9 +80,9 @@ def test_the_intervals() -> None:
     """Student's t over two seeds by its closed formula; equal predictions give intervals of zero width."""
     config = Config(compare=CompareConfig(methods=("lora", "lorasc", "cascade")))
     found = {
-        Run("lora", 0, 0.1): result("1000"), Run("lora", 1, 0.1): result("1100"),
-        Run("lorasc", 0, 0.1): result("1110"), Run("lorasc", 1, 0.1): result("1110"),
-        Run("cascade", 0, 0.1): result("1000"), Run("cascade", 1, 0.1): result("1100"),
+        Trial("lora", 0, 0.1): result("1000"), Trial("lora", 1, 0.1): result("1100"),
+        Trial("lorasc", 0, 0.1): result("1110"), Trial("lorasc", 1, 0.1): result("1110"),
+        Trial("cascade", 0, 0.1): result("1000"), Trial("cascade", 1, 0.1): result("1100"),
     }  # fmt: skip
     accuracies, differences = tables(config, found)
     assert "| lorasc | 0.1 | 7 | 1.0 | 50.0 ± 0.0 | 75.0 ± 0.0 |" in accuracies
@@ -95,18 +95,18 @@ def test_the_intervals() -> None:
 def test_the_best_rate() -> None:
     """The mean over seeds decides; of equal rates the smallest; a diverged run loses."""
     found = {
-        Run("lora", 0, 0.1): result("1", 1.0, 0.9), Run("lora", 1, 0.1): result("1", 3.0, 0.5),
-        Run("lora", 0, 0.2): result("1", 2.0, 0.6), Run("lora", 1, 0.2): result("1", 2.0, 0.6),
-        Run("lora", 0, 0.3): result("1", 0.1, 0.9), Run("lora", 1, 0.3): result("", math.inf, 0.0),
+        Trial("lora", 0, 0.1): result("1", 1.0, 0.9), Trial("lora", 1, 0.1): result("1", 3.0, 0.5),
+        Trial("lora", 0, 0.2): result("1", 2.0, 0.6), Trial("lora", 1, 0.2): result("1", 2.0, 0.6),
+        Trial("lora", 0, 0.3): result("1", 0.1, 0.9), Trial("lora", 1, 0.3): result("", math.inf, 0.0),
     }  # fmt: skip
-    assert best_rates(found)["lora"][0] is found[Run("lora", 0, 0.1)]
-    del found[Run("lora", 0, 0.1)], found[Run("lora", 1, 0.1)]
-    assert best_rates(found)["lora"][0] is found[Run("lora", 0, 0.2)]
+    assert best_rates(found)["lora"][0] is found[Trial("lora", 0, 0.1)]
+    del found[Trial("lora", 0, 0.1)], found[Trial("lora", 1, 0.1)]
+    assert best_rates(found)["lora"][0] is found[Trial("lora", 0, 0.2)]
 
 
 def test_what_a_method_trains() -> None:
     spec = lx.CascadeSpec(rank=4, noise=lx.Noise(0.1), pace=0.7, restart="fast", average=True)
-    configs = {name: configured(Run(name, 2, 0.1), Config(spec=spec, train={"seed": 5})) for name in METHODS}
+    configs = {name: configured(Trial(name, 2, 0.1), Config(spec=spec, train={"seed": 5})) for name in METHODS}
     assert {name: config.stages.count for name, config in configs.items()} == {"lora": 1, "cascade": 3, "lorasc": 3}
     assert configs["lora"].spec == configs["cascade"].spec == lx.CascadeSpec(rank=4, pace=1.0, seed=2)
     assert configs["lorasc"].spec == replace(spec, seed=2)
