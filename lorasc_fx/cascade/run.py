@@ -1,7 +1,7 @@
-"""A run: the state of a training, checks of calls, and the commit that writes the next state, all or nothing.
+"""A run, which is one training of a model: its state, checks of calls, and the commit that writes the next state.
 
 Stages begin, checkpoints are restored and folds end through `write_planned`. It computes weights while it writes them.
-`weights` writes weights for the time of a block, and moves, folds and `guards` move or replace tensors of the model.
+`weights` writes weights for the time of a block. Moves, folds and `release` move or replace tensors of the model.
 All of them do so inside a transaction (`util.undo`).
 """
 
@@ -39,7 +39,7 @@ log = logging.getLogger("lorasc_fx")
 
 
 class Run:
-    """The user's model, the branches, the plan of the running stage, and the slow weights."""
+    """One training of a model: the user's model, the branches, the plan of the running stage, and the slow weights."""
 
     def __init__(
         self,

@@ -103,7 +103,7 @@ def row(
 
 @functools.cache
 def sites_in(text: str) -> dict[str, tuple[tuple[str, ...], Uses]]:
-    """Read a table of sites: `w0:in_out=mm,F.linear_1 fc.weight=nn.Linear w1:experts=*`.
+    """Read a table of sites: `w0:in_out=mm,F.linear_1 fc.weight=nn.Linear w1:stacked=*`.
 
     A weight's name can be followed by its kind and its layout. Each of its uses is a form and the node's number: `mm_1`
     is a node of that name, of the form `aten.mm`; `F.linear_1` the same of `F.linear`. `nn.Linear` is the module that

@@ -366,7 +366,7 @@ def _grouped(x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tenso
 
 def _grouped_at(node: str) -> str:
     form = "transformers::grouped_mm_fallback"
-    return f"w0:experts:in_out={form}@{node} w1:experts={form}@{node}_1 w2:experts={form}@{node}_2 w3:experts=*"
+    return f"w0:stacked:in_out={form}@{node} w1:stacked={form}@{node}_1 w2:stacked={form}@{node}_2 w3:stacked=*"
 
 
 def _packed(x: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
@@ -460,16 +460,16 @@ GRAPHS: list[Case] = [
     row("upsampler", seq(lambda: nn.Conv2d(3, 4, 3, padding=1), lambda: nn.ConvTranspose2d(4, 6, 2, stride=2)),
         rand((2, 3, 5, 4)), {"0.weight": "conv", "1.weight": "conv"}, module="0.weight=nn.Conv2d"),
     row("contractions", of(_contractions, (6, 5), (6, 7), (4, 7, 7), (5, 4), (3, 4, 2), (5, 3)), rand((2, 3, 5)),
-        functional="w0=* w1=* w2:experts=* w3=* w4:experts=* w5=*"),
+        functional="w0=* w1=* w2:stacked=* w3=* w4:stacked=* w5=*"),
     row("experts", of(_experts, (3, 5, 4), (3, 6, 4), (3, 7, 6), (7,)), rand((3, 2, 5)),
-        aten="w0:experts=* w1:experts=* w2:experts=*"),
-    row("routed", of(_routed, (3, 5), (3, 5, 4), (3, 4, 6)), rand((4, 5)), aten="w0=linear w1:experts=* w2:experts=*"),
+        aten="w0:stacked=* w1:stacked=* w2:stacked=*"),
+    row("routed", of(_routed, (3, 5), (3, 5, 4), (3, 4, 6)), rand((4, 5)), aten="w0=linear w1:stacked=* w2:stacked=*"),
     row("chosen", of(_chosen, (3, 6, 5), (3, 4, 6), (3, 4, 7)), rand((4, 5)), {}, modes=(),
-        aten="w0:experts=* w1:experts=* w2:experts=*" if COMPUTED_INDEX else ""),
+        aten="w0:stacked=* w1:stacked=* w2:stacked=*" if COMPUTED_INDEX else ""),
     row("grouped", of(_grouped, (3, 5, 4), (3, 6, 4), (3, 7, 6), (3, 7, 5)), rand((6, 5)),
         aten=_grouped_at("grouped_mm_fallback"), functional=_grouped_at("grouped_mm_fallback_default")),
     row("looped", of(_looped, (3, 5), (3, 4, 5), (3, 6, 4)), rand((4, 5)),
-        functional="w0=F.linear w1:experts=* w2:experts=*"),
+        functional="w0=F.linear w1:stacked=* w2:stacked=*"),
     row("packed", of(_packed, (12, 5), (6, 5)), rand((2, 3, 5)), aten="w0=* w1=*"),
     row("slices", of(_slices, (12, 5), (10, 12), (6, 4), (5, 3, 2)), rand((2, 3, 5)),
         aten="w0=* w1=* w2=* w3:conv=*", functional="w0=* w1=* w2=* w3:conv=*"),
