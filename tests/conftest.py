@@ -164,13 +164,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from torch._dynamo import guards as dynamo_guards
 
-    from lorasc_fx.cascade import guards
+    from lorasc_fx.cascade import cascade
 
     # For its logs, dynamo measures the guards of each frame that it compiles, on emptied processor caches: 20 ms.
     dynamo_guards.profile_guard_manager = lambda *_: 0.0
     # A cascade that is dropped with what it trained collects garbage, so that it need not warn if its model is garbage
     # too. Most tests end so, and ignore the warning; a collection takes 50 ms.
-    guards.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
+    cascade.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[attr-defined]
     gc.freeze()  # what imports have made, half a million objects, is no garbage
     here = Path(__file__).parent
     rows: Counter[str] = Counter()

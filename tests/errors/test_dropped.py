@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lorasc_fx as lx
-from lorasc_fx.cascade import guards
+from lorasc_fx.cascade import cascade as cascade_module
 from tests.errors.test_warnings import NOISY, QUIET, X, adapted, net, step
 from tests.kit.errors import lacking
 from tests.kit.models import values
@@ -32,7 +32,7 @@ STAYS = {"noisy": ("Sequential keep the noise",), "pissa": ("Sequential lack the
 @pytest.fixture(autouse=True)
 def real_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collect garbage, which tests/conftest.py switches off."""
-    monkeypatch.setattr(guards, "gc", gc)
+    monkeypatch.setattr(cascade_module, "gc", gc)
 
 
 @contextmanager
