@@ -807,8 +807,9 @@ def _values_restorer(run: Run, planned: Planned) -> Callable[[], None]:
     graded = [*written]
     if planned.gradients is not None:
         graded += [*run.branches.parameters(), *run.trainable().values()]
-    gradients = [(parameter, parameter.grad) for parameter in graded]
-    values = list[tuple[torch.Tensor, torch.Tensor]]()
+    gradients, values = list[tuple[torch.Tensor, torch.Tensor | None]](), list[tuple[torch.Tensor, torch.Tensor]]()
+    for tensor in graded:
+        gradients.append((tensor, tensor.grad))
     for tensor in (*written, *dict(planned.tensors)):
         values.append((tensor, tensor.detach().clone()))
 
