@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 # Before torch is imported anywhere. Two workers with two threads each would be slower on two cores, and one thread sums
 # in one order. The workers of xdist inherit this.
@@ -189,6 +190,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     pytest.mark.filterwarnings(f"ignore:{message}:lorasc_fx.errors.LorascWarning"), append=False
                 )
         item.add_marker(pytest.mark.filterwarnings(f"ignore:{DROPPED}:lorasc_fx.errors.LorascWarning"), append=False)
+
+
+@pytest.fixture
+def captures(caplog: pytest.LogCaptureFixture) -> Any:
+    """Count the graphs that were captured after `adapt`, by the log."""
+    caplog.set_level("INFO", logger="lorasc_fx")
+    return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from lorasc_fx.branch import Factors
 from tests.kit import tiny
 from tests.kit.compare import tensors
 from tests.kit.errors import raises
+from tests.kit.models import train
 
 Pairs = dict[str, Factors]
 
@@ -157,9 +158,7 @@ def test_runs_and_checkpoints_are_sources(tmp_path: Path) -> None:
     cascade = lx.adapt(mlp(), args=(X,), spec=lx.CascadeSpec(rank=2))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
     for _ in cascade.stages(2, optimizer):
-        cascade(X).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [X])
     lx.save(cascade, tmp_path)
     bank = lx.AdapterBank(mlp(), {"run": cascade, "saved": tmp_path}, args=(X,))
     slow = copy.deepcopy(cascade).release()(X)

@@ -64,11 +64,17 @@ KINDS: dict[str, Any] = {
         nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
         torch.randn(2, 4, 5, 5),
     ),
+    "dilated": lambda: (
+        nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=2, padding_mode="reflect"), nn.Tanh()),
+        torch.randn(2, 4, 5, 5),
+    ),
+    "upsampling": lambda: (nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.Tanh()), torch.randn(2, 4, 5, 5)),
     "grouped": lambda: (nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Tanh()), torch.randn(2, 4, 9)),
     "embedding": lambda: (Table(), torch.randint(0, 9, (3, 4))),
     "recurrent": lambda: (Recurrent(), torch.randn(2, 5, 6)),
 }
-FITS = {"lokr": ("linear", "transposed", "conv", "grouped"), "dora": ("linear", "transposed", "conv", "grouped")}
+DENSE = ("linear", "transposed", "conv", "dilated", "grouped")
+FITS = {"lokr": (*DENSE, "upsampling"), "dora": DENSE}
 ROWS = [(name, kind) for name in METHODS for kind in KINDS if kind in FITS.get(name, KINDS)]
 
 

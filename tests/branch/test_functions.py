@@ -312,8 +312,7 @@ def test_the_output_of_a_branch_can_be_written_in_place(placement: str) -> None:
         loss = cascade(x).square().sum()
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in cascade.branches.parameters())])
-    for one, expected in zip(*results, strict=True):
-        torch.testing.assert_close(one, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
 
 class Lookup(nn.Module):

@@ -21,7 +21,7 @@ from tests.errors.models import Net
 from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
 from tests.kit.devices import pretend_accelerator
 from tests.kit.errors import raises, warns
-from tests.kit.models import loss_of
+from tests.kit.models import loss_of, train
 
 PLAIN = lx.CascadeSpec(targets=("conv", "body", "head"), rank=1, pace=0.4)
 TRAIN = lx.CascadeSpec(targets=("conv", "body"), train=("head.*",), rank=1, pace=0.4, optimizer_state="kept")
@@ -192,9 +192,7 @@ def test_a_sparse_buffer_belongs_to_the_model_if_it_is_not_persistent(tmp_path: 
     cascade = lx.adapt(WithHeads(), args=(x,), spec=lx.CascadeSpec(rank=1))
     optimizer = adamw(cascade)
     for _ in cascade.stages(2, optimizer):
-        loss_of(cascade(x)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [x])
     version, expected = lx.save(cascade, tmp_path, optimizer=optimizer), cascade(x)
     assert not [name for name in load_file(version / "state.safetensors") if "heads" in name]
     model = WithHeads()

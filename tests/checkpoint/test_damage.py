@@ -32,7 +32,7 @@ from lorasc_fx.errors import LorascWarning
 from tests.errors.models import inputs
 from tests.errors.state import assert_same, of, unchanged
 from tests.kit.errors import raises
-from tests.kit.models import loss_of
+from tests.kit.models import loss_of, train
 from tests.kit.seams import SEAMS
 from tests.kit.state import stored_values, weight_states
 
@@ -64,9 +64,7 @@ def written(folder: Path, stages: int, spec: lx.CascadeSpec = SPEC) -> dict[str,
     cascade = lx.adapt(Small(), args=(X,), spec=spec)
     optimizer, scheduler = optimizers(cascade)
     for stage in range(stages + 1):
-        loss_of(cascade(X)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [X])
         if stage < stages:
             cascade.transition(optimizer)
             scheduler.step()

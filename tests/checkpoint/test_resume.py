@@ -19,7 +19,7 @@ from tests.checkpoint.runs import THREE_STAGES, Run, X, adamw, interrupted, whol
 from tests.errors.models import Net, inputs
 from tests.errors.state import assert_same, of_slow, raw, unchanged
 from tests.kit.errors import raises
-from tests.kit.models import loss_of
+from tests.kit.models import loss_of, train
 from tests.kit.seams import SEAMS, seam
 from tests.kit.state import MANIFEST, variant_count
 
@@ -177,9 +177,7 @@ def test_tensors_that_forward_writes_are_saved(
     cascade = lx.adapt(model, args=(x,), spec=lx.CascadeSpec(rank=1), frontend="eager")
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     for _ in range(2):
-        cascade(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [x])
         cascade.transition(optimizer)
     lx.save(cascade, tmp_path)
     again = deepcopy(base)

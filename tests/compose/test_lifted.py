@@ -25,6 +25,7 @@ from lorasc_fx.passes import (
 from tests.compose.kinds import WITH_NAMES, WITHOUT_NAMES, X, lifted, model
 from tests.compose.page import shapes
 from tests.kit.errors import raises
+from tests.kit.models import train, trainable_parameters
 from tests.passes.kit import deltas, fill
 
 # of dynamo itself, for the output of the first graph
@@ -113,17 +114,8 @@ def compiled() -> Any:
     torch._dynamo.reset()
 
 
-def trained(backend: Any, call: Any) -> list[float]:
-    target = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    optimizer = torch.optim.Adam([p for p in backend.parameters() if p.requires_grad], 0.02)
-    losses = []
-    for _ in range(20):
-        loss = (call(X) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def trained(backend: Any, call: Any) -> Tensor:
+    return train(call, torch.optim.Adam(trainable_parameters(backend), 0.02), [X] * 20)
 
 
 def test_branches_train_on_both_sides_of_a_break(compiled: Any) -> None:

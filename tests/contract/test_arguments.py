@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import lorasc_fx as lx
+from tests.kit.models import train
 
 
 class Net(nn.Module):
@@ -32,10 +33,7 @@ def loop(cascade: lx.Cascade, **call: Tensor) -> tuple[torch.optim.Optimizer, St
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
     scheduler = StepLR(optimizer, 1)
     for _ in cascade.stages(2, optimizer, scheduler):
-        output = cascade(**call)
-        getattr(output, "logits", output).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train(cascade, optimizer, [call])
     return optimizer, scheduler
 
 

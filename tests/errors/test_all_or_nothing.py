@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as leaves
 
 import lorasc_fx as lx
-from tests.errors.inject import EVERY, FailAt, LineAt, failing, python_answers, sigint
+from tests.errors.inject import EVERY, FailAt, LineAt, failing, in_turn, sigint
 from tests.errors.models import Late, Net, inputs, step
 from tests.errors.state import assert_same, numbers, of, unchanged
 from tests.kit.errors import raises
@@ -229,29 +229,14 @@ TRIALS = [(*row, fault) for row in ROWS for fault in FAULTS if "line" in fault o
 
 def fail_in_turn(name: str, spec: str, fault: str, folder: Path, most: int) -> None:
     """Let a call fail at `most` places, at equal distances. Then it succeeds, with the result that it has on a twin."""
-    failures, at_place = 0, FAULTS[fault]
+    at_place = FAULTS[fault]
     twin, twins = CALLS[name](SPECS[spec], folder / "twin")
     with at_place(EVERY) as counter:
         kept = [twin()]  # a cascade that is garbage collected releases its model
     call, things = CALLS[name](SPECS[spec], folder / "run")
-    before, step_size = of(*things), max(1, counter.count // most)
-    for at in range(1 + zlib.crc32(name.encode()) % step_size, counter.count + 1, step_size):
-        mode = at_place(at)
-        with python_answers():
-            try:
-                with mode:
-                    kept.append(call())
-            except (KeyboardInterrupt, MemoryError):
-                failures += 1
-            except (RuntimeError, lx.LorascError):  # torch, readers and front ends report what they caught
-                if mode.count < at:
-                    raise
-                failures += 1
-            else:  # later calls reuse results of the first one
-                break
-        assert_same(of(*things), before)
-    else:
-        kept.append(call())
+    step_size = max(1, counter.count // most)
+    places = range(1 + zlib.crc32(name.encode()) % step_size, counter.count + 1, step_size)
+    failures = in_turn(at_place, lambda: kept.append(call()), things, places)
     assert failures >= min(most, counter.count, 20) // 3  # a call that reuses an earlier graph has fewer places
     assert_same(numbers(*things), numbers(*twins))
 
@@ -267,7 +252,7 @@ def test_some_places(name: str, spec: str, fault: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
 @pytest.mark.parametrize(("name", "spec", "fault"), TRIALS)
 def test_many_places(name: str, spec: str, fault: str, tmp_path: Path) -> None:
-    fail_in_turn(name, spec, fault, tmp_path, 10 if name in LONG else 30)
+    fail_in_turn(name, spec, fault, tmp_path, 6 if name in LONG else 16)
 
 
 # ---- other faults

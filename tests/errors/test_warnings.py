@@ -18,7 +18,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.errors.models import Late
 from tests.kit.errors import lacking
-from tests.kit.models import Breaking
+from tests.kit.models import Breaking, train
 from tests.kit.state import forget_warnings
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -36,10 +36,8 @@ def adapted(spec: lx.CascadeSpec = QUIET, model: nn.Module | None = None) -> tup
     return cascade, torch.optim.SGD(cascade.param_groups(lr=0.1))
 
 
-def step(cascade: lx.Cascade, optimizer: torch.optim.Optimizer) -> None:
-    cascade(X).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def step(cascade: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    train(cascade, optimizer, [X])
 
 
 @contextmanager
@@ -94,9 +92,7 @@ def test_a_stage_whose_loop_called_the_model() -> None:
     cascade, optimizer = adapted(lx.CascadeSpec(rank=2, targets=("0",), train=("2.*",)), model)
     with warns("no-branch-moved", "stage 1"):
         for _ in cascade.stages(2, optimizer):
-            model(X).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step(model, optimizer)
 
 
 def test_a_transition_without_a_step() -> None:

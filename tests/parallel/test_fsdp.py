@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
 from lorasc_fx.parallel import fsdp
-from tests.errors.inject import LineAt, in_turn, sigint
+from tests.errors.inject import EVERY, LineAt, in_turn, sigint
 from tests.errors.models import Late
 from tests.kit.errors import raises
-from tests.kit.models import Breaking
+from tests.kit.models import Breaking, train
 from tests.kit.state import canonical, file_digest, text_digest
 from tests.parallel import elastic, sharding
 from tests.parallel.conftest import part
@@ -197,9 +196,7 @@ def test_one_process_holds_all_rows(tmp_path: Path) -> None:
     fsdp.shard(cascade)
     torch.testing.assert_close(cascade(x), expected, rtol=0, atol=0)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))
-    cascade(x).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    train(cascade, optimizer, [x])
     base.load_state_dict(start)
     lx.save(cascade, tmp_path, optimizer=optimizer)
     loaded = fsdp.shard(lx.load(tmp_path, base, args=(x,)))
@@ -290,8 +287,8 @@ def test_an_interrupted_shard_changes_nothing() -> None:
     """Interrupted by Ctrl-C at lines of this package. Without an interrupt it succeeds."""
     cascade, x = small({"train": ["1.bias"], "noise": {"strength": 0.1}}), torch.randn(2, 5)
     expected = cascade(x)
-    call, faults = partial(fsdp.shard, cascade), (KeyboardInterrupt,)
-    failures = in_turn(lambda at: LineAt(at, sigint), call, (cascade,), faults, step=41)
+    places = range(1, EVERY, 41)
+    failures = in_turn(lambda at: LineAt(at, sigint), lambda: fsdp.shard(cascade), (cascade,), places)
     assert failures > 20
     assert all(isinstance(parameter, DTensor) for parameter in cascade.parameters())
     torch.testing.assert_close(cascade(x), expected, rtol=1e-5, atol=1e-6)  # the size of the noise is summed in fp64

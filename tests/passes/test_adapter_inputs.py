@@ -105,47 +105,6 @@ def test_names_and_order() -> None:
     assert {adapter_input.dtype for adapter_input in inputs} == {torch.float64}
 
 
-def test_gradients_and_rows() -> None:
-    """A batch with one adapter per row has the outputs and gradients of separate calls."""
-    lifted, x = AdapterInputs(2)(net()).graph_module, torch.randn(3, 7, 5, dtype=torch.float64)
-    names = [item.name for item in adapter_inputs(lifted)]
-    runs = [
-        {
-            name: torch.randn(value.shape, dtype=value.dtype).requires_grad_()
-            for name, value in adapter_values(lifted).items()
-        }
-        for _ in x
-    ]
-    mixed = lifted(x, **{name: torch.stack([run[name] for run in runs]) for name in names})
-    alone = torch.cat([lifted(row[None], **run) for row, run in zip(x, runs, strict=True)])
-    torch.testing.assert_close(mixed, alone, rtol=1e-12, atol=1e-12)
-    leaves = [value for run in runs for value in run.values()]
-    ours, theirs = (torch.autograd.grad(out.sin().sum(), leaves) for out in (mixed, alone))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_torch_export_and_compile() -> None:
-    lifted, x = AdapterInputs(4)(net()).graph_module, torch.randn(4, 5, dtype=torch.float64)
-    values = adapter_values(lifted)
-    program = torch.export.export(lifted, (x,), values)
-    assert not [name for name in program.state_dict if "lora" in name]
-    assert {node.target.namespace for node in program.graph.nodes if node.op == "call_function"} == {"aten"}
-    expected = lifted(x, **values)
-    torch.testing.assert_close(program.module()(x, **values), expected)
-    count: list[fx.GraphModule] = []
-
-    def backend(graph: fx.GraphModule, _: Any) -> Any:
-        count.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(lifted, backend=backend, fullgraph=True)
-    for factor in (1.0, 2.0, 0.0):
-        more = {name: value * factor for name, value in values.items()}
-        torch.testing.assert_close(compiled(x, **more), lifted(x, **more))
-    assert len(count) == 1
-
-
 def test_errors() -> None:
     inserted = net()
     for rank in (2.5, 0, "2", None):

@@ -281,16 +281,8 @@ def graph_of(cascade: lx.Cascade, kwargs: dict[str, Tensor]) -> fx.GraphModule:
     return module
 
 
-@pytest.fixture
-def new_variants(caplog: pytest.LogCaptureFixture) -> Any:
-    """Counts the new variants in the log."""
-
-    caplog.set_level("INFO", logger="lorasc_fx")
-    return lambda: sum(record.getMessage().startswith("variant ") for record in caplog.records)
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_attention_has_the_mask_of_eager_mode(name: str, new_variants: Any) -> None:
+def test_attention_has_the_mask_of_eager_mode(name: str, captures: Any) -> None:
     """Equal bits at the captured size and others. There is one graph for it, one for all, and one per size of 1."""
     kind, config, expected = MODELS[name]
     model = build(kind, config)
@@ -301,7 +293,7 @@ def test_attention_has_the_mask_of_eager_mode(name: str, new_variants: Any) -> N
     for count, length in ((2, 7), (3, 40), (1, 9), (4, 3)):
         kwargs = inputs(name, count, length)
         assert torch.equal(run(cascade, kwargs), run(eager, kwargs))
-    assert new_variants() == (3 if name in ("bart", "t5") else 2)  # of length 3 the decoder gets one token
+    assert captures() == (3 if name in ("bart", "t5") else 2)  # of length 3 the decoder gets one token
 
 
 def test_dropout_of_attention_is_kept() -> None:
@@ -318,7 +310,7 @@ def test_dropout_of_attention_is_kept() -> None:
 
 
 @pytest.mark.parametrize("captured_length", [5, 20])
-def test_a_sliding_window_is_kept(captured_length: int, new_variants: Any) -> None:
+def test_a_sliding_window_is_kept(captured_length: int, captures: Any) -> None:
     """There is a graph for the captured length and one for all. A graph of a length below the window needs no mask."""
     model = build("MistralForCausalLM", WINDOW)
     eager = copy.deepcopy(model)
@@ -330,7 +322,7 @@ def test_a_sliding_window_is_kept(captured_length: int, new_variants: Any) -> No
         assert attention(graph) == [expected]
         assert shared(graph) == [expected == "causal"]
         torch.testing.assert_close(run(cascade, kwargs), run(eager, kwargs), rtol=1e-12, atol=1e-12)
-    assert new_variants() == 2
+    assert captures() == 2
 
 
 LLAMA = SMALL | FEW

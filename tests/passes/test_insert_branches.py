@@ -23,6 +23,7 @@ from lorasc_fx.graph import branch_nodes, call_template, text
 from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from tests.kit.errors import raises
+from tests.kit.models import train, trainable_parameters
 from tests.kit.state import noise_drawn, weight_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, SPEC, Case
 from tests.passes.kit import (
@@ -269,10 +270,8 @@ def test_only_branches_train(noise: Noise) -> None:
         trains = {name for name, value in graph.named_parameters() if value.requires_grad}
         branches = {f"branches.{name}" for name, _ in graph.get_submodule("branches").named_parameters()}
         assert trains == {"last.bias", *branches}
-        optimizer = torch.optim.SGD([value for value in graph.parameters() if value.requires_grad], lr=0.1)
-        graph(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer = torch.optim.SGD(trainable_parameters(graph), lr=0.1)
+        train(graph, optimizer, [x])
         if not stage:
             graph = StageTransition()(graph).graph_module
     assert flags == {name: value.requires_grad for name, value in model.named_parameters()}

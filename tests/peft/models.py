@@ -14,7 +14,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.kit import tiny
-from tests.kit.models import loss_of, randomize
+from tests.kit.models import randomize, train, trainable_parameters
 from tests.kit.state import trained_in_full
 
 
@@ -199,12 +199,8 @@ def trained_by_peft(name: str, folder: Path, **config: Any) -> peft.PeftModel:
     """Train an adapter with peft for a few steps, and save it."""
     torch.manual_seed(3)
     theirs = peft.get_peft_model(made(BUILD[name]), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **config}))
-    optimizer = torch.optim.AdamW([parameter for parameter in theirs.parameters() if parameter.requires_grad], lr=0.05)
-    args = INPUTS[name]()
-    for _ in range(4):
-        loss_of(seeded(theirs, args)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = torch.optim.AdamW(trainable_parameters(theirs), lr=0.05)
+    train(lambda args: seeded(theirs, args), optimizer, [INPUTS[name]()] * 4)
     theirs.save_pretrained(folder)
     return theirs.eval()
 

@@ -101,9 +101,7 @@ def test_an_imported_adapter_is_exported_unchanged(case: str, tmp_path: Path) ->
         ours = {key: value.clone() for key, value in cascade.model.state_dict().items()}
         close(seeded(cascade.model, args), seeded(theirs, args))
         assert gap(seeded(cascade.model, args), base) > 1e-2
-    assert ours.keys() == right.keys()
-    for key, value in right.items():
-        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-10, msg=key)
+    torch.testing.assert_close(ours, dict(right), rtol=0, atol=1e-10)
     with torch.no_grad():
         close(seeded(cascade.eval(), args), seeded(theirs, args))  # the stage starts there
 
@@ -120,8 +118,7 @@ def test_an_imported_adapter_is_exported_unchanged(case: str, tmp_path: Path) ->
     )
     assert before == after
     again = lx.from_peft(tmp_path / "out", made(BUILD[name]), args)
-    for key, value in again.folded_state_dict().items():
-        torch.testing.assert_close(value, ours[key], rtol=0, atol=1e-10, msg=key)
+    torch.testing.assert_close(again.folded_state_dict(), ours, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["suffixes", "words", "convs", "mixture"])
@@ -191,8 +188,7 @@ def test_an_imported_expert_survives_a_checkpoint(case: str, tmp_path: Path) -> 
     cascade.transition(optimizer)
     lx.save(cascade, tmp_path / "run")
     again = lx.load(tmp_path / "run", made(BUILD[name]), args)
-    for key, value in again.folded_state_dict().items():
-        assert torch.equal(value, cascade.folded_state_dict()[key])
+    assert_same(again.folded_state_dict(), cascade.folded_state_dict())
 
 
 def test_magnitudes_need_a_spec_that_has_them(tmp_path: Path) -> None:

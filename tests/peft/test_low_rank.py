@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchao.quantization as torchao
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorasc_fx as lx
 from lorasc_fx.peft.adapter_pairs import low_rank_pairs
 from lorasc_fx.peft.change import compressed
-from lorasc_fx.util.fingerprint import fingerprints
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.kit.state import Factors
@@ -42,32 +40,6 @@ def test_tensors_of_a_packed_and_of_a_transposed_weight() -> None:
         delta = branch.delta()
         assert float((pair.b @ pair.a).norm()) > 0.1
         torch.testing.assert_close(delta.b @ delta.a, pair.b @ pair.a, rtol=0, atol=1e-12)
-
-
-def test_a_quantized_base() -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 8))
-        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(version=2))
-        return model
-
-    cascade = lx.adapt(build(), (torch.randn(4, 32),), spec=lx.CascadeSpec(rank=2, pace=1.0))
-    randomize(cascade)
-    cascade.transition(None)
-    adapter, folded = low_rank_pairs(cascade), cascade.folded_state_dict("dequantize")
-    base: Any = build()
-    for name in ("0.weight", "1.weight"):
-        pair = adapter.pairs[name]
-        total = base.get_parameter(name).dequantize().double() + pair.b @ pair.a
-        torch.testing.assert_close(total.float(), folded[name])
-
-
-def test_another_base_is_refused() -> None:
-    adapter, model = low_rank_pairs(cascade_of("suffixes")), made(BUILD["suffixes"])
-    with torch.no_grad():
-        model.get_parameter("lin.weight")[0, 0] += 1
-    with raises(lx.CheckpointError, "base-differs", "add: ", "the run, a cascade", "lin.weight"):
-        adapter.check_base(fingerprints(dict(model.named_parameters())), "add")
 
 
 def test_changes_that_factors_cannot_express_are_one_error(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,12 @@ from torch import nn
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
-from tests.kit.models import lora_of, loss_of, trainable_parameters
+from tests.kit.models import lora_of, train, trainable_parameters
 from tests.quantized.layers import LAYERS, is_missing
 from tests.quantized.test_quantized import Net, inputs
 
 NAMES = [name for name in METHODS if name not in ("dora", "lora-xs")]
 """Methods that peft has too, except DoRA."""
-
-
-CONVS: dict[str, Callable[[], nn.Module]] = {
-    "dilation": lambda: nn.Conv2d(8, 16, 3, dilation=2),
-    "reflect": lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="reflect"),
-    "transposed": lambda: nn.ConvTranspose2d(8, 16, 3),
-}
-"""Convolutions that peft's adapters do not compute."""
 
 
 def move(model: nn.Module) -> None:
@@ -38,19 +29,6 @@ def move(model: nn.Module) -> None:
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=source, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("method", [name for name in NAMES if "conv" in METHODS[name].kinds])
-@pytest.mark.parametrize("conv", CONVS)
-def test_an_adapter_and_its_merge(conv: str, method: str) -> None:
-    torch.manual_seed(2)
-    model, x = nn.Sequential(CONVS[conv]()).double(), torch.randn(2, 8, 9, 9).double()
-    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=method, rank=4))
-    move(cascade)
-    output = cascade(x)
-    assert (output - model(x)).abs().max() > 1e-3
-    with cascade.weights("fast"):
-        torch.testing.assert_close(output, cascade.model(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -82,14 +60,6 @@ def net(case: str) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    loss = loss_of(model(inputs()))
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
 @NEEDS_BITSANDBYTES
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @CASES
@@ -101,10 +71,9 @@ def test_losses_equal_qloras(case: str, tmp_path: Path) -> None:
         assert type(layer).__module__ == "peft.tuners.lora.bnb"
     ours = torch.optim.AdamW(cascade.param_groups(lr=1e-2, weight_decay=0.0))
     theirs_optimizer = torch.optim.AdamW(trainable_parameters(theirs), lr=1e-2, weight_decay=0.0)
-    losses = [(step(cascade, ours), step(theirs, theirs_optimizer)) for _ in range(10)]
-    for mine, its in losses:
-        assert mine == pytest.approx(its, rel=1e-6)
-    assert losses[-1][0] < losses[0][0]
+    losses, expected = train(cascade, ours, [inputs()] * 10), train(theirs, theirs_optimizer, [inputs()] * 10)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    assert losses[-1] < losses[0]
     lx.export.peft(cascade, tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(net(case), tmp_path / "adapter").train()
     torch.testing.assert_close(loaded(inputs()), cascade(inputs()), rtol=0, atol=1e-6)

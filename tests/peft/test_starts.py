@@ -20,7 +20,7 @@ from tests.errors.state import unchanged
 from tests.kit import tiny
 from tests.kit.compare import assert_same
 from tests.kit.errors import raises
-from tests.kit.models import SCALE, batches, branches, loss_of, mlp, optimizer_of, train, trainable_parameters
+from tests.kit.models import SCALE, batches, branches, mlp, optimizer_of, train, trainable_parameters
 from tests.kit.state import weight_states
 
 RANK = 3
@@ -204,11 +204,7 @@ def test_every_kind_of_site(build: Callable[[], nn.Module]) -> None:
             b, a = split(weight, min(RANK, *weight.shape))
             torch.testing.assert_close(remaining, weight - SCALE * b @ a, rtol=0, atol=1e-12, msg=site.weight)
     optimizer = optimizer_of(cascade, "sgd")
-    for _ in range(2):
-        output = cascade(ids)
-        loss_of(getattr(output, "logits", output)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(cascade, optimizer, [ids] * 2)
     with torch.no_grad():
         trained = cascade(ids)
         released = cascade.release()(ids)
