@@ -61,15 +61,6 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
-class Dropout(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.dropout, self.head = nn.Linear(12, 20), nn.Dropout(0.3), nn.Linear(20, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(F.relu(self.first(x))))
-
-
 def bert() -> nn.Module:
     return tiny.bert(vocab_size=VOCABULARY, hidden_size=24, num_labels=CLASSES, **tiny.QUIET)
 
@@ -98,7 +89,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "bert": (bert, _ids()),
     "llama": (llama, _ids(use_cache=False)),
     "gpt2": (gpt2, _ids(use_cache=False)),
-    "dropout": (Dropout, _rows(12)),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, CLASSES)),
+        _rows(12),
+    ),
 }
 
 

@@ -10,23 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS, Branch, Declared, LowRankBranch, StartWeight
 from lorasc_fx.branch.lora import random_factor
+from tests.kit.models import branches
 
 SEED = 5
-
-
-class Transposed(nn.Module):
-    """A product with a weight stored as [in, out] (transformers' Conv1D), smaller than two experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(24, 20) / 3), nn.Parameter(torch.randn(20))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
 
 
 class Table(nn.Module):
@@ -59,7 +50,7 @@ def linear() -> tuple[nn.Module, Tensor]:
 
 KINDS: dict[str, Any] = {
     "linear": linear,
-    "transposed": lambda: (Transposed(), torch.randn(7, 24)),
+    "transposed": lambda: (Conv1D(20, 24), torch.randn(7, 24)),  # a weight [in, out], smaller than two experts
     "conv": lambda: (
         nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
         torch.randn(2, 4, 5, 5),
@@ -84,10 +75,6 @@ def adapted(name: str, kind: str, **more: Any) -> tuple[nn.Module, lx.Cascade, T
     model, x = model.double(), x.double() if x.is_floating_point() else x
     spec = lx.CascadeSpec(**{"adapter": name, "rank": 2} | more)
     return copy.deepcopy(model), lx.adapt(model, (x,), spec=spec), x
-
-
-def branches(cascade: lx.Cascade) -> dict[str, Branch]:
-    return {branch.weight_name: branch for branch in cascade.branches.values() if isinstance(branch, Branch)}
 
 
 def train(cascade: lx.Cascade, scale: float = 0.2) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,28 +24,15 @@ peft = pytest.importorskip("peft")
 IN, HIDDEN, OUT = 12, 18, 5
 
 
-class Net(nn.Module):
+def net() -> nn.Module:
     """Two linear layers with different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down(torch.tanh(self.up(x)))
-        return output
+    return nn.Sequential(OrderedDict(up=nn.Linear(IN, HIDDEN), act=nn.Tanh(), down=nn.Linear(HIDDEN, OUT)))
 
 
-class Images(nn.Module):
+def images() -> nn.Module:
     """A convolution with stride and padding, and a 1x1 convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(6, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down(torch.tanh(self.up(x)))
-        return output.flatten(1)
+    up, down = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(6, 2, 1)
+    return nn.Sequential(OrderedDict(up=up, act=nn.Tanh(), down=down, flat=nn.Flatten()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +144,7 @@ def losses(model: Callable[..., Tensor], groups: list[dict[str, Any]], x: Tensor
 def test_it_trains_as_peft_does(name: str, kind: str) -> None:
     """For convolutions, only the methods for which peft uses the same formula."""
     torch.manual_seed(3)
-    model = (Net() if kind == "linear" else Images()).double()
+    model = (net() if kind == "linear" else images()).double()
     x = torch.randn(16, IN).double() if kind == "linear" else torch.randn(16, 4, 5, 5).double()
     y = torch.randint(0, OUT, (16,))
     ours, theirs = pair(name, model, x)
@@ -173,7 +161,7 @@ def test_it_trains_as_peft_does(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_configuration_of_peft_is_a_spec(name: str) -> None:
     """The branches have the parameters of peft's layers, and the same options."""
-    model, x = Net().double(), torch.randn(2, IN).double()
+    model, x = net().double(), torch.randn(2, IN).double()
     ours, _ = pair(name, model, x)
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=config_of(name))
     assert cascade.plan.spec.adapter_options == ours.plan.spec.adapter_options or not ours.plan.spec.adapter_options
@@ -198,7 +186,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_an_option_without_a_counterpart_is_named(problem: str) -> None:
     config, options = REFUSED[problem]
     with pytest.raises(lx.SpecError, match=problem):
-        lx.adapt(Net(), (torch.randn(2, IN),), spec=config(target_modules=["up"], **options))
+        lx.adapt(net(), (torch.randn(2, IN),), spec=config(target_modules=["up"], **options))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -210,7 +198,7 @@ def test_every_method_has_an_oracle(name: str) -> None:
 def test_every_method_is_exported_as_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
     """Every method is exported as LoRA factors of the rank of its delta, and peft computes the same outputs."""
     torch.manual_seed(3)
-    model, x = Net().double(), torch.randn(4, IN).double()
+    model, x = net().double(), torch.randn(4, IN).double()
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(adapter=name, rank=3, pace=1.0))
     optimizer = torch.optim.Adam(cascade.param_groups(lr=0.05))
     train(cascade, optimizer, [x] * 3)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -50,17 +51,10 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(True)
 
 
-class Net(nn.Module):
+def net() -> Any:
     """One product of each kind: a linear layer, GPT-2's addmm, and a head without a branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(WIDE, WIDE), pytorch_utils.Conv1D(WIDE, WIDE)
-        self.head = nn.Linear(WIDE, WIDE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.head(F.gelu(self.second(F.gelu(self.first(x)))))
-        return hidden
+    first, second, head = nn.Linear(WIDE, WIDE), pytorch_utils.Conv1D(WIDE, WIDE), nn.Linear(WIDE, WIDE)
+    return nn.Sequential(OrderedDict(first=first, a=nn.GELU(), second=second, b=nn.GELU(), head=head))
 
 
 def adapted(model: nn.Module, x: Tensor, **options: object) -> lx.Cascade:
@@ -85,7 +79,7 @@ def gradients(model: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor) -> 
 @pytest.mark.parametrize("placement", ["beside", "merged"])
 def test_a_step_has_the_numbers_of_the_model_in_fp64(placement: str, calls: Counter[str]) -> None:
     torch.manual_seed(0)
-    model, x = Net(), inputs()
+    model, x = net(), inputs()
     cascade = adapted(copy.deepcopy(model), x, placement=placement)
     computed = gradients(cascade, x, *cascade.branches.parameters())
     assert calls == {"forward": 3, "backward": 3}
@@ -108,7 +102,7 @@ def test_a_step_has_the_numbers_of_the_model_in_fp64(placement: str, calls: Coun
 
 def test_without_gradients_a_call_has_the_bits_of_the_model(calls: Counter[str]) -> None:
     torch.manual_seed(0)
-    model, x = Net(), inputs()
+    model, x = net(), inputs()
     cascade = lx.adapt(copy.deepcopy(model), (x,), spec=lx.CascadeSpec(targets=("first",), rank=4))
     with torch.no_grad():
         assert torch.equal(cascade(x), model(x))
@@ -117,7 +111,7 @@ def test_without_gradients_a_call_has_the_bits_of_the_model(calls: Counter[str])
 
 def test_weights_that_are_trained_have_their_gradients(calls: Counter[str]) -> None:
     torch.manual_seed(0)
-    model, x = Net(), inputs()
+    model, x = net(), inputs()
     cascade = adapted(copy.deepcopy(model), x, train=("head.weight", "second.bias"), placement="beside")
     computed = gradients(cascade, x, cascade.model.head.weight, cascade.model.second.bias)
     assert calls == {"forward": 1, "backward": 1}  # the first layer alone is frozen whole
@@ -129,13 +123,13 @@ def test_weights_that_are_trained_have_their_gradients(calls: Counter[str]) -> N
 
 def test_plain_ops_under_tracing_modes_autocast_and_double_backward(calls: Counter[str]) -> None:
     torch.manual_seed(0)
-    model, x = Net(), inputs()
+    model, x = net(), inputs()
     cascade = adapted(model, x, placement="merged")
     leaf = x.clone().requires_grad_()
     with FlopCounterMode(display=False) as flops:
         (cascade(leaf) ** 2).sum().backward()
     assert flops.get_total_flops() >= 6 * 2 * ROWS * WIDE**2
-    beside = adapted(Net(), x, placement="beside")  # whose first product reads the input, in fp32
+    beside = adapted(net(), x, placement="beside")  # whose first product reads the input, in fp32
     with torch.autocast("cpu", torch.bfloat16):
         gradients(cascade, x)
         gradients(beside, x)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,54 +51,6 @@ class Items(TwoLayers):
         return self.head(hidden[order] * size)
 
 
-class Experts(nn.Module):
-    """A loop over the experts that a router has selected. Each expert is a separate module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(5, 4, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)) for _ in range(4))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = self.router(x).softmax(1)
-        chosen = scores.argmax(1)
-        output = torch.zeros_like(x)
-        for index in chosen.unique().tolist():
-            rows = (chosen == index).nonzero()[:, 0]
-            output = output.index_add(0, rows, self.experts[index](x[rows]) * scores[rows, index, None])
-        return self.head(x + output)
-
-
-class Drops(nn.Module):
-    """LayerDrop and dropout: each layer is skipped at random in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers, self.head = nn.ModuleList(nn.Linear(5, 5) for _ in range(4)), nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            if not (self.training and torch.rand([]) < 0.4):
-                x = x + F.dropout(torch.tanh(layer(x)), 0.2, self.training)
-        return self.head(x)
-
-
-class Plain(nn.Module):
-    """One weight is transposed, and another one is used both untransposed and transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.between, self.both = nn.Linear(5, 7), nn.Linear(7, 6, bias=False), nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
-
-    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x @ self.between.weight.t()) @ self.both.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.both(self._hidden(torch.tanh(self.body(x))))))
-
-
 class Zipped(TwoLayers):
     """Indexes by tuples of tensors."""
 
@@ -109,9 +60,7 @@ class Zipped(TwoLayers):
         return self.head(torch.tanh(self.body(x * mask)))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    model.__name__: model for model in (Branchy, Items, Experts, Drops, Plain, Zipped)
-}
+MODELS: dict[str, Callable[[], nn.Module]] = {model.__name__: model for model in (Branchy, Items, Zipped)}
 ALL = pytest.mark.parametrize("name", MODELS)
 
 

@@ -41,17 +41,12 @@ X = inputs(3, 5)
 SPEC = lx.CascadeSpec(train=("head.*",), rank=1, restart="fast", noise=lx.Noise(0.2, keep=True))
 
 
-class Small(nn.Module):
+def small() -> Any:
     """A model with two sites (one keeps experts, one collapses), buffers, and a head that is trained in full."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.body, self.norm = nn.Linear(5, 4), nn.BatchNorm1d(4)
-        self.mid, self.head = nn.Linear(4, 3, bias=False), nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.mid(self.norm(torch.tanh(self.body(x))))))
+    torch.manual_seed(3)
+    body, mid, head = nn.Linear(5, 4), nn.Linear(4, 3, bias=False), nn.Linear(3, 2)
+    layers = {"body": body, "act": nn.Tanh(), "norm": nn.BatchNorm1d(4), "mid": mid, "last": nn.Tanh(), "head": head}
+    return nn.Sequential(collections.OrderedDict(layers))
 
 
 def optimizers(cascade: lx.Cascade) -> tuple[torch.optim.Optimizer, Any]:
@@ -61,7 +56,7 @@ def optimizers(cascade: lx.Cascade) -> tuple[torch.optim.Optimizer, Any]:
 
 def written(folder: Path, stages: int, spec: lx.CascadeSpec = SPEC) -> dict[str, bytes]:
     """Return the files of a version after some stages, with a running stage."""
-    cascade = lx.adapt(Small(), args=(X,), spec=spec)
+    cascade = lx.adapt(small(), args=(X,), spec=spec)
     optimizer, scheduler = optimizers(cascade)
     for stage in range(stages + 1):
         train(cascade, optimizer, [X])
@@ -144,7 +139,7 @@ def version(write_version: Callable[[str], Path]) -> Path:
 def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None = None) -> None:
     """Assert that loading raises this code, with the path of the version and these names."""
     code, *names = expected
-    model = Small() if model is None else model
+    model = small() if model is None else model
     again = copy.deepcopy(model)
     with unchanged(model), raises(lx.CheckpointError, str(code), version, *names):
         lx.load(version.parent, model, args=(X,))
@@ -153,7 +148,7 @@ def refuse(version: Path, expected: tuple[object, ...], model: nn.Module | None 
 
 
 def resumed(version: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any]:
-    cascade = lx.load(version.parent, Small(), args=(X,))
+    cascade = lx.load(version.parent, small(), args=(X,))
     return cascade, *optimizers(cascade)
 
 
@@ -162,7 +157,7 @@ def test_an_undamaged_copy_loads(kind: str, write_version: Callable[[str], Path]
     version = write_version(kind)
     forge(version, lambda manifest: None)
     forge_tensors(version, lambda tensors: None)
-    cascade = lx.load(version.parent, Small(), args=(X,))
+    cascade = lx.load(version.parent, small(), args=(X,))
     assert cascade.stage == 3
     assert any(state.is_dense for state in weight_states(cascade).values())
     assert kind == "pissa" or any(state.experts for state in weight_states(cascade).values())
@@ -252,12 +247,12 @@ def test_nothing_to_load(tmp_path: Path) -> None:
     folder.mkdir()
     for path in (tmp_path / "absent", tmp_path / "file", folder):
         with raises(lx.CheckpointError, "no-checkpoint", path):
-            lx.load(path, Small(), args=(X,))
+            lx.load(path, small(), args=(X,))
     (folder / ".writing-abc").mkdir()
     (folder / "version-x").mkdir()
     (folder / "version-00000003").write_text("not a folder")
     with raises(lx.CheckpointError, "no-checkpoint", folder):
-        lx.load(folder, Small(), args=(X,))
+        lx.load(folder, small(), args=(X,))
 
 
 def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dict[str, bytes]]) -> None:
@@ -267,7 +262,7 @@ def test_what_can_be_done_about_damage(version: Path, files: Callable[[str], dic
     put(later, {**files("plain"), TENSORS: b""})
     refuse(later, (*DIGEST, "version-00000012", "version-00000001"))
     shutil.rmtree(later)
-    assert lx.load(version.parent, Small(), args=(X,)).stage == 3
+    assert lx.load(version.parent, small(), args=(X,)).stage == 3
 
 
 def test_a_file_that_is_written_to_while_it_is_read(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +273,7 @@ def test_a_file_that_is_written_to_while_it_is_read(version: Path, monkeypatch: 
         return load(data)
 
     monkeypatch.setattr(*SEAMS["read tensors"], late)
-    assert lx.load(version.parent, Small(), args=(X,)).stage == 3
+    assert lx.load(version.parent, small(), args=(X,)).stage == 3
 
 
 def filled(name: str, value: float) -> Edit:
@@ -386,7 +381,7 @@ def told(fault: lx.CheckpointError, version: Path) -> None:
 
 def saved_again(version: Path, folder: Path) -> Any:
     """Load, resume and save a version, and return what was saved. None after an error, which must change nothing."""
-    model = Small()
+    model = small()
     before = of(model)
     try:
         cascade = lx.load(version.parent, model)
@@ -459,7 +454,7 @@ BASES: list[tuple[Edit, str]] = [
 
 @pytest.mark.parametrize(("change", "difference"), BASES, ids=[difference for _, difference in BASES])
 def test_another_base(change: Edit, difference: str, version: Path) -> None:
-    model = Small()
+    model = small()
     with torch.no_grad():
         change(model)
     refuse(version, ("base-differs", difference), model)
@@ -509,7 +504,7 @@ def test_an_optimizer_without_the_branches(version: Path) -> None:
 
 @pytest.mark.parametrize("absent", ["optimizer", "scheduler"])
 def test_saved_without(absent: str, tmp_path: Path) -> None:
-    cascade = lx.adapt(Small(), args=(X,), spec=SPEC)
+    cascade = lx.adapt(small(), args=(X,), spec=SPEC)
     version = lx.save(cascade, tmp_path, optimizer=None if absent == "optimizer" else optimizers(cascade)[0])
     cascade, optimizer, scheduler = resumed(version)
     refuse_resume(version, ("not-available", absent), cascade, optimizer, scheduler if absent == "scheduler" else None)

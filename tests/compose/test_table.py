@@ -17,6 +17,7 @@ from lorasc_fx.passes import FoldBranches, InlineBranches, InsertBranches, Match
 from tests.compose import page
 from tests.compose.models import SPEC, eager, graph, inputs
 from tests.compose.page import ROWS, Refused, Row, Yes, fuse
+from tests.kit.models import branches, delta, randomize
 from tests.passes.kit import deltas, fill, insert
 
 SLOW = ("PT2E quantization", "ONNX", "Inductor with a pass of yours")
@@ -82,16 +83,10 @@ def assert_refused(row: Row, cell: Refused, call: Any) -> None:
 
 
 def train(cascade: lx.Cascade) -> dict[str, Tensor]:
-    """Set the factors of each branch to random values, and return `s B A` by weight."""
-    added = {}
-    for index, site in enumerate(cascade.sites):
-        branch, generator = cascade.branches[site.key], torch.Generator().manual_seed(index)
-        with torch.no_grad():
-            for factor in (branch.lora_A, branch.lora_B):
-                factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * 0.3)
-        b, a = branch.lora_B.detach(), branch.lora_A.detach()
-        added[site.weight] = SPEC.lora_alpha / SPEC.rank * (b @ a).view(site.shape)
-    return added
+    """Give each branch a random B, and return `s B A` by weight."""
+    randomize(cascade)
+    pairs = branches(cascade)
+    return {s.weight: delta(s, pairs[s.weight].lora_A, pairs[s.weight].lora_B).detach() for s in cascade.sites}
 
 
 @PARAMETRISED

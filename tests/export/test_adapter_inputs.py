@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,28 +306,22 @@ def test_a_smaller_rank_has_its_error(tmp_path: Path, caplog: pytest.LogCaptureF
     assert f"1.lin.weight: rank 6 to 4, error {cut['1.lin.weight'].error:.3g} of" in caplog.text
 
 
-class Normed(nn.Module):
+def normed() -> nn.Module:
     """A model with BatchNorm, whose statistics change in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.fc(x)))
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(fc=nn.Linear(6, 8), norm=nn.BatchNorm1d(8), head=nn.Linear(8, 2)))
 
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_changed_statistics_are_refused(trains: bool, tmp_path: Path) -> None:
     """Factors do not contain them, so the base with the adapter would compute something else than the run."""
     x = torch.randn(5, 6)
-    run = lx.adapt(Normed().train(trains), (x,), spec=lx.CascadeSpec(("linear",), rank=2))
+    run = lx.adapt(normed().train(trains), (x,), spec=lx.CascadeSpec(("linear",), rank=2))
     run(x)
     randomize(run)
     run.transition(None)
     lx.save(run, tmp_path / "run")
-    resumed = lx.load(tmp_path / "run", Normed(), (x,))
+    resumed = lx.load(tmp_path / "run", normed(), (x,))
     lx.save(resumed, tmp_path / "resumed")
     run.double()  # a cast does not count as a change
     for source in (run, tmp_path / "run", resumed, tmp_path / "resumed"):
@@ -343,7 +338,7 @@ def test_changed_statistics_are_refused(trains: bool, tmp_path: Path) -> None:
         else:
             program = lx.export.program(cascade, adapter_rank=4)
             output = program.module()(values, **program.example_inputs[1])
-            assert torch.equal(output, Normed().to(values.dtype).eval()(values))
+            assert torch.equal(output, normed().to(values.dtype).eval()(values))
 
 
 def test_weights_with_the_same_input_names_are_refused() -> None:

@@ -139,9 +139,9 @@ def _values(thing: Any) -> Any:
 # ---- parameters
 
 
-def branches_of(cascade: lx.Cascade) -> dict[str, Any]:
-    """The branches by the names of their weights."""
-    return {branch.weight_name: branch for branch in cascade.branches.values()}  # type: ignore[misc]
+def branches_of(holder: Any) -> dict[str, Any]:
+    """The branches of a cascade or of a graph module, by the names of their weights."""
+    return {branch.weight_name: branch for branch in holder.branches.values()}
 
 
 def trainable(cascade: lx.Cascade) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 import lorasc_fx as lx
 from tests.errors.models import inputs
 from tests.errors.state import unchanged
+from tests.errors.test_warnings import net
 from tests.kit.errors import raises
 from tests.kit.models import by_hand, factors, loss_of, train
 from tests.kit.state import branches_of, trainable
@@ -299,11 +300,6 @@ STEPS = 4
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0)
 
 
-def mlp() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
 def train_stage(model: Any, optimizer: torch.optim.Optimizer, scaler: Any, stage: int, how: dict[str, Any]) -> int:
     """A stage; returns how many steps the scaler skipped."""
     skipped = 0
@@ -323,13 +319,13 @@ def train_stage(model: Any, optimizer: torch.optim.Optimizer, scaler: Any, stage
 
 
 @pytest.mark.parametrize(
-    "how", [{"clip": clip, "to_none": to_none} for clip in (False, True) for to_none in (False, True)]
+    ("placement", "how"),
+    [(p, {"clip": p == "merged", "to_none": to_none}) for p in PLACEMENTS for to_none in (False, True)],
 )
-@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 def test_skipped_steps_are_those_of_a_loop_by_hand(placement: Any, how: dict[str, Any]) -> None:
     spec = replace(SPEC, placement=placement)
-    cascade = lx.adapt(mlp(), (inputs(6, 5),), spec=spec)
-    hand = by_hand(mlp(), cascade)
+    cascade = lx.adapt(net(), (inputs(6, 5),), spec=spec)
+    hand = by_hand(net(), cascade)
     ours, theirs = (torch.optim.AdamW(groups, lr=0.05) for groups in (cascade.param_groups(lr=0.05), hand.parameters()))
     scaler, scaler_by_hand = (torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) for _ in range(2))
     for stage, bad in enumerate(BAD):
@@ -346,5 +342,5 @@ def test_skipped_steps_are_those_of_a_loop_by_hand(placement: Any, how: dict[str
             torch.testing.assert_close(cascade.model.get_parameter(name).detach(), value, rtol=1e-4, atol=1e-5)
     x = inputs(8, 5, seed=99)
     expected = hand(x).detach()
-    assert not torch.allclose(expected, mlp()(x), atol=0.05)
+    assert not torch.allclose(expected, net()(x), atol=0.05)
     torch.testing.assert_close(cascade.release()(x), expected, rtol=1e-4, atol=1e-4)

@@ -87,16 +87,9 @@ EYE = torch.eye(12, dtype=torch.float64)
 INPUT = batches(1, 6, 12)[0]
 PACES = (1.0, 0.5)
 SPECS: dict[str, dict[str, Any]] = {
-    "pissa": {"rank": 3, "start": "pissa"},
-    "dora": {"rank": 3, "adapter": "dora"},
-    "fixed": {"rank": 3, "train_A": False},
-    "plus": {"rank": 3, "lr_ratio": 4.0},
-    "fixed, pissa": {"rank": 2, "train_A": False, "start": "pissa"},
-    "fixed, dora": {"rank": 2, "train_A": False, "adapter": "dora"},
+    "fixed, plus, dora": {"rank": 2, "train_A": False, "lr_ratio": 4.0, "adapter": "dora"},
     "average, pissa": {"rank": 2, "average": True, "start": "pissa"},
-    "plus, dora": {"rank": 2, "lr_ratio": 4.0, "adapter": "dora"},
     "pissa, dora": {"rank": 1, "start": "pissa", "adapter": "dora"},
-    "pissa, average": {"rank": 2, "start": "pissa", "average": True},
     "all": {"rank": 3, "average": True, "train_A": False, "start": "pissa", "noise": lx.Noise(0.1)},
 }
 

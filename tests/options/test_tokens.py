@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasc_fx as lx
+from tests.kit import tiny
 from tests.kit.errors import raises
 from tests.kit.models import trainable_parameters
 
@@ -35,16 +35,11 @@ class Plain(nn.Module):
         return output
 
 
-def llama(tied: bool) -> Any:
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": tied}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-
-
+SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12}
 MODELS: dict[str, tuple[Any, list[str], Any]] = {
     "plain": (Plain, ["middle"], {"embed": [*ROWS], "head": [1]}),
-    "untied": (lambda: llama(False), ["q_proj", "up_proj"], [*ROWS]),
-    "tied": (lambda: llama(True), ["q_proj", "up_proj"], [*ROWS]),
+    "untied": (lambda: tiny.llama(**SIZES, tie_word_embeddings=False), ["q_proj", "up_proj"], [*ROWS]),
+    "tied": (lambda: tiny.llama(**SIZES, tie_word_embeddings=True), ["q_proj", "up_proj"], [*ROWS]),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
+from tests.errors.models import Late
 from tests.kit.errors import raises, warns
 from tests.parallel import together, training
 from tests.parallel.conftest import part
@@ -30,19 +31,19 @@ def close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.slow
 def test_the_weights_of_one_process(two: list[dict[str, Tensor]], four: list[dict[str, Tensor]]) -> None:
-    expected = {name: training.alone(name) for name in training.SPECS}
-    for ranks, names in ((two, list(training.SPECS)), (four, ["fast"])):
+    expected = {name: training.alone(name) for name in training.UNDER_DDP}
+    for ranks, names in ((two, training.UNDER_DDP), (four, ("fast",))):
         for values in ranks:
             for name in names:
                 close(part(values, f"ddp/{name}"), expected[name])
             assert all(torch.equal(value, part(ranks[0], "ddp")[key]) for key, value in part(values, "ddp").items())
-    base = training.net().state_dict()
+    base = training.blocks().state_dict()
     moved = [
         key
         for key, value in expected["fresh"].items()
-        if key.startswith("slow/") and not torch.equal(value, base[key[5:]])
+        if key.startswith("slow/") and key[5:] in base and not torch.equal(value, base[key[5:]])
     ]
-    assert len(moved) == 7  # every matrix, and both parameters of the normalization
+    assert len(moved) == 16  # every matrix, and both parameters of each normalization
 
 
 def check_lost(fault: RankFailed, seconds: float) -> None:
@@ -78,40 +79,29 @@ def test_a_run_is_resumed_after_a_process_stood_still(tmp_path: Path) -> None:
     close(values, training.alone("fresh", together.UNTIL))
 
 
-class Late(nn.Module):
-    """A model with a head that only some calls use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.more = nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: Tensor, more: bool = False) -> Tensor:
-        hidden = torch.tanh(self.body(x))
-        return self.more(hidden) if more else hidden
-
-
-LATE = ("wrapper-not-supported", "branches.more/weight.lora_A", "branches.more/weight.lora_B")
+LATE = ("wrapper-not-supported", "branches.second/weight.lora_A", "branches.second/weight.lora_B")
 
 
 @pytest.mark.usefixtures("group")
 def test_a_site_that_comes_after_the_wrapper() -> None:
     x = torch.randn(4, 5)
-    cascade = lx.adapt(Late(), args=(x,), spec=lx.CascadeSpec(rank=2))
+    cascade = lx.adapt(Late().eval(), args=(x,), spec=lx.CascadeSpec(rank=2))
     wrapper = DistributedDataParallel(cascade)
     wrapper(x).sum().backward()
-    with warns("late-sites", "more.weight"), raises(lx.StateError, *LATE):
-        wrapper(x, more=True)
-    with raises(lx.StateError, *LATE):
+    wrapper.train()
+    with warns("late-sites", "second.weight"), raises(lx.StateError, *LATE):
         wrapper(x)
-    DistributedDataParallel(cascade)(x, more=True).sum().backward()
+    with raises(lx.StateError, *LATE):
+        wrapper.eval()(x)
+    DistributedDataParallel(cascade.train())(x).sum().backward()
 
 
 @pytest.mark.usefixtures("group")
 def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
     cascade = training.adapted("fresh")
     wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
-    for wrong in (training.net(), DistributedDataParallel(training.net())):
-        with raises(lx.StateError, "invalid-value", "Net"):
+    for wrong in (training.blocks(), DistributedDataParallel(training.blocks())):
+        with raises(lx.StateError, "invalid-value", "Blocks"):
             lx.save(wrong, tmp_path)
     tokens, labels = next(training.batches(0, 0, 1))
     nn.functional.cross_entropy(wrapper(tokens), labels).backward()
@@ -134,11 +124,11 @@ def fails_on_one(rank: int, count: int, folder: str) -> None:
     if rank == 0:
         lx.save(cascade, f"{folder}/there", optimizer=optimizer)  # of this process alone
     dist.barrier()
-    example = (training.data()[0][0][None],)
-    loaded = lx.load(f"{folder}/{'there' if rank else 'here'}", training.net(), args=example)
+    example = (training.example(),)
+    loaded = lx.load(f"{folder}/{'there' if rank else 'here'}", training.blocks(), args=example)
     with raises(lx.StateError, "ranks-differ", "version-00000001", "version-00000002"):
         loaded.resume(training.optimizer_of(loaded))
-    loaded = lx.load(f"{folder}/here", training.net(), args=example)
+    loaded = lx.load(f"{folder}/here", training.blocks(), args=example)
     optimizer_of_rank = torch.optim.SGD(loaded.param_groups(lr=0.1)) if rank else training.optimizer_of(loaded)
     expected = (lx.CheckpointError, "optimizer-differs", "SGD") if rank else (lx.StateError, "rank-failed", "rank 1")
     with raises(*expected):

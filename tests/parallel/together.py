@@ -18,7 +18,7 @@ def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
         "spoilt": sharding.spoilt(rank, count),
         "narrow": sharding.narrow(rank, count),
         "experts": sharding.experts(rank, count, f"{folder}/experts"),
-        "ddp": training.under_ddp(rank, count, training.SPECS),
+        "ddp": training.under_ddp(rank, count, training.UNDER_DDP),
     }
     for name in SAVED:
         sharding.saved(rank, count, name, f"{folder}/{name}", 10)

@@ -12,13 +12,13 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, Site
-from lorasc_fx.branch import Branch
 from lorasc_fx.graph import named_weights, record_of
 from lorasc_fx.graph.matching import uses_in
 from lorasc_fx.graph.weights import owner_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.errors.state import assert_same, of_model
 from tests.kit.models import delta
+from tests.kit.state import branches_of
 from tests.passes.cases import Case
 
 # fp64 sums of at most a few hundred terms of size one, through at most nine layers.
@@ -32,13 +32,6 @@ def insert(graph_module: fx.GraphModule, spec: CascadeSpec) -> fx.GraphModule:
     result = Pipeline([MatchSites(spec), InsertBranches()])(graph_module)
     assert result.modified
     return result.graph_module
-
-
-def branches_of(graph_module: fx.GraphModule) -> dict[str, Branch]:
-    """The branches by weight name."""
-    module = graph_module.branches
-    assert isinstance(module, nn.ModuleDict)
-    return {branch.weight_name: branch for branch in module.values() if isinstance(branch, Branch)}
 
 
 def sites_of(graph_module: fx.GraphModule) -> dict[str, Site]:

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import OrderedDict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,22 +21,17 @@ from tests.quantized.layers import LAYERS, WEIGHTS, Quantize, is_missing, mxfp4
 PAGE = Path(__file__).parents[2] / "docs" / "quantized.md"
 
 
-class Model(nn.Module):
-    """Two quantized layers and a dense head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(256, 512), nn.Linear(512, 256), nn.Linear(256, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+def make() -> Any:
+    """Two layers to quantize, and a dense head."""
+    up, down, head = nn.Linear(256, 512), nn.Linear(512, 256), nn.Linear(256, 10)
+    return nn.Sequential(OrderedDict(up=up, a=nn.Tanh(), down=down, b=nn.Tanh(), head=head))
 
 
 def trained(layer: Quantize, grid: str | None = None) -> tuple[lx.Cascade, torch.Tensor]:
     """Return a cascade of two stages on the quantized model, and the inputs."""
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(64, 256)
-    model.up, model.down = layer(model.up), layer(model.down)  # type: ignore[assignment]
+    model, x = make(), torch.randn(64, 256)
+    model.up, model.down = layer(model.up), layer(model.down)
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=4, pace=1.0, grid=grid))
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
     for _ in cascade.stages(2, optimizer):
@@ -58,7 +55,7 @@ def row(case: str, layer: Quantize, grid: str | None = None) -> str:
         grid: of the training; "own" if the product of the library has no backward.
     """
     torch.manual_seed(0)
-    plain = Model()
+    plain = make()
     with torch.enable_grad():
         cascade, x = trained(layer, grid)
     size = cascade(x).norm()
@@ -67,7 +64,7 @@ def row(case: str, layer: Quantize, grid: str | None = None) -> str:
     rounding = (base - plain(x)).norm() / plain(x).norm()
     moved = (cascade(x) - base).norm() / size
     wanted = cascade(x)
-    dense = Model()
+    dense = make()
     dense.load_state_dict(cascade.folded_state_dict(quantized="dequantize"))
     folded = (dense(x) - wanted).norm() / size
     cascade.release(quantized="requantize")
