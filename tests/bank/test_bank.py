@@ -475,7 +475,7 @@ DEPENDENT: dict[str, tuple[Callable[..., Tensor], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "rows"), [(case, rows) for case in DEPENDENT for rows in (2, 4, 5) if (case, rows) != ("permuted", 2)]
+    ("case", "rows"), [(case, rows) for case in DEPENDENT for rows in (2, 5) if (case, rows) != ("permuted", 2)]
 )
 def test_rows_that_are_not_on_the_first_axis_or_depend_on_each_other(case: str, rows: int) -> None:
     torch.manual_seed(0)

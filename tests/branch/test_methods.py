@@ -45,19 +45,10 @@ class Oracle:
     spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+LORA = {name: f"{name}.default.weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")}
 ORACLES = {
-    "lora": Oracle(
-        peft.LoraConfig, {"lora_alpha": 8}, {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
-    ),
-    "dora": Oracle(
-        peft.LoraConfig,
-        {"lora_alpha": 8, "use_dora": True},
-        {
-            "lora_A": "lora_A.default.weight",
-            "lora_B": "lora_B.default.weight",
-            "lora_magnitude_vector": "lora_magnitude_vector.default.weight",
-        },
-    ),
+    "lora": Oracle(peft.LoraConfig, {"lora_alpha": 8}, LORA),
+    "dora": Oracle(peft.LoraConfig, {"lora_alpha": 8, "use_dora": True}, LORA),
     "vera": Oracle(
         peft.VeraConfig,
         {"d_initial": 0.1},
@@ -76,12 +67,7 @@ ORACLES = {
     "lokr": Oracle(
         peft.LoKrConfig,
         {"alpha": 8},
-        {
-            "lokr_w1": "lokr_w1.default",
-            "lokr_w2_a": "lokr_w2_a.default",
-            "lokr_w2_b": "lokr_w2_b.default",
-            "lokr_w2": "lokr_w2.default",
-        },
+        {name: f"{name}.default" for name in ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_w2")},
     ),
     "delora": Oracle(
         peft.DeloraConfig,

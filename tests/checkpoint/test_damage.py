@@ -214,13 +214,9 @@ FILES: dict[str, tuple[Edit, tuple[str, ...]]] = {
             ("a folder", os.mkdir, NO_FILE),
         )
     },
-    **{f"tensors, cut at {share}": (cut(TENSORS, share), DIGEST) for share in (0.0, 0.3, 0.9, 0.999)},
-    **{f"manifest, cut at {share}": (cut(MANIFEST, share), UNREADABLE) for share in (0.0, 0.3, 0.9, 0.999)},
-    **{
-        f"bit {bit} at {share}": (flip(share, bit), DIGEST)
-        for share in (0.0, 0.001, 0.01, 0.2, 0.5, 0.8, 0.99)
-        for bit in (0, 6)
-    },
+    **{f"tensors, cut at {share}": (cut(TENSORS, share), DIGEST) for share in (0.0, 0.9)},
+    **{f"manifest, cut at {share}": (cut(MANIFEST, share), UNREADABLE) for share in (0.0, 0.9)},
+    **{f"a bit at {share}": (flip(share, 6), DIGEST) for share in (0.0, 0.01, 0.99)},
     **{
         f"no safetensors, {content!r}": (with_digest(content), ("unreadable-file", TENSORS))
         for content in (b"", b"\x80\x04K\x01.", b"\xff" * 64, b"\xff\xff\xff\xff\xff\xff\xff\x00{}")

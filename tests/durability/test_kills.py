@@ -46,10 +46,10 @@ def test_killed_at_chosen_moments(every: int, server: Server, undisturbed: tuple
 
 @pytest.mark.slow
 def test_killed_at_random(server: Server, undisturbed: tuple[str, float], tmp_path: Path) -> None:
-    """Sixty kills at times that are drawn, over as many runs as it takes."""
+    """Thirty kills at times that are drawn, over as many runs as it takes."""
     expected, seconds = undisturbed
     draw, kills, runs = random.Random(0), 0, 0
-    while kills < 60:
+    while kills < 30:
         # A process that resumes first looks at all versions.
         ended = server.run("train", folder=str(tmp_path), kill_after=draw.uniform(0, 2 * seconds))
         if ended.signal:
@@ -62,7 +62,7 @@ def test_killed_at_random(server: Server, undisturbed: tuple[str, float], tmp_pa
         shutil.rmtree(tmp_path / "run")
         (tmp_path / "journal").unlink()
     assert server.run("train", folder=str(tmp_path)).result == expected
-    assert runs > 3
+    assert runs > 1
 
 
 def test_a_training_outlives_a_full_disk(server: Server, tmp_path: Path) -> None:

@@ -227,32 +227,21 @@ ROWS += [("weights", "pissa, dora"), ("load_state_dict", "kept")]
 TRIALS = [(*row, fault) for row in ROWS for fault in FAULTS if "line" in fault or row[0] not in EXPORTS]
 
 
-def fail_in_turn(name: str, spec: str, fault: str, folder: Path, most: int) -> None:
-    """Let a call fail at `most` places, at equal distances. Then it succeeds, with the result that it has on a twin."""
-    at_place = FAULTS[fault]
-    twin, twins = CALLS[name](SPECS[spec], folder / "twin")
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
+@pytest.mark.parametrize(("name", "spec", "fault"), TRIALS)
+def test_a_call_that_fails(name: str, spec: str, fault: str, tmp_path: Path) -> None:
+    """It fails at places at equal distances, and then succeeds, with the result that it has on a twin."""
+    at_place, most = FAULTS[fault], 4 if name in LONG else 10
+    twin, twins = CALLS[name](SPECS[spec], tmp_path / "twin")
     with at_place(EVERY) as counter:
         kept = [twin()]  # a cascade that is garbage collected releases its model
-    call, things = CALLS[name](SPECS[spec], folder / "run")
+    call, things = CALLS[name](SPECS[spec], tmp_path / "run")
     step_size = max(1, counter.count // most)
     places = range(1 + zlib.crc32(name.encode()) % step_size, counter.count + 1, step_size)
     failures = in_turn(at_place, lambda: kept.append(call()), things, places)
     assert failures >= min(most, counter.count, 20) // 3  # a call that reuses an earlier graph has fewer places
     assert_same(numbers(*things), numbers(*twins))
-
-
-@pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
-@pytest.mark.parametrize(("name", "spec", "fault"), TRIALS[::3])
-def test_some_places(name: str, spec: str, fault: str, tmp_path: Path) -> None:
-    fail_in_turn(name, spec, fault, tmp_path, 3 if name in LONG else 8)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore::lorasc_fx.errors.LorascWarning")
-@pytest.mark.parametrize(("name", "spec", "fault"), TRIALS)
-def test_many_places(name: str, spec: str, fault: str, tmp_path: Path) -> None:
-    fail_in_turn(name, spec, fault, tmp_path, 6 if name in LONG else 16)
 
 
 # ---- other faults
