@@ -119,7 +119,6 @@ SAMPLED = {
     "cascade/test_transition_cost.py::test_accumulate_is_the_sum_rounded_once": 4,
     "passes/test_insert_branches.py::test_nodes_and_branches": 3,
     "passes/test_match_sites.py::test_match": 3,
-    "passes/test_match_sites.py::test_every_matrix_is_reported": 4,
     "branch/test_first_output.py::test_no_output_changes_before_training": 5,
     "branch/test_contract.py::test_stages_follow_the_formula_and_a_resumed_run_has_the_same_bits": 5,
     "branch/test_contract.py::test_every_placement_computes_the_same": 4,

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
 import lorasc_fx as lx
 from tests.integrations.kit import llama, tokenizer, values_of, with_weights
 from tests.kit.errors import raises
-from tests.kit.models import randomize
+from tests.kit.models import lora_of, randomize
 from tests.kit.state import branches_of
 
 IDS = torch.tensor([[5, 9, 7, 30], [3, 8, 21, 4]])
@@ -129,12 +128,10 @@ LAYERS = ("q_proj", "down_proj")
 def test_methods_do_what_pefts_do(capsys: pytest.CaptureFixture[str]) -> None:
     spec = lx.CascadeSpec(rank=2, lora_alpha=6.0, pace=1.0, targets=tuple(f"*.{name}.weight" for name in LAYERS))
     cascade = lx.adapt(llama(), kwargs={"input_ids": IDS}, spec=spec)
-    theirs = get_peft_model(llama(), LoraConfig(r=2, lora_alpha=6, target_modules=list(LAYERS)))
-    theirs.base_model.model.to(torch.float64)
+    theirs = lora_of(cascade, llama(), LAYERS).double()
     randomize(cascade, 1)
     for name, branch in branches_of(cascade).items():
         layer = theirs.base_model.model.get_submodule(name.removesuffix(".weight"))
-        layer.lora_A["default"].weight.data.copy_(branch.lora_A.detach())
         layer.lora_B["default"].weight.data.copy_(branch.lora_B.detach())
 
     printed = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorasc_fx as lx
@@ -224,34 +222,6 @@ def test_only_rows_are_no_adapter_of_lora(tmp_path: Path) -> None:
         next(cascade.branches.parameters()).add_(1)
     with raises(lx.errors.ExportError, "not-exportable", "only rows"):
         lx.export.peft(cascade, tmp_path / "x", view="fast")
-
-
-DAMAGE: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
-    "no values": (lambda tensors, key: tensors.pop(key), {}, ("adapter-does-not-fit", "embed.token_adapter")),
-    "too few rows": (
-        lambda tensors, key: tensors.update({key: tensors[key][:2]}),
-        {},
-        ("adapter-does-not-fit", "[2, 6]"),
-    ),
-    "nan": (lambda tensors, key: tensors.update({key: tensors[key] * torch.nan}), {}, ("non-finite", "token_adapter")),
-    "a row beyond": (lambda *_: None, {"embed": [1, 2, 11], "head": [1]}, ("adapter-does-not-fit", "11")),
-    "another module": (lambda *_: None, {"middle.act": [1]}, ("adapter-does-not-fit", "middle.act")),
-    "rows twice": (lambda *_: None, {"embed": [1, 1, 2]}, ("adapter-does-not-fit", "embed")),
-}
-
-
-@pytest.mark.parametrize(("change", "indices", "expected"), DAMAGE.values(), ids=DAMAGE)
-def test_a_file_of_peft_that_does_not_fit(change: Any, indices: Any, expected: tuple[str, ...], tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(*made("plain"))
-    theirs.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    change(tensors, "base_model.model.embed.token_adapter.trainable_tokens_delta")
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["trainable_token_indices"] = indices or config["trainable_token_indices"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with raises(lx.CheckpointError, *expected):
-        lx.from_peft(tmp_path, made("plain")[0], (ids(0),))
 
 
 class Broken(nn.Module):

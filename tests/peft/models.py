@@ -141,6 +141,11 @@ def bert() -> nn.Module:
     return tiny.bert(vocab_size=11)
 
 
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the matrices."""
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() > 1}
+
+
 def made(build: Callable[[], nn.Module]) -> nn.Module:
     """Build the model in fp64 and eval mode, with the same weights at every call."""
     torch.manual_seed(1)

@@ -283,7 +283,9 @@ def move(old: str, new: str) -> tuple[dict[str, Any], Edit]:
 
 
 A, B, M = "up.lora_A.weight", "up.lora_B.weight", "up.lora_magnitude_vector"
-DORA = "an adapter with magnitudes"
+DORA, TOKENS = "an adapter with magnitudes", "an adapter with rows"
+MORE: dict[str, dict[str, Any]] = {DORA: {"use_dora": True}, TOKENS: {"trainable_token_indices": {"emb": [1, 2, 5]}}}
+ROWS = "emb.token_adapter.trainable_tokens_delta"
 
 # fmt: off
 DAMAGED: list[tuple[tuple[dict[str, Any], Edit], tuple[str, ...]]] = [
@@ -314,6 +316,12 @@ DAMAGED: list[tuple[tuple[dict[str, Any], Edit], tuple[str, ...]]] = [
     (tensors_of({A: lambda old: old[P + A].long()}), ("adapter-does-not-fit", "up.lora_A", "floating point")),
     (tensors_of({M: lambda old: old[P + M][None]}), ("adapter-does-not-fit", M, "[1, 8]", "[8]", DORA)),
     (tensors_of({M: lambda old: old[P + M] * float("nan")}), ("non-finite", M, DORA)),
+    (({}, lambda tensors: tensors.pop(P + ROWS)), ("adapter-does-not-fit", "emb.token_adapter", TOKENS)),
+    (tensors_of({ROWS: lambda old: old[P + ROWS][:2]}), ("adapter-does-not-fit", "[2, 6]", TOKENS)),
+    (tensors_of({ROWS: lambda old: old[P + ROWS] * torch.nan}), ("non-finite", "token_adapter", TOKENS)),
+    (config(trainable_token_indices={"emb": [1, 2, 11]}), ("adapter-does-not-fit", "11", TOKENS)),
+    (config(trainable_token_indices={"norm": [1]}), ("adapter-does-not-fit", "norm", TOKENS)),
+    (config(trainable_token_indices={"emb": [1, 1, 2]}), ("adapter-does-not-fit", "emb", TOKENS)),
 ]
 # fmt: on
 
@@ -322,9 +330,10 @@ DAMAGED: list[tuple[tuple[dict[str, Any], Edit], tuple[str, ...]]] = [
 def test_a_damaged_adapter(
     edit: tuple[dict[str, Any], Edit], expected: tuple[str, ...], source: Path, tmp_path: Path
 ) -> None:
-    if expected[-1] is DORA:
-        source, expected = tmp_path, expected[:-1]
-        trained_by_peft("words", source, target_modules=["up"], use_dora=True)
+    if expected[-1] in MORE:
+        source = tmp_path
+        trained_by_peft("words", source, target_modules=["up"], **MORE[expected[-1]])
+        expected = expected[:-1]
     refused(changed(source, tmp_path, *edit), expected)
 
 
