@@ -168,24 +168,6 @@ def test_weights_without_entries_are_refused_by_name(placement: Any) -> None:
     assert torch.equal(cascade.release()(x), expected)
 
 
-# ---- ranks
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_rank_above_what_the_shape_can_have(placement: Any) -> None:
-    torch.manual_seed(8)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    base = {name: value.detach().clone() for name, value in model.named_parameters()}
-    x = randn(4, 5, dtype=torch.float64)
-    cascade = lx.adapt(model, (x,), spec=spec(rank=9, placement=placement))
-    deltas = put_factors(cascade)
-    torch.testing.assert_close(cascade(x), eager(model, x, deltas), rtol=1e-12, atol=1e-12)
-    cascade.transition(None)
-    for name, value in cascade.release().named_parameters():
-        expected = base[name] + PACE * deltas[name] if name in deltas else base[name]
-        torch.testing.assert_close(value.detach(), expected, rtol=1e-13, atol=1e-13)
-
-
 # ---- the ends of a dtype
 
 

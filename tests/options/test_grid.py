@@ -312,22 +312,6 @@ def test_the_model_of_a_cascade_is_not_on_the_grid_before_release() -> None:
     assert net[0].weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"placement": "beside"}, "placement"),
-        ({"dropout": 0.1}, "dropout"),
-        ({"start": "pissa"}, "start"),
-        ({"restart_factors": "none"}, "restart_factors"),
-        ({"noise": lx.Noise(0.1, keep=True)}, "noise.keep"),
-    ],
-)
-def test_options_without_a_meaning_on_a_grid(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(lx.SpecError, match=named) as caught:
-        lx.CascadeSpec(grid="bfloat16", **options)
-    assert caught.value.code == "conflicting-options"
-
-
 def test_grids_that_cannot_be_used() -> None:
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     with pytest.raises(lx.SpecError, match="bfloat16"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorasc_fx.plan import Reason
 from tests.kit.operators.case import Case, linear, of, rand, row, seq
 
-SIGNAL, IMAGE, VIDEO = rand((2, 4, 11)), rand((2, 4, 9, 11)), rand((2, 4, 6, 7, 5))
+SIGNAL, IMAGE = rand((2, 4, 11)), rand((2, 4, 9, 11))
 ONE = {"w0": "conv"}
 
 
@@ -80,11 +80,8 @@ def _lazy() -> nn.Module:
 
 # fmt: off
 CODED = [
-    Case("F_conv1d", of(lambda x, w, b: F.conv1d(x, w, b, 2, "valid", 2), (6, 4, 3), (6,)), SIGNAL, ONE),
-    Case("torch_conv3d", of(lambda x, w: torch.conv3d(x, w, stride=2, padding=[1, 0, 1]), (6, 4, 3, 3, 3)), VIDEO, ONE),
     Case("torch_convolution", of(lambda x, w: torch.convolution(x, w, None, [2], [1], [1], False, [0], 2), (6, 2, 3)),
         SIGNAL, ONE),
-    Case("F_conv_transpose2d", of(lambda x, w: F.conv_transpose2d(x, w, stride=2, groups=2), (4, 3, 3, 3)), IMAGE, ONE),
     Case("conv_tbc", of(lambda x, w, b: torch.conv_tbc(x, w, b, 1), (3, 4, 6), (6,)), rand((7, 2, 4)), ONE),
     Case("conv_of_a_matrix", of(lambda x, w: F.conv2d(x, w[:, :, None, None]), (6, 4)), IMAGE, ONE),
     Case("unfolded", of(_unfolded, (6, 4, 3, 3)), IMAGE, linear("w0")),
