@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorasc_fx as lx
 from tests.errors.state import of_cascade, unchanged
 from tests.integrations.kit import adapted, rows
-from tests.integrations.loops import SPECS
+from tests.integrations.loops import SPECS, Steps
 from tests.kit.errors import raises
 from tests.kit.seams import SEAMS
 from tests.kit.state import replace_plan
@@ -21,25 +21,9 @@ X = torch.stack([row["x"] for row in rows(6)])
 LABELS = torch.stack([row["labels"] for row in rows(6)])
 
 
-class Loop:
-    """A run with three steps per stage. Each step accumulates two backwards."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.cascade = adapted(lx.CascadeSpec(**{"rank": 2, **fields}), 0.0)
-        self.optimizer = torch.optim.AdamW(self.cascade.param_groups(lr=0.05))
-        self.losses: list[float] = []
-
-    def go(self, start: int, end: int) -> None:
-        for batch in range(start, end):
-            x, labels = X[batch % 3 :], LABELS[batch % 3 :]
-            loss = self.cascade(x, labels)["loss"]
-            loss.backward()
-            self.losses.append(loss.item())
-            if batch % 2:
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            if batch % 6 == 5:
-                self.cascade.transition(self.optimizer)
+def noisy(stage: int = 8) -> Steps:
+    """A loop of 14 batches, of which so many make a stage."""
+    return Steps(lx.CascadeSpec(**{"rank": 2, **SPECS["noise"]}), stage)
 
 
 class Holder(nn.Module):
@@ -52,8 +36,8 @@ class Holder(nn.Module):
 
 
 def test_the_state_has_neither_weights_of_the_base_nor_noise() -> None:
-    loop = Loop(SPECS["noise"])
-    loop.go(0, 8)
+    loop = noisy()
+    loop.go(0)
     before = of_cascade(loop.cascade)
     state = loop.cascade.state_dict()
     assert of_cascade(loop.cascade) == before
@@ -67,8 +51,8 @@ def test_the_state_has_neither_weights_of_the_base_nor_noise() -> None:
 
 
 def test_a_module_that_contains_a_cascade() -> None:
-    loop = Loop(SPECS["noise"])
-    loop.go(0, 8)
+    loop = noisy()
+    loop.go(0)
     trained = nn.ModuleList([Holder(loop.cascade)])
     state = trained.state_dict()
     names = {f"0.cascade.{name}" for name in loop.cascade.state_dict()}
@@ -77,7 +61,7 @@ def test_a_module_that_contains_a_cascade() -> None:
     trained.state_dict(destination=destination, prefix="model.")
     assert set(destination) == {f"model.{name}" for name in state}
 
-    fresh = nn.ModuleList([Holder(Loop(SPECS["noise"]).cascade)])
+    fresh = nn.ModuleList([Holder(noisy().cascade)])
     parameters = dict(fresh.named_parameters())
     assert not any(fresh.load_state_dict(state, strict=True, assign=True))
     assert fresh[0].cascade.stage == 2  # type: ignore[union-attr]
@@ -114,8 +98,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], tuple[str, ...]]] 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_incomplete_state_is_refused(edit: str, strict: bool) -> None:
     """With strict=False too, because a cascade cannot be restored partially."""
-    loop, target = Loop(SPECS["noise"]), Loop(SPECS["noise"])
-    loop.go(0, 8)
+    loop, target = noisy(), noisy()
+    loop.go(0)
     state = loop.cascade.state_dict()
     change, (code, *names) = EDITS[edit]
     change(state)
@@ -125,8 +109,8 @@ def test_an_incomplete_state_is_refused(edit: str, strict: bool) -> None:
 
 def test_a_state_of_another_cascade() -> None:
     """The state of another spec, base or target sites, and folded weights, which are not a state."""
-    loop = Loop(SPECS["noise"])
-    loop.go(0, 8)
+    loop = noisy()
+    loop.go(0)
     state, spec = loop.cascade.state_dict(), loop.cascade.plan.spec
     model = adapted(spec, 0.0).release()
     with torch.no_grad():
@@ -146,8 +130,8 @@ def test_a_state_of_another_cascade() -> None:
 
 def test_a_state_is_loaded_through_a_wrapper_in_one_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
     """DistributedDataParallel and similar wrappers add a prefix to each key. If loading raises, nothing is changed."""
-    loop, target = Loop(SPECS["noise"]), Loop(SPECS["noise"])
-    loop.go(0, 20)
+    loop, target = noisy(4), noisy()
+    loop.go(0)
     state, holder = nn.ModuleDict({"module": loop.cascade}).state_dict(), nn.ModuleDict({"module": target.cascade})
     assert all(name.startswith("module.") for name in state)
 
@@ -170,7 +154,7 @@ def test_a_state_is_loaded_through_a_wrapper_in_one_transaction(monkeypatch: pyt
 
 
 def test_calls_without_a_state() -> None:
-    loop = Loop(SPECS["noise"])
+    loop = noisy()
     state = loop.cascade.state_dict()
     with loop.cascade.weights("slow"), raises(lx.StateError, "inside-weights", "load_state_dict"):
         loop.cascade.load_state_dict(state)

@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from lorasc_fx.cli import main
+from tests.integrations.kit import tokenizer
 from tests.kit import tiny
 
 logging.get_verbosity()  # makes its handler, which would otherwise write to the closed stream of the first test
@@ -113,17 +114,10 @@ def texts(workspace: Path) -> Path:
 @pytest.fixture
 def language(workspace: Path) -> Path:
     """Return a working folder with a language model in `llama`, `language.toml`, and data of all three kinds."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "user", "assistant", "count", "from", *NUMBERS]
-    table = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
-    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=table, chat_template=TEMPLATE, **special)
-    tokenizer.save_pretrained("llama")
+    words = ["user", "assistant", "count", "from", *NUMBERS]
+    tokenizer(words, chat_template=TEMPLATE).save_pretrained("llama")
     torch.manual_seed(0)
-    tiny.llama(vocab_size=len(words), hidden_size=32, intermediate_size=48).save_pretrained("llama")
+    tiny.llama(vocab_size=len(words) + 3, hidden_size=32, intermediate_size=48).save_pretrained("llama")
     rows: dict[str, list[object]] = {"chat": [], "pairs": [], "plain": []}
     for number in range(60):
         start = number % 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import resource
@@ -15,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 import lorasc_fx as lx
 from tests.errors.models import Net, inputs
 from tests.errors.state import of, of_optimizer, of_slow, raw
+from tests.kit.compare import Watch
 from tests.kit.data import batches_from
 from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS, seam
@@ -126,20 +127,6 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DieAt(TorchDispatchMode):
-    """The k-th operation is the last."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            die()
-        return func(*args, **(kwargs or {}))
-
-
 def around(
     owner: Any, name: str, passing: int, counts: Callable[..., bool], before: Any = None, instead: Any = None
 ) -> None:
@@ -179,7 +166,8 @@ def half_a_folder(real: Any, path: Path) -> None:
 
 def within(at: int) -> Any:
     def run(real: Any, *args: Any, **kwargs: Any) -> None:
-        with DieAt(at):
+        count = itertools.count(1)
+        with Watch(lambda *_: die() if next(count) == at else None):
             real(*args, **kwargs)
         raise AssertionError(f"{real} has fewer than {at} operations")
 

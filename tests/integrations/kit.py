@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,12 @@ def with_weights(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
 WORDS = [f"w{number}" for number in range(37)]
 
 
-def tokenizer() -> Any:
-    """Build a tokenizer for the words above, because nothing is downloaded."""
+def tokenizer(words: Sequence[str] = WORDS, **more: Any) -> Any:
+    """Build a tokenizer for these words, because nothing is downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: number + 3 for number, word in enumerate(WORDS)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    vocabulary = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", *words))}
+    table = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=table, **special, **more)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -93,6 +94,19 @@ def saved_storages(call: Callable[[], Any]) -> dict[int, int]:
         output = call()
     del output
     return sizes
+
+
+class Watch(TorchDispatchMode):
+    """Tell a function of each operation: its op, its arguments and its result."""
+
+    def __init__(self, see: Callable[[Any, Any, Any], object]) -> None:
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.see(func, args, result)
+        return result
 
 
 def quietly() -> Any:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.parallel import fsdp
+from tests.kit.compare import Watch
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
 from tests.parallel.training import (
@@ -227,17 +227,17 @@ def storages(tensors: Any) -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-class Peak(TorchDispatchMode):
-    """Measures the peak memory of gathered weights, before every operation."""
+class Peak(Watch):
+    """Measures the peak memory of gathered weights, after every operation."""
+
+    most = 0
 
     def __init__(self, cascade: lx.Cascade) -> None:
-        super().__init__()
-        self.cascade, self.most = cascade, 0
+        super().__init__(lambda *_: self.measure(cascade))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [parameter for parameter in self.cascade.parameters() if not hasattr(parameter, "to_local")]
+    def measure(self, cascade: lx.Cascade) -> None:
+        plain = [parameter for parameter in cascade.parameters() if not hasattr(parameter, "to_local")]
         self.most = max(self.most, sum(storages(plain).values()))
-        return func(*args, **(kwargs or {}))
 
 
 # ---- different ranks

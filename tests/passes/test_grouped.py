@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import moe
 
 import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.capture import capture
 from lorasc_fx.graph import FORMS, FunctionForm
+from tests.kit.compare import Watch
 from tests.kit.models import train
 from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, uses_of
 
@@ -101,30 +101,18 @@ def test_the_branch_is_the_formula(row: str, dtype: torch.dtype) -> None:
         assert not branches[name].lora_B.grad[1].any()
 
 
-class Calls(TorchDispatchMode):
-    """Records the shapes of weight gradients that the op of transformers computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.transformers.grouped_mm_fallback_backward.default:
-            self.shapes.append(tuple(args[1].shape))
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_gradient_of_a_frozen_stack_is_computed() -> None:
     """The backward of the op would compute it. The gradient of x has the same bits as from that backward."""
     model = Grouped(FALLBACK).double().requires_grad_(False)
     captured = capture(fx.symbolic_trace(model), (rows(torch.float64),), {}).module
     gradients, shapes = [], []
+    backward = torch.ops.transformers.grouped_mm_fallback_backward.default
     for graph_module in (captured, insert(captured, SPEC)):
-        x = rows(torch.float64).requires_grad_()
-        with Calls() as calls:
+        x, seen = rows(torch.float64).requires_grad_(), list[tuple[Any, ...]]()
+        with Watch(lambda func, args, _, seen=seen: seen.append(tuple(args[1].shape)) if func is backward else None):
             graph_module(x).square().sum().backward()
         gradients.append(x.grad)
-        shapes.append(sorted(calls.shapes))
+        shapes.append(sorted(seen))
     assert shapes[0] == [(3, 16, 24), (3, 24, 16)]
     assert shapes[1] == [(3, 3, 16), (3, 3, 24), (3, 16, 3), (3, 24, 3)]  # of A and B alone
     assert same_bits(*gradients)  # B = 0

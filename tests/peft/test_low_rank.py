@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.peft.adapter_pairs import low_rank_pairs
 from lorasc_fx.peft.change import compressed
+from tests.kit.compare import Watch, tensors
 from tests.kit.errors import raises
 from tests.kit.models import randomize
 from tests.kit.state import Factors
@@ -28,14 +26,14 @@ def test_tensors_of_a_packed_and_of_a_transposed_weight() -> None:
     for cascade, shape in ((fused, (4, 8)), (cascade_of("gpt2", targets=("*.c_fc",)), (4, 12))):
         randomize(cascade)
         site, adapter = cascade.sites[0], low_rank_pairs(cascade)
-        tensors, cut = adapter.tensors(site, 4)
-        assert tuple(tensors["lora_A"].shape) == shape
+        written, cut = adapter.tensors(site, 4)
+        assert tuple(written["lora_A"].shape) == shape
         assert cut.error < 1e-12
         branch = type(cascade.branches[site.key])(
             replace(site, options=replace(site.options, rank=4, lora_alpha=4.0)), 0, 1, torch.zeros(1).double()
         )
         for key in ("lora_A", "lora_B"):
-            branch.get_parameter(key).data.copy_(tensors[key])
+            branch.get_parameter(key).data.copy_(written[key])
         pair = adapter.pairs[site.weight]
         delta = branch.delta()
         assert float((pair.b @ pair.a).norm()) > 0.1
@@ -69,20 +67,8 @@ def test_an_unchanged_parameter_is_accepted() -> None:
     assert low_rank_pairs(cascade).pairs.keys() == {"up.weight"}
 
 
-class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that is created."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self.entries = max([self.entries, *sizes])
-        return output
-
-
 def test_the_delta_is_never_formed() -> None:
-    factors = Factors(torch.randn(300, 6), torch.randn(6, 400))
-    with Largest() as largest:
+    factors, sizes = Factors(torch.randn(300, 6), torch.randn(6, 400)), list[int]()
+    with Watch(lambda _, __, output: sizes.extend(tensor.numel() for tensor in tensors(output))):
         compressed(factors, 2)
-    assert largest.entries <= 400 * 6
+    assert max(sizes) <= 400 * 6
