@@ -59,7 +59,7 @@ SAMPLED = {
     "bank/test_architectures.py::test_operators": 4,
     "checkpoint/test_resume.py::test_after_stages_have_ended": 4,
     "compose/test_inlined.py::test_an_operator": 3,
-    "errors/test_all_or_nothing.py::test_a_call_that_fails": 3,
+    "errors/test_all_or_nothing.py::test_a_call_that_fails": 4,
     "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
     "checkpoint/test_resume.py::test_optimizers": 3,
     "checkpoint/test_resume.py::test_three_stages": 3,

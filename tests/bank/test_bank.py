@@ -404,11 +404,8 @@ def test_a_model_in_a_bank_cannot_be_adapted(tmp_path: Path) -> None:
     lx.adapt(bank.model, args=(X,)).release()
 
 
-def bank_with(*names: str, **options: Any) -> lx.AdapterBank:
-    bank = lx.AdapterBank(mlp(), args=(X,), targets=("linear",), max_rank=2, **options)
-    for name in names:
-        bank.add(name, random_pairs(bank.sites, 2, ord(name)))
-    return bank
+def filled(names: str) -> lx.AdapterBank:
+    return fill(lx.AdapterBank(mlp(), args=(X,), targets=("linear",), max_rank=2), names)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convolutions", "windows"])
@@ -529,7 +526,7 @@ def test_positions_have_no_rows(dtype: torch.dtype) -> None:
 
 
 def test_a_batch_without_rows() -> None:
-    bank = bank_with("a")
+    bank = filled("a")
     assert bank(X[:0], adapter=[]).shape == (0, 4)
     with raises(lx.StateError, "rows-differ", "1 rows, and the batch has 0"):
         bank(X[:0], adapter=["a"])
@@ -537,7 +534,7 @@ def test_a_batch_without_rows() -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_call_keeps_an_adapter_that_is_removed_during_the_call() -> None:
-    bank = bank_with("a")
+    bank = filled("a")
     right = bank(X, adapter="a")
 
     def replace(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -555,7 +552,7 @@ def test_a_call_keeps_an_adapter_that_is_removed_during_the_call() -> None:
 
 
 def test_backward_after_the_adapter_was_removed() -> None:
-    bank, x = bank_with("a"), X.clone().requires_grad_()
+    bank, x = filled("a"), X.clone().requires_grad_()
     bank(x, adapter="a").sum().backward()
     right, x.grad = x.grad, None
     output = bank(x, adapter="a").sum()
@@ -572,7 +569,7 @@ def test_training_after_inference_mode(building: bool) -> None:
     gradients = []
     for inference in (False, True):
         with torch.inference_mode(inference and building):
-            bank = bank_with("f")
+            bank = filled("f")
             bank.start("r", seed=1)
         with torch.inference_mode(inference):
             for adapter in ("r", "f", ["r", "f", None, "r", "r"]):

@@ -359,7 +359,7 @@ def test_an_edit_is_refused_or_restored(
     version.mkdir(parents=True)
     put(version, files(kind))
     original, outcomes = stored_values(version.parent), collections.Counter[str]()
-    for _ in range(50 if part == "manifest" else 20):
+    for _ in range(30 if part == "manifest" else 20):
         put(version, files(kind))
         if part == "manifest":
             edit = forge(version, functools.partial(edit_of_manifest, rng))

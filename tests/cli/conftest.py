@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -70,25 +71,35 @@ TEMPLATE = (
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return a working folder with an image classifier in `resnet`, `digits.parquet`, and `tiny.toml`."""
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an image classifier in `resnet`, `digits.parquet`, and `tiny.toml`."""
     import datasets
     from PIL import Image
     from sklearn.datasets import load_digits
     from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
+    images = [Image.fromarray((image * 15.9).astype("uint8")) for image in data.images[:300]]
+    table = datasets.Dataset.from_dict({"image": images, "label": data.target[:300].tolist()})
+    table.to_parquet(folder / "digits.parquet")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 6, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 5}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(folder / "resnet")
+    ViTImageProcessor(size={"height": 12, "width": 12}).save_pretrained(folder / "resnet")
+    (folder / "tiny.toml").write_text(IMAGES)
+    return folder
+
+
+@pytest.fixture
+def workspace(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a working folder with the files of `digits`."""
+    import datasets
+
+    shutil.copytree(digits, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    digits = load_digits()
-    images = [Image.fromarray((image * 15.9).astype("uint8")) for image in digits.images[:300]]
-    datasets.Dataset.from_dict({"image": images, "label": digits.target[:300].tolist()}).to_parquet("digits.parquet")
-    torch.manual_seed(0)
-    sizes = {"embedding_size": 6, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 5}
-    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained("resnet")
-    ViTImageProcessor(size={"height": 12, "width": 12}).save_pretrained("resnet")
-    (tmp_path / "tiny.toml").write_text(IMAGES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path

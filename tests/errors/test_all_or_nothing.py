@@ -232,7 +232,7 @@ TRIALS = [(*row, fault) for row in ROWS for fault in FAULTS if "line" in fault o
 @pytest.mark.parametrize(("name", "spec", "fault"), TRIALS)
 def test_a_call_that_fails(name: str, spec: str, fault: str, tmp_path: Path) -> None:
     """It fails at places at equal distances, and then succeeds, with the result that it has on a twin."""
-    at_place, most = FAULTS[fault], 4 if name in LONG else 10
+    at_place, most = FAULTS[fault], 3 if name in LONG else 8
     twin, twins = CALLS[name](SPECS[spec], tmp_path / "twin")
     with at_place(EVERY) as counter:
         kept = [twin()]  # a cascade that is garbage collected releases its model

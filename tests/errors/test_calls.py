@@ -77,11 +77,16 @@ CALLS: dict[str, Callable[[lx.Cascade, Any, Path], Any]] = {
 OTHER_NAMES = {"merge_and_unload": "release", "disable_adapter": "weights"}
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_after_release(call: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def released() -> tuple[lx.Cascade, torch.optim.Optimizer, nn.Module]:
     cascade, optimizer = adapted()
     step(cascade, optimizer)
-    model = cascade.release()
+    return cascade, optimizer, cascade.release()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_after_release(call: str, released: Any, tmp_path: Path) -> None:
+    cascade, optimizer, model = released
     with unchanged(cascade, model, optimizer), raises(lx.StateError, "released", OTHER_NAMES.get(call, call)):
         CALLS[call](cascade, optimizer, tmp_path)
     assert not list(tmp_path.iterdir())
