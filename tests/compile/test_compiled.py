@@ -83,7 +83,7 @@ def test_a_compiled_cascade_trains_as_the_eager_one(placement: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
+@pytest.mark.parametrize("placement", ["beside", "merged"])
 def test_inductor_trains_as_eager_does(placement: str) -> None:
     holds(placement, "inductor")
 
