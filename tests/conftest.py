@@ -75,7 +75,7 @@ SAMPLED = {
     "integrations/test_attributes.py::test_layers_of_peft_cannot_be_put_into_the_model": 6,
     "integrations/test_attributes.py::test_computing_methods_use_the_fast_weights": 3,
     "options/test_tokens.py::test_stages_and_a_resume": 4,
-    "options/test_lora_fa.py::test_gradients_of_lora_b_are_those_with_a_trained_lora_a": 4,
+    "options/test_lora_fa.py::test_gradients_of_lora_b_are_those_with_a_trained_lora_a": 2,
     "passes/test_adapter_inputs.py::test_every_method": 4,
     "passes/test_adapter_inputs.py::test_lift": 6,
     "passes/test_attention_masks.py::test_a_redundant_mask_is_removed": 6,

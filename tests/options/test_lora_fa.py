@@ -10,21 +10,20 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
+from tests.compile.test_compiled import TOKENS, Mixed
 from tests.kit.compare import saved_storages
 from tests.kit.errors import raises
 from tests.kit.models import batches, branches, loss_of
 
 
-@pytest.mark.parametrize("kind", ["conv", "shared", "dropout", "embedding", "experts"])
+@pytest.mark.parametrize("kind", ["conv", "dropout", "others"])
 def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str) -> None:
     torch.manual_seed(4)
     models: dict[str, tuple[nn.Module, Any]] = {
         "conv": (nn.Sequential(nn.Conv2d(3, 4, (3, 2), stride=2, padding=1), nn.SiLU(), nn.Conv2d(4, 6, 1)),
                  torch.randn(2, 3, 8, 7)),
-        "shared": (Shared(), torch.randn(2, 6, 5)),
         "dropout": (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(4, 5)),
-        "embedding": (nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 3)), torch.tensor([[1, 2, 2], [4, 8, 0]])),
-        "experts": (Experts(), torch.randn(4, 5)),
+        "others": (Mixed(), TOKENS),
     }  # fmt: skip
     model, x = models[kind]
     x = x.double() if x.is_floating_point() else x
@@ -47,28 +46,6 @@ def test_gradients_of_lora_b_are_those_with_a_trained_lora_a(kind: str) -> None:
         torch.testing.assert_close(branch.lora_B.grad, theirs[name].lora_B.grad, rtol=1e-9, atol=1e-11, msg=name)
         assert branch.lora_A.grad is None
         assert theirs[name].lora_A.grad is not None
-
-
-class Shared(nn.Module):
-    """Two products of the same input, whose branches share a stacked product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.other, self.last = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x).tanh() * self.other(x))
-
-
-class Experts(nn.Module):
-    """A weight of three stacked matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = nn.Parameter(torch.randn(3, 6, 5) * 0.3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x.expand(3, -1, -1), self.stack.transpose(1, 2)).tanh().sum(0)
 
 
 @pytest.mark.parametrize("build", [lambda: nn.Linear(40, 50), lambda: nn.Conv2d(40, 50, 3, padding=1)])
