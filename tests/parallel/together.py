@@ -14,7 +14,7 @@ UNTIL = 10
 
 def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     results = {
-        "trained": sharding.sharded(rank, count, sharding.SPECS),
+        "trained": sharding.sharded(rank, count, training.SPECS),
         "spoilt": sharding.spoilt(rank, count),
         "narrow": sharding.narrow(rank, count),
         "experts": sharding.experts(rank, count, f"{folder}/experts"),
