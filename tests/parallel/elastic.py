@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lorasc_fx as lx
 from lorasc_fx.parallel import fsdp
-from tests.parallel import training
+from tests.parallel import sharding, training
 
 PARTS = ("save", "transition", "step")
 UNTIL = 10
@@ -79,11 +79,11 @@ def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: i
         (rank, count) if training.ROWS % count == 0 else (0, 1)
     )  # each rank has the whole batch where it cannot be shared
     if any(root.glob("run/version-*")):
-        cascade = fsdp.shard(lx.load(root / "run", training.blocks(), args=(training.example(),)))
+        cascade = fsdp.shard(lx.load(root / "run", sharding.blocks(), args=(sharding.example(),)))
         optimizer = training.optimizer_of(cascade)
         done = cascade.resume(optimizer)["steps"]
     else:
-        cascade, done = fsdp.shard(training.adapted(name)), 0
+        cascade, done = fsdp.shard(sharding.adapted(name)), 0
         optimizer = training.optimizer_of(cascade)
     while done < UNTIL:
         with parts("step"):
@@ -96,7 +96,7 @@ def train(rank: int, count: int, folder: str, name: str, part: str = "", seed: i
             lx.save(cascade, root / "run", optimizer=optimizer, extra={"steps": done})
     if parts.counts.keys() == set(PARTS):
         (root / CALLS.format(rank)).write_text(json.dumps(parts.counts))
-    return training.values(cascade)
+    return sharding.values(cascade)
 
 
 def main(folder: str, name: str, kills: int) -> None:

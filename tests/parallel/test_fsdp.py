@@ -24,7 +24,7 @@ from tests.errors.models import Late
 from tests.kit.errors import raises
 from tests.kit.models import Breaking, train
 from tests.kit.state import canonical, file_digest, text_digest
-from tests.parallel import elastic, sharding, training
+from tests.parallel import elastic, sharding
 from tests.parallel.conftest import part
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_ddp import close
@@ -37,7 +37,7 @@ LATER = ("folded/", "first/", "back/")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", training.SPECS)
+@pytest.mark.parametrize("name", sharding.SPECS)
 def test_the_numbers_of_one_process(name: str, two: list[dict[str, Tensor]]) -> None:
     expected = sharding.alone(name)
     check_trained(name, two)
@@ -70,7 +70,7 @@ def test_inf_on_one_rank_raises_on_all(two: list[dict[str, Tensor]]) -> None:
 def test_base_and_branches_keep_their_dtypes(two: list[dict[str, Tensor]]) -> None:
     for tensors in two:
         values = part(tensors, "narrow")
-        for name, base in training.blocks().bfloat16().named_parameters():
+        for name, base in sharding.blocks().bfloat16().named_parameters():
             assert values[name].dtype == torch.bfloat16
             a, b = values.get(f"{name.replace('.', '/')}.lora_A"), values.get(f"{name.replace('.', '/')}.lora_B")
             if a is None or b is None:
@@ -123,8 +123,8 @@ def test_experts_have_the_numbers_of_one_process(two: list[dict[str, Tensor]], f
     for number in sharding.EXPERTS:
         torch.manual_seed(1)
         model = sharding.Experts(number).double()
-        cascade = lx.load(folder / "experts" / str(number), model, args=(training.example(),))
-        close(training.values(cascade), part(expected, str(number)))
+        cascade = lx.load(folder / "experts" / str(number), model, args=(sharding.example(),))
+        close(sharding.values(cascade), part(expected, str(number)))
 
 
 @pytest.mark.slow
@@ -201,12 +201,12 @@ def test_one_process_holds_all_rows(tmp_path: Path) -> None:
     lx.save(cascade, tmp_path, optimizer=optimizer)
     loaded = fsdp.shard(lx.load(tmp_path, base, args=(x,)))
     for (name, value), right in zip(cascade.named_parameters(), loaded.parameters(), strict=True):
-        torch.testing.assert_close(training.full(value), training.full(right), rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(sharding.full(value), sharding.full(right), rtol=0, atol=0, msg=name)
     resumed = torch.optim.AdamW(loaded.param_groups(lr=0.1))
     loaded.resume(resumed)
     for value, right in zip(optimizer.state.values(), resumed.state.values(), strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(training.full(value[key]), training.full(right[key]))
+            assert torch.equal(sharding.full(value[key]), sharding.full(right[key]))
             assert type(value[key]) is type(right[key]) is DTensor
 
 

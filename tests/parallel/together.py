@@ -14,11 +14,11 @@ UNTIL = 10
 
 def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     results = {
-        "trained": sharding.sharded(rank, count, training.SPECS),
+        "trained": sharding.sharded(rank, count, sharding.SPECS),
         "spoilt": sharding.spoilt(rank, count),
         "narrow": sharding.narrow(rank, count),
         "experts": sharding.experts(rank, count, f"{folder}/experts"),
-        "ddp": training.under_ddp(rank, count, training.UNDER_DDP),
+        "ddp": training.under_ddp(rank, count, training.SPECS),
     }
     for name in SAVED:
         sharding.saved(rank, count, name, f"{folder}/{name}", 10)

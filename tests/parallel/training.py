@@ -1,4 +1,4 @@
-"""A small network of blocks trained in fp64 with the same global batch on any number of processes."""
+"""A small training in fp64 with the same global batch on any number of processes."""
 
 from __future__ import annotations
 
@@ -17,112 +17,38 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS
 from tests.kit.data import batches_from
 
-STAGES, STEPS, ROWS = 3, 4, 8
-UNDER_DDP = ("fresh", "fast")
 SPECS: dict[str, dict[str, Any]] = {
-    "fresh": {"noise": {"strength": 0.1, "keep": True}},  # its experts outgrow their weights, and are summed
-    "fast": {
-        "rank": 1,
-        "exclude": ("head.*", "table.*"),
-        "restart": "fast",
-        "restart_factors": "B",
-        "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
-    },
-    "averaged": {
-        "exclude": ("head.*",),
-        "optimizer_state": 0.5,
-        "average": True,
-        "noise": {"strength": 0.1, "distribution": "normal"},
-        "slow_train": False,
-    },
-    "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_factors": "B"},
-    "pairs": {"rank": 4, "restart_factors": "none", "noise": {"strength": 0.1}},
-    "tokens": {"rules": ({"pattern": "table.*", "tokens": (1, 4, 6)},), "noise": {"strength": 0.1}},
-    "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
-    "dora, pissa": {"adapter": "dora", "start": "pissa", "exclude": ("table.*",)},
-    "frozen A": {"train_A": False, "average": True},
-    "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
-    **{
-        name: {"adapter": name, "noise": {"strength": 0.1}, "exclude": ("table.*",) if name == "lokr" else ()}
-        for name in METHODS
-        if name not in ("lora", "dora")
-    },
-    "delora": {"adapter": "delora", "adapter_options": [["bound", 1.0]], "noise": {"strength": 0.1}},
+    "fresh": {"noise": {"strength": 0.1, "keep": True}},
+    "fast": {"restart": "fast", "noise": {"strength": 0.1, "distribution": "normal"}},
 }
+STAGES, STEPS, ROWS = 3, 4, 8
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
+class Net(nn.Module):
+    """A model with an embedding, a convolution, a norm and linear layers. No weight is square."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.mix = nn.Parameter(torch.randn(width, width + 1) / 4)  # stored [in, out]
-        self.back = nn.Conv1d(width + 1, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.down(F.gelu(self.up(self.norm(x))))
-        return x + self.back((x @ self.mix).transpose(1, 2)).transpose(1, 2)
-
-
-class Blocks(nn.Module):
-    """A model with an embedding that is tied to a part of the head, blocks, a head, and dropout."""
-
-    def __init__(self, depth: int = 2, width: int = 6, inner: int = 9) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, width)
-        self.start = nn.Parameter(torch.randn(1, 1, width))
-        self.layers = nn.ModuleList(Block(width, inner) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 4)
+        self.table = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 9, 3)
+        self.norm = nn.LayerNorm(9)
+        self.up, self.down = nn.Linear(9, 10), nn.Linear(10, 7)
+        self.head = nn.Linear(7, 4)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.table(tokens)
-        x = torch.cat([self.start.expand(x.shape[0], -1, -1), x], 1)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x).mean(1)
-        return self.head(x) + F.linear(x, self.table.weight)[:, :4]
+        hidden = self.conv(self.table(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(torch.tanh(self.down(F.gelu(self.up(self.norm(hidden))))).mean(1))
 
 
-def blocks(**sizes: int) -> Blocks:
+def net() -> Net:
     torch.manual_seed(1)
-    return Blocks(**sizes).double()
+    return Net().double()
 
 
-def example() -> Tensor:
-    return torch.stack([tokens for tokens, _ in data()[:3]])
-
-
-def adapted(name: str, **sizes: int) -> lx.Cascade:
-    spec = lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("*norm*",), "seed": 5, **SPECS[name]})
-    return lx.adapt(blocks(**sizes), args=(example(),), spec=spec)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
-
-
-def full_parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    return {f"{prefix}{name}": full(value.detach()).clone() for name, value in module.named_parameters()}
-
-
-def values(cascade: lx.Cascade) -> dict[str, Tensor]:
-    """Return factors, and parameters and outputs for each view of the weights, as full tensors."""
-    tokens = example()
-    tensors = full_parameters(cascade, "live/")
-    cascade.eval()
-    average = ("averaged",) if cascade.plan.spec.average else ()
-    for view in ("slow", "fast", "base", *average):
-        with cascade.weights(view), torch.no_grad():  # type: ignore[arg-type]
-            tensors[f"{view}/output"] = cascade(tokens)
-            tensors |= full_parameters(cascade.model, f"{view}/")
-    with torch.no_grad():
-        tensors["output"] = cascade(tokens)
-    cascade.train()
-    return tensors
+def spec_of(name: str) -> lx.CascadeSpec:
+    return lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("norm.*",), "seed": 5, **SPECS[name]})
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
@@ -130,6 +56,10 @@ def data() -> list[tuple[Tensor, Tensor]]:
     count = 4 * ROWS
     tokens = torch.randint(11, (count, 5), generator=source)
     return list(zip(tokens, torch.randint(4, (count,), generator=source), strict=True))
+
+
+def adapted(name: str) -> lx.Cascade:
+    return lx.adapt(net(), args=(data()[0][0][None],), spec=spec_of(name))
 
 
 def optimizer_of(cascade: lx.Cascade) -> torch.optim.Optimizer:
@@ -164,6 +94,15 @@ def run(model: nn.Module, optimizer: Any, done: int, until: int, share: tuple[in
         done += 1
         if ends_stage(done):
             cascade.transition(optimizer)
+
+
+def values(cascade: lx.Cascade) -> dict[str, Tensor]:
+    """Return slow and fast weights, and the factors of the running stage."""
+    tensors = {name: value.detach().clone() for name, value in cascade.branches.named_parameters()}
+    for view in ("slow", "fast"):
+        with cascade.weights(view):  # type: ignore[arg-type]
+            tensors |= {f"{view}/{name}": value.detach().clone() for name, value in cascade.model.named_parameters()}
+    return tensors
 
 
 def alone(name: str, until: int = STAGES * STEPS) -> dict[str, Tensor]:
@@ -207,7 +146,7 @@ def resumed(rank: int, count: int, name: str, folder: str, until: int, part: int
     if rank >= (part or count):
         return {}
     count = part or count
-    cascade = lx.load(folder, blocks(), args=(example(),))
+    cascade = lx.load(folder, net(), args=(data()[0][0][None],))
     wrapper, optimizer = DistributedDataParallel(cascade, process_group=group), optimizer_of(cascade)
     extra = cascade.resume(optimizer, group=group)
     assert list(extra) == ["steps"]
