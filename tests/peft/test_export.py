@@ -94,7 +94,7 @@ def test_all_stages_become_one_adapter(name: str, spec: dict[str, Any], tmp_path
     config = config_in(tmp_path / "adapter")
     assert config["r"] == config["lora_alpha"] == 4
     assert config["fan_in_fan_out"] is (name == "gpt2")
-    assert config["bias"] == ("lora_only" if name == "suffixes" and spec else "none")
+    assert config["bias"] == ("lora_only" if "lin.bias" in spec.get("train", ()) else "none")
 
 
 def test_the_cascade_is_unchanged(tmp_path: Path) -> None:
