@@ -1,4 +1,4 @@
-"""`python -m experiments.evidence [run | status | page | check]`."""
+"""`python -m experiments.evidence [run | status | page | archive | check]`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""docs/evidence.md: tables of the runs of protocol.toml, and of the archive of earlier editions."""
+"""Tables of the runs of protocol.toml, for docs/evidence.md, and of the archive of earlier editions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments.evidence.methods import METHODS
 
-__all__ = ["archive", "front", "interval", "write"]
+__all__ = ["archive", "front", "interval", "second_edition", "write"]
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
@@ -183,13 +183,8 @@ def second_edition() -> list[str]:
 
 
 def write(protocol: dict[str, Any], results: Any, page: Path = PAGE) -> None:
-    """Write the page: its text stays, and the tables go between their markers."""
-    text = page.read_text(encoding="utf-8")
-    for name, lines in (("third", third_edition(protocol, results)), ("archive", second_edition())):
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        text = (
-            f"{before}<!-- {name} -->\n"
-            + "\n".join(lines).strip()
-            + f"\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
-        )
-    page.write_text(text, encoding="utf-8")
+    """Write the page: its text stays, and the tables of the runs go between their markers."""
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- third -->\n")
+    lines = "\n".join(third_edition(protocol, results)).strip()
+    after = rest.partition("<!-- /third -->")[2]
+    page.write_text(f"{before}<!-- third -->\n{lines}\n<!-- /third -->{after}", encoding="utf-8")

@@ -192,13 +192,17 @@ def main(arguments: list[str]) -> int:
             from experiments.evidence.page import write
 
             write(protocol, results)
+        elif command == "archive":
+            from experiments.evidence.page import second_edition
+
+            print("\n".join(second_edition()).strip())
         elif command == "status":
             known = list(cells(protocol, results))
             for part in ("rates", "plane", "sequences", "images"):
                 own = [cell for cell in known if cell.part == part]
                 print(f"{part}: {sum(cell in results.found for cell in own)} of {len(own)} runs that are known so far")
         else:
-            print(f"evidence: there is no command {command!r}: run, status, page or check", file=sys.stderr)
+            print(f"evidence: there is no command {command!r}: run, status, page, archive or check", file=sys.stderr)
             return 2
     except SpecError as fault:
         print(f"evidence: {fault}", file=sys.stderr)

@@ -196,6 +196,9 @@ def test_the_archive_has_the_numbers_of_the_second_edition() -> None:
     means = found[found["budget"] == "lm-long"].pivot_table(index=["task", "size"], columns="method", values="accuracy")
     assert means.loc[("lm-r8", 200), "lora"] == pytest.approx(89.0, abs=0.06)
     assert means.loc[("lm-extract", 200), "lora"] == pytest.approx(68.5, abs=0.06)
+    tables = "\n".join(page.second_edition())
+    assert "| lm-extract | 200 | lm-long | 68.50 | 68.10 | 64.40 | 68.70 | 70.90 |" in tables
+    assert "| lm-extract | 200 | lm-long | 0.10 | 0.10 | 0.05 | 0.20 | 0.13 |" in tables
 
 
 def test_processes_can_import_what_they_run() -> None:
