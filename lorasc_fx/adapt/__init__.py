@@ -59,8 +59,9 @@ def adapt(
 
     Args:
         model: an nn.Module, a GraphModule or an ExportedProgram, with all its values.
-        args, kwargs: example inputs. Their types matter, their sizes do not. The model runs on them at least once, and
-            is compared with its graph. These runs have no side effects.
+        args, kwargs: example inputs, of the types of later calls. Their sizes decide where branches compute, and are
+            constants of the first graph. The model runs on them at least once, and is compared with its graph. These
+            runs do not change it.
         spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
             configuration, the other options have the defaults of `CascadeSpec`.
         frontend: `export` for a graph of torch.export, `eager` to run the model itself, or `auto` for the first one
