@@ -85,8 +85,8 @@ def _device(model: nn.Module) -> str:
 
 @_table(
     "Seconds of a training step (forward, and backward to the input) over the seconds of the frozen model: CPU seconds"
-    " of all threads, or on a GPU those between two CUDA events. Ratio of the minima (median of the ratios within a"
-    " round). *Folded* is the released model; its deviation from 1.00 is measurement noise.",
+    " of all threads, or on a GPU those between two CUDA events. Ratio of the minima. *Folded* is the released model;"
+    " its deviation from 1.00 is noise.",
     devices=("cpu", "cuda"),
 )
 def steps(work: Work, rounds: int) -> Rows:
@@ -120,8 +120,7 @@ def _without_grouped() -> Iterator[None]:
 
 @_table(
     "CPU seconds of a step without a kernel, over the seconds with it: *oneDNN* instead of MKL for frozen products, and"
-    " a backward of the *grouped* products of frozen experts that computes no gradient of them. Ratio of the minima"
-    " (median of the ratios within a round).",
+    " a backward of the *grouped* products of frozen experts that computes no gradient of them. Ratio of the minima.",
     threads=1,
 )
 def kernels(work: Work, rounds: int) -> Rows:

@@ -51,6 +51,7 @@ def test_the_page_shows_the_stored_rows() -> None:
     for path in stored:
         found = json.loads(path.read_text(encoding="utf-8"))
         assert command.put(page, path.stem, command.markdown(found)) == page, path.name
+        assert found["text"] == TABLES[path.stem.removesuffix("-cuda")].text
 
 
 def test_rows_of_another_machine_are_dropped(tmp_path: Path) -> None:
