@@ -10,14 +10,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 HEAD = """# Errors
 
-Each error and each warning has a `code` that does not change between versions. The message says what is wrong, where,
-and what to do; its words may change. If an error is raised, nothing has changed: model, branches, optimizer and files
-are as before the call. `except lx.LorascError as error:` catches every error of this page; `error.code` is its code.
+Each error and each warning has a `code` that does not change between versions; the words of its message may. If an
+error is raised, model, branches, optimizer and files are as before the call. `except lx.LorascError as error:` catches
+every error of this page; `error.code` is its code.
 
 Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). Each is given once per cascade, at the
 line of your program.
 
-The classes, and the classes as which they can be caught too:
+Classes, and other classes as which they can be caught:
 """
 
 CLASSES = (
