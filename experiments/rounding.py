@@ -100,11 +100,11 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
     frame = pd.DataFrame(rows)
     table = frame.pivot_table(index=["grid", "way"], columns="task", values=["loss", "accuracy"], sort=False)
-    yield "| grid | weights | " + " | ".join(f"{name}: loss | exact" for name in NAMES) + " |"
+    yield "|grid|weights|" + "|".join(f"{name}: loss|exact" for name in NAMES) + "|"
     yield "|---|---|" + "---|---|" * len(NAMES)
     for (grid, way), means in table.iterrows():
-        cells = " | ".join(f"{means['loss', name]:.3f} | {means['accuracy', name]:.2f}" for name in NAMES)
-        yield f"| {grid} | {way} | {cells} |"
+        cells = "|".join(f"{means['loss', name]:.3f}|{means['accuracy', name]:.2f}" for name in NAMES)
+        yield f"|{grid}|{way}|{cells}|"
 
 
 class Plain(nn.Module):

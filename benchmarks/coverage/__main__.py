@@ -22,16 +22,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "limits.md"
 START, END = "<!-- coverage -->\n", "<!-- /coverage -->\n"
 ABOUT = """\
 Each model is a small one, built from its library's configuration, in fp64. It is compared with its own eager code in
-train and eval mode (`benchmarks/coverage/examine.py`). With B = 0 no bit of outputs and buffers changes, compared with
-the frozen eager model. Branches compute the merged weights and get the gradients of the formula. After two stages with
-noise, the released model holds the slow weights of the formula, and its state dict loads strictly into a
-new model.
+train and eval mode (`benchmarks/coverage/examine.py`). With B = 0 no bit of outputs and buffers changes. Branches
+compute the merged weights and get the gradients of the formula. After two stages with noise, the released model holds
+the slow weights of the formula, and its state dict loads strictly into a new model.
 
 The columns count the weight matrices with a branch by kind, and the ones without by
 [reason](adapt.md#what-can-be-adapted) (`no-form` if none is named). The column *peft* is LoRA of peft on every linear
-and convolution of the same model: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups
-of a convolution do not divide the rank. *No merge*: peft cannot merge a convolution with groups. A model runs as a
-graph unless `eager` follows its name ([what that means](adapt.md#with-and-without-a-graph))."""
+and convolution: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups of a convolution
+do not divide the rank. *No merge*: peft cannot merge a convolution with groups. `eager` follows the name of a model
+that runs [without a graph](adapt.md#with-and-without-a-graph)."""
 KINDS = ("linear", "conv", "embedding", "stacked", "recurrent")
 HEAD = f"|model|{'|'.join(KINDS)}|not adapted|peft|\n|{'---|' * (len(KINDS) + 3)}"
 EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
@@ -84,7 +83,7 @@ def coverage(libraries: dict[str, list[dict[str, Any]]]) -> str:
     reasons = Counter(_reason(next(iter(model["refused"].values()))) for model in everything if model["refused"])
     summary = f"{right} of {len(everything)} models are right in lorasc-fx, and {clean} show no error in peft. "
     lines = [ABOUT, "", f"{summary}{fronts['export']} run as a graph, {fronts['eager']} eagerly, because", ""]
-    lines += [f"- {reason}: {count} models" for reason, count in reasons.most_common()]
+    lines += [f"- {reason}: {count} model{'s' if count > 1 else ''}" for reason, count in reasons.most_common()]
     for library, models in libraries.items():
         lists: dict[str, list[str]] = defaultdict(list)
         for model in models:

@@ -71,8 +71,8 @@ def row(case: str, layer: Quantize, grid: str | None = None) -> str:
     requantized = (cascade.model(x) - wanted).norm() / size
     with torch.enable_grad():
         trained_on_grid = on_grid(layer)
-    distances = f"{rounding:.2g} | {moved:.2g} | {folded:.0e} | {requantized:.2g} | {trained_on_grid:.0e}"
-    return f"| {case} | {version(case.partition(' ')[0])} | {distances} |"
+    distances = f"{rounding:.2g}|{moved:.2g}|{folded:.0e}|{requantized:.2g}|{trained_on_grid:.0e}"
+    return f"|{case}|{version(case.partition(' ')[0])}|{distances}|"
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
     text = PAGE.read_text()
     for case, layer in cases.items():
         measured = row(case, layer, "own" if case == "torchao mxfp4" else None)
-        text, count = re.subn(rf"^\| {re.escape(case)} \|.*$", lambda _, line=measured: line, text, flags=re.MULTILINE)
+        text, count = re.subn(rf"^\|{re.escape(case)}\|.*$", lambda _, line=measured: line, text, flags=re.MULTILINE)
         if not count:
             print("no row yet:")
         print(measured)
