@@ -55,7 +55,7 @@ class AdapterBank:
             of peft, or factors by weight name.
         args, kwargs: example inputs, as for `adapt`, with the rows of the batch on axis 0.
         max_rank: largest rank r of an adapter. The default is the largest rank in `adapters`, or 8 without any.
-        targets: globs on the names of weights that adapters may change. The default is all weights that `adapters`
+        targets: the weights that adapters may change, as in `CascadeSpec`. The default is all weights that `adapters`
             change.
         frontend: as for `adapt`.
 
