@@ -451,8 +451,8 @@ class CascadeModule(nn.Module):
         """
         self._run.check_alive("kept")
         check_view("kept", view, self._run.plan.spec)
-        found = {name: kept_by(state, view) for name, state in self._run.slow.states.items()}
-        return {name: kept for name, kept in found.items() if kept is not None}
+        shares = {name: kept_by(state, view) for name, state in self._run.slow.states.items()}
+        return {name: kept for name, kept in shares.items() if kept is not None}
 
     # ---- moving
 
@@ -630,7 +630,7 @@ class UsageWatch(Fresh):
         if (run := self._run()) is not None and run.placed not in (None, "base"):
             run.note_kept()
 
-    def _check(self, code: str, what: str) -> None:
+    def _check(self, code: str, event: str) -> None:
         """Warn once if the model's outputs differ from the cascade's, unless this package is the caller."""
         run, callers = self._run(), tuple(_callers())
         if run is None or any(frame.f_code.co_filename.startswith(_PACKAGE) for frame in callers):
@@ -648,7 +648,7 @@ class UsageWatch(Fresh):
         if code not in run.warned and run.differs_from_model():
             run.warned.once(
                 code,
-                f"{what} inside stage {run.plan.stage}. It has the weights from the start of the stage"
+                f"{event} inside stage {run.plan.stage}. It has the weights from the start of the stage"
                 f"{', with noise' if run.plan.spec.noise.strength > 0 else ''}"
                 f"{', not on their grid' if run.plan.spec.grid else ''}, without the training of the stage. Call the "
                 'cascade instead. To call, save or copy the model, do it inside `with cascade.weights("slow"):` (or '

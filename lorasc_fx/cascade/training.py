@@ -140,16 +140,16 @@ def optimizers_of(call: str, optimizer: Optimizers | None) -> tuple[torch.optim.
 
 def check_holds(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise StateError unless each of these parameters, given by name, is in exactly one of the optimizers."""
-    first: dict[int, int] = {}  # indices of optimizers, by the id of a parameter
+    owners: dict[int, int] = {}  # indices of optimizers, by the id of a parameter
     shared: set[int] = set()
     for index, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if first.setdefault(id(parameter), index) != index:
+                if owners.setdefault(id(parameter), index) != index:
                     shared.add(id(parameter))
     missing, repeated = list[str](), list[str]()
     for name, parameter in parameters.items():
-        if id(parameter) not in first:
+        if id(parameter) not in owners:
             missing.append(name)
         elif id(parameter) in shared:
             repeated.append(name)

@@ -190,15 +190,15 @@ SAMPLE = 8
 
 def check_rounding(run: Run, call: str, slow: SlowWeights) -> None:
     """Measure how much of the change some weights in half precision keep. Warn once if they lose a part of it."""
-    narrow, found = list[WeightState](), dict[str, Kept]()
+    narrow, measured = list[WeightState](), dict[str, Kept]()
     for state in slow.states.values():
         if state.base.dtype.itemsize < 4 and state.changed:
             narrow.append(state)
     for state in narrow[:: max(1, -(-len(narrow) // SAMPLE))]:
         if (kept := kept_by(state)) is not None:
-            found[state.name] = kept
-    run.kept = found
-    if found and (loss := loss_of(found)):
+            measured[state.name] = kept
+    run.kept = measured
+    if measured and (loss := loss_of(measured)):
         run.warned.once("change-rounded-away", f"{call}: {loss}")
 
 

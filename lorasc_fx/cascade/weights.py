@@ -332,13 +332,13 @@ def _requantize_like(old: torch.Tensor, module: nn.Module, kind: str, weight: nn
             code="quantized-not-supported",
         )
     with torch.no_grad():
-        made = quantize(weight.detach())
+        requantized = quantize(weight.detach())
     if isinstance(module, QuantizedLinear):
         undo(partial(module.set_layer, module.layer))
-        module.set_layer(made)
+        module.set_layer(requantized)
     else:
         undo(partial(setattr, module, "weight", weight))
-        module.weight = nn.Parameter(made, False)
+        module.weight = nn.Parameter(requantized, False)
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -452,8 +452,8 @@ def _replace_quantized(model: nn.Module, fn: Change) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             continue
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        for name, parameter in quantized_in(own).items():
+        parameters = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        for name, parameter in quantized_in(parameters).items():
             if id(parameter) not in new:  # tied weights stay tied
                 new[id(parameter)] = nn.Parameter(fn(parameter.detach()), False)
             module._parameters[name] = new[id(parameter)]

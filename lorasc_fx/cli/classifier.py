@@ -14,8 +14,8 @@ from lorasc_fx.errors import LorascError, SpecError
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Convert any error of other libraries to a SpecError that names what was read."""
+def reading(source: str) -> Iterator[None]:
+    """Convert any error of other libraries to a SpecError that names the source."""
     try:
         yield
     except LorascError:
@@ -23,7 +23,7 @@ def reading(what: str) -> Iterator[None]:
     except Exception as fault:
         cause = fault.__cause__ or fault
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise SpecError(f"{what}: {type(cause).__name__}: {reason}", code="unreadable-file") from fault
+        raise SpecError(f"{source}: {type(cause).__name__}: {reason}", code="unreadable-file") from fault
 
 
 def mean_pooled(settings: object) -> Any:

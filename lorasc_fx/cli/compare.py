@@ -81,11 +81,11 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     for trial in planned(settings):
         file = folder / "results" / f"{trial.name}.json"
         if not file.is_file():
-            made = _make(trial, settings, task)
-            if made is None:
+            result = _make(trial, settings, task)
+            if result is None:
                 print(f"Stopped after {len(results)} runs. Run the same command again to continue.")
                 return 130
-            file.write_text(json.dumps(made) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
         results[trial] = json.loads(file.read_text(encoding="utf-8"))
     text = "\n\n".join(tables(settings, results))
     (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
@@ -132,9 +132,9 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
         return result
     if callback.stopped:
         return None
-    metrics, found = trainer.evaluate(), trainer.predict(task.data["test"])
+    metrics, prediction = trainer.evaluate(), trainer.predict(task.data["test"])
     result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
-    result |= {"predicted": found.predictions.argmax(-1).tolist(), "labels": found.label_ids.tolist()}
+    result |= {"predicted": prediction.predictions.argmax(-1).tolist(), "labels": prediction.label_ids.tolist()}
     print(f"{trial.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
     return result
 
@@ -157,7 +157,7 @@ def best_rates(results: Results) -> dict[str, list[Result]]:
 
 def tables(config: Config, results: Results) -> Iterator[str]:
     """Yield the table of accuracies, and the table of differences to the first method, in Markdown."""
-    best, first = best_rates(results), config.compare.methods[0]
+    best, reference = best_rates(results), config.compare.methods[0]
     yield _markdown(
         ["method", "lr", "trained", "train s", "validation", "test"],
         [
@@ -170,12 +170,12 @@ def tables(config: Config, results: Results) -> Iterator[str]:
         ],
     )
     rows = [
-        [name, *_difference(runs, best[first])]
+        [name, *_difference(runs, best[reference])]
         for name, runs in best.items()
-        if name != first and all(run["labels"] for run in (*runs, *best[first]))
+        if name != reference and all(run["labels"] for run in (*runs, *best[reference]))
     ]
     if rows:
-        head = [f"points over {first}", "95 % over seeds (t)", "95 % over examples (bootstrap)"]
+        head = [f"points over {reference}", "95 % over seeds (t)", "95 % over examples (bootstrap)"]
         yield _markdown(["method", *head], rows)
 
 
@@ -191,7 +191,7 @@ def _correct(result: Result) -> torch.Tensor:
 def _difference(runs: Sequence[Result], reference: Sequence[Result]) -> tuple[str, str, str]:
     """Return the mean difference in points, and its intervals over seeds and over examples."""
     stats = module_of("cli", "scipy.stats")
-    ours, theirs = (100 * torch.stack([_correct(run) for run in each]) for each in (runs, reference))
+    ours, theirs = (100 * torch.stack([_correct(run) for run in group]) for group in (runs, reference))
     over_seeds = "one seed"
     if len(runs) > 1:
         over_seeds = _interval(stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval())

@@ -115,7 +115,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise SpecError(f"{path}: the configuration cannot be read: {fault}", code="unreadable-file") from fault
     except SpecError as fault:
         raise SpecError(f"{path}: {fault}", code=fault.code) from fault
-    config = _with_paths(config, lambda place: os.path.normpath(path.parent / place))
+    config = _with_paths(config, lambda target: os.path.normpath(path.parent / target))
     if not overrides:
         return config
     table = to_dict(config)
@@ -142,7 +142,7 @@ def write_config(config: Config, path: Path) -> None:
     """Write the configuration as TOML, from which `load_config` returns an equal one."""
     tomli_w = module_of("cli", "tomli_w")
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = _with_paths(config, lambda place: os.path.relpath(place, path.parent))
+    config = _with_paths(config, lambda target: os.path.relpath(target, path.parent))
     path.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
 
 

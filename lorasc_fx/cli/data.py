@@ -44,15 +44,15 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
 def read_table(path: str) -> datasets.Dataset:
     """Return a data set with the columns of its file. The cells of a `.csv` or `.tsv` file are texts."""
     datasets.disable_progress_bars()
-    place = Path(path)
-    if place.suffix.lower() in (".csv", ".tsv"):
+    source = Path(path)
+    if source.suffix.lower() in (".csv", ".tsv"):
         with reading(path), warnings.catch_warnings(action="error"):  # pandas only warns of a row with too many cells
             table = pandas.read_csv(
-                path, sep="\t" if place.suffix.lower() == ".tsv" else ",", dtype=str, keep_default_na=False,
+                path, sep="\t" if source.suffix.lower() == ".tsv" else ",", dtype=str, keep_default_na=False,
                 index_col=False, encoding="utf-8-sig",
             )  # fmt: skip
         return datasets.Dataset.from_pandas(table, preserve_index=False)
-    loader = "imagefolder" if place.is_dir() else _LOADERS.get(place.suffix.lower())
+    loader = "imagefolder" if source.is_dir() else _LOADERS.get(source.suffix.lower())
     if loader is None:
         raise SpecError(
             f"{path}: give a folder of images, or a file that ends with .csv, .tsv, {', '.join(_LOADERS)}",
@@ -60,7 +60,7 @@ def read_table(path: str) -> datasets.Dataset:
         )
     options = {"encoding": "utf-8-sig"} if loader == "text" else {}
     with reading(path):
-        splits = datasets.load_dataset(loader, **{"data_dir" if place.is_dir() else "data_files": path}, **options)
+        splits = datasets.load_dataset(loader, **{"data_dir" if source.is_dir() else "data_files": path}, **options)
     if [*splits] != ["train"]:
         raise SpecError(
             f"{path} has the splits {', '.join(splits)}; give the folder of one of them", code="invalid-data"

@@ -59,11 +59,11 @@ def fold(checkpoint: Positional[Path], /, base: Path, output: Path, view: View =
         view: the slow weights, or their average over stages (needs spec.average).
     """
     check_output(output, folder=base.is_dir() or base.suffix == ".json")
-    found = read(checkpoint)
-    folded, record = folded_checkpoint(found, view), checkpoint / TASK
+    content = read(checkpoint)
+    folded, record = folded_checkpoint(content, view), checkpoint / TASK
     classes = json.loads(record.read_text(encoding="utf-8"))["classes"] if record.is_file() else None
     fold_files(folded, base, output, classes or None)
     if folded.running is not None:
-        warn(f"{found.path}: stage {folded.running} has not ended, and is folded as it is", "running-stage-folded")
-    print(f"{output}: {view} weights of {found.path}, in the layout of {base}")
+        warn(f"{content.path}: stage {folded.running} has not ended, and is folded as it is", "running-stage-folded")
+    print(f"{output}: {view} weights of {content.path}, in the layout of {base}")
     return 0

@@ -125,8 +125,8 @@ class Task:
             raise SpecError(f"inputs are {inputs!r}; give a list of texts, or of images")
         if self.kind == "image":
             with reading("image"):
-                return self._pixels([load_image(str(each) if isinstance(each, PathLike) else each) for each in inputs])
-        return self._tokens([self._prompt(each) for each in inputs] if self.kind == "language" else list(inputs))
+                return self._pixels([load_image(str(item) if isinstance(item, PathLike) else item) for item in inputs])
+        return self._tokens([self._prompt(item) for item in inputs] if self.kind == "language" else list(inputs))
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Return the arguments of a classifier for rows of the data, and `labels`."""

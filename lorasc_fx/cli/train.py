@@ -71,7 +71,7 @@ def check_output(path: Path, *, folder: bool) -> None:
     if path.exists() and path.is_dir() != folder:
         raise SpecError(f"{path} is not a {'folder' if folder else 'file'}; give another path", code="path-in-the-way")
     within = path.absolute() if folder else path.absolute().parent
-    with tempfile.TemporaryFile(dir=next(place for place in (within, *within.parents) if place.exists())):
+    with tempfile.TemporaryFile(dir=next(ancestor for ancestor in (within, *within.parents) if ancestor.exists())):
         pass
 
 

@@ -654,9 +654,9 @@ def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
     return Kept.of(change.sub_(part.base), stored)
 
 
-def loss_of(found: Mapping[str, Kept]) -> str:
+def loss_of(shares: Mapping[str, Kept]) -> str:
     """Return a sentence about the weight that keeps the least, if that is less than `ENOUGH`. Otherwise ""."""
-    name, kept = min(found.items(), key=lambda item: item[1].share)
+    name, kept = min(shares.items(), key=lambda item: item[1].share)
     if kept.share >= ENOUGH:
         return ""
     return (
