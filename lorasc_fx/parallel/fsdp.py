@@ -5,7 +5,7 @@ the graph is split into segments, and each segment reads the weights of one bloc
 module that contains the parameters and branches of its block (see `segments`). Dtypes are not changed.
 
 A transition works on shards. Each rank computes its rows of the slow delta S from its rows of B and all of A. So no
-weight is gathered (see `lorasc_fx.shards`).
+weight is gathered (see `lorasc_fx.shards`), except one at a time if the spec's `start` decomposes it.
 """
 
 from __future__ import annotations
