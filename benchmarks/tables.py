@@ -120,7 +120,8 @@ def _without_grouped() -> Iterator[None]:
 
 @_table(
     "CPU seconds of a step without a kernel, over the seconds with it: *oneDNN* instead of MKL for frozen products, and"
-    " a backward of the *grouped* products of frozen experts that computes no gradient of them. Ratio of the minima.",
+    " a backward of the *grouped* products of frozen stacked weights that computes no gradient of them. Ratio of the"
+    " minima.",
     threads=1,
 )
 def kernels(work: Work, rounds: int) -> Rows:
