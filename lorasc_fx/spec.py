@@ -122,6 +122,15 @@ METHOD_OPTIONS: dict[str, Any] = {
 }
 """Default values of the options that only some adapter methods support (see `Branch.options`)."""
 
+GRID_VALUES: dict[str, tuple[Any, ...]] = {
+    "placement": ("auto", "weight"),
+    "dropout": (0.0,),
+    "start": ("lora",),
+    "restart_factors": ("both", "B"),
+    "noise.keep": (False,),
+}
+"""Values of other options that can be combined with a grid."""
+
 CONFLICTS = (
     Conflict(
         ("dropout", "placement"),
@@ -171,13 +180,14 @@ CONFLICTS = (
         "this adapter method does not support the placement",
         "Set placement='auto'",
     ),
-    Conflict(
-        ("grid", "placement", "dropout", "start", "restart_factors", "noise.keep"),
-        lambda grid, placement, dropout, start, factors, keep: (
-            grid and (placement not in ("auto", "weight") or dropout or start != "lora" or factors == "none" or keep)
-        ),
-        "the branch computes the rounded sum of the weight and its delta, which starts at zero in each stage",
-        "Set grid=None, or the defaults of the other options",
+    *(
+        Conflict(
+            ("grid", option),
+            lambda grid, value, allowed=allowed: grid and value not in allowed,
+            "the branch computes the rounded sum of the weight and its delta, which starts at zero in each stage",
+            f"Set grid=None or {option}={allowed[0]!r}",
+        )
+        for option, allowed in GRID_VALUES.items()
     ),
     *(
         Conflict(
