@@ -53,9 +53,12 @@ def frames(results: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def front(points: pd.DataFrame) -> Callable[[float], float]:
-    """Return accuracy as a function of forgetting: interpolated between the scales of a run, and constant beyond."""
-    ordered = points.sort_values("forgetting")
-    forgetting, accuracy = [0.0, *ordered["forgetting"]], [0.0, *np.maximum.accumulate(ordered["accuracy"])]
+    """Return accuracy as a function of forgetting: the best scale that forgets less, interpolated, constant beyond.
+
+    A run that forgets nothing, or whose loss on general text even falls, counts as forgetting 0.
+    """
+    ordered = points.assign(forgetting=points["forgetting"].clip(lower=0.0)).sort_values(["forgetting", "accuracy"])
+    forgetting, accuracy = [-1e-9, *ordered["forgetting"]], [0.0, *np.maximum.accumulate(ordered["accuracy"])]
     return lambda at: float(np.interp(at, forgetting, accuracy))
 
 
@@ -108,6 +111,29 @@ def _verdict(values: pd.Series[float], resamples: int) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]: {('refuted', 'undecided', 'supported')[sign + 1]}"
 
 
+def picture(plane: pd.DataFrame, width: int = 760, height: int = 460, edge: int = 50) -> str:
+    """Return the plane as SVG: for each method a line through its scales, means over tasks and seeds."""
+    means = plane.groupby(["method", "scale"])[["forgetting", "accuracy"]].mean()
+    x_end, y_start = 1.05 * means["forgetting"].max(), 5 * np.floor(means["accuracy"].min() / 5)
+    x = edge + (width - 3 * edge) * means["forgetting"] / x_end
+    y = height - edge - (height - 2 * edge) * (means["accuracy"] - y_start) / (100 - y_start)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12">',
+        f'<path d="M{edge} {edge} V{height - edge} H{width - 2 * edge}" stroke="gray" fill="none"/>',
+        f'<text x="{edge}" y="{height - 15}">forgetting: rise of the loss on general text, 0 to {x_end:.2f}</text>',
+        f'<text x="{edge}" y="{edge - 15}">accuracy, {y_start:.0f} to 100 %; the end with a name is a = 1.0</text>',
+    ]
+    for index, method in enumerate(means.index.levels[0]):
+        color = f"hsl({360 * index // len(means.index.levels[0])} 70% 40%)"
+        points = [(f"{x[method, scale]:.1f}", f"{y[method, scale]:.1f}") for scale in sorted(means.loc[method].index)]
+        path = " ".join(map(",".join, points))
+        lines += [
+            f'<polyline points="{path}" stroke="{color}" fill="none" stroke-width="{3 if method == "lora" else 1.5}"/>',
+            f'<text x="{points[-1][0]}" y="{points[-1][1]}" fill="{color}">{method}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
+
+
 def _table(frame: pd.DataFrame) -> str:
     """Return a frame in Markdown, its index as columns."""
     flat = frame.reset_index()
@@ -132,6 +158,8 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
             "## Which should I use, and what does it cost in forgetting?",
             "",
             _table(means),
+            "",
+            "![Accuracy over forgetting of each method at five scales of its change](plane.svg)",
         ]
     if not sequences.empty:
         by = sequences.groupby(["part", "method"])[["average", "backward", "last", "forgetting"]].mean()
@@ -183,7 +211,10 @@ def second_edition() -> list[str]:
 
 
 def write(protocol: dict[str, Any], results: Any, page: Path = PAGE) -> None:
-    """Write the page: its text stays, and the tables of the runs go between their markers."""
+    """Write the page, whose text stays and whose tables go between their markers, and its picture."""
+    plane, _ = frames(results)
+    if not plane.empty:
+        page.with_name("plane.svg").write_text(picture(plane), encoding="utf-8")
     before, _, rest = page.read_text(encoding="utf-8").partition("<!-- third -->\n")
     lines = "\n".join(third_edition(protocol, results)).strip()
     after = rest.partition("<!-- /third -->")[2]

@@ -6,6 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -233,3 +234,22 @@ def test_the_page_of_a_finished_study(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "| sequences | lora | 55.00 | -60.00 | 80.00 | 0.55 |" in text
     assert "equal forgetting | shira-stages | +10.00 [+10.00, +10.00]: supported |" in text
     assert json.dumps(text)
+
+
+def test_a_front_is_the_best_scale_that_forgets_less() -> None:
+    points = pd.DataFrame({"forgetting": [0.4, 0.2, 0.1, -0.1], "accuracy": [70.0, 80.0, 60.0, 20.0]})
+    front = page.front(points)
+    assert [front(at) for at in (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)] == pytest.approx([20.0, 40.0, 60.0, 80.0, 80.0, 80.0])
+
+
+def test_the_picture_has_a_line_for_each_method() -> None:
+    index = pd.MultiIndex.from_product([("lora", "shira"), (0.5, 1.0), (1, 2)], names=["method", "scale", "seed"])
+    forgetting = [0.0, 0.2, 0.5, 0.5, 0.2, 0.2, 1.0, 1.0]
+    plane = pd.DataFrame({"forgetting": forgetting, "accuracy": [50.0] * 4 + [75.0] * 4}, index=index).reset_index()
+    lines = ElementTree.fromstring(page.picture(plane, width=350, height=200)).findall("{*}polyline")
+    (first, second), (third, fourth) = (
+        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()] for line in lines
+    )
+    assert first[1] == second[1] == 150.0  # the lowest accuracy is on the axis, and 75 % is in the middle
+    assert third[1] == fourth[1] == 100.0
+    assert [round(each[0] - 50) for each in (first, second, third, fourth)] == [19, 95, 38, 190]
