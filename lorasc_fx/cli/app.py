@@ -28,7 +28,7 @@ COMMANDS = {
     "fold": ("export:fold", "RUN --base BASE --output PATH", "write the slow weights into the files of the base"),
     "compare": ("compare:compare", "CONFIG.toml [KEY=VALUE ...]", "train several methods and compare them"),
 }
-"""Function, arguments and purpose of each command. tyro makes options of the function's parameters."""
+"""{command: (function, usage, purpose)}. tyro converts the parameters of the function to command line options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,16 +67,16 @@ def _command(arguments: list[str]) -> int:
 
 
 def load(run: str | PathLike[str]) -> Cascade:
-    """Load the cascade of a run of `lorasc-fx train`. Its model is built from the folder that the run names.
+    """Load the cascade of a run of `lorasc-fx train`. The model is built from the folder in the run's configuration.
 
-    It has an attribute `preprocessing`, which converts inputs in the same way as the run:
-    `cascade(**cascade.preprocessing(texts))`, or paths of images instead of texts. Its `classes` are the names of the
+    The cascade has an attribute `preprocessing`, which converts texts or paths of images to arguments of the model, as
+    in training: `cascade(**cascade.preprocessing(texts))`. `cascade.preprocessing.classes` are the names of the
     classes.
 
     Raises:
         SpecError: the model cannot be built.
         MissingExtra: the packages of the extra `cli` are not installed.
-        StateError, CheckpointError: the folder has no run, or an error of `lorasc_fx.load`.
+        StateError, CheckpointError: the folder has no run, or `lorasc_fx.load` raises.
     """
     _require_extra()
     from lorasc_fx.cli.train import open_run
@@ -87,7 +87,7 @@ def load(run: str | PathLike[str]) -> Cascade:
 
 
 def _require_extra() -> None:
-    """Raise MissingExtra if a package is not installed. None is imported, because not every command needs all."""
+    """Raise MissingExtra if a package of the extra `cli` is not installed. This does not import them."""
     for package in ("tyro", "tomli_w", "transformers", "datasets", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise missing("cli", package)

@@ -1,4 +1,4 @@
-"""The classifier of an encoder, and helpers for the code of other libraries."""
+"""A text classifier on an encoder, frozen batch norms, and the conversion of other libraries' errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasc_fx.errors import LorascError, SpecError
 
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """Convert any error of other libraries to a SpecError that names the source."""
+    """Context manager: convert any error of another library to a SpecError that names the source."""
     try:
         yield
     except LorascError:

@@ -37,15 +37,15 @@ class Trial(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its files, without the ending."""
+        """Name of its file in `results/`, without the suffix."""
         return f"{self.method}-seed{self.seed}-lr{self.lr:g}"
 
 
 class Result(TypedDict):
-    """What a run has written. A diverged run has no predictions.
+    """The content of a run's file.
 
-    `loss` and `accuracy` are of the validation examples; `predicted` and `labels` are class indices of the test
-    examples.
+    `loss` and `accuracy` are measured on the validation examples. `predicted` and `labels` are class indices of the
+    test examples, both empty if the run diverged.
     """
 
     lr: float
@@ -61,7 +61,7 @@ Results = dict[Trial, Result]
 
 
 def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (), /) -> int:
-    """Train several methods and compare them. Run it again to continue.
+    """Train several methods and compare their accuracies. The same command continues a stopped comparison.
 
     Args:
         config: TOML file (docs/llm.md).
@@ -74,7 +74,7 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
         check_same(folder, settings)
     task = Task(settings)
     if task.kind == "language":
-        raise SpecError("compare compares the accuracies of classifiers, but the model is a language model")
+        raise SpecError("compare needs a classifier, whose accuracy it compares, but the model is a language model")
     write_config(settings, folder / CONFIG)
     (folder / "results").mkdir(exist_ok=True)
     results: Results = {}
@@ -140,7 +140,7 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
 
 
 def best_rates(results: Results) -> dict[str, list[Result]]:
-    """Return the runs (one per seed) of each method at the learning rate with the lowest mean validation loss.
+    """Return {method: its runs, one per seed}, at the learning rate with the lowest mean validation loss.
 
     Of equally good rates, the smallest one is selected. The loss of a diverged run is infinite.
     """
@@ -207,7 +207,7 @@ def _interval(interval: Any) -> str:
 
 
 def _percent(values: Sequence[float]) -> str:
-    """Return the mean in percent, with the standard deviation of several values."""
+    """Return the mean in percent, with the standard deviation if there are several values."""
     if not values:
         return "diverged"
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -16,8 +16,8 @@ from lorasc_fx.util.decode import Check, choice, decode
 from lorasc_fx.util.environment import module_of
 
 METHODS = ("lora", "cascade", "lorasc")
-"""What `lorasc-fx compare` can train, in the order of its tables: one stage without noise; stages with pace 1 and
-without noise, similar to ReLoRA; and stages with the pace and noise of `[spec]`."""
+"""The methods of `lorasc-fx compare`: one stage without noise; several stages with pace 1 and without noise, similar to
+ReLoRA; and several stages with the pace and noise of `[spec]`."""
 
 Method = Annotated[str, choice(METHODS)]
 Rates = tuple[float, ...]
@@ -30,7 +30,7 @@ class ModelConfig:
     path: str = ""
     """The folder of a model of transformers. Nothing is downloaded."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Dtype of the weights. `auto`: the one in the files."""
+    """Dtype of the weights. `auto` keeps the dtype of the model's files."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DataConfig:
     seed: int = 0
     """Seed of the split."""
     max_length: int = 0
-    """Maximum number of tokens, at most that of the model. Longer texts are truncated. 0: 1024."""
+    """Maximum number of tokens, limited by the model's own maximum. Longer texts are truncated. 0 means 1024."""
     text_column: str = "text"
     """Name of the column with the text."""
     image_column: str = "image"
@@ -67,7 +67,7 @@ class StagesConfig:
     warmup: int = 10
     """Steps of linear warm-up at the start of each stage."""
     floor: float = 0.0
-    """Learning rate at the end of each stage, as a share of the full one. 1 means no decay."""
+    """Learning rate at the end of each stage, as a share of the full learning rate. 1 means no decay."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CompareConfig:
     lrs: Rates = (1e-3,)
     """Learning rates to try for each method."""
     rates: dict[Method, Rates] = field(default_factory=dict)
-    """Learning rates for single methods, by name. They replace `lrs`."""
+    """{method: learning rates to try instead of `lrs`}."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, and apply overrides such as `spec.rank=16`.
 
     Paths in the file are relative to its folder. `output`, and paths in overrides, are relative to the working
-    directory. In the result all are relative to the working directory.
+    directory. In the result, all paths are relative to the working directory.
 
     Raises:
         SpecError: the file cannot be read, or a key or value is invalid.
@@ -121,11 +121,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     table = to_dict(config)
     for override in overrides:
         _override(table, override)
-    return decode(Config, table)  # type: ignore[no-any-return]  # decode returns what its first argument says
+    return decode(Config, table)  # type: ignore[no-any-return]  # decode returns an instance of its first argument
 
 
 def _override(table: dict[str, Any], override: str) -> None:
-    """Set a key of nested dicts to the TOML literal after the equals sign, or to the text itself."""
+    """Set a key of nested dicts to the TOML literal after the equals sign, or to the text if it is not TOML."""
     key, equals, text = override.partition("=")
     if not equals:
         raise SpecError(f"{override!r} is not an override; give key=value, such as spec.rank=16")
@@ -139,7 +139,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the configuration as TOML, from which `load_config` returns an equal one."""
+    """Write the configuration as TOML. `load_config` reads an equal configuration from it."""
     tomli_w = module_of("cli", "tomli_w")
     path.parent.mkdir(parents=True, exist_ok=True)
     config = _with_paths(config, lambda target: os.path.relpath(target, path.parent))
@@ -147,7 +147,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
-    """Return the configuration with the relative paths of the model and the data changed."""
+    """Apply `change` to the paths of the model and the data that are relative."""
 
     def changed(path: str) -> str:
         return change(path) if path and not os.path.isabs(path) else path

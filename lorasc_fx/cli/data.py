@@ -13,13 +13,13 @@ from lorasc_fx.cli.config import DataConfig
 from lorasc_fx.errors import SpecError, nearest
 
 INPUT, LABEL = "input", "label"
-"""Columns of a classifier's examples: a text or an image, and the index of a class."""
+"""Columns of a classifier's examples: a text or an image, and the index of its class."""
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-"""Names of loaders of datasets, by the ending of a file."""
+"""{suffix of a file: name of its loader in the package datasets}."""
 
 
 def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
-    """Return the splits by name: `train`, `validation` and `test`.
+    """Return {name: data set} for the splits `train`, `validation` and `test`.
 
     The columns are `input` and `label` for a classifier; `prompt` and `completion`, or `text`, for a language model.
     """
@@ -32,7 +32,7 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
         count = size if isinstance(size, int) else int(size * total)
         if count < 1 or start + count > total:
             raise SpecError(
-                f"data.{name} is {size}, but {config.path} has {total} examples, of which {start} are used already; "
+                f"data.{name} is {size}, but {config.path} has {total} examples, of which {start} are in other splits; "
                 "change data.train, data.validation or data.test",
                 code="invalid-data",
             )
@@ -69,7 +69,7 @@ def read_table(path: str) -> datasets.Dataset:
 
 
 def read_inputs(config: DataConfig, kind: str, path: str, *others: str) -> datasets.Dataset:
-    """Return the texts or images of a classifier in the column `input`, and other columns."""
+    """Read a table. Keep the column with the texts or images, renamed to `input`, and the columns in `others`."""
     table = read_table(path)
     column = config.image_column if kind == "image" else "text" if path.endswith(".txt") else config.text_column
     for wanted in (column, *others):
@@ -91,7 +91,7 @@ def _labelled(config: DataConfig, kind: str) -> datasets.Dataset:
     table = read_inputs(config, kind, config.path, config.label_column).rename_columns({config.label_column: LABEL})
     for column in (INPUT, LABEL) if kind == "text" else (LABEL,):
         for number, cell in enumerate(table[column], start=1):
-            # The class -1 of a ClassLabel is an unknown one.
+            # In a ClassLabel, -1 means that the class is unknown.
             if cell is None or (isinstance(cell, str) and not cell.strip()) or cell == -1:
                 raise SpecError(
                     f"{config.path}: the {column} of example {number} is empty; fill it, or remove the row",
@@ -117,8 +117,8 @@ def _dialogues(config: DataConfig) -> datasets.Dataset:
         for number, messages in enumerate(table["messages"], start=1):
             if not messages or messages[-1].get("role") != "assistant":
                 raise SpecError(
-                    f"{config.path}: example {number} does not end with a message of the role 'assistant', which would "
-                    "be learned; remove the example, or its last message",
+                    f"{config.path}: example {number} does not end with a message of the role 'assistant', and the "
+                    "model learns to write the last message; remove the example, or its last message",
                     code="invalid-data",
                 )
         return table.map(

@@ -32,7 +32,7 @@ def predict(
 
     Args:
         run: folder of a run that has ended.
-        data: the inputs, a path like data.path: a `.txt` file with one text per line, a folder of images, a table.
+        data: path of the inputs, such as a `.txt` file with one text per line, a table, or a folder of images.
         overrides: keys of the run's configuration with other values, such as data.text_column=review.
         max_new_tokens: maximum length of a generated text.
     """
@@ -47,7 +47,7 @@ def predict(
 
 
 def _prompt(row: Mapping[str, Any], text_column: str, data: str) -> Any:
-    """Return what a language model continues: messages without a last answer, or a text."""
+    """Return the prompt in a row: a text, or messages without the final answer."""
     if "messages" in row:
         answered = row["messages"][-1]["role"] == "assistant"
         return row["messages"][:-1] if answered else row["messages"]
@@ -58,7 +58,7 @@ def _prompt(row: Mapping[str, Any], text_column: str, data: str) -> Any:
 
 
 def _classify(task: Task, model: Any, data: str) -> None:
-    """Print name, class and probability of each input."""
+    """Print the name of each input, its most likely class, and the probability of that class."""
     table = read_inputs(task.config.data, task.kind, data)
     names = [f"{data}:{number}" for number in range(1, len(table) + 1)]
     if task.kind == "image":

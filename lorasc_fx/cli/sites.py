@@ -23,7 +23,7 @@ def sites(
     Args:
         model: folder of a model of transformers.
         targets: kinds of weights (linear, conv, ...) or globs on weight names.
-        exclude: globs on names of weights that are never changed.
+        exclude: globs on names of weights to leave unchanged.
         train: globs on names of parameters that are trained in full.
         rank: rank of the branches.
     """

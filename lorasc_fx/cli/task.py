@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 MAX_LENGTH = 1024
 """Maximum number of tokens if the configuration gives none."""
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Arguments of every `from_pretrained`: nothing is downloaded, and no code of a folder runs."""
+"""Arguments of every `from_pretrained`: nothing is downloaded, and no code in a model's folder runs."""
 
 
 class Task:
@@ -32,7 +32,7 @@ class Task:
 
     Args:
         config: the configuration.
-        record: what `write` has stored in a run folder. By default it comes from the data.
+        record: the content of the file that `write` has written. By default, it is derived from the data.
 
     Attributes:
         kind: `language` (a causal language model), `text` or `image` (classifiers).
@@ -66,12 +66,12 @@ class Task:
             return cls(config, json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
-        """Store what later commands need of the data."""
+        """Store the facts about the data that later commands need."""
         path.write_text(json.dumps({"classes": self.classes, "chat": self.chat}) + "\n", encoding="utf-8")
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """The splits by name (`load_splits`)."""
+        """The splits of `load_splits`: {name: data set}."""
         return load_splits(self.config.data, self.kind)
 
     @property
@@ -83,13 +83,13 @@ class Task:
 
     @property
     def chat(self) -> bool:
-        """Whether a language model learns from messages, which its chat template converts to a text."""
+        """Whether a language model learns from messages, which its chat template converts to text."""
         if self._chat is None:
             self._chat = self.kind == "language" and isinstance(self.data["train"][0].get("prompt"), list)
         return bool(self._chat)
 
     def model(self) -> nn.Module:
-        """Build the model, with a new head for the classes. Without classes it keeps the head that it has."""
+        """Build the model. The head of a classifier is new, unless the folder has one with as many classes."""
         autos: dict[str, Any] = {
             "language": transformers.AutoModelForCausalLM,
             "text": transformers.AutoModelForSequenceClassification,
@@ -106,7 +106,7 @@ class Task:
                 self.folder, config=self._settings, dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=True, ignore_mismatched_sizes=self.kind != "language", **_LOCAL,
             )  # fmt: skip
-        if self.kind == "text" and model.config.pad_token_id is None:  # a causal model classifies the last token
+        if self.kind == "text" and model.config.pad_token_id is None:  # causal models classify the last token
             model.config.pad_token_id = self.processor.pad_token_id
         freeze_batch_norms(model)
         return model  # type: ignore[no-any-return]  # transformers has no types
@@ -115,25 +115,25 @@ class Task:
         """Convert inputs to arguments of the model, as in training.
 
         Args:
-            inputs: texts, images (of PIL, or paths of files), or prompts of a language model: texts or lists of
-                messages, which are padded on the left for `generate`.
+            inputs: texts for a text classifier; PIL images or paths of image files for an image classifier; texts or
+                lists of messages for a language model. Prompts are padded on the left, as `generate` requires.
 
         Raises:
-            SpecError: an image cannot be read.
+            SpecError: `inputs` is empty or not a list, or one of them cannot be read.
         """
         if isinstance(inputs, (str, PathLike)) or not len(inputs):
-            raise SpecError(f"inputs are {inputs!r}; give a list of texts, or of images")
+            raise SpecError(f"inputs is {inputs!r}; give a list of texts or images")
         if self.kind == "image":
             with reading("image"):
                 return self._pixels([load_image(str(item) if isinstance(item, PathLike) else item) for item in inputs])
         return self._tokens([self._prompt(item) for item in inputs] if self.kind == "language" else list(inputs))
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Return the arguments of a classifier for rows of the data, and `labels`."""
+        """Convert rows of the data to arguments of a classifier, and add the classes as `labels` [rows]."""
         return self([row[INPUT] for row in rows]) | {"labels": torch.tensor([row[LABEL] for row in rows])}
 
     def example(self) -> Batch:
-        """Return arguments of the model for two inputs, without the data."""
+        """Return arguments of the model for two made-up inputs. This does not read the data."""
         if self.kind == "image":
             return self._pixels([torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()] * 2)
         return self._tokens(["an example", "another example"])
@@ -141,7 +141,7 @@ class Task:
     @property
     def max_length(self) -> int:
         """Maximum number of tokens."""
-        limit: int = self.processor.model_max_length  # a huge number if the tokenizer does not know it
+        limit: int = self.processor.model_max_length  # a huge number if the tokenizer has no limit
         return min(limit, self.config.data.max_length or MAX_LENGTH)
 
     def _tokens(self, texts: list[str]) -> Batch:
@@ -159,7 +159,7 @@ class Task:
         """Return the text that a language model continues."""
         if not self.chat:
             if not isinstance(prompt, str):
-                raise SpecError("the run has learned texts, but the prompt is a list of messages; give a text")
+                raise SpecError("the run was trained on texts, but the prompt is a list of messages; give a text")
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -167,7 +167,7 @@ class Task:
 
 
 def _kind_of(settings: Any) -> str:
-    """Return what a model of transformers reads and predicts."""
+    """Return the kind of a model of transformers: `language`, `image` or `text`."""
     if {*(settings.architectures or ())} & {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
         return "language"
     return "image" if type(settings) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else "text"

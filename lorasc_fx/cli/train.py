@@ -17,7 +17,7 @@ from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import SpecError, StateError
 
 CONFIG, TASK, CASCADE = "config.toml", "task.json", "cascade"
-"""Files of a run folder beside those of the Trainer: the model, `checkpoint-N`, and `all_results.json`."""
+"""Entries of a run folder. The Trainer adds the model, the folders `checkpoint-N`, and `all_results.json`."""
 
 
 def train(
@@ -67,7 +67,7 @@ def train(
 
 
 def check_output(path: Path, *, folder: bool) -> None:
-    """Check that a file or folder can be written, before the long work starts. Raises SpecError or OSError."""
+    """Raise SpecError or OSError if a file or folder cannot be written. Called before the long work starts."""
     if path.exists() and path.is_dir() != folder:
         raise SpecError(f"{path} is not a {'folder' if folder else 'file'}; give another path", code="path-in-the-way")
     within = path.absolute() if folder else path.absolute().parent
@@ -76,7 +76,7 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 
 def check_same(run: Path, config: Config) -> None:
-    """Check that a folder has a run with the settings that are about to be trained."""
+    """Raise StateError unless the run in a folder has the same settings."""
     old, new = to_dict(load_config(run / CONFIG)), to_dict(config)
     for table in ("model", "data", "stages", "train", "spec"):
         if old[table] != new[table]:
@@ -95,7 +95,7 @@ def open_run(run: Path) -> tuple[lx.Cascade, Task]:
 
 
 def task_of(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, Task]:
-    """Return the configuration, with overrides, and the task of a run, whose data are not read."""
+    """Return the configuration of a run, with overrides, and its task. This does not read the data."""
     for name in (CONFIG, TASK):
         if not (run / name).is_file():
             raise StateError(f"{run} is not a run of lorasc-fx train: there is no {name} in it", code="no-checkpoint")

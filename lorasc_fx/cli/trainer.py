@@ -37,7 +37,7 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**more)
 
     def create_optimizer(self, model: object = None) -> Any:
-        """Create the optimizer of `optim` for the cascade's groups."""
+        """Create the optimizer that `optim` names, with the parameter groups of the cascade."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = self.model.param_groups(lr=self.args.learning_rate)
@@ -45,7 +45,7 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the schedule of `[stages]`, now that the number of optimizer steps is known."""
+        """Create the schedule of `[stages]`, or the Trainer's own if `[train]` has one."""
         stages = self._config.stages
         if _SCHEDULE & self._config.train.keys():
             return super().create_scheduler(num_training_steps, optimizer)
@@ -69,7 +69,7 @@ class ClassifierTrainer(StagedTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the accumulated steps
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        """Return the loss, and the logits with `return_outputs`."""
+        """Return the loss, or (loss, {"logits": logits}) with `return_outputs`."""
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         loss = F.cross_entropy(logits, inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -102,12 +102,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             signal.signal(signal.SIGINT, previous)
 
     def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Note the running stage."""
+        """Remember the running stage."""
         self._stage = self._cascade.stage
 
     def on_step_end(self, args: object, state: object, control: Any, **kwargs: object) -> None:
-        """Ask the Trainer to evaluate, to save and to stop. CascadeCallback has ended the stage before."""
-        if self._cascade.stage != self._stage:
+        """Ask the Trainer to evaluate and save at the end of a stage, and to save and stop after Ctrl-C."""
+        if self._cascade.stage != self._stage:  # CascadeCallback runs first, and has ended the stage
             self._stage = self._cascade.stage
             control.should_evaluate |= self._saves
             control.should_save |= self._saves
@@ -125,7 +125,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def arguments_of(config: Config, task: Task, **more: object) -> TrainingArguments:
-    """Return the Trainer's arguments: defaults for the kind of task, then `[train]`, then `more`.
+    """Return the Trainer's arguments: defaults for the kind of task, overridden by `[train]`, overridden by `more`.
 
     Raises:
         SpecError: a key or a value of `[train]` is invalid.
@@ -155,7 +155,7 @@ def arguments_of(config: Config, task: Task, **more: object) -> TrainingArgument
 
 
 def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) -> tuple[Any, lx.Cascade, RunCallback]:
-    """Return a Trainer, its cascade, and its callback. With `saves`, the end of a stage evaluates and saves."""
+    """Return a Trainer, its cascade and its callback. With `saves`, it evaluates and saves at the end of each stage."""
     config, data = task.config, task.data
     set_seed(arguments.seed)
     model = task.model().to(arguments.device).train()
@@ -179,9 +179,9 @@ def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) 
 
 
 def _check_dropped(dropped: int, total: int, max_length: int) -> None:
-    """Warn of training examples that TRL has dropped silently. Raise SpecError if none is left."""
+    """Warn about training examples that TRL has dropped silently. Raise SpecError if it has dropped all of them."""
     message = f"{dropped} of {total} training examples have no completion within {max_length} tokens (data.max_length)"
     if dropped == total:
         raise SpecError(f"{message}; give a larger maximum", code="invalid-data")
     if dropped:
-        print(f"lorasc-fx: WARNING: {message}, and are not learned", file=sys.stderr)
+        print(f"lorasc-fx: WARNING: {message}, and are not used", file=sys.stderr)
