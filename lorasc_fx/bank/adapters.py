@@ -19,11 +19,11 @@ from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import is_integer
 
 Key = tuple[str, str]
-"""Names of a weight and of a factor (`branch.lora.DOWN`, `UP`)."""
+"""(name of a weight, name of a factor). The factors are `branch.lora.DOWN` (A) and `UP` (B)."""
 
 _LOSSLESS = 1e-10
-"""Relative error up to which an adapter is reduced to a smaller rank. The factors of a run with many stages often have
-more columns than the rank of their product."""
+"""Relative error up to which the rank of an adapter is reduced. The factors of a run with many stages often have more
+columns than the rank of their product."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class Stored:
     """An adapter of a bank.
 
     Args:
-        factors: its factors, padded with zeros to the rank of the bank. If it is trained, they are parameters.
-        scale: scale of its deltas.
+        factors: the factors, padded with zeros to the rank of the bank. Parameters if the adapter is trained.
+        scale: the factor on every delta `b @ a`.
         memory: the vectors that hold the factors, one for each device and dtype. Empty for a trained adapter.
     """
 
@@ -50,7 +50,7 @@ class Adapters:
     Args:
         model: the base.
         decided: the sites of the bank, and why other weights are not adapted.
-        max_rank: rank r of the factors of every adapter.
+        max_rank: rank r to which all factors are padded.
     """
 
     def __init__(self, model: nn.Module, decided: Decided, max_rank: int) -> None:
@@ -101,8 +101,8 @@ class Adapters:
         """Add a frozen adapter.
 
         Raises:
-            SpecError: it changes a weight that is not a site, its factors have other shapes or contain inf or nan, or
-                its rank is too large.
+            SpecError: the adapter changes a weight without a site, or its rank is too large. Or its factors have wrong
+                shapes, inf or nan.
         """
         sites = {site.weight: site for site in self.sites}
         if foreign := [weight for weight in adapter.pairs if weight not in sites]:
@@ -185,7 +185,7 @@ class Adapters:
         return {key: torch.stack([stored.factors[key] for stored in chosen]) for key in self._places}, scales
 
     def _frozen(self, values: Mapping[Key, torch.Tensor]) -> Stored:
-        """Copy factors into new memory. Missing ones are zero."""
+        """Return a frozen adapter with copies of these factors. Missing factors are zero."""
         memory = [torch.zeros(size, device=device, dtype=dtype) for (device, dtype), size in self._sizes.items()]
         factors = self._views(memory)
         for key, value in values.items():
@@ -193,14 +193,14 @@ class Adapters:
         return Stored(factors, memory=memory)
 
     def _views(self, memory: Sequence[torch.Tensor]) -> dict[Key, torch.Tensor]:
-        """Return the factors in vectors [..., size], as views."""
+        """Return the views of the factors in vectors [..., size]."""
         return {
             key: memory[index].narrow(-1, start, torch.Size(shape).numel()).unflatten(-1, shape)
             for key, (index, start, shape) in self._places.items()
         }
 
     def _parameters(self, values: Mapping[Key, torch.Tensor]) -> dict[Key, nn.Parameter]:
-        """Return factors as parameters in fp32, or in fp64 for fp64 weights. Parameters are returned unchanged."""
+        """Return factors as parameters in fp32, or in fp64 for fp64 weights. A factor that is a Parameter is kept."""
 
         def parameter(weight: torch.Tensor, value: torch.Tensor) -> nn.Parameter:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -213,14 +213,14 @@ class Adapters:
 
 
 def checked_factors(name: str, weight: str, pair: object) -> Factors:
-    """Return the factors of a user in fp64 on the CPU. Raise SpecError if they are something else."""
+    """Return the user's factors of a weight in fp64 on the CPU. Raise SpecError if `pair` is not a `Factors`."""
     if not isinstance(pair, Factors):
         raise SpecError(f"bank: {name!r} has {pair!r:.60} for {weight}; give lorasc_fx.branch.Factors(b, a) of tensors")
     return Factors(pair.b.detach().cpu().double(), pair.a.detach().cpu().double())
 
 
 def _check_shapes(name: str, site: Site, pair: Factors) -> None:
-    """Raise SpecError unless a pair has the shapes for its weight in its stored layout."""
+    """Raise SpecError unless the shapes of a pair fit its weight in the stored layout."""
     lead = 1 if site.stacked else 0
     stack, rows, columns = site.shape[:lead], site.shape[lead], torch.Size(site.shape[lead + 1 :]).numel()
     rank = pair.a.shape[-2] if pair.a.dim() > 1 else 0

@@ -42,8 +42,8 @@ class AdapterBank:
 
     An adapter has factors `b` [out, r] and `a` [r, in] for each changed weight [out, in], and computes with
     `W0 + b @ a`. The model is captured once for each kind of call, as by `adapt`. The factors are inputs of the graph,
-    so the weights are never written, and changing the adapter needs no new capture. While the bank is in use, the
-    parameters of the model do not require gradients, and the model cannot be adapted. `release` restores the flags.
+    so the weights are never written, and changing the adapter needs no new capture. Until `release`, the parameters of
+    the model have requires_grad=False, and the model cannot be adapted.
 
         bank = lx.AdapterBank(model, {"a": "runs/a", "b": cascade}, args=(x,))
         bank(x, adapter="a")
@@ -60,8 +60,8 @@ class AdapterBank:
         frontend: as for `adapt`.
 
     Raises:
-        SpecError: an adapter has other changes than low-rank factors, factors with inf or nan, or too large a rank. Or
-            there are no targets.
+        SpecError: low-rank factors cannot express an adapter, it has factors with inf or nan, or its rank is too large.
+            Or there are no targets.
         CheckpointError: an adapter was trained on another base, or cannot be read.
         CaptureError: the model has no graph, or cannot be captured.
         StateError: the model is adapted already.
@@ -99,7 +99,7 @@ class AdapterBank:
         )
         bound = bind_inputs(self.model, args, kwargs if kwargs is not None else {})
         patterns = tuple(targets if targets is not None else changed)
-        # The values of these branches are not used: pairs of factors are inputs of the graphs, whatever their method.
+        # The branches of this spec give the graphs their structure. Their values are not used: factors are inputs.
         spec = CascadeSpec(targets=patterns, rank=self.max_rank, lora_alpha=self.max_rank, placement="beside")
         self._decided = Decided(Plan(spec), {}, (), ())
         self._variants = Variants()
@@ -130,7 +130,7 @@ class AdapterBank:
         return self._adapters.names
 
     def add(self, name: str, source: Source) -> None:
-        """Add an adapter. Other threads may call the bank meanwhile. If anything raises, nothing is changed.
+        """Add an adapter. Other threads may call the bank meanwhile. If this raises, the bank is unchanged.
 
         Args:
             name: name of the new adapter.
@@ -189,7 +189,7 @@ class AdapterBank:
     def pairs(self, name: str) -> dict[str, Factors]:
         """Return an adapter as factors by weight name, which `add` accepts.
 
-        They are in fp64 on the host, for the weight in its stored layout. The scale is folded into `b`.
+        The factors are in fp64 on the CPU, and fit the stored layout of the weight. The scale is folded into `b`.
 
         Raises:
             StateError: there is no adapter of this name.
@@ -230,14 +230,14 @@ class AdapterBank:
         if isinstance(chosen, list):
             check_batch_norm(self.model)
             graph.check_independent(call)
-            if self._compile is None:  # a compiled graph has one shape of factors, so that no batch compiles again
+            if self._compile is None:  # a compiled graph always gets one pair per row: other shapes would compile again
                 return graph(call, graph.tensors_from(*self._adapters.factors(segments(chosen))))
         return graph(call, graph.tensors_from(*self._adapters.factors(chosen)))
 
     def generate(self, *args: object, adapter: str | Sequence[str | None] | None = None, **kwargs: object) -> Any:
         """Run `generate` of a transformers model with an adapter, or with one adapter for each prompt.
 
-        This runs the Python code of the model, with any cache. Hooks on a copy of its modules add the adapters, and the
+        This runs the Python code of the model, with any cache. Hooks on a copy of the model add the adapters, so the
         model is not changed.
 
         Args:
@@ -268,10 +268,10 @@ class AdapterBank:
         return hooked_model.generate(*args, **kwargs)
 
     def compile(self, **options: object) -> None:
-        """Compile all graphs by torch.compile, the present ones and those captured later.
+        """Compile all graphs by torch.compile, also graphs that are captured later.
 
-        A graph is compiled once for calls with one adapter, and once for calls with an adapter for each row. Other
-        adapters do not compile again. Calls of another kind, such as another batch size or train mode, may.
+        A graph is compiled once for calls with one adapter, and once for calls with an adapter for each row. A change
+        of adapters compiles nothing. Calls of another kind, such as another batch size or train mode, may compile.
 
         Args:
             options: options of torch.compile.
@@ -281,7 +281,7 @@ class AdapterBank:
             graph.compile(options)
 
     def release(self) -> nn.Module:
-        """Restore the requires_grad flags of the model's parameters, and return the model. Do not use the bank then.
+        """Restore the requires_grad flags of the parameters, and return the model. Do not use the bank afterwards.
 
         If several banks use the model, the last `release` restores the flags.
         """
@@ -308,7 +308,7 @@ class AdapterBank:
         )
 
     def _hooked(self, tensors: Mapping[Key, torch.Tensor], scale: object) -> nn.Module:
-        """Return a copy of the model whose modules add these factors, as returned by `Adapters.factors`."""
+        """Return a copy of the model whose modules add these factors, a result of `Adapters.factors`."""
         factors = {}
         for weight, key in tensors:
             if key == UP:
@@ -320,10 +320,10 @@ class AdapterBank:
     def _check_generates(self) -> None:
         """Raise StateError if `generate` would not compute correctly with hooks.
 
-        A hook misses a weight that the model uses without calling its module. So the hooked model is compared once with
-        the graph, for the example inputs and a random adapter.
+        A hook has no effect if the model uses a weight without calling its module. So the hooked model is compared once
+        with the graph, for the example inputs and a random adapter.
         """
-        if self._generates or self.model.training:  # in train mode dropout would make the outputs differ
+        if self._generates or self.model.training:  # dropout makes outputs differ in train mode
             return
         call = self._example
         graph = self._graph(call)
@@ -352,7 +352,7 @@ class AdapterBank:
         return [variant.module for variant in self._variants.all if isinstance(variant.module, BankGraph)]
 
     def _graph(self, call: Call) -> BankGraph:
-        """Return the graph of a call, captured if necessary."""
+        """Return the graph of a call, and capture it if necessary."""
         variant = self._variants.find(call)
         if variant is None:
             grad = torch.is_grad_enabled()  # read before `inference_mode(False)`, which enables gradients
@@ -415,7 +415,7 @@ class AdapterBank:
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        """The fingerprints of the base by parameter name, when the first run was added."""
+        """{parameter name: fingerprint} of the base at the time when the first run was added."""
         return fingerprints(dict(self.model.named_parameters()))
 
 

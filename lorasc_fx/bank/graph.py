@@ -58,7 +58,7 @@ class BankGraph:
         return [values[str(node.target)] if node.target in values else node.args[0] for node in self._model_inputs]
 
     def check_independent(self, call: Call) -> None:
-        """Raise StateError unless each row of a batch can have its own adapter. Only the first batch is tried."""
+        """Raise StateError unless each row of a batch can have its own adapter. A graph is checked with one batch."""
         with PROCESS:
             if not self._independent:
                 both = self.random_factors()
@@ -71,7 +71,7 @@ class BankGraph:
                 self._independent = True
 
     def random_factors(self) -> dict[Key, torch.Tensor]:
-        """Return the factors of two random adapters, stacked. Their deltas have half the size of the weights."""
+        """Return the stacked factors of two random adapters. A delta has about half the norm of its weight."""
         source, sizes, factors = torch.Generator().manual_seed(0), dict[str, float](), dict[Key, torch.Tensor]()
         for item in self.inputs:
             if item.weight not in sizes:
@@ -88,7 +88,7 @@ class BankGraph:
         return self.model.get_parameter(weight).device
 
     def tensors_from(self, factors: Mapping[Key, torch.Tensor], scale: object) -> list[torch.Tensor]:
-        """Return factors and scales in the order of the graph's inputs."""
+        """Return factors and scales as tensors, in the order of the graph's inputs."""
         scales: dict[Any, torch.Tensor] = {}
         tensors = []
         for item in self.inputs:

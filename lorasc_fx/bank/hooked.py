@@ -1,7 +1,7 @@
 """A copy of a model whose modules add an adapter by forward hooks.
 
-`generate` of transformers needs it, because it runs Python code and caches that a graph does not contain. The copy
-shares all tensors with the model but not the hooks, so the model is not changed.
+`AdapterBank.generate` runs this copy, because a graph does not contain the Python code and the caches of `generate`.
+The copy shares all tensors with the model but not the hooks, so the model is not changed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Mapping[str, GivenF
 
     Args:
         model: the model, which shares its tensors with the copy.
-        sites: the sites with factors. A tied weight gets a hook on each module that has it.
+        sites: the sites with factors. For a tied weight, each module that has the weight gets a hook.
         factors: factors by weight name.
 
     Raises:
-        StateError: a weight is used by an operator whose branch a hook cannot add to the module's output.
+        StateError: a module uses a weight in an operator whose branch cannot be added to the output of the module.
     """
     copy = unshared(model, {})
     for site in sites:
@@ -49,11 +49,11 @@ def hooked(model: nn.Module, sites: Sequence[Site], factors: Mapping[str, GivenF
 def _hook(module: nn.Module, site: Site, pair: GivenFactors) -> Callable[..., Any] | None:
     """Return the forward hook that adds the branch of a site to the output of a module.
 
-    None if the module does not compute the kind of operator for which the weight was adapted.
+    None if the module computes another kind of operator than the one for which the weight was adapted.
     """
     if type(module).__name__ == "Conv1D" and site.layout == "in_out":  # a linear layer of transformers, [in, out]
         return lambda _, args, output: beside(output, args[0], pair)
-    call_of_module = StoredCall("", "call_module", "", ("x",), {})  # forms are looked up by calls
+    call_of_module = StoredCall("", "call_module", "", ("x",), {})  # `form_of` takes a call
     form = form_of(call_of_module, module)
     if form is None or form.layout != site.layout:
         return None

@@ -1,7 +1,7 @@
 """Checks that each row of a batch can have its own adapter, by trying two random adapters.
 
-Each row of a batch gets one of the two. Its entries in the input of every branch and in the outputs must equal its
-entries in a batch in which all rows have that adapter.
+The graph runs with one of the two adapters for each row, and with one adapter for all rows. If a row has the same
+adapter in two runs, its entries in the input of every branch and in the outputs must be equal.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Adapter = TypeVar("Adapter", bound=Hashable)
 
 
 def segments(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
-    """Return the adapter of each segment of the batch, where consecutive rows with one adapter share its factors.
+    """Split the rows of a batch into segments of equal length with one adapter each, and return these adapters.
 
-    All segments have the same length, the greatest common divisor of the numbers of such rows: the adapters a, a, a, a,
-    b, b have the segments a, a, b of two rows each.
+    The length is the greatest common divisor of the numbers of consecutive rows with one adapter. For example, the rows
+    a, a, a, a, b, b have the segments a, a, b of two rows each.
     """
     return adapters[:: math.gcd(*(len(list(run)) for _, run in itertools.groupby(adapters)))]
 
@@ -53,15 +53,15 @@ def check_independent(
     """Raise StateError unless all branches of a graph have the rows of the batch on the first axis of their input.
 
     Other axes may be flattened into this axis after the rows, such as [batch * tokens, features]. The values and the
-    Python state of the model are restored. One execution for each bit of the row indices, with an adapter by this bit,
-    identifies each row. The input of a branch shows no rows if no adapter affects it. Then another order of the
-    adapters must change something that is computed from the input.
+    Python state of the model are restored. The graph runs once for each bit of the row indices. In such a run, a row
+    gets adapter 0 or 1 by its bit, so that all runs together identify each row. If no adapter affects the input of a
+    branch, the input identifies no row. Then another order of adapters in this branch must change a later value.
 
     Args:
         graph: the graph after the pass `AdapterInputs`.
         model: the model that the graph reads.
         inputs: values of the placeholders for the model's inputs, in order.
-        tensors: returns the values of the other placeholders: random adapter 0 or 1, or one of them for each row.
+        tensors: returns the values of the other placeholders for random adapter 0 or 1, or for a list of one per row.
     """
     count = row_count(inputs)
     assert count is not None
@@ -80,7 +80,7 @@ def check_independent(
         return {**trial.inputs, **outputs}
 
     def first_fault(mixed: dict[str, _Projection], chosen: Sequence[int]) -> str | None:
-        """Return the first value that does not have the entries of each row's own adapter."""
+        """Return the name of the first value in which a row has other entries than with its adapter alone, or None."""
         return next((name for name in mixed if not mixed[name].is_mix(zero[name], one[name], chosen)), None)
 
     bits = [[row >> bit & 1 for row in range(count)] for bit in range((count - 1).bit_length())]
@@ -101,13 +101,13 @@ def _branch_names(graph: fx.GraphModule) -> set[str]:
 
 
 class _Projection(NamedTuple):
-    """A random projection of a tensor to its leading axes, which needs little memory, and its `_TOLERANCE`."""
+    """A random projection of a tensor to its leading axes, to save memory, and the tolerance for its dtype."""
 
     values: torch.Tensor
     tolerance: float
 
     def is_mix(self, zero: _Projection, one: _Projection, chosen: Sequence[int]) -> bool:
-        """Return whether each row has the entries that it has if all rows have its own adapter."""
+        """Return whether each row equals the row in `zero` or `one`, by the adapter that `chosen` has for the row."""
         x = self.values
         if not x.shape == zero.values.shape == one.values.shape:
             return False
@@ -156,8 +156,8 @@ class _Trial(fx.Interpreter):
 def _branch_input(branch: Branch, args: Sequence[Any], at: Placement) -> _Projection:
     """Return the projection of a branch's input to the axes that may have the rows.
 
-    There are no rows for a branch on a weight, for stacked matrices, whose rows are sorted by matrix, and for a
-    convolution of a single image.
+    Raise StateError for an input without rows of the batch: of a branch on a weight, of stacked matrices, whose input
+    is sorted by matrix, or of a convolution of a single image.
     """
     if at in (Placement.BESIDE, Placement.LOOKUP, Placement.MERGED) and branch.kind != "stacked":
         x = args[0 if at is Placement.MERGED else 1]

@@ -1,7 +1,7 @@
 """Sharded cascades with torch's fully_shard (FSDP2).
 
 `fully_shard` gathers the parameters of a module while its forward runs, but an adapted graph does not call modules. So
-the graph is split into segments, and each segment reads the weights of one block. It runs in the forward of a
+the graph is split into segments, and each segment reads the weights of one block. A segment runs in the forward of a
 module that contains the parameters and branches of its block (see `segments`). Dtypes are not changed.
 
 A transition works on shards. Each rank computes its rows of the slow delta S from its rows of B and all of A. So no
@@ -50,7 +50,7 @@ def shard(cascade: Cascade) -> Cascade:
     Every rank must call this on the same cascade, before it creates the optimizer. Afterwards calls of the cascade,
     backward, `stages`, `transition`, `weights(...)`, `rewind`, `lorasc_fx.save` and `resume` work as on one process.
     Pass each rank its part of the batch; gradients are averaged. Inside `weights(...)` blocks, call the cascade, not
-    the model. A call with a new input signature captures another graph, which must not adapt a new weight.
+    the model. A call with a new input signature captures another graph, which cannot adapt further weights.
 
     Args:
         cascade: the cascade. Its parameters are on the device of this process.
@@ -90,7 +90,7 @@ def shard(cascade: Cascade) -> Cascade:
         run.commit(Planned(run.plan, run.slow, moved), undo)
 
         def before_call() -> bool:
-            if torch.is_grad_enabled():  # gradients from FSDP do not trigger the hooks that record them otherwise
+            if torch.is_grad_enabled():  # FSDP does not trigger the hooks that would record gradients
                 for parameter in run.trainable().values():
                     run.pending.note(parameter)
             return run.placed is not None
@@ -166,7 +166,7 @@ def folded_state_dict(cascade: Cascade) -> dict[str, torch.Tensor]:
 
 
 def _units(cascade: Cascade) -> dict[int, str]:
-    """Return the unit of every parameter of model and branches, by the id of the parameter."""
+    """Return {id of a parameter: its unit} for the parameters of the model and of the branches."""
     model = dict(cascade.model.named_parameters())
     units = {id(parameter): unit_of(name, parameter) for name, parameter in model.items()}
     for branch in run_of(cascade).by_key.values():
@@ -182,7 +182,7 @@ def _units(cascade: Cascade) -> dict[int, str]:
 
 
 def _check(cascade: Cascade, units: Mapping[int, str]) -> dict[int, SegmentedGraph]:
-    """Return the split graph of each variant by its id. Raise StateError if the cascade cannot be sharded."""
+    """Return {id of a variant: its split graph}. Raise StateError if the cascade cannot be sharded."""
     run = run_of(cascade)
     if not dist.is_initialized():
         raise StateError(
@@ -224,7 +224,7 @@ def _check(cascade: Cascade, units: Mapping[int, str]) -> dict[int, SegmentedGra
 def _fully_sharded(
     cascade: Cascade, units: Mapping[int, str], axes: Mapping[int, int], mesh: DeviceMesh, undo: Undo
 ) -> Shards:
-    """Shard the parameters of each unit with `fully_shard`, and the others with the root unit.
+    """Shard the parameters of every unit with `fully_shard`, and then all remaining ones with the root unit.
 
     `units` and `axes` are the results of `_units` and `_axes`. `undo` receives the steps that restore the parameters.
     """
@@ -259,9 +259,9 @@ def _fully_sharded(
 
 
 def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
-    """Return the axis along which each parameter is sharded, by the id of the parameter, if it is not axis 0.
+    """Return {id of a parameter: axis} for parameters that are sharded along another axis than 0.
 
-    FSDP pads an axis whose length is not a multiple of the number of ranks, so branches choose other axes
+    FSDP pads an axis whose length is not a multiple of the number of ranks, so a branch may choose another axis
     (`Branch.shard_axes`).
     """
     axes: dict[int, int] = {}
@@ -274,6 +274,6 @@ def _axes(cascade: Cascade, parts: int) -> dict[int, int]:
 
 
 def _unmark(module: nn.Module) -> None:
-    """Remove the attributes that FSDP sets for dynamo. Our guards would report them as a changed model setting."""
+    """Remove the attributes that FSDP sets for dynamo, because our guards would report a changed model setting."""
     for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
         vars(module).pop(mark, None)

@@ -2,8 +2,8 @@
 
 A unit is a set of parameters that FSDP gathers together, such as one block of a transformer. The graph is not changed.
 Its nodes keep their order, and a new segment starts when a node reads the weights of another unit. Nodes that compute
-only from weights (a transpose, a cast, a branch on a weight) run where their values are used. Otherwise their values
-would keep the weights of a unit alive after its segments.
+only from weights (a transpose, a cast, a branch on a weight) run in the segments that use their values. Otherwise these
+values would keep the weights of a unit alive after its segments.
 
 `Unit` and `Shards` are the modules that `fully_shard` gets. `SplitGraph` runs a graph segment by segment through them.
 """
@@ -33,15 +33,15 @@ from lorasc_fx.util.torch_private import frame_callback
 from lorasc_fx.util.undo import Block, isolated
 
 ROOT = ""
-"""The root unit. Its weights stay gathered during the whole forward: vectors, and weights that several units read."""
+"""The root unit: vectors, and weights that several units read. They stay gathered during the whole forward."""
 
 _NUMBER = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 def unit_of(name: str, parameter: nn.Parameter) -> str:
-    """Return the unit of a parameter: its name up to the first number, such as `layers.3`.
+    """Return the unit of a parameter: the parameter's name up to the first number, such as `layers.3`.
 
-    If there is no number in its name, the unit of a matrix is its module, such as `head`, and a vector belongs to ROOT.
+    If the name has no number, the unit of a matrix is its module, such as `head`, and the unit of a vector is ROOT.
     """
     if (numbered := _NUMBER.match(name)) is not None:
         return numbered.group()
@@ -80,7 +80,7 @@ class Segment:
 
 
 def inseparable(graph_module: fx.GraphModule, units: Mapping[int, str]) -> list[set[int]]:
-    """Return the sets of parameters (by id) that one node reads together, but that belong to different units."""
+    """Return a set of parameters (by id) for each node that reads parameters of several units."""
     reads = _reads(graph_module)
     together = [reads.of(node) for node in graph_module.graph.nodes if node not in reads.lazy]
     return [group for group in together if len({units[parameter] for parameter in group} - {ROOT}) > 1]
@@ -98,7 +98,7 @@ class SegmentedGraph:
 
 
 def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> SegmentedGraph:
-    """Split a graph into segments. `units` has the unit of every parameter by the id of the parameter."""
+    """Split a graph into segments. `units` is {id of a parameter: its unit}."""
     reads = _reads(graph_module)
     # Divide the nodes into groups of one unit. Nodes that read no weights, or only ROOT, continue the current group.
     groups: list[tuple[str, list[fx.Node]]] = [(ROOT, [])]
@@ -124,7 +124,7 @@ def segmented(graph_module: fx.GraphModule, units: Mapping[int, str]) -> Segment
 
 @dataclass(frozen=True)
 class _Reads:
-    """Which parameters the nodes of a graph read, by id."""
+    """Which parameters each node of a graph reads. Parameters are given by id."""
 
     lazy: frozenset[fx.Node]  # nodes that compute only from weights
     direct: Mapping[fx.Node, set[int]]  # the parameters that each node reads directly
@@ -151,7 +151,7 @@ def _reads(graph_module: fx.GraphModule) -> _Reads:
 
 
 def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, None]:
-    """Return the inputs of these nodes, in order and without duplicates. `lazy` nodes are replaced by their inputs."""
+    """Return the inputs of these nodes, as the keys of a dict. Inputs in `lazy` are replaced by their own inputs."""
     needs: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -169,7 +169,8 @@ def _needs(nodes: Iterable[fx.Node], lazy: frozenset[fx.Node]) -> dict[fx.Node, 
 class Unit(nn.Module):
     """Module of one unit, for `fully_shard`. Its forward runs a segment that reads the parameters of the unit.
 
-    `holders` contain these parameters. They stay in the user's model, whose parameters `fully_shard` replaces in place.
+    `holders` are the modules of the user's model that hold these parameters. `fully_shard` replaces the parameters
+    there, in place.
     """
 
     def __init__(self, holders: Iterable[nn.Module]) -> None:
@@ -185,7 +186,7 @@ class Unit(nn.Module):
 
 
 class Shards(nn.Module):
-    """Module of all units, for `fully_shard`, and of the parameters of ROOT. Its forward runs a graph."""
+    """Module that contains all units and the parameters of ROOT, for `fully_shard`. Its forward runs a graph."""
 
     def __init__(self, units: Mapping[str, Unit], root_holders: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -198,7 +199,7 @@ class Shards(nn.Module):
         return self if name == ROOT else self.units[self.names[name]]
 
     def forward(self, graph: SegmentedGraph, interpreter: fx.Interpreter, *inputs: object) -> Any:
-        """Return the value of the output node of a graph. Missing inputs at the end get their defaults."""
+        """Run a graph and return its output. Missing inputs at the end get their defaults."""
         outputs: tuple[Any, ...] = ()
         arguments = [*inputs, *(node.args[0] for node in graph.placeholders[len(inputs) :])]
         values: dict[fx.Node, Any] = dict(zip(graph.placeholders, arguments, strict=True))
@@ -215,9 +216,9 @@ class Shards(nn.Module):
 
 
 class SplitGraph:
-    """Replaces the graph module of a variant. Computes the same, segment by segment through the units.
+    """Replaces the graph module of a variant, and runs the same graph segment by segment through the units.
 
-    `before_call` runs before each call. It returns whether the call is inside a `cascade.weights(...)` block, where
+    `before_call` runs before each call. It returns whether the call is inside a `cascade.weights(...)` block, in which
     branches must add nothing.
     """
 
@@ -243,7 +244,7 @@ class SplitGraph:
         return self.graph.module.graph.process_outputs(self.compute(self.graph.interpreter, *leaves(args, kwargs)))
 
     def compute(self, interpreter: fx.Interpreter, *inputs: object) -> Any:
-        """Return the value of the output node for the leaves of the arguments of a call."""
+        """Run the graph and return its output. `inputs` are the flattened arguments of the call."""
         with disabled(self.branches) if self.before_call() else contextlib.nullcontext():
             try:
                 return self.shards(self.graph, interpreter, *inputs)
@@ -311,9 +312,9 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 def _not_a_view(value: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """Return an output as a tensor that is not a view of a weight, and not a view for autograd.
 
-    FSDP frees the memory of the weights, and registers hooks on the outputs. Storages of fake tensors have no pointer.
+    FSDP frees the memory of the weights, and registers hooks on the outputs.
     """
-    if local(value).untyped_storage()._cdata in storages:
+    if local(value).untyped_storage()._cdata in storages:  # not data_ptr(), which fake tensors do not have
         return value.clone()
     if value.requires_grad and value._base is not None:
         return apply(_NoView, value)
