@@ -1,4 +1,4 @@
-"""Writes adapter files for an exported base. They contain the tensors that its graph takes as inputs.
+"""Writes adapter files for an exported base. They contain the tensors that the exported graph takes as inputs.
 
 The graph has three inputs for each site, in the order of the plan: `lora_A`, `lora_B` and `scale`. An input is named by
 its weight and tensor, in lower case and with `_` instead of `.`, such as `head_weight_lora_a`. See
@@ -35,7 +35,7 @@ class AdapterFile:
 
     Args:
         path: path of the file.
-        cut: error of each weight whose rank `max_rank` reduced, by weight name.
+        cut: {weight name: error} of the weights whose rank was reduced to `max_rank`.
     """
 
     path: Path
@@ -61,10 +61,10 @@ def adapter(
         max_rank: the adapter_rank of the exported graph. Pairs of a higher rank are replaced by the nearest
             pairs of this rank.
         base: the cascade whose graph was exported, if it is not the run itself. The file then has the sites of `base`.
-            Required for an adapter of peft, for a checkpoint in the middle of a stage, and for runs with other sites.
+            Required for an adapter of peft, for a checkpoint in the middle of a stage, and for a run with other sites.
 
     Returns:
-        The path, and the exact error of each weight whose rank was reduced.
+        The path of the file, and the exact error of each weight whose rank was reduced.
 
     Raises:
         SpecError: the ending or the rank is invalid. Or factors cannot express the run, for example because it has
@@ -119,7 +119,7 @@ def checked_rank(rank: int, call: str, name: str) -> int:
 def inputs_of(
     change: LowRankAdapter, plan: Plan, max_rank: int, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, torch.Tensor], dict[str, CutOff]]:
-    """Return the tensors of an adapter by input name, in the order of the inputs, and the errors of `max_rank`."""
+    """Return {input name: tensor} in the order of the inputs, and {weight name: error} of the reduced ranks."""
     tensors: dict[str, torch.Tensor] = {}
     cut: dict[str, CutOff] = {}
     for site in plan.sites:

@@ -1,7 +1,7 @@
 """Matches the tensors in a base's files with the weights of the model, and checks them by the fingerprints of W0.
 
-The names in a file may have another prefix than the names in the model. A tied weight may have any or all of its names.
-The dtype of the file may be narrower than the dtype that the model was adapted in.
+The names in a file may have another prefix than the names in the model. A file may have a tied weight under any or all
+of its names. The dtype in the file may be narrower than the dtype in which the model was adapted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def mapped(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file by key, memory-mapped."""
+    """Return the memory-mapped tensors of a safetensors file: {key: tensor}."""
     with (
         refusing(f"base: {path}", "give complete safetensors files", code="unreadable-file"),
         safe_open(path, framework="pt") as handle,
@@ -64,10 +64,10 @@ def mapped(path: Path) -> dict[str, torch.Tensor]:
 
 
 def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
-    """Match names of a model with the keys of its files. Names without a key are left out.
+    """Return {name in the model: key in its files}. Names without a key are left out.
 
-    A name that is a key matches it. For the other names, one prefix is added or removed, the same for all. It is the
-    prefix that matches most of them. Names that are keys come last in the result.
+    A name that equals a key matches this key. To all other names, the same prefix is added, or the same prefix is
+    removed: the one with the most matches. Names that equal their key come last in the result.
     """
     names, available = set(names), set(keys)
     missing = names - available
@@ -85,7 +85,7 @@ def keys_of(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the name split into two parts, after each of its dots."""
+    """Yield (prefix, suffix) of a name, split after each of its dots."""
     for end, letter in enumerate(name, start=1):
         if letter == ".":
             yield name[:end], name[end:]
@@ -94,9 +94,9 @@ def _cuts(name: str) -> Iterator[tuple[str, str]]:
 def matched(
     weights: FoldedWeights, base: Path, files: Sequence[Path]
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
-    """Return the changes by key in the files, and the tensors to add by name. Every tensor of the files is read once.
+    """Return {key in the files: its change}, and {name: tensor to add}.
 
-    If the files lack a parameter that was trained in full, or have it in another shape, it is a new head and is added.
+    A parameter that was trained in full is added if the files lack it or have another shape, such as a new head.
 
     Raises:
         CheckpointError: the files are from another base, or lack a changed weight.
@@ -119,7 +119,7 @@ def matched(
                         f"({weights.where}); give the files of the model that was adapted",
                         code="base-differs",
                     )
-                if dtype is not None:  # otherwise the key is another tensor that only has the same suffix
+                if dtype is not None:  # otherwise another tensor has the same suffix
                     matched_names.add(name)
                     if name in weights.changes:
                         changes[key] = partial(_rounded, weights.changes[name], dtype)
@@ -141,7 +141,7 @@ def _is_new_head(weights: FoldedWeights, name: str, key: str, value: torch.Tenso
 
 
 def _dtype_of(value: torch.Tensor, expected: str) -> torch.dtype | None:
-    """Return the dtype in which a tensor of a file has this fingerprint: its own or a wider one. None if no dtype."""
+    """Return the dtype, its own or a wider one, in which a tensor of a file has this fingerprint. None if none has."""
     dtypes = (value.dtype, *_WIDER.get(value.dtype, ()))
     return next((dtype for dtype in dtypes if fingerprint(value.to(dtype)) == expected), None)
 
@@ -152,7 +152,7 @@ def _rounded(change: Change, dtype: torch.dtype, base: torch.Tensor) -> torch.Te
 
 
 def _buffer(buffer: torch.Tensor, stored: torch.Tensor) -> Change | None:
-    """Return a change that sets a buffer to its value in the model. None if the value has not changed."""
+    """Return a change that sets a buffer to its value in the model. None if the value is equal or the shape is not."""
     if stored.shape != buffer.shape or torch.equal(stored.to(buffer.dtype), buffer.to("cpu")):
         return None
     return lambda base: buffer.to(base.dtype)

@@ -52,8 +52,8 @@ def pt2(
         folded: True to write the folded weights without branches. False to write the running cascade, with branches and
             noise.
         view: the folded weights: `slow`, or their average over stages (`averaged`).
-        adapter_rank: if given, write the base W0 with a graph that takes an adapter of this rank for each site as
-            inputs. `lorasc_fx.export.adapter` writes files with these tensors. If all inputs are zeros, the graph
+        adapter_rank: if given, write the base W0, and a graph that has the factors of an adapter of this rank as
+            further inputs. `lorasc_fx.export.adapter` writes files with these inputs. If they are zero, the graph
             computes the base.
 
     Returns:
@@ -87,13 +87,13 @@ def onnx(
     """Write the graph of eval mode as an ONNX file. Dynamic sizes of the captured graph stay dynamic.
 
     ONNX does not check sizes. If the graph is wrong for a size of 0 or 1, there is a warning. The metadata of the file
-    then has an entry `least_sizes` with the smallest valid sizes, as JSON by input and axis.
+    then has an entry `least_sizes` with the smallest valid sizes, as JSON: {input: {axis: size}}.
 
     torch chooses the opset version. For another version, pass the result of `program(...)` to torch.onnx.export.
 
     Args:
         path: a path that ends with `.onnx`. Weights of about 2 GB or more are written to a second file, `PATH.data`.
-        adapter_rank: as for `pt2`, but the inputs are optional. Without them, the graph computes the base.
+        adapter_rank: as for `pt2`, but the further inputs are optional. Without them, the graph computes the base.
         cascade, args, kwargs, folded, view: as for `pt2`.
 
     Returns:
@@ -178,7 +178,7 @@ def _program(
     rank: int | None,
     call: str,
 ) -> tuple[torch.export.ExportedProgram, dict[str, dict[int, int]], dict[str, torch.Tensor]]:
-    """Return the program, its smallest sizes by input and axis, and a zero adapter by input (empty without a rank)."""
+    """Return the program, its smallest sizes {input: {axis: size}}, and a zero adapter {input: tensor}, if any."""
     if rank is not None:
         checked_rank(rank, call, "adapter_rank")
         if not folded or view != "slow":
@@ -198,12 +198,12 @@ def _program(
         module: nn.Module = cascade
         if rank is not None:
             module, zeros, least = _lifted(cascade, variant, captured_call, rank, call)
-        elif folded or variant.universal:  # for a model without a graph, this raises and says why
+        elif folded or variant.universal:  # raises if the model has no graph
             module, least = cascade._folded(bound, named, None, view)
         else:
             fold, model = graphs_of(cascade).compiler.fold, cascade.model
             _, least = fold(variant, model, cascade.stage, None, captured_call.args, captured_call.kwargs)
-        # Export it with the dynamic sizes of the captured graph, and with the user's split into keyword arguments.
+        # Export it with the dynamic sizes of the captured graph, and with the keyword arguments of the user's call.
         shapes = _dynamic_shapes(module, variant, bound, named, zeros)
         bound, named = _with_user_keywords(signature_of(cascade.model), bound, named, inputs[1])
         named |= zeros
@@ -216,7 +216,7 @@ def _program(
                 f"{call}: torch.export cannot export this graph: {reason[0]}; replace this operation in the model",
                 code="not-exportable",
             ) from fault
-    if not variant.conditions.sizes:  # the front end has not found the smallest sizes, but torch.export has
+    if not variant.conditions.sizes:  # the front end does not know the smallest sizes
         least = least_sizes(exported.module(), module, bound, named)
     names = [str(name) for name in exported.graph_signature.user_inputs]
     assert_min_sizes(exported.graph, names, least)  # torch.export drops checks that it considers redundant
@@ -231,7 +231,7 @@ def _program(
 def _lifted(
     cascade: Cascade, variant: Variant, captured_call: Call, rank: int, call: str
 ) -> tuple[nn.Module, dict[str, torch.Tensor], dict[Axis, int]]:
-    """Return a graph on W0 whose adapters are inputs, a zero adapter by input, and the smallest sizes."""
+    """Return a graph on W0 whose adapters are inputs, a zero adapter {input: tensor}, and the smallest sizes."""
     run, plan = run_of(cascade), cascade.plan
     if plan.spec.adapter != "lora":
         raise SpecError(
@@ -270,9 +270,9 @@ def _dynamic_shapes(
     kwargs: Mapping[str, object],
     static: Iterable[str],
 ) -> Any:
-    """Return the `dynamic_shapes` of torch.export, by the names of the module's arguments.
+    """Return the `dynamic_shapes` of torch.export: {name of an argument of the module: its dynamic axes}.
 
-    All axes are dynamic, except sizes that are constant in the captured graph, and the arguments in `static`.
+    All axes are dynamic, except axes with a constant size in the captured graph, and axes of arguments in `static`.
     """
     flat = leaves(args, kwargs)
     sizes_of_inputs = variant.conditions.sizes or (None,) * len(flat)
@@ -294,9 +294,9 @@ def _dynamic_shapes(
 def _with_user_keywords(
     signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object], by_name: Mapping[str, object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a bound call in which the arguments in `by_name` are keywords, as in the user's call.
+    """Return (args, kwargs) of a call with the arguments in `by_name` as keywords, as in the user's call.
 
-    An ExportedProgram accepts only the split into positional and keyword arguments that it was exported with.
+    An ExportedProgram accepts an argument only in the way in which it was exported: by position or by keyword.
     """
     arguments = signature.bind(*args, **kwargs).arguments
     named = {name: arguments.pop(name) for name in list(arguments) if name in by_name}
@@ -309,7 +309,7 @@ def _with_user_keywords(
 
 @isolated
 def _evaluating(undo: Block, cascade: Cascade) -> None:
-    """Switch the model to eval mode inside the block, and restore the mode of each module afterwards."""
+    """Context manager: switch the model to eval mode, and restore the mode of each module afterwards."""
     for module in cascade.modules():
         undo(partial(setattr, module, "training", module.training))
     cascade.eval()

@@ -32,7 +32,7 @@ CONFIG = "config.json"
 _WEIGHTS = (
     ".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
 )  # fmt: skip
-"""Endings of files with weights of the base in other formats. They are not copied, because they would be stale."""
+"""Suffixes of files with weights of the base. These files are not copied, because their weights would be stale."""
 
 
 def safetensors(
@@ -44,7 +44,7 @@ def safetensors(
     quantized: Literal["dequantize"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write the folded weights as safetensors. The tensors of one file are computed and written at a time.
+    """Write the folded weights as safetensors, file by file, so that only the new tensors of one file are in memory.
 
     The cascade is not changed and can train on. A running stage that has trained counts as ended, as in `release`.
 
@@ -63,7 +63,7 @@ def safetensors(
         The path.
 
     Raises:
-        StateError: the path is the base or a non-empty folder, or a quantized weight would be written. Or the cascade
+        StateError: the path is the base or a non-empty folder, or a quantized weight cannot be written. Or the cascade
             was released, or the call is inside `with cascade.weights(...)` or inside a backward.
         CheckpointError: `base` is not the model that was adapted.
         ExportError: the path cannot be written. Nothing is left there.
@@ -121,7 +121,7 @@ def _dense(value: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _shards(folder: Path, sizes: Mapping[str, int], max_bytes: int) -> dict[Path, list[str]]:
-    """Divide tensors into files of at most `max_bytes`, and write the index if there are several files."""
+    """Return {file: names of its tensors} for files of at most `max_bytes`, and write the index of several files."""
     groups: list[list[str]] = [[]]
     for name, size in sizes.items():
         if groups[-1] and sum(sizes[member] for member in groups[-1]) + size > max_bytes:
@@ -205,10 +205,9 @@ def _check_free(out: Path, base: Path | None = None) -> None:
 def _write_like(
     file: Path, new: Path, changes: Mapping[str, Change], replaced: Collection[str], added: Mapping[str, torch.Tensor]
 ) -> int:
-    """Write a copy of a base's file with changed and added tensors, and without the replaced ones.
+    """Write a copy of a base's file, and return the size of its tensors in bytes.
 
-    Returns:
-        The size of its tensors in bytes.
+    Tensors in `changes` are changed, keys in `replaced` are left out, and tensors in `added` are added.
     """
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata()

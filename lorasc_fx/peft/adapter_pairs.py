@@ -37,9 +37,9 @@ class LowRankAdapter:
         name: name of the source in messages.
         pairs: factors by weight name, in fp64 on the CPU. `b @ a` is added to the weight in its stored orientation. The
             scale is folded into `b`.
-        base: fingerprints of the base by parameter name. Empty for an adapter of peft.
+        base: {parameter name: fingerprint} of the base. Empty for an adapter of peft.
         written: names of tensors to skip in a comparison with the base: buffers, and parameters that forward writes.
-        plan, dtypes: the plan of the run, and the dtypes of its branches by weight name. None for an adapter of peft.
+        plan, dtypes: the plan of the run, and {weight name: dtype of its branch}. None and {} for an adapter of peft.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LowRankAdapter:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def tensors(self, site: Site, max_rank: int) -> tuple[dict[str, torch.Tensor], CutOff]:
-        """Return the parameters of a LoRA branch with this delta for a site, in fp64, and the error of `max_rank`.
+        """Return {parameter name: fp64 tensor} of a LoRA branch with the change of a site, and the error of `max_rank`.
 
         The factors are padded with zeros to `max_rank`, and the scale is 1. A pair of a higher rank is replaced by the
         nearest pair of this rank. If the weight has not changed, all factors are zero.
@@ -66,7 +66,7 @@ class LowRankAdapter:
         return {"lora_A": fitted.a, "lora_B": fitted.b, "scale": torch.ones(()).double()}, cut
 
     def check_base(self, digests: Mapping[str, str], call: str) -> None:
-        """Raise CheckpointError if the fingerprints differ from this adapter's base. An adapter of peft has none."""
+        """Raise CheckpointError if `digests` differ from `base`. An adapter of peft has no base to compare."""
         if self.base:
             advice = "give a run or an adapter of this base"
             check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.written, advice)
@@ -86,7 +86,7 @@ def low_rank_pairs(
     Args:
         source: a cascade, a checkpoint folder, a run folder, or the folder of a LoRA adapter of peft.
         model: the base, not adapted. Required for an adapter of peft, and for a checkpoint in the middle of a stage. If
-            it is given, buffers are compared with its buffers, and otherwise with the run's own base.
+            it is given, buffers are compared with its buffers, and otherwise with the buffers of the run's own base.
         name, call: names of the source and of the user's call, for messages.
 
     Raises:
@@ -122,7 +122,7 @@ def low_rank_pairs(
 
 
 def branch_dtypes(run: Run | Checkpoint) -> dict[str, torch.dtype]:
-    """Return the dtype of each branch by weight name: fp64 for a weight in fp64, otherwise fp32."""
+    """Return {weight name: dtype of its branch}: fp64 for a weight in fp64, otherwise fp32."""
     if isinstance(run, Run):
         return {branch.weight_name: next(branch.parameters()).dtype for branch in run.by_key.values()}
     names = {site.weight: next(iter(site.parameter_shapes)) for site in run.plan.sites}

@@ -1,6 +1,6 @@
 """Reads a LoRA or DoRA adapter that peft saved. peft builds its layers on a copy of the model and loads the tensors.
 
-peft gets only the known options of the configuration, because it would import a module that another one names.
+peft gets only known options of the configuration, because it imports the modules that some other options name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorasc_fx.util.decode import is_integer
 from lorasc_fx.util.environment import module_of
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Accepted values of `init_lora_weights`. The others change the base weights, or need another layer."""
+"""Accepted values of `init_lora_weights`. Other values change the base weights, or need another layer."""
 _ADVICE = "give the folder of a LoRA adapter that peft saved for this model"
 
 
@@ -49,9 +49,9 @@ class Adapter:
 
     Args:
         folder: the folder of the adapter.
-        mirror: what peft makes of the model, with the tensors of the adapter.
-        changes: the changes by parameter name, as experts with the scale folded into `b`.
-        full: values of parameters and buffers that were trained in full, by name.
+        mirror: a copy of the model that peft has wrapped, with the tensors of the adapter.
+        changes: {parameter name: its change as an expert}, with the scale folded into `b`.
+        full: {name: value} of the parameters and buffers that were trained in full.
     """
 
     folder: Path
@@ -60,14 +60,14 @@ class Adapter:
     full: Mapping[str, torch.Tensor]
 
     def by_weight(self, model: nn.Module, untie: Iterable[str] = ()) -> dict[str, Expert]:
-        """Return one change for each weight, under the first of its tied names.
+        """Return {name: change} with one entry for each weight, under the first name of a tied weight.
 
         Args:
             model: the model that the adapter was read for.
             untie: patterns of names that become separate weights.
 
         Raises:
-            CheckpointError: the adapter changes only one name of a tied weight, or each name differently.
+            CheckpointError: the adapter changes a tied weight under some of its names only, or differently.
         """
         changes = {}
         groups: list[list[str]] = []
@@ -82,7 +82,7 @@ class Adapter:
         return changes
 
     def _check_tied(self, group: list[str], values: Mapping[str, Value], equal: Callable[[Value, Value], bool]) -> bool:
-        """Return whether a tied weight has a value. Raise CheckpointError unless all its names have the same one."""
+        """Return whether names of one weight have a value. Raise CheckpointError unless all have the same value."""
         named = [name for name in group if name in values]
         if named and (named != group or not all(equal(values[named[0]], values[name]) for name in named[1:])):
             raise CheckpointError(
@@ -153,7 +153,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
 
 
 def _options(data: object, config_class: type) -> dict[str, Any]:
-    """Return the options that peft gets. The adapter must be a LoRA with supported options only."""
+    """Return the options to pass to peft. Raise an error unless the adapter is a LoRA with supported options only."""
     if not isinstance(data, dict):
         raise ValueError(f"is a {type(data).__name__}, not a JSON object")
     unsupported = "adapter-not-supported"
@@ -178,11 +178,11 @@ def _options(data: object, config_class: type) -> dict[str, Any]:
 
 
 _ERRORS = (ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, TypeError, AttributeError, re.error)
-"""What peft raises for an adapter that does not fit the model."""
+"""Types of the errors that peft raises for an adapter that does not fit the model."""
 
 
 def _expert(name: str, layer: Any, parameters: Mapping[str, torch.Tensor]) -> Expert:
-    """Return the change of a LoRA layer. DoRA: diag(m / |W0 + s B A|) (W0 + s B A) = diag(g) W0 + diag(g) s B A."""
+    """Return the change of a LoRA layer. A DoRA computes diag(g) W0 + diag(g) s B A with g = m / |W0 + s B A|."""
     module = layer.get_base_layer()
     if getattr(module, "groups", 1) != 1 or isinstance(module, nn.MultiheadAttention):
         raise CheckpointError(
@@ -204,7 +204,7 @@ def _expert(name: str, layer: Any, parameters: Mapping[str, torch.Tensor]) -> Ex
 
 
 def _rows(layer: Any, weight: torch.Tensor) -> Expert:
-    """Return the change of trained rows: `b` [rows of the weight, count] selects them, and `a` is their change."""
+    """Return the change of trained rows: `b` [rows, count] selects them, and `a` [count, columns] is their change."""
     rows, base = list(layer.token_indices[ADAPTER]), dense(weight.detach()).cpu()
     width = torch.float64 if weight.dtype == torch.float64 else torch.float32
     b = torch.zeros(len(base), len(rows), dtype=width)
@@ -213,7 +213,7 @@ def _rows(layer: Any, weight: torch.Tensor) -> Expert:
 
 
 def _full(mirror: Mirror, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the values that were trained in full, by name. Other tensors of the file must equal the model's."""
+    """Return {name: value trained in full}. Raise CheckpointError if another tensor differs from the model."""
     full = {name: value.detach() for name, value in mirror.saved_tensors().items()}
     canonical = named_weights(model).canonical
     for path, module in mirror.modules.items():

@@ -1,8 +1,8 @@
 """Writes a cascade as one LoRA adapter of peft: all stages become one pair of factors per site, with scale 1.
 
-The change of a site is the sum of its experts. Its A and B are therefore the factors of all experts, concatenated, with
-the coefficients and scales folded in (docs/algorithm.md, "The slow state is small"). peft builds its layers on a copy
-of the model, names the tensors and writes the configuration.
+The change of a site is the sum of its experts. So A and B of the adapter are the concatenated factors of all experts.
+Coefficients and scales are folded into them (docs/algorithm.md, "The slow state is small"). peft builds its layers on a
+copy of the model, names the tensors and writes the configuration.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class PeftAdapter:
 
     Args:
         folder: the folder of the adapter.
-        ranks: rank of each adapted weight.
-        cut: error of each weight whose rank `max_rank` or `residual` reduced.
+        ranks: {weight name: rank} of the adapted weights.
+        cut: {weight name: error} of the weights whose rank was reduced, by `max_rank` or `residual`.
         saved: paths of the modules that were saved completely.
     """
 
@@ -97,12 +97,12 @@ def peft(
         dtype: dtype of the factors. The default is fp64 for weights in fp64, otherwise fp32.
         task_type: peft's task, such as `CAUSAL_LM`. By default it is derived from the model's class in transformers, so
             that `AutoPeftModelForCausalLM` and similar classes load the folder. peft's class for a classifier saves the
-            head completely. So there is no task if factors of the head were trained, or if peft has no such task: load
-            the folder with `AutoPeftModel`.
+            whole head. So if the head was trained by factors, or if peft has no such task, the folder has no task: load
+            it with `AutoPeftModel`.
         base_model: name or path of the base. The default is the name or path in the config of a model of transformers
             or timm.
         residual: write an adapter of this rank for the *folded* model (`release`, `export.safetensors`) instead of the
-            base. It holds the largest part of what the rounding of the folded weights took. Default: None.
+            base. It is the nearest adapter to the change that the rounding of the folded weights has lost.
 
     Returns:
         The ranks, the errors, and the modules that were saved completely.
@@ -170,7 +170,7 @@ def peft(
         task = None
         mirror, problems = _mirror(run, change, targets, task)
 
-    # Report all changes that an adapter cannot express in one error.
+    # Raise one error for all changes that an adapter cannot express.
     refused = change.refused | unreached | problems
     if refused or mirror is None:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in sorted(refused.items()))
@@ -186,7 +186,7 @@ def peft(
     if task is None and library.startswith("transformers."):  # so that AutoPeftModel can build the base
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": library}
 
-    # Write them next to the folder, and replace the folder at the end.
+    # Write the files next to the folder, and replace the folder at the end.
     out = path_of(folder)
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; give the name of a folder", code="path-in-the-way")
@@ -221,9 +221,9 @@ def peft(
 def _mirror(
     run: Run, change: Change, targets: Mapping[str, Sequence[Target]], task: str | None
 ) -> tuple[Mirror | None, dict[str, str]]:
-    """Let peft build the adapter. Return it, and the reason for each change that it does not have, or has in addition.
+    """Let peft build the adapter, and return it with {name: problem} of changes that it would lack or have in addition.
 
-    The adapter is None if peft refuses the configuration.
+    The adapter is None if peft refuses it, or cannot save a parameter of the top module.
     """
     model, names = run.model, named_weights(run.model).names
     trained = [name for weight in change.trained for name in names[weight]]
@@ -253,8 +253,8 @@ def _config(
 ) -> Any:
     """Return the configuration of an adapter. lora_alpha equals the rank everywhere, so the scale is 1.
 
-    A pattern is `^` and the escaped path. peft matches `(.*\\.)?(PATTERN)$`. Because of the `^`, a pattern does not
-    match a longer path with the same suffix.
+    The keys of `rank_pattern` are `^` and an escaped path. peft matches `(.*\\.)?(KEY)$`, and because of the `^`, a
+    key does not match a longer path with the same suffix.
     """
     ranks, by_path, by_name = change.ranks, dict[str, int](), dict[str, int]()
     for weight, group in targets.items():
@@ -293,7 +293,7 @@ def _config(
 def _tensors(
     run: Run, mirror: Mirror, targets: Mapping[str, Sequence[Target]], change: Change, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of the adapter on the CPU, by their keys in the file."""
+    """Return {key in the file: tensor on the CPU} of the adapter."""
     parameters, canonical = run.parameters_by_name(), named_weights(run.model).canonical
     # Write the factors and the rows into peft's layers.
     for weight, group in targets.items():
@@ -304,7 +304,7 @@ def _tensors(
         weight = canonical[name]
         rows = change.rows[weight][1].to(dtype or arithmetic(parameters[weight].dtype))
         layer.trainable_tokens_delta[ADAPTER] = nn.Parameter(rows)
-    # Other tensors of the file are copies of the model's, which get the values that were trained in full.
+    # The other tensors of the file are tensors of the model. Tensors that were trained in full get the trained values.
     names = {id(value): name for name, value in (*parameters.items(), *mirror.saved_tensors().items())}
     current = {**parameters, **dict(run.model.named_buffers(remove_duplicate=False))}
 
@@ -326,7 +326,7 @@ TASKS = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION", "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM": "CAUSAL_LM",
     "TOKEN_CLS": "TOKEN_CLASSIFICATION", "QUESTION_ANS": "QUESTION_ANSWERING",
 }  # fmt: skip
-"""For each task of peft: the part of transformers' MODEL_FOR_..._MAPPING_NAMES that lists its models."""
+"""{task of peft: TASK}, where MODEL_FOR_TASK_MAPPING_NAMES of transformers lists the models for this task."""
 
 
 def _name_of(model: nn.Module) -> str | None:

@@ -98,7 +98,7 @@ class Change:
         magnitudes: DoRA's magnitudes m [out], in fp64, for weights with scaled rows. With the pair in `pairs`, the
             weight is `diag(m / |W0 + b a|) (W0 + b a)`.
         trained: values of parameters trained in full, in their own dtype.
-        rows: indices and values of the rows that a rule trains (`Rule.tokens`).
+        rows: indices and new values of the rows that a rule trains (`Rule.tokens`).
         refused: the reason, for weights whose change is not a product of factors.
         cut: the error, for weights whose rank was reduced.
     """
@@ -136,7 +136,7 @@ def nothing(state: WeightState) -> Factors:
 def pair_of(state: WeightState, view: Summed, running: Delta | None = None) -> Factors | None:
     """Return the delta of a view of a weight as one pair, in fp64 on the CPU. None if the delta is zero.
 
-    If experts were summed into a dense delta, it is factored at its numerical rank.
+    If experts were summed into a dense delta, this delta is factored at its numerical rank.
     """
     _, delta, terms = state.terms(view, running)
     if delta is not None and bool(delta.any()):
@@ -145,9 +145,9 @@ def pair_of(state: WeightState, view: Summed, running: Delta | None = None) -> F
 
 
 def residual_of(run: Run, view: Summed, rank: int) -> Change:
-    """Return what the rounding of the folded weights takes, as the nearest pairs of a rank in the Frobenius norm.
+    """Return the change that the rounding of folded weights loses, as the nearest pairs of a rank (Frobenius norm).
 
-    Quantized weights count as quantized again. Weights in full precision, and those on a grid, have no pair.
+    Quantized weights are quantized again for this. Weights of at least 32 bits, and those on a grid, have no pair.
     """
     change = Change()
     for name, state in ended(run, "export.peft").states.items():
@@ -173,8 +173,8 @@ def residual_of(run: Run, view: Summed, rank: int) -> Change:
 def change_of(run: Run, view: Summed) -> Change:
     """Return the change of a cascade's weights relative to W0.
 
-    For the slow and averaged weights, a running stage that has trained counts as ended. Weights with kept noise, which
-    has full rank, are refused.
+    For the slow and averaged weights, a running stage that has trained counts as ended. Weights with kept noise are in
+    `refused`, because the noise has full rank.
     """
     slow = run.slow if view == "fast" else ended(run, "export.peft")
     learners, change, parameters = run.learners(), Change(), run.parameters_by_name()

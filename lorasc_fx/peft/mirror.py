@@ -1,4 +1,4 @@
-"""What peft makes of a model: peft wraps a copy that shares the model's tensors, and its layers are observed.
+"""Lets peft wrap a copy of a model, and reads from peft's layers which weights it adapts, and how.
 
 So peft's rules for finding modules, naming keys and storing factors are not repeated here. Source: peft 0.21.
 """
@@ -30,15 +30,15 @@ IGNORED = {
     "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type",
 }  # fmt: skip
-"""Options of a configuration that do not affect the values, or only the initial ones."""
+"""Options of a configuration that do not affect an adapter's values, or only its initial values."""
 READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "fan_in_fan_out",
     "ensure_weight_tying", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "target_parameters", "trainable_token_indices", "bias",
 }  # fmt: skip
-"""All other options of a LoRA that are supported, except `init_lora_weights`."""
+"""All other supported options of a LoRA, except `init_lora_weights`."""
 _HEADS = {"classifier", "score", "qa_outputs"}
-"""Modules that peft saves completely for some tasks, if the model has them (`peft_model.py`)."""
+"""Names of the modules that peft's classes for some tasks save completely, if the model has them (`peft_model.py`)."""
 
 
 class Mirror:
@@ -51,10 +51,10 @@ class Mirror:
     Attributes:
         wrapped: peft's model.
         config: peft's configuration, which lists the modules that peft has found.
-        modules: the copies of the model's own modules, by path.
-        layers: peft's layer by the name of the parameter that it adapts.
-        tokens: peft's layer of trained rows, by the name of the parameter.
-        saved: peft's wrapper of each module that is saved completely, by path.
+        modules: {path of a module of the model: its copy}.
+        layers: {name of an adapted parameter: peft's layer}.
+        tokens: {name of a parameter with trained rows: peft's layer}.
+        saved: {path of a module that is saved completely: peft's wrapper}.
         biases: names of the biases that peft trains.
 
     Raises:
@@ -66,7 +66,7 @@ class Mirror:
         peft = module_of("peft", "peft")
         config = copy.deepcopy(config)
         if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # the others compute with the weights
+            config.init_lora_weights = True  # other initial values are computed from the weights
         if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
             config.task_type = None  # peft's classes for these tasks require methods of transformers
         config.inference_mode = False  # so that peft marks the biases that it trains
@@ -77,7 +77,7 @@ class Mirror:
         self.modules = {path: copies[module] for path, module in model.named_modules()}
         flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            # A rank in a file may be huge. Other methods compute when their layers are built.
+            # On the meta device, factors of a huge rank need no memory. Layers of other methods than LoRA need values.
             meta = torch.device("meta") if config.peft_type == "LORA" else nullcontext()
             with warnings.catch_warnings(), kept_generators(), meta:
                 warnings.simplefilter("ignore")
@@ -98,7 +98,7 @@ class Mirror:
                 raise ValueError(f"modules_to_save: the model has no module {name}{nearest(name, self.modules)}")
 
     def _sort_layers(self) -> None:
-        """Sort peft's layers by their kind."""
+        """Fill `layers`, `tokens` and `saved`."""
         tuners, wrappers = module_of("peft", "peft.tuners.tuners_utils"), module_of("peft", "peft.utils.other")
         rows = module_of("peft", "peft.tuners.trainable_tokens.layer").TrainableTokensLayer
         paths = {id(module): path for path, module in self.modules.items()}
@@ -110,14 +110,14 @@ class Mirror:
                 (self.tokens if isinstance(module, rows) else self.layers)[name] = module
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of the adapter by their keys in a file. They are the parameters themselves."""
+        """Return {key in a file: tensor} of the adapter. The tensors are the parameters themselves, not copies."""
         save = module_of("peft", "peft").get_peft_model_state_dict
         everything = self.wrapped.state_dict(keep_vars=True)
         tensors: dict[str, torch.Tensor] = save(self.wrapped, everything, save_embedding_layers=False)
         return tensors
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of the modules that peft saves completely, by their names in the model."""
+        """Return {name in the model: tensor} of the modules that peft saves completely."""
         return {
             f"{path}.{name}": value
             for path, wrapper in self.saved.items()
@@ -125,9 +125,9 @@ class Mirror:
         }
 
     def trained(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """Return the names of the parameters that peft trains in full, and the tied ones that peft unties.
+        """Return the names of the parameters that peft trains in full, and the names of the tied ones that it unties.
 
-        peft trains a copy of a module that it saves completely, so the copy is no longer tied to the model's weight.
+        If peft saves a module completely, it trains a copy of the module, which is not tied to the model's weight.
         """
         copies, train, untie = self.saved_tensors(), list[str](), list[str]()
         tied = getattr(self.config, "modules_to_tie", None) or ()  # by ensure_weight_tying
@@ -166,7 +166,7 @@ def is_transposed(layer: Any) -> bool:
 
 
 def _holders(layer: Any) -> list[tuple[Any, str]]:
-    """Return the dictionaries of parameters that hold A and B of a LoRA layer, and their keys in these."""
+    """Return (dictionary of parameters, key in it) of A, and the same of B, in a LoRA layer."""
     if ADAPTER in layer.lora_embedding_A:
         return [(factors._parameters, ADAPTER) for factors in (layer.lora_embedding_A, layer.lora_embedding_B)]
     return [(factors[ADAPTER]._parameters, "weight") for factors in (layer.lora_A, layer.lora_B)]

@@ -30,8 +30,8 @@ class MethodConfig:
         adapter: name of the adapter method in the spec.
         size: the field with the rank.
         alpha: the field with lora_alpha, or "" for a method without a scale.
-        options: the method's option in `adapter_options`, by field.
-        layer_size: the attribute of peft's layers with the rank, if it is not named like the field.
+        options: {field: option of the method in `adapter_options`}.
+        layer_size: the attribute of peft's layers with the rank, if its name differs from `size`.
     """
 
     adapter: str
@@ -52,7 +52,7 @@ METHOD_CONFIGS = {
     "LOKR": MethodConfig("lokr", alpha="alpha", options={"decompose_factor": "decompose_factor"}),
     "DELORA": MethodConfig("delora", options={"delora_lambda": "bound"}),
 }
-"""The mapping by peft_type. DoRA is an option of LORA."""
+"""{peft_type: mapping}. DoRA is an option of LORA."""
 
 
 def is_config(spec: object) -> bool:
@@ -61,7 +61,7 @@ def is_config(spec: object) -> bool:
 
 
 def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
-    """Return a spec with the targets and options of a configuration of peft. The spec's other options are defaults.
+    """Return a spec with the targets and options of a configuration of peft. All other options keep their defaults.
 
     Raises:
         SpecError: some options have no counterpart. The message lists them all.
@@ -81,7 +81,7 @@ def spec_of(config: Any, model: nn.Module) -> CascadeSpec:
 
 
 def spec_of_mirror(mirror: Mirror, model: nn.Module) -> CascadeSpec:
-    """Return a spec that adapts and trains what peft does, with LoRA's initial factors."""
+    """Return a spec that adapts and trains the same parameters as peft, with LoRA's initial factors."""
     config = mirror.config
     method, sizes, default = METHOD_CONFIGS[config.peft_type], dict[str, tuple[int, float]](), (1, DEFAULT_ALPHA)
     if config.peft_type != "TRAINABLE_TOKENS":
@@ -143,6 +143,6 @@ def _options(config: Any, method: MethodConfig) -> dict[str, Any]:
 
 
 def _start_of(config: object) -> Any:
-    """Return the initial factors of a configuration by the name of the spec's option."""
+    """Return the spec's option `start`, which names the initial factors, for a configuration of peft."""
     start = getattr(config, "init_lora_weights", True)
     return start.partition("_niter_")[0] if isinstance(start, str) else "lora"

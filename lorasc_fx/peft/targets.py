@@ -1,7 +1,7 @@
 """Finds out where peft can adapt each weight of a cascade, or why it cannot, by running the model on its example.
 
-An adapter of peft wraps a module. It computes something else than the merged weight if another module reads the weight
-(`Calls`), or if peft's layer does not follow the module (`fault_of`: peft's own layer, unmerged and merged).
+An adapter of peft wraps a module. It computes something else than the merged weight in two cases: another module reads
+the weight (found by `Calls`), or peft's layer differs from the module (`fault_of` compares it unmerged and merged).
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Calls(TorchFunctionMode):
     """Records the calls of modules, and the reads of weights outside of the modules that hold them.
 
     Args:
-        names: name of each weight by its id.
+        names: {id of a weight: its name}.
 
     Attributes:
-        first: arguments of the first call of each module that holds one of the weights, by path.
-        reader: by weight, the class of a module that read it while no module that holds it was running.
+        first: {path: arguments of the first call} of the modules that hold one of the weights.
+        reader: {weight name: class of a module that read the weight while no module that holds it was running}.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -106,7 +106,7 @@ def calls_of(model: nn.Module, names: Iterable[str], args: tuple[object, ...], k
 def targets_of(
     model: nn.Module, sites: Iterable[Site], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> tuple[dict[str, tuple[Target, ...]], dict[str, str]]:
-    """Return peft's targets for the weight of each site, and the reason for each weight that peft cannot adapt.
+    """Return {weight name: peft's targets}, and {weight name: reason} for the weights that peft cannot adapt.
 
     A tied weight has several targets. The model runs once on the arguments, without side effects.
     """
@@ -146,7 +146,7 @@ def targets_of(
 
 
 def _target(site: Site, path: str, leaf: str, module: nn.Module, call: Call) -> Target | str:
-    """Return the target for one place that holds a weight, or the reason why there is none."""
+    """Return the target for one name of a weight, or the reason why peft cannot adapt the weight there."""
     if not path:
         return "it is a parameter of the top module, which peft cannot wrap"
     # First choice: peft adapts the module by its path. Second: the parameter by its name (target_parameters).
@@ -161,7 +161,7 @@ def _target(site: Site, path: str, leaf: str, module: nn.Module, call: Call) -> 
 
 
 def _has_fast_path(module: nn.Module) -> bool:
-    """Return whether torch may run a fused implementation that does not call the modules inside this one."""
+    """Return whether torch may run a fused implementation of a module, which does not call the modules inside it."""
     if not isinstance(module, nn.TransformerEncoderLayer) or (
         "forward" in vars(type(module)) and (type(module).forward is not nn.TransformerEncoderLayer.forward)
     ):
@@ -177,7 +177,7 @@ def _has_fast_path(module: nn.Module) -> bool:
 
 
 def fault_of(module: nn.Module, call: Call) -> str | None:
-    """Compare peft's layer of a module, unmerged and merged, on a recorded call. Return the reason if they differ."""
+    """Compare peft's layer of a module, unmerged and merged, on a recorded call. Return a reason, or None if equal."""
     if getattr(module, "groups", 1) != 1:
         return "peft's adapter of a grouped convolution mixes the groups"
     peft = module_of("peft", "peft")
