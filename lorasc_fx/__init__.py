@@ -1,10 +1,10 @@
 """LoRASC (arXiv 2407.01491) as a torch.fx compiler pass: low-rank adaptation in stages with slow and fast weights.
 
-`adapt` captures a model as a graph and inserts trainable low-rank branches. After each stage, a share of the
-deltas of the branches is merged into the slow weights, and new branches start.
+`adapt` captures a model as a graph and inserts trainable low-rank branches. After each stage, a share of each branch's
+delta is merged into the slow weights, and new branches start.
 
-Less common names are in submodules: errors of passes in `passes`, `ExportError` in `export`, the warning category and
-`MissingExtra` in `errors`, reasons of refusals and options of sites in `plan`.
+Less common names are in submodules: `passes` has the errors of passes, `export` has `ExportError`, `errors` has
+`MissingExtra` and the warning category, and `plan` has the reasons of refusals and the options of sites.
 """
 
 from lorasc_fx import errors as errors

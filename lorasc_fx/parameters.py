@@ -1,7 +1,7 @@
 """Finds every reference that a model holds to its parameters and buffers, and replaces the tensors.
 
-A module refers to a tensor in its dictionaries `_parameters` and `_buffers`, perhaps under several names. It may also
-refer to it in a list, as recurrent layers do with `_flat_weights`, the weights that they pass to the op.
+A module holds references in its dictionaries `_parameters` and `_buffers`, perhaps several to the same tensor. It may
+also hold references in lists: a recurrent layer passes the weights in its list `_flat_weights` to the op.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Holder:
         leaf: name of the parameter or buffer in the module. "" for a list entry that has no name in this module.
         store: the dictionary or list that contains the reference.
         key: key or index in the store.
-        value: the tensor when the reference was found. None for a buffer that is None.
+        value: the tensor at the time when the reference was found. None for a buffer that is None.
         device: device of the tensor. For a buffer that is None, the device of the model.
     """
 
@@ -66,7 +66,7 @@ def holders(model: nn.Module) -> Iterator[Holder]:
 
 
 def names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map each parameter name to all names of this parameter. A tied parameter has several."""
+    """Return {name: all names of the same parameter}. A tied parameter has several names."""
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
@@ -99,7 +99,7 @@ def exchange(model: nn.Module, new: Callable[[Holder], torch.Tensor | None], und
 
 
 def shallow(module: nn.Module) -> nn.Module:
-    """Return a shallow copy of a module: it shares children, parameters and buffers, but not their dictionaries."""
+    """Return a copy of a module with new dictionaries of the same children, parameters and buffers."""
     new = object.__new__(type(module))
     new.__dict__ = dict(module.__dict__)
     for store in ("_modules", "_parameters", "_buffers"):
@@ -109,10 +109,9 @@ def shallow(module: nn.Module) -> nn.Module:
 
 @isolated
 def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Context manager: replace parameters and buffers, by name, inside the block.
+    """Context manager: replace parameters and buffers inside the block. `values` is {name: replacement}.
 
-    This does not use torch.func.functional_call, which does not restore a module with two names and does not replace
-    tensors in lists.
+    torch.func.functional_call would not restore a module that has two names, nor replace tensors in lists.
     """
     tensors = dict(model.named_buffers()) | dict(model.named_parameters())
     replacements = {id(tensors[name]): value for name, value in values.items()}
@@ -120,7 +119,7 @@ def substituted(undo: Block, model: nn.Module, values: Mapping[str, torch.Tensor
 
 
 def buffer_holders(model: nn.Module, more: Iterable[str] = ()) -> dict[str, Holder]:
-    """Return the references to all buffers by name, also to buffers that are None, and to `more` that may not exist."""
+    """Return {name: reference} for all buffers, also those that are None, and for names in `more` that do not exist."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modules = dict(model.named_modules())
     references: dict[str, Holder] = {}

@@ -1,4 +1,4 @@
-"""Text for Graphviz of the adapted graph around some sites, for `cascade.draw`."""
+"""Draws the adapted graph around some sites as Graphviz text, for `cascade.draw`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ STYLES = {
     "input": ("#1f2430", "#ffffff"),
     "op": ("#68707f", "#ffffff"),
 }
-"""Edge color and face color of a box by kind. The first three kinds are branches, by placement; `site` is an adapted
-weight, `parameter` another one, and `input` an input or an output of the graph."""
+"""{kind of box: (edge color, face color)}. The first three kinds are branches, by placement. `site` is an adapted
+weight, `parameter` any other tensor of the model, and `input` an input or the output of the graph."""
 
 DEFAULT_SITES = 3
 """Number of sites shown by default."""
 MAX_NEIGHBOURS = 12
-"""The search does not continue from a node with more neighbours. Otherwise a residual stream would add the whole model.
-"""
+"""The search does not continue from nodes with more neighbours. Some lead to the whole model, such as residual sums."""
 
 
 def draw_graphs(graphs: Sequence[fx.GraphModule], plan: Plan, sites: Sequence[str], radius: int) -> str:
@@ -92,9 +91,9 @@ def _around(seeds: Sequence[fx.Node], radius: int) -> set[fx.Node]:
 
 
 def _lines(graph_module: fx.GraphModule, shown: set[fx.Node], plan: Plan, prefix: str) -> list[str]:
-    """Return a line for each of these nodes, and one for each arrow between them.
+    """Return a line of Graphviz for each node in `shown`, and for each arrow between two of them.
 
-    A box is dashed if the node has neighbours that are not shown. The prefix distinguishes nodes of several graphs.
+    A box is dashed if the node has neighbours that are not shown. `prefix` distinguishes the nodes of several graphs.
     """
     branches, symbols = branch_nodes(graph_module), dict[str, str]()
     lines = []
@@ -117,7 +116,7 @@ def _lines(graph_module: fx.GraphModule, shown: set[fx.Node], plan: Plan, prefix
 
 
 def _box(node: fx.Node, branches: dict[fx.Node, Any], plan: Plan) -> tuple[str, str]:
-    """Return the kind of a node's box, a key of `STYLES`, and its label: a name and a description."""
+    """Return (kind, label) of a node's box: a key of `STYLES`, and the text in the box."""
     if node in branches:
         kind = placement_of(node)
         placement = {"beside": "beside the op", "merged": "merged into the op", "weight": "on the weight"}[kind]

@@ -8,8 +8,8 @@ Libraries quantize in one of two ways:
 
 While a cascade exists, each layer of the second kind is wrapped by a `QuantizedLinear`. The weight of the wrapper, a
 `QuantizedWeight`, is a tensor subclass of the first kind, and `F.linear(x, weight, bias)` calls the forward of the
-wrapped layer. So the rest of the package sees one kind of quantized weight. The graph reads it unchanged, and a branch
-computes beside the op.
+wrapped layer. So the rest of the package sees one kind of quantized weight. The op keeps its quantized weight, and the
+branch computes beside the op.
 
 To support another library of the second kind, add a row to `LIBRARIES`. No library is imported before a model contains
 one of its layers.
@@ -42,8 +42,8 @@ T = TypeVar("T", bound=torch.Tensor)
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a quantized weight: a tensor subclass with its own `dequantize`, as in torchao.
 
-    Nothing is ever merged into such a weight while a cascade exists. Its branch computes the deltas of earlier stages
-    too.
+    While a cascade exists, nothing is merged into a quantized weight. Its branch also computes the deltas of earlier
+    stages.
     """
     return is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
 
@@ -55,12 +55,12 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def quantized_in(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return the tensors that are quantized weights, by name."""
+    """Return {name: tensor} of those tensors that are quantized weights."""
     return {name: tensor for name, tensor in tensors.items() if is_quantized(tensor)}
 
 
 def writable(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return the tensors into which values can be written, by name: all except quantized weights."""
+    """Return {name: tensor} of those tensors that can be written to: all except quantized weights."""
     return {name: tensor for name, tensor in tensors.items() if not is_quantized(tensor)}
 
 
@@ -87,8 +87,8 @@ class Library:
         dequantize: returns the dense weight [out, in] of a layer.
         requantize: returns a copy of a layer that holds another dense weight [out, in], quantized with the settings of
             the layer.
-        attributes: attributes that the layer must have while a cascade exists, by name. The previous values are
-            restored afterwards.
+        attributes: {name: value} of attributes that the layer must have while a cascade exists. The previous values
+            are restored afterwards.
     """
 
     holds: Callable[[Any], bool]
@@ -142,7 +142,7 @@ LIBRARIES: dict[str, Library] = {
         _requantize_8bit,
     ),
 }
-"""Libraries by the full name of the class of their layers."""
+"""{full name of a layer's class: its library}."""
 
 
 def library_of(layer: nn.Module) -> Library | None:
@@ -220,13 +220,14 @@ TENSORS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "torchao.prototype.mx_formats.nvfp4_tensor.NVFP4Tensor": _like_nvfp4,
     "torchao.prototype.mx_formats.mx_tensor.MXTensor": _like_mx,
 }
-"""Functions that quantize another dense weight with the settings of a quantized one, by the name of its class."""
+"""{full name of a quantized weight's class: function}. `function(quantized, dense)` quantizes a dense weight with the
+settings of the quantized one."""
 
 
 def quantizer_of(weight: torch.Tensor) -> Callable[[torch.Tensor], Any] | None:
-    """Return a function that quantizes another dense weight [out, in] with the settings of a quantized one.
+    """Return a function that quantizes a dense weight [out, in] with the settings of `weight`. None if unsupported.
 
-    It returns a layer for a `QuantizedWeight`, otherwise a weight. None if that needs more than the weight.
+    If `weight` is a `QuantizedWeight`, the function returns a layer, otherwise a weight.
     """
     if isinstance(weight, QuantizedWeight):
         library = library_of(weight.layer)
@@ -236,7 +237,7 @@ def quantizer_of(weight: torch.Tensor) -> Callable[[torch.Tensor], Any] | None:
 
 
 def requantized(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return a dense weight rounded to the grid of a quantized one: quantized like it, and dequantized again."""
+    """Quantize the dense `value` with the settings of a quantized weight, and return the dequantized result."""
     quantize = quantizer_of(weight)
     assert quantize is not None, "checked when the branch was inserted"
     with torch.no_grad():
@@ -253,8 +254,8 @@ def requantized(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 class QuantizedWeight(torch.Tensor):
     """The weight [out, in] of a layer of a library, as a tensor subclass without storage. The layer holds the values.
 
-    `F.linear` calls the forward of the layer, in its training mode and with its backward. All other operations
-    dequantize the weight first. Operations that write to it raise RuntimeError.
+    `F.linear` with this weight calls the layer, whose own backward computes the gradient. All other operations
+    dequantize the weight first. Operations that would write to the weight raise RuntimeError.
 
     Args:
         layer: a layer of a library in `LIBRARIES`.
@@ -284,7 +285,7 @@ class QuantizedWeight(torch.Tensor):
             return library.dequantize(self.layer).detach()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the output [..., out] of the layer for x [..., in], with another bias [out] than its own."""
+        """Return the output [..., out] of the layer for x [..., in], with `bias` [out] instead of the layer's own."""
         # Libraries store the bias as a parameter, a buffer or a plain attribute.
         stores = (self.layer._parameters, self.layer._buffers, vars(self.layer))
         store: Any = next(store for store in stores if "bias" in store)
@@ -297,7 +298,7 @@ class QuantizedWeight(torch.Tensor):
             store["bias"] = own_bias
 
     def entries(self) -> dict[str, torch.Tensor]:
-        """Return the tensors in the state dict of the layer that store its weight: all except the bias."""
+        """Return {name: tensor} of the layer's state dict without the bias. These tensors store the weight."""
         state = self.layer.state_dict(keep_vars=True)
         return {
             name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor) and name != "bias"
@@ -370,8 +371,8 @@ _MODULES: WeakValueDictionary[str, QuantizedLinear] = WeakValueDictionary()
 class QuantizedLinear(nn.Linear):
     """Wraps a layer of a library in the user's model, and calls it.
 
-    If its weight parameter is replaced by a dense weight, it computes as an nn.Linear. It has the training mode,
-    device and state dict of the wrapped layer. Missing attributes are read from the layer.
+    If a dense weight replaces the parameter `weight`, this module computes like an nn.Linear and has its state dict.
+    Otherwise it has the state dict of the layer. Training mode and missing attributes are always those of the layer.
 
     Args:
         layer: a layer of a library in `LIBRARIES`.
@@ -396,17 +397,17 @@ class QuantizedLinear(nn.Linear):
 
     def set_layer(self, layer: nn.Module) -> None:
         """Wrap another layer of the same shape."""
-        # Written to __dict__, because the layer must not become a child module: its names are not the model's.
+        # Write to __dict__, so that the layer is not a child module: the model does not have the layer's names.
         self.__dict__["layer"] = layer
         self._parameters["weight"] = nn.Parameter(QuantizedWeight(layer), False)
 
     @property
     def holds_layer(self) -> bool:
-        """Whether the weight is the one of the wrapped layer. Otherwise another weight replaces it for now."""
+        """Whether the weight is the quantized weight of the layer, and not a dense weight that replaces it."""
         return isinstance(self._parameters["weight"], QuantizedWeight)
 
     def unwrapped(self) -> nn.Module:
-        """Return the module for the model after release: the layer, or an nn.Linear if the weight was replaced."""
+        """Return the module that replaces this one at release: the layer, or an nn.Linear if the weight is dense."""
         if self.holds_layer:
             layer: nn.Module = self.layer
             return layer
@@ -487,7 +488,7 @@ def quantized_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
 
-# ---- Capture: one opaque op per layer. The op knows its layer by the key of the QuantizedLinear.
+# ---- Capture: one opaque op per layer. The op finds its layer by the key of the QuantizedLinear.
 
 _capturing = 0
 """Number of active `as_opaque_products` blocks."""
@@ -495,7 +496,7 @@ _capturing = 0
 
 @isolated
 def as_opaque_products(undo: Block) -> None:
-    """Context manager: let compilers trace each `QuantizedLinear` as one call of the op below."""
+    """Context manager: let compilers trace each `QuantizedLinear` as one call of `lorasc_fx::quantized_linear`."""
     global _capturing  # noqa: PLW0603 - a global, because dynamo guards globals
     _capturing += 1
 
@@ -517,7 +518,7 @@ def _(input: torch.Tensor, key: str) -> torch.Tensor:
 
 
 def is_opaque_product(target: object) -> bool:
-    """Whether the target of a node is the op above. Its arguments are the input [..., in] and the key of a module."""
+    """Whether the target of a node is the op above. The op's arguments are the input [..., in] and a module's key."""
     op = torch.ops.lorasc_fx.quantized_linear
     return target is op or target is op.default
 

@@ -52,10 +52,10 @@ def shard_of(tensor: object) -> ShardSpec:
 
 
 def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Shard a full tensor like the DTensor `like`, on its device. If `like` is a plain tensor, return it unchanged.
+    """Shard a full tensor like the DTensor `like`, on the device of `like`.
 
-    Every rank has the full tensor and copies its own slice of it, so this does not communicate. A DTensor is returned
-    unchanged.
+    Every rank has the full tensor and copies its own slice, so this does not communicate. `tensor` is returned
+    unchanged if it is a DTensor already, or if `like` is a plain tensor.
     """
     if not hasattr(like, "to_local") or hasattr(tensor, "to_local"):
         return tensor
@@ -64,9 +64,9 @@ def dtensor_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def local_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return this rank's slice of a tensor, which is a DTensor, or a full tensor to be sharded like `like`.
+    """Return this rank's slice of a tensor: of a DTensor its own, of a full tensor the slice that `like` would have.
 
-    If neither is sharded, return the tensor unchanged. Does not copy.
+    If neither is a DTensor, return the tensor unchanged. Does not copy.
     """
     if hasattr(tensor, "to_local"):
         return local(tensor)
@@ -87,8 +87,8 @@ def _from_local(shard: torch.Tensor, like: Any, shape: tuple[int, ...]) -> torch
 class ProcessGroup:
     """The ranks that train one cascade, and their collectives. The default is a single process.
 
-    A single process has no collectives: its methods return their arguments. Otherwise every rank must call a method at
-    the same point of the program, as for the collectives of torch.distributed.
+    With a single process, methods return their arguments. With several, a method is a collective: every rank must call
+    it at the same point of the program.
 
     Args:
         handle: a process group of torch.distributed, or None for a single process.
@@ -112,7 +112,7 @@ class ProcessGroup:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is a single process, so that collectives are no-ops."""
+        """Whether there is a single process. Collectives are then no-ops."""
         return self.handle is None
 
     @property
@@ -195,7 +195,7 @@ class ProcessGroup:
         return [bytes(row.tolist()).decode() for row in self.gather(data, call)]
 
     def check_equal(self, call: str, facts: Mapping[str, str]) -> None:
-        """Check that all ranks have equal values. `facts` has values by a description for error messages.
+        """Check that all ranks have equal `facts`: {description for error messages: value}.
 
         Raises:
             StateError: ranks differ. The message names these ranks and values.
@@ -264,7 +264,7 @@ ONE_PROCESS = ProcessGroup()
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The slice of a weight that this rank holds: indices `start` to `start + count` along one axis.
+    """The slice of a weight that this rank holds: `count` indices along one axis, from `start` on.
 
     Args:
         start: first index of the slice.
@@ -319,7 +319,7 @@ class ShardSpec:
     def std(self, shard: torch.Tensor) -> float:
         """Return the standard deviation of the full tensor, like `torch.std`, or 0 if it has fewer than two entries.
 
-        All-reduced if the tensor is sharded, without a gather.
+        For a sharded tensor, this all-reduces sums and gathers nothing.
         """
         if self.axis is None:
             return shard.std().item() if shard.numel() > 1 else 0.0
@@ -336,7 +336,7 @@ UNSHARDED = ShardSpec()
 
 
 def chunk_of(total: int, size: int, rank: int) -> tuple[int, int]:
-    """Return start and length of the chunk of a rank, if an axis is split into `size` chunks like `torch.chunk`."""
+    """Return (start, length) of a rank's chunk of an axis, which is split into `size` chunks as by `torch.chunk`."""
     chunk = -(-total // size)
     start = min(rank * chunk, total)
     return start, min(chunk, total - start)

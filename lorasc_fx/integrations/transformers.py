@@ -47,25 +47,26 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
 
     Pass the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
     Evaluations and predictions use the slow weights. `trainer.save_model(folder)` writes the user's model with the slow
-    weights, in the layout of its library. Each `checkpoint-N` holds the state of the cascade, without W0. To resume,
-    adapt the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. If a stage is still
-    running when the training ends, it is folded. The exception is `load_best_model_at_end`: then the weights stay
-    the best ones.
+    weights, in the layout of the model's library. Each `checkpoint-N` holds the state of the cascade, without W0. To
+    resume, adapt the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. If a stage
+    is still running when the training ends, it is folded, except with `load_best_model_at_end`: then the model keeps
+    the best weights.
 
     Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`. For weights in half precision,
-    `kept` is the smallest share of a weight's change that the last fold has kept. Evaluations also report each
-    metric under the name of the evaluated weights, such as `eval_slow_loss` and `eval_fast_loss`.
+    rounding loses a part of each weight's change in a fold. `kept` is the smallest share that the last fold has kept.
+    Evaluations also report each metric with the name of the evaluated weights: `eval_slow_loss` and `eval_fast_loss`.
 
     Args:
         cascade: the Trainer's model.
         stages: number of stages. The steps of the training are divided evenly among them.
-        epochs: epochs per stage. The default is 1, as in the paper, unless another rule is given.
+        epochs: epochs per stage. The default is 1, as in the paper, unless `stages` or `steps` is given.
         steps: optimizer steps per stage.
-        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or both, such as `("slow", "fast")`. Then
-            each is evaluated in a separate pass, and the first one gives the predictions and `eval_loss`.
+        evaluate: the weights for evaluations and predictions: `slow`, `fast`, or both, such as `("slow", "fast")`. Both
+            are evaluated in separate passes, and the first pass gives the predictions and `eval_loss`.
 
     Raises:
-        SpecError: two rules that end stages, a count below 1, or training arguments that a cascade does not support.
+        SpecError: several of `stages`, `epochs` and `steps` are given, one of them is below 1, or a cascade does not
+            support a training argument.
         StateError: the Trainer has another model, or the callback was added after the Trainer was constructed.
     """
 
@@ -104,7 +105,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         """The reference model of a preference training: the base model, without a copy of W0. Pass it as
         `DPOTrainer(model=cascade, ref_model=callback.reference, ...)`, unless you compare with another model."""
         self._user_reference = False  # whether the user has given another reference model
-        vars(cascade)["_get_name"] = cascade.model._get_name  # a Trainer decides by this name whether to shift labels
+        vars(cascade)["_get_name"] = cascade.model._get_name  # the Trainer shifts labels for some model names
         vars(cascade)["_hf_peft_config_loaded"] = True  # without it, a Trainer refuses to train a quantized model
 
     # ---- events of the Trainer
@@ -116,7 +117,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self._check_arguments(args)
         trainer = self._trainer
         if args.label_names is None:
-            # The Trainer has called it with the class Cascade, but the labels depend on the class of the user's model.
+            # The Trainer has looked for labels in the class Cascade, but they depend on the class of the user's model.
             trainer.label_names = find_labels(type(self.cascade.model))
         reference = arguments.get("ref_model")
         self._user_reference = reference is not None and reference is not self.reference
@@ -126,7 +127,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
 
     def on_train_begin(self, args: object, state: Any, control: object, **kwargs: Any) -> None:
-        """Check that the training can run as configured."""
+        """Check the rule that ends stages, and start the training loop of the cascade."""
         self._check_model(kwargs["model"])
         if self._trainer is None:
             raise StateError(
@@ -156,7 +157,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         self._stage = self.cascade.stage
 
     def on_step_end(self, args: object, state: Any, control: object, **kwargs: Any) -> None:
-        """End the stage if this was its last step, before an evaluation or a checkpoint of the same step."""
+        """End the stage after its last step. An evaluation or a checkpoint of this step follows later."""
         epoch_ends = state.epoch is not None and state.epoch == int(state.epoch)
         if (
             state.global_step in self._last_steps
@@ -168,8 +169,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fold the stage that is still running.
 
-        If the best model was loaded by its slow weights, the running stage is restarted instead: its branches were not
-        evaluated.
+        If the Trainer has loaded the best model, the stage is not folded. It is restarted if the model was chosen by
+        its slow weights, because then the branches of the stage were not evaluated.
         """
         run, optimizers = run_of(self.cascade), [kwargs["optimizer"]]
         if not transition.has_begun(run):
@@ -212,7 +213,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
                 self._replace_model_in(child)
 
     def _compute_ref_log_probs(self, original: Any, model: Any, inputs: Any) -> Any:
-        """Compute the reference log-probabilities. Without a reference model, TRL calls this with the trained one."""
+        """Compute the log-probabilities of the reference. Without a reference model, TRL passes the trained model."""
         self._replace_references()
         with self._placing("base") if model is self.cascade else contextlib.nullcontext():
             return original(model, inputs)
@@ -233,7 +234,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
     ) -> Any:
         """Evaluate once for each of the requested weights, and return the output of the first pass.
 
-        Its metrics also have the metrics of every pass, under the name of the weights.
+        The metrics of every pass are added to this output, under names such as `eval_fast_loss`.
         """
         self._replace_references()
         result: Any = None
@@ -244,8 +245,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             if result is None:
                 result = output
             elif sums is not None:
-                # TRL's trainers add the metrics of each evaluation here. Undo this for the second pass (slow weights
-                # after fast ones), or the batches would count twice.
+                # TRL's trainers collect the metrics of all batches here. Remove the metrics of the second pass, or the
+                # batches would count twice.
                 self._trainer._metrics = sums
             prefix = f"{metric_key_prefix}_"
             metrics = {f"{prefix}{view}_{name.removeprefix(prefix)}": output.metrics[name] for name in output.metrics}
@@ -253,7 +254,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         return result
 
     def _log(self, original: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log, and add the stage to training logs."""
+        """Add the entries `stage` and `kept` to training logs, and log."""
         if "loss" in logs:
             logs["stage"] = self._stage
             if kept := run_of(self.cascade).kept:
@@ -304,7 +305,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             self._place(previous)
 
     def _place(self, view: str | None) -> None:
-        """Place weights in the model instead of those that this callback has placed. None restores the trained ones."""
+        """Replace the weights that this callback has placed in the model. With None, the trained weights return."""
         previous, self._placed, self._view = self._placed, None, None
         if previous is not None:
             previous.__exit__(None, None, None)
@@ -441,7 +442,7 @@ def _remove_hook_on_disable(cascade: Cascade) -> None:
 
 
 class _Reference(torch.nn.Module):
-    """The cascade with the weights of its base."""
+    """A model that calls the cascade with the base weights W0."""
 
     def __init__(self, callback: CascadeCallback) -> None:
         super().__init__()
@@ -459,10 +460,10 @@ class _Reference(torch.nn.Module):
 
 
 def _calling_trainer() -> tuple[Any, dict[str, Any]]:
-    """Return the Trainer that has called the callback, or None, and the local variables of its constructors.
+    """Return the Trainer that has called the callback, or None, and {name: value} of the variables in its constructors.
 
-    A callback does not get the Trainer as an argument, so it is found on the call stack. The variables include the
-    arguments of `__init__`, also of subclasses.
+    A callback does not get the Trainer as an argument, so the Trainer is found on the call stack. The variables include
+    the arguments of `__init__`, also of subclasses.
     """
     frame, trainer, arguments = inspect.currentframe(), None, dict[str, Any]()
     while frame is not None:
