@@ -38,25 +38,25 @@ SCALE = "scale"
 class AdapterInputs(CascadePass):
     """Make the parameters and the scale of each inserted branch inputs of the graph.
 
-    The new inputs are the last ones of the signature, and can be passed by name. They are ordered by site as in the
-    plan; a site that this graph does not call has none. The inputs of a site are the parameters of its branch, in the
-    order of `Branch.shapes`, and the scale, of shape []. `adapter_inputs` lists the inputs, and `adapter_values`
-    returns the values of the branches for them.
+    The new inputs are the last ones of the signature, and can be passed by name. They are in the order of the plan's
+    sites, without the sites that this graph does not call. The inputs of a site are the parameters of its branch, in
+    the order of `Branch.shapes`, and the scale, of shape []. `adapter_inputs` lists the inputs, and `adapter_values`
+    returns their values in the branches.
 
     The parameters must be padded with zeros to `max_rank`. If all are zero, or the scale is 0, the graph computes the
     base model, bit for bit.
 
     A low-rank branch takes A [rank, in] and B [out, rank]. With placement `beside`, it also takes one adapter for each
     row of axis 0 of the batch: A [rows, rank, in], B [rows, out, rank] and scale [rows]. Other branches compute the
-    adapted weight from their tensors. Branches have no dropout in the new graph, and their modules no values. The graph
-    can be traced into plain operations. The graph before the pass keeps its branches.
+    adapted weight from their tensors. In the new graph, branches have no dropout, and their modules hold no values. The
+    new graph can be traced into plain operations. The graph before the pass keeps its branches.
 
     Args:
         max_rank: rank of the inputs.
 
     Raises:
         SpecError: the rank is not an integer of 1 or more.
-        PassError: a branch cannot get its tensors as inputs. The message has the site and the reason.
+        PassError: a branch cannot get its tensors as inputs. The message names the site and the reason.
     """
 
     max_rank: int
@@ -71,7 +71,7 @@ class AdapterInputs(CascadePass):
     removes: ClassVar[frozenset[str]] = frozenset({"branches-inserted"})
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the pass has run already with this rank."""
+        """Whether the pass has already run with this rank."""
         return super().done(graph_module) and record_of(graph_module).lifted.rank == self.max_rank
 
     def rewrite(self, graph: GraphEditor) -> None:
@@ -108,7 +108,7 @@ def adapter_inputs(graph_module: fx.GraphModule) -> tuple[AdapterInput, ...]:
 
 
 def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """Return the values, by input name, with which the graph computes the same as before `AdapterInputs`."""
+    """Return {input name: value}. With these values the graph computes the same as before `AdapterInputs`."""
     record = record_of(graph_module)
     inputs, branches, rank = record.lifted.inputs, record.lifted.branches, record.lifted.rank
     sites = [record.plan.by_weight[weight] for weight in dict.fromkeys(item.weight for item in inputs)]
@@ -117,7 +117,7 @@ def adapter_values(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _values(site: Site, branch: Branch, rank: int) -> dict[str, torch.Tensor]:
-    """Return the padded parameters of a branch by name, and its scale as the last item."""
+    """Return {name: padded parameter} of a branch, with the scale as the last item."""
     values = branch.padded(site, rank)
     like = next(iter(values.values()))
     return {**values, SCALE: torch.tensor(branch.scale, dtype=like.dtype, device=like.device)}

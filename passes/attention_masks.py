@@ -2,7 +2,7 @@
 
 In eager mode, transformers omits a mask that is all true, and passes `is_causal=True` instead of a causal mask. Under
 torch.export it cannot read the values of a mask, so it passes the mask. Attention with a mask runs in a slower kernel.
-This pass computes each mask that depends on sizes only, and removes it if it is all true, or causal:
+This pass computes the masks that depend on sizes only. It removes a mask that is all true or causal:
 
     %out = scaled_dot_product_attention(%q, %k, %v, %mask)
 
@@ -14,7 +14,7 @@ With a mask, transformers also repeats each head of keys and values for all quer
 this pass replaces `%k = reshape(expand(unsqueeze(%few_k, 2)))` by `%few_k`, and passes `enable_gqa=True`.
 
 If all sizes are constant, the computed mask is the mask of every call. Symbolic sizes are set to `_SIZE`. The result
-holds at every size, because `_bound` accepts only nodes with these properties:
+is valid for every size, because `_bound` accepts only nodes with these properties:
 
 1. No value depends on a size. Sizes are only ends of ranges and shapes, so an entry is a function of its indices.
 2. Integers are affine functions of the indices. Their ops turn affine functions into polynomials of degree two at most.
@@ -22,8 +22,8 @@ holds at every size, because `_bound` accepts only nodes with these properties:
 3. Bools are formed by logical ops from conditions `index >= c` and `index - index >= c` with `abs(c) <= bound`.
 
 Proof: take any entry of the mask at any size. Sort its indices and 0, and shorten each gap between neighbours to at
-most `bound + 1`. No condition changes, and the indices are now at most `axes * (bound + 1)`, less than `_SIZE`. So a
-mask that is true, or equal to the condition `row - column >= 0`, at all computed entries is so at all others.
+most `bound + 1`. No condition changes, and the indices are now at most `axes * (bound + 1)`, less than `_SIZE`. So if
+a mask is true, or equal to the condition `row - column >= 0`, at all computed entries, it also is at all others.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ _ARITHMETIC = {"arange", "add", "sub", "mul"}
 _COMPARISONS = {"ge", "gt", "le", "lt", "eq", "ne"}
 _LOGIC = {"__and__", "bitwise_and", "logical_and", "bitwise_not", "logical_not", "tril", "triu"}
 _OF_CONSTANTS = {"cumsum", "where", "masked_fill", "view", "reshape", "flatten", "index", "diff"}
-_OF_CONSTANTS |= _MOVES | _ARITHMETIC | _COMPARISONS  # these ops map constants to constants
+_OF_CONSTANTS |= _MOVES | _ARITHMETIC | _COMPARISONS  # the ops map constants to constants
 
 
 @dataclass(frozen=True)
 class AttentionMasks(CascadePass):
-    """Remove attention masks that are all true or causal at any size, repeated heads, and the nodes that become dead.
+    """Remove masks that are all true or causal at every size, repetitions of heads, and the nodes that become dead.
 
     Needs the fake tensors in the metadata of torch.export. A graph without them is not changed.
     """
@@ -84,7 +84,7 @@ class AttentionMasks(CascadePass):
                 if values is None or _written(filterfalse(_is_number, values)):
                     continue
                 unneeded.update(values)
-                for call in calls:  # a mask may be shared by several calls, and be redundant in some of them
+                for call in calls:  # calls may share a mask that is redundant in only some of them
                     if _arguments(call)["attn_mask"] is mask and (replacement := _equivalent(values[mask], call)):
                         _remove_mask(graph, call, replacement)
                         unneeded |= _remove_repetition(graph, call)
@@ -92,7 +92,7 @@ class AttentionMasks(CascadePass):
 
 
 def _arguments(call: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a call of an ATen op by name. A missing one has its default, or None."""
+    """Return {name: argument} of a call of an ATen op. A missing argument has its default, or None."""
     return {
         argument.name: call.args[index]
         if index < len(call.args)
@@ -102,13 +102,13 @@ def _arguments(call: fx.Node) -> dict[str, Any]:
 
 
 def _shape(node: fx.Node) -> Sequence[Any]:
-    """Return the shape of a node's tensor, of ints and SymInts. () for another value."""
+    """Return the shape of a node's tensor, with ints and SymInts. () if the value is not a tensor."""
     value = node.meta.get("val")
     return value.shape if isinstance(value, torch.Tensor) else ()
 
 
 def _replaceable(call: fx.Node) -> bool:
-    """Whether an attention call has a mask, and its output would have the same shape without it."""
+    """Whether an attention call has a mask, and the output would have the same shape without the mask."""
     arguments, query = _arguments(call), _shape(_arguments(call)["query"])
     is_masked = isinstance(arguments["attn_mask"], fx.Node) and arguments["is_causal"] is False
     return is_masked and len(query) > 1 and _same_sizes(query[:-2], _shape(call)[:-2])
@@ -121,7 +121,7 @@ def _same_sizes(sizes_a: Sequence[Any], sizes_b: Sequence[Any]) -> bool:
 
 
 def _equivalent(mask: torch.Tensor, call: fx.Node) -> Literal["none", "causal"] | None:
-    """Return what is equivalent to the mask, no mask or `is_causal=True`. None if the mask is needed."""
+    """Return `none` if the call needs no mask, `causal` if `is_causal=True` replaces the mask, otherwise None."""
     if mask.all() if mask.dtype is torch.bool else not mask.any():
         return "none"
     # `is_causal` aligns the triangle at the top left, so queries, keys and mask must have equal sizes.
@@ -146,7 +146,7 @@ def _remove_repetition(graph: GraphEditor, call: fx.Node) -> set[fx.Node]:
     keys, values = map(_heads, repeated)
     if keys is None or values is None or not _same_sizes(_shape(keys)[:2], _shape(values)[:2]):
         return set()
-    # The conditions of `use_gqa_in_sdpa` in transformers, and the batch size of the queries, which enable_gqa needs.
+    # Check the conditions of `use_gqa_in_sdpa` in transformers, and that batch sizes are equal, as enable_gqa requires.
     size, batch = _shape(keys)[-1], _shape(_arguments(call)["query"])[:1]
     is_small = isinstance(size, int) and size <= _MAX_HEAD_SIZE and _same_sizes(_shape(values)[-1:], [size])
     if not is_small or not _same_sizes(batch, _shape(keys)[:1]) or _written([keys, values]):
@@ -174,7 +174,7 @@ def _is_full_slice(node: fx.Node) -> bool:
 
 
 def _written(nodes: Iterable[fx.Node]) -> bool:
-    """Whether anything may write in place into one of these nodes, or into a tensor that shares their memory."""
+    """Whether anything may write in place into one of these nodes, or into a tensor that shares memory with one."""
     owners = reached(nodes, lambda node: [*filterfalse(_is_number, node.all_input_nodes)] if may_alias(node) else ())
     if any(node.op != "call_function" for node in owners):
         return True  # inputs and buffers may have aliases outside the graph
@@ -188,8 +188,8 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _erase_dead(graph: GraphEditor, candidates: set[fx.Node]) -> None:
-    """Erase candidates and sizes that are dead: only dead nodes and assertions about metadata read them."""
-    # In reverse order, so that all users of a node are visited before it.
+    """Erase dead candidates and dead sizes. A node is dead if only dead nodes and metadata assertions read it."""
+    # Visit nodes in reverse order, so that all users of a node come before the node.
     dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         number = node.op == "call_function" and _is_number(node)
@@ -199,7 +199,7 @@ def _erase_dead(graph: GraphEditor, candidates: set[fx.Node]) -> None:
 
 
 def _computed(mask: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any] | None:
-    """Return the values of a mask and of the nodes that it depends on, or None if a call may have other values."""
+    """Return {node: value} of a mask and of the nodes that it depends on. None if a call may have other values."""
     read = reached([mask], lambda node: () if _is_number(node) else node.all_input_nodes)
     if not all(map(_is_known, read)):
         return None
@@ -226,7 +226,7 @@ def _computed(mask: fx.Node, nodes: Iterable[fx.Node]) -> dict[fx.Node, Any] | N
 
 
 def _is_known(node: fx.Node) -> bool:
-    """Whether a node is a size, or an op of aten whose result depends on its arguments only."""
+    """Whether a node is a size, or an ATen op whose result depends only on the arguments."""
     value, op = node.meta.get("val"), node.target
     is_op = isinstance(op, OpOverload) and op.namespace == "aten" and "empty" not in name_of(node)
     is_tensor = is_op and isinstance(value, torch.Tensor) and not is_impure(node)
@@ -234,7 +234,7 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def _holds_at_every_size(values: Mapping[fx.Node, Any]) -> bool:
-    """Whether nodes have the properties 1 to 3 of this file's docstring. `values` are those for `_SIZE`."""
+    """Whether nodes have the properties 1 to 3 of this file's docstring. `values` was computed for `_SIZE`."""
     tensors = {node: value for node, value in values.items() if isinstance(value, torch.Tensor)}
     bounds = [_bound(node, tensors) if value.numel() else None for node, value in tensors.items()]
     axes, bound = max(value.dim() for value in tensors.values()), max(bound or 0 for bound in bounds)
@@ -258,7 +258,7 @@ def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None
         common = math.gcd(*map(int, slopes or ())) or 1
         is_unit = slopes is not None and sorted(slope / common for slope in slopes) in ([], [-1], [1], [-1, 1])
         return abs(int(gap.flatten()[0])) // common + 1 if is_unit else None
-    # Parts that start at the first entry do not move entries. A prefix moves them by its length.
+    # A slice that starts at the first entry does not move entries. A prefix moves entries by its length.
     moves = name in _MOVES and (arguments.get("start") or 0, arguments.get("step", 1)) == (0, 1)
     if dtypes | {value.dtype} == {torch.bool}:
         return abs(arguments.get("diagonal", -1)) + 1 if moves or name in _LOGIC else None
@@ -271,7 +271,7 @@ def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None
 
 
 def _slopes(value: torch.Tensor) -> list[float] | None:
-    """Return the nonzero slopes, if the entries are an affine function of their indices. Otherwise None."""
+    """Return the nonzero slopes if the entries are an affine function of their indices, otherwise None."""
     value, slopes = value.double(), list[float]()
     for axis in range(value.dim() if (value != value.flatten()[0]).any() else 0):
         steps = value.diff(dim=axis).unique().tolist()

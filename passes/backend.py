@@ -27,11 +27,11 @@ Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 class Backend(nn.Module):
-    """The branches of the graphs that dynamo makes of a model. `backend` creates it.
+    """The branches of all graphs that dynamo makes of a model. The function `backend` creates this module.
 
-    Its parameters and its state dict belong to the branches. Pass
+    Its parameters and its state dict are those of the branches. Pass
     `[p for p in backend.parameters() if p.requires_grad]` to the optimizer after the first call of the compiled model.
-    A weight has one branch, whichever graph uses it.
+    All graphs that use a weight share one branch.
     """
 
     def __init__(self, spec: CascadeSpec, inner: str | Compiler) -> None:
@@ -42,7 +42,7 @@ class Backend(nn.Module):
         self._graphs: dict[str, fx.GraphModule] = {}
 
     def forward(self, graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        """Compile a graph of dynamo, with branches. torch.compile calls this."""
+        """Insert branches into a graph of dynamo and compile it. torch.compile calls this."""
         names = _names(graph_module, inputs)
         for value, name in names.items():
             if self._weights.setdefault(name, value) is not value:
@@ -58,7 +58,7 @@ class Backend(nn.Module):
         return compiler(graph_module, inputs)
 
     def _adapted(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
-        """Return the graph with branches, or unchanged if no graph has a site yet."""
+        """Return the graph with branches. If no graph has a site yet, return the graph unchanged."""
         graph = with_attributes(graph_module, inputs, {id(value): name for name, value in self._weights.items()})
         # The plan has the sites of all graphs, so each graph gets all weights and branches.
         for name, value in self._weights.items():
@@ -77,7 +77,7 @@ class Backend(nn.Module):
         return adapted
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the parameters of the branches, by name. Warn if a pattern of the spec has matched nothing so far.
+        """Return the names and parameters of the branches. Warn if a pattern of the spec has matched nothing so far.
 
         Raises:
             NoSites: there are no branches, because nothing was compiled yet or no compiled graph has a site.
@@ -101,10 +101,10 @@ class Backend(nn.Module):
         check_patterns(self._record.plan.spec, weights.matrices, weights.names)
 
     def fold(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model in which each branch is folded into its weight, in full. It is not compiled.
+        """Return an uncompiled copy of the model in which each branch is folded into its weight, in full.
 
         Args:
-            model: the model that was compiled, or what torch.compile returned for it. It is not changed.
+            model: the model that was compiled, or the result of torch.compile. It is not changed.
 
         Raises:
             UnknownTarget: a pattern of the spec matches no weight of the model.
@@ -125,8 +125,8 @@ def backend(
 ) -> Backend:
     """Return a backend for `torch.compile(model, backend=...)` that inserts branches into each graph.
 
-    There is a graph on each side of a graph break, and a new one after each recompilation. All share the branches,
-    which the first call creates. The compiled model does not train its own weights.
+    There is a graph on each side of a graph break, and a new graph after each recompilation. All graphs share the
+    branches, which the first call creates. The compiled model does not train its own weights.
 
     Args:
         spec: selects the weights and their options. Default: `CascadeSpec()`.
@@ -152,7 +152,7 @@ def backend(
 
 
 def _names(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[nn.Parameter, str]:
-    """Return the name in the model of each Parameter among the inputs, from the expression by which dynamo reads it."""
+    """Return {Parameter: name in the model} for the inputs. Read from the expression that dynamo uses."""
     names: dict[nn.Parameter, str] = {}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for node, value in zip(placeholders, inputs, strict=True):

@@ -3,8 +3,8 @@
 A pass is a frozen dataclass with a kebab-case name. Its fields are its options. It is a callable from a GraphModule to
 a torch.fx `PassResult`, so that the `PassManager` of torch.fx can run it too.
 
-A pass edits a copy of the graph. A graph with a record is verified before, and the result after the pass; a `Pipeline`
-verifies once for all passes of this package. If anything raises, the input is unchanged.
+A pass edits a copy of the graph. A graph with a record is verified before the pass, and the result is verified after
+it. A `Pipeline` verifies once for all passes of this package. If anything raises, the input is unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .inlined import outlined
 
 @dataclass(frozen=True)
 class CascadePass(abc.ABC):
-    """A pass, with a contract of facts. A fact is a string in the record of the graph, such as `branches-inserted`.
+    """A pass, with a contract. It consists of facts: strings in the record of the graph, such as `branches-inserted`.
 
     Class attributes:
         name: unique name in kebab-case.
@@ -69,7 +69,7 @@ class CascadePass(abc.ABC):
         return PassResult(editor.finish(), True)
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the pass has run already.
+        """Whether the pass has already run.
 
         This is the case if the graph has all facts that the pass provides, and each missing requirement is a fact that
         the pass removes. A pass that removes nothing always runs.
@@ -79,7 +79,7 @@ class CascadePass(abc.ABC):
         return bool(missing) and missing <= self.removes and self.provides <= facts
 
     def prepared(self, graph_module: fx.GraphModule) -> fx.GraphModule:
-        """Return the graph module with branch nodes: a copy if its branches are inlined, otherwise itself."""
+        """Return a graph module with branch nodes: a copy if the branches are inlined, otherwise the argument."""
         return outlined(graph_module, f"before {self.name}")
 
     def check(self, graph_module: fx.GraphModule) -> None:

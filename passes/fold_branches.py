@@ -46,11 +46,11 @@ class FoldBranches(EndsStage):
     If the graph module reads a live model, only nodes are erased, because the cascade changes the weights.
 
     Args:
-        view: `fast` folds the running branches in full: the folded graph computes what this graph computes, apart from
-            noise. `slow` applies the slow update of the spec, as `StageTransition` does.
+        view: `fast` folds the running branches in full, so that the folded graph computes the same as this graph, apart
+            from noise. `slow` applies the slow update of the spec, as `StageTransition` does.
 
     Raises:
-        SpecError: the view is neither.
+        SpecError: the view is neither `fast` nor `slow`.
         NonFiniteBranch: a branch holds inf or nan.
     """
 

@@ -33,13 +33,13 @@ from .inlined import formula, plain_call, refusal
 
 @dataclass(frozen=True)
 class InlineBranches(CascadePass):
-    """Replace each branch node by the nodes of its formula, for compilers and passes of others.
+    """Replace each branch node by the nodes of its formula, for compilers and passes of other libraries.
 
-    The nodes read the parameters of the branches, so training goes on, without dropout. A branch that replaced its op
-    is added to the output of the op, or to its weight.
+    The nodes read the parameters of the branches, so training can continue, without dropout. If a branch had replaced
+    an op, the op is restored, and the branch is added to the output or to the weight of the op.
 
-    Every other pass of this package first restores the branch nodes, if the nodes of each branch are there. If they
-    were changed, it raises VerifyError and says how.
+    Every other pass of this package first restores the branch nodes. If the nodes of a formula were changed, it raises
+    VerifyError with the difference.
 
     Raises:
         PassError: the graph module reads a live model. Or a branch has dropout in train mode, trains on a grid, or has
@@ -51,7 +51,7 @@ class InlineBranches(CascadePass):
     provides: ClassVar[frozenset[str]] = frozenset({"branches-inlined"})
 
     def done(self, graph_module: fx.GraphModule) -> bool:
-        """Whether the branches are inlined already."""
+        """Whether the branches are already inlined."""
         return bool(record_of(graph_module).inlined.calls)
 
     def prepared(self, graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -1,7 +1,7 @@
 """Branches as plain nodes: their formulas, and the way back to branch nodes.
 
-`InlineBranches` replaces each branch node by the nodes of `formula`. `outlined` finds them again, by the
-parameters that they read and by what they compute, and restores the branch nodes.
+`InlineBranches` replaces each branch node by the nodes of `formula`. `outlined` finds these nodes by the parameters
+that they read and by their ops, and restores the branch nodes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONSTANT = "it computes with a tensor that is neither a parameter nor a buffer"
 def insert_calls(graph: GraphEditor) -> None:
     """Insert a branch node at each use of a site that has none."""
     plan = graph.record.plan
-    # The uses that have a branch already: the op or weight, or the branch node that replaced the op.
+    # The uses that already have a branch: the op or weight, or the branch node that replaced the op.
     done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
     for source, use in uses_in(graph.module, graph.record).items():
         if source in done or not source.users:  # a node without users is dead code
@@ -47,10 +47,11 @@ def insert_calls(graph: GraphEditor) -> None:
 def plain_call(branch: Branch, use: Use, source: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments and options of the branch that is inlined at a use.
 
-    It never replaces the op: a low-rank branch is added to the output of the op, and another one to its weight.
+    An inlined branch does not replace the op. A low-rank branch is added to the output of the op, and any other branch
+    to the weight of the op.
 
     Raises:
-        PassError: the branch can only replace the op, which is a call of a module.
+        PassError: the op is a call of a module, so its weight is not in the graph, and the branch is not low-rank.
     """
     args, options = branch_call(use, source)
     if not use.merged:
@@ -63,9 +64,9 @@ def plain_call(branch: Branch, use: Use, source: fx.Node) -> tuple[tuple[Any, ..
 
 
 def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Graph:
-    """Return a graph of what a branch node with these options computes, in plain nodes.
+    """Return the computation of a branch node with these options as a graph of plain nodes.
 
-    Its inputs are the op and the input of the op, or the weight. The parameters are read as attributes. Raises
+    Its inputs are the output and the input of the op, or the weight. The parameters are read as attributes. Raises
     PassError if the method has no plain formula for this placement.
     """
     graph, at = fx.Graph(), options["at"]
@@ -83,7 +84,7 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
     same_dtype = record.slow.states[branch.weight_name].base.dtype == next(branch.parameters()).dtype
     try:
         graph.output(_compute(plain, inputs, same_dtype, **options).node)
-    except (TypeError, AttributeError, KeyError, ValueError) as fault:  # of the method, which cannot use proxies
+    except (TypeError, AttributeError, KeyError, ValueError) as fault:  # the method's code cannot use proxies
         reason = str(fault).partition(". ")[0]
         raise refusal(branch, f"torch.fx cannot record the formula of this method ({reason})") from fault
     if any(isinstance(value, torch.Tensor) for node in graph.nodes for value in _flat(node)[0]):
@@ -123,9 +124,9 @@ def refusal(branch: Branch, reason: str) -> PassError:
 
 
 def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
-    """Return a copy of a graph module with branch nodes instead of inlined ones, or itself if none are inlined.
+    """Return a copy of a graph module with restored branch nodes. If no branch is inlined, return the module itself.
 
-    Raises VerifyError, which begins with `when`, if the nodes of a branch were changed.
+    Raises VerifyError if the nodes of a branch were changed. The message begins with `when`.
     """
     record = record_of(graph_module)
     if not record.inlined.calls:
@@ -134,7 +135,7 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
     plan = record.plan
     patterns = [(key, formula(record.inlined.branches[key], record, options)) for key, options in record.inlined.calls]
     matched = [(key, match) for key, pattern in patterns for match in _places(pattern, editor.module.graph)[0]]
-    # The erased result of each formula, and the node that takes its place.
+    # {erased result of a formula: node that takes its place}
     replaced = {result: inputs[0] for _, (result, _, inputs) in matched}
     for _, (result, nodes, _) in matched:
         editor.remove_formula(result, _latest(result, replaced), nodes)
@@ -173,14 +174,14 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
 
 
 def _latest(node: fx.Node, replaced: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """Return the node that finally took the place of a node."""
+    """Return the node that has replaced a node, perhaps in several steps."""
     while node in replaced:
         node = replaced[node]
     return node
 
 
 def _with_parameters(branch: Branch, module: fx.GraphModule, key: str) -> Branch:
-    """Return a copy of a branch with the parameters that the graph reads now. A copied graph module has others."""
+    """Return a copy of a branch with the parameters in the graph module, which may be a copy with new parameters."""
     new, holder = shallow(branch), module_at(module, f"{BRANCHES}.{key}") or nn.Module()
     assert isinstance(new, Branch)
     new._parameters |= {name: value for name, value in holder._parameters.items() if name in new._parameters}
@@ -192,7 +193,7 @@ Place = tuple[fx.Node, set[fx.Node], tuple[fx.Node, ...]]
 
 
 def _places(pattern: fx.Graph, graph: fx.Graph) -> tuple[list[Place], str]:
-    """Return the places where a graph computes a formula. If there is none, return where the graph differs."""
+    """Return the places where a graph computes a formula, and a text that says where the graph differs from it."""
     (result,) = next(iter(reversed(pattern.nodes))).args
     step = next(node for node in pattern.nodes if node.op == "get_attr")
     nodes = list(graph.find_nodes(op="get_attr", target=step.target))
@@ -218,7 +219,7 @@ def _same_op(pattern: fx.Node, node: fx.Node) -> bool:
 
 
 def _unify(pattern: object, value: object, bound: dict[fx.Node, fx.Node]) -> bool:
-    """Whether a value is what the formula says. Adds the node for each node of the formula to `bound`."""
+    """Whether a value equals a part of a formula. Adds {node of the formula: node of the graph} to `bound`."""
     if not isinstance(pattern, fx.Node) or not isinstance(value, fx.Node):
         return bool(type(pattern) is type(value) and pattern == value)
     if pattern in bound and pattern.op != "get_attr":
@@ -232,6 +233,6 @@ def _unify(pattern: object, value: object, bound: dict[fx.Node, fx.Node]) -> boo
 
 
 def _flat(node: fx.Node) -> tuple[list[Any], Any]:
-    """Return the leaves of the arguments of a node, and their structure, in which None stands for each leaf."""
+    """Return the flattened arguments of a node, and their structure with None in the place of each leaf."""
     leaves: list[Any] = []
     return leaves, fx.node.map_aggregate((node.args, node.kwargs), leaves.append)

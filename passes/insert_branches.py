@@ -43,19 +43,19 @@ from .inlined import insert_calls
 class InsertBranches(CascadePass):
     """Insert a branch node at every use of a site of the plan. A new branch starts with B = 0.
 
-    A branch that the graph module has already is used again, so that several graphs can share it.
+    If the graph module already has a branch for a site, this branch is reused, so that several graphs can share it.
 
     If the graph module owns its weights, this pass also:
 
     - adds the noise of the stage to the weights, as new Parameters. The clean weights are stored in the record;
-    - freezes all weights except the ones under `spec.train`, by new Parameters. The Parameters of the traced model
-      keep their flags.
+    - freezes all weights except those in `spec.train`, by new Parameters. The Parameters of the traced model keep
+      their flags.
 
     If the graph module reads a live model, the cascade sets values and flags.
 
     Raises:
         NoSites: no weight was matched as a site.
-        PassError: the branches are inserted already and get their tensors as inputs.
+        PassError: the graph has branches whose tensors are inputs (`AdapterInputs`).
     """
 
     name: ClassVar[str] = "insert-branches"
@@ -91,7 +91,7 @@ class InsertBranches(CascadePass):
 
 
 def no_sites_message(decided: Record | Decided) -> str:
-    """Return the message of `NoSites`: why up to five candidates are not adapted."""
+    """Return the message of `NoSites`, which says for up to five weights why they are not adapted."""
     reasons = [str(refusal) for refusal in decided.refusals if refusal.reason is not Reason.NOT_TARGETED]
     reasons += [f"{weight}: unreached (no node of this graph uses it)" for weight in decided.unreached]
     shown = reasons[:5] or [f"no weight that the graph uses matches targets={decided.plan.spec.targets}"]
@@ -106,7 +106,7 @@ def no_sites_message(decided: Record | Decided) -> str:
 def all_branches(
     plan: Plan, existing: Mapping[str, Branch], parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Branch]:
-    """Return the branches of a plan by key: the existing ones, and new ones on the devices of the other weights."""
+    """Return {key: branch} of a plan: the existing branches, and new ones on the devices of their weights."""
     branches = dict(existing)
     for site in plan.sites:
         if site.key not in branches:
@@ -123,7 +123,7 @@ def all_branches(
 
 
 def _without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
-    """Return the matrices without a branch that get noise if noise.where="all": not excluded, not trained in full."""
+    """Return the matrices without a branch that are not excluded or trained in full: noise.where="all" adds noise."""
     named = named_weights(graph.owner)
     skipped = (Reason.TRAINED, Reason.EXCLUDED)
     left_out = {refusal.weight for refusal in graph.record.refusals if refusal.reason in skipped} | set(plan.by_weight)
@@ -151,7 +151,7 @@ def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
         for weight, values in factors.items():
             for name, parameter in branches[weight].named_parameters():
                 parameter.copy_(values[name])
-    # Write the start values of the weights that differ from the slow weights, by noise or initial factors.
+    # Write the start values that differ from the slow weights, because of noise or of initial factors.
     for weight in names:
         state = slow.states[weight]
         if state.differs_from_slow(plan.spec.noise.strength > 0):

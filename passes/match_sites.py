@@ -1,4 +1,4 @@
-"""Find the weights to adapt, by the nodes that use them. The nodes are not changed.
+"""Find the weights to adapt from the nodes that use them. The nodes are not changed.
 
 %fc = linear(%x, %weight)    the plan in the record has the site fc.weight, of kind linear
 """
@@ -21,13 +21,13 @@ from .base import CascadePass
 class MatchSites(CascadePass):
     """Store the plan, the refusals and the unreached weights in the record.
 
-    If the graph has a plan already, its sites are kept. The plan must have the same spec, unless the branches were
-    folded. After a fold, a new plan is made for the new spec: it continues the stage number, and sites that are in both
-    plans keep their experts.
+    If the graph already has a plan, its sites are kept. The plan must have the same spec, unless the branches were
+    folded. After a fold, another spec gets a new plan, which continues the stage number. Sites in both plans keep their
+    experts.
 
     Args:
         spec: selects the weights and their options.
-        partial: whether the graph is a part of a model, so that patterns of the spec may match nothing in it.
+        partial: whether the graph is a part of a model. A pattern of the spec may then match nothing.
 
     Raises:
         UnknownTarget: a pattern of the spec matches nothing, and `partial` is False.
@@ -42,7 +42,7 @@ class MatchSites(CascadePass):
     provides: ClassVar[frozenset[str]] = frozenset({"sites-matched"})
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Change the record."""
+        """Write plan, refusals and unreached weights to the record."""
         record = graph.record
         plan, slow = record.plan, record.slow
         if plan.spec != self.spec:

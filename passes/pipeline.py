@@ -3,8 +3,8 @@
 The passes run in the given order, or in an order that is derived from their contracts: a topological sort over the
 facts that they require, provide and remove. Ties keep the given order.
 
-A pipeline may also contain foreign passes, any callables on a GraphModule. If such a pass returns a new graph module
-without the record, the pipeline copies the record to it.
+A pipeline may also contain foreign passes: any callables on a GraphModule. If a foreign pass returns a new graph module
+without a record, the pipeline copies the record to it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Pipeline:
 
         Raises:
             PassError: a fact that a pass requires is missing, or a foreign pass did not return a graph module.
-            VerifyError: the graph does not agree with its plan, before the first pass, after one that this package does
-                not define, or after the last pass.
+            VerifyError: the graph does not agree with its plan. This is checked before the first pass, after the last
+                pass, and after every pass that this package does not define.
         """
         recover(graph_module)
         verify(graph_module, f"before {name_of(self.passes[0])}")
@@ -117,8 +117,8 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
 
 
 def _solved(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
-    """Return the passes in an order that fulfils their contracts, near the given order."""
-    import networkx as nx  # noqa: PLC0415 - its import takes longer than that of this package
+    """Return the passes in an order that fulfils their contracts. Ties keep the given order."""
+    import networkx as nx  # noqa: PLC0415 - importing it takes longer than this package
 
     contracts = [pass_ for pass_ in passes if isinstance(pass_, CascadePass)]
     foreign = next((name_of(pass_) for pass_ in passes if not isinstance(pass_, CascadePass)), None)
@@ -146,9 +146,9 @@ def _solved(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
 
 
 def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
-    """Yield the pairs (index, later index) of passes whose order follows from their contracts.
+    """Yield (index, later index) of each pair of passes whose order follows from their contracts.
 
-    A pass runs after a provider of a fact that it requires, and before a pass that removes such a fact.
+    A pass runs after the passes that provide a fact that it requires, and before the passes that remove such a fact.
     """
     for later, pass_ in enumerate(passes):
         for earlier, candidate in enumerate(passes):
@@ -156,7 +156,7 @@ def _before(passes: Sequence[CascadePass]) -> Iterator[tuple[int, int]]:
                 continue
             shared = pass_.requires & candidate.provides
             kept = pass_.provides & shared  # facts that the pass both requires and provides
-            # Two passes that only keep a fact have no order. Both run after the pass that provides it first.
+            # Two passes that require and provide the same fact have no order. Both run after the pass that adds it.
             if shared - kept or (shared and not candidate.requires & shared):
                 yield earlier, later
             if candidate.requires & (pass_.requires & pass_.removes - candidate.removes):

@@ -25,14 +25,14 @@ from .fold_branches import EndsStage, absorb_branches
 class StageTransition(EndsStage):
     """Fold the branches by the slow update of the spec, and start the next stage.
 
-    The result has the values of `FoldBranches(view="slow")` and then `InsertBranches`.
+    The result has the same values as after `FoldBranches(view="slow")` and `InsertBranches`.
 
     The weights are replaced by new Parameters. The Parameters of the branches are reset in place, so that an optimizer
     stays valid. Therefore this pass, unlike all others, changes tensors that its input shares with its result.
 
     Raises:
         PassError: the graph reads a live model; call `cascade.transition` instead.
-        NonFiniteBranch: a branch has inf or nan values.
+        NonFiniteBranch: a branch holds inf or nan.
     """
 
     name: ClassVar[str] = "stage-transition"
@@ -54,7 +54,7 @@ class StageTransition(EndsStage):
             state, branch = states[site.weight], branches[site.key]
             states[site.weight], values = begin_stage(state, branch, site, after.spec, after.stage)
             new[site.key] = branch.with_values(values)
-        # Weights without a branch may have noise too, so that all slow states are written.
+        # Write all slow states, because weights without a branch may have noise too.
         for weight, state in states.items():
             graph.set_tensor(named.names[weight], start_weight(state, plan.spec, after.stage))
         graph.renew_branches(new)

@@ -1,4 +1,4 @@
-"""Make weights attributes of a graph module, if they are its inputs or have other names than in the model.
+"""Make weights attributes of a graph module with the model's names, if they are inputs or have other names.
 
     %p_fc_weight = placeholder
     %x = placeholder
@@ -29,15 +29,15 @@ from lorasc_fx.parameters import shallow
 def weights_as_attributes(graph_module: fx.GraphModule, inputs: Sequence[Any], model: nn.Module) -> fx.GraphModule:
     """Return a copy of a graph module that reads the parameters of a model as attributes, under the model's names.
 
-    `MatchSites` then finds them. For graphs whose weights are inputs, such as `ExportedProgram.graph_module` and graphs
-    of `make_fx` over parameters, and for graphs of `make_fx(model)`, which names them `_param_constant0`.
+    Use this before `MatchSites` if the weights are inputs of the graph, as in `ExportedProgram.graph_module` and in
+    graphs of `make_fx` over parameters, or if `make_fx(model)` has named them `_param_constant0` and so on.
 
-    The signature stays the same: the inputs of parameters remain, but nothing reads them.
+    The signature stays the same: the inputs for parameters remain, but nothing reads them.
 
     Args:
         graph_module: the graph module. It is not changed; the result shares its tensors.
         inputs: the value of each placeholder, in order. Empty if no placeholder is a parameter.
-        model: owns the parameters. They are found by identity, so `inputs` must contain the Parameters themselves.
+        model: the model that owns the parameters. `inputs` must contain the Parameters themselves, not copies.
 
     Raises:
         PassError: the number of inputs is wrong, or no input and no attribute is a parameter of the model.
@@ -46,7 +46,7 @@ def weights_as_attributes(graph_module: fx.GraphModule, inputs: Sequence[Any], m
 
 
 def with_attributes(graph_module: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> fx.GraphModule:
-    """Do the same as `weights_as_attributes`, with the names of the parameters by their id."""
+    """Do the same as `weights_as_attributes`. `names` is {id of a parameter: its name}."""
     new = graph_module_like(graph_module, copy_graph(graph_module.graph))
     placeholders = [node for node in new.graph.nodes if node.op == "placeholder"]
     if inputs and len(inputs) != len(placeholders):
