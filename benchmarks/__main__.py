@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from configurations; peft would look for theirs
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peft would look up the models, which have random weights
 
 import torch
 
@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 
 
 def machine(device: str, threads: int, rounds: int) -> str:
-    """Return what the numbers depend on."""
+    """Describe the processor or GPU, the versions and the rounds of a measurement."""
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; bf16"
     else:
@@ -41,7 +41,7 @@ def machine(device: str, threads: int, rounds: int) -> str:
 
 
 def markdown(stored: Mapping[str, Any]) -> str:
-    """Return a stored table as text: its paragraph, the machine, and the rows of all models."""
+    """Return a stored table in Markdown: its paragraph, the machine, and the rows of all models."""
     rows: list[Row] = [row for model in stored["rows"].values() for row in model]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([_cell(row, name) for name in columns] for row in rows)]
@@ -50,17 +50,13 @@ def markdown(stored: Mapping[str, Any]) -> str:
 
 
 def _cell(row: Row, column: str) -> str:
-    """Return a cell: of the model its name without batch and layers, of ratios those of the minima."""
+    """Return the text of a cell: a model's title up to the comma, a ratio without the median in parentheses."""
     text = row.get(column, "-")
     return text.partition(",")[0] if column == "model" else text.partition(" (")[0].replace(" / ", "/")
 
 
 def put(page: str, name: str, text: str) -> str:
-    """Return the page with the text between the markers of a table.
-
-    Raises:
-        ValueError: the page does not have both markers once, in order.
-    """
+    """Return the page with the text between the markers of a table. Raise ValueError unless it has both, in order."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(f"docs/costs.md needs {begin!r} and {end!r}, once each and in this order")
@@ -68,7 +64,7 @@ def put(page: str, name: str, text: str) -> str:
 
 
 def write(name: str, measured: Mapping[str, Any], results: Path = RESULTS, page: Path = PAGE) -> None:
-    """Store a table and put it into the page. Rows of other models stay if they are from the same machine."""
+    """Store a table and put it into the page. Keep the rows of other models if they are from the same machine."""
     path = results / f"{name}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}, "machine": None}
     kept = before["rows"] if before["machine"] == measured["machine"] else {}
@@ -96,7 +92,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, and store."""
+    """Measure the chosen tables and print them, and store them with `--write`."""
     options = _options(arguments)
     for name in options.tables:
         table = TABLES[name]

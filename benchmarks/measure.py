@@ -1,4 +1,4 @@
-"""Clocks and memory counters. Compared variants take turns, so that a change of the machine's speed affects all."""
+"""Clocks and memory counters. Variants take turns, so that a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(run: Callable[[], object]) -> float:
-    """Return the seconds between two events on the stream; waiting for kernel launches counts."""
+    """Return the seconds between two events on the stream, including waits for kernel launches."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -48,16 +48,13 @@ def _cuda_seconds(run: Callable[[], object]) -> float:
 
 
 CLOCKS = {"cpu": _cpu_seconds, "cuda": _cuda_seconds}
-"""The seconds of a run, by device. On a CPU the seconds of all threads are added."""
+"""{device: function that times a run}. On a CPU, the seconds of all threads are added."""
 
 
 def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Return the seconds of each variant, by round. Every round runs each variant, in alternating order.
+    """Return {variant: seconds of each round}. A round runs each variant once. The order alternates between rounds.
 
-    Args:
-        turns: by variant. Each runs once before the first round.
-        rounds: 1 or more. Garbage is collected between rounds, never within one.
-        device: whose clock is read.
+    Every variant first runs once untimed. Garbage is collected between rounds, never within one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
@@ -77,8 +74,7 @@ def alternate(turns: Mapping[str, Turn], rounds: int, device: str = "cpu") -> di
 
 
 def ratios(seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return a cell for each pair of variants: ratio of the minima (median of the ratios within a round)."""
-
+    """Return {"one / reference": text} with the ratio of the minima (median of the ratios within a round)."""
     cells = {}
     for one, reference in pairs:
         if {one, reference} <= seconds.keys():
@@ -89,13 +85,9 @@ def ratios(seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]])
 
 
 def least(into: dict[str, float], name: str, run: Callable[[], Any], wall: bool = False) -> Any:
-    """Run once, keep the smallest seconds under this name, and return the result.
+    """Time a run without garbage collection, and return its result. `into` keeps {name: smallest seconds}.
 
-    Args:
-        into: seconds by name. CPU seconds, or wall seconds with `wall`.
-        name: of the run.
-        run: what is timed. No garbage is collected within it.
-        wall: measure wall time, and wait for the accelerator.
+    These are CPU seconds. With `wall` they are wall seconds, and the accelerator's work is included.
     """
     gc.collect()
     gc.disable()
@@ -117,13 +109,13 @@ def _synchronize(wall: bool) -> None:
 
 
 def in_child(function: Callable[..., Result], *arguments: object, **environment: str) -> Result:
-    """Return the result of a function in a new process, with more environment variables."""
+    """Return the result of a function in a new process with additional environment variables."""
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def keep_freed() -> None:
-    """Keep freed memory in the process (glibc), so that no variant pays for the pages that another one freed."""
+    """Let glibc keep freed memory in the process, so that no variant waits for pages that another variant freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -137,7 +129,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
 
     @torch.compiler.disable
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()  # kept alive, so that no address is used twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()  # alive, so that no address is reused
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -147,13 +139,13 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: nn.Module) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Return free memory to the system, and let `peak_memory` start from the present size (Linux)."""
+    """Return free memory to the system, and reset the peak to the current size (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process since the last reset, in bytes (Linux)."""
+    """Return the largest resident size of this process since `reset_peak_memory`, in bytes (Linux)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""The models of the benchmark, built from configurations, each with a batch, a loss and what is adapted.
+"""The models of the benchmark, built from configurations, each with a batch, a loss and the weights to adapt.
 
-Every batch is floating point and a leaf that needs a gradient: images, or the output of the token embedding. So the
-gradient flows to the bottom for every rival alike, and no rival pays for the dense gradient of an embedding table.
+The batch of a model whose steps are measured is floating point and needs a gradient: images, or the output of the token
+embedding. So every variant computes gradients down to the input, and none computes that of an embedding table.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch import nn
 
 
 def classes(output: Any) -> torch.Tensor:
-    """Return the cross-entropy of logits [..., classes] with class 0."""
+    """Return the cross-entropy of logits [..., classes], with class 0 as the label everywhere."""
     logits = output if isinstance(output, torch.Tensor) else output[0]
     rows = logits.flatten(0, -2)
     return F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device))
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """Return a scalar of the last hidden state [batch, tokens, width]."""
+    """Return the mean square of the last hidden state [batch, tokens, width], as a loss."""
     return output[0].square().mean()
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model and a step's input.
+    """A model and the input of a step.
 
     Args:
         build: returns the model in train mode, without dropout.
-        batch: returns keyword arguments of its forward, floating point.
-        targets: our targets.
-        peft: arguments of peft's LoraConfig that mean the same weights.
-        loss: a scalar of what forward returns.
-        dropout: whether both libraries support adapter dropout here.
+        batch: returns keyword arguments of forward.
+        targets: the spec's targets.
+        peft: arguments of peft's LoraConfig that adapt the same weights.
+        loss: computes a scalar from the output of forward.
+        dropout: whether both libraries support adapter dropout for this model.
     """
 
     name: str
@@ -83,7 +83,7 @@ def _llama(layers: int) -> Callable[[], nn.Module]:
 
 
 def _llama_1b() -> nn.Module:
-    """Return a Llama of the sizes of TinyLlama (2401.02385), in bfloat16."""
+    """Return a Llama with the sizes of TinyLlama (arXiv 2401.02385), in bfloat16."""
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=22, vocab_size=32000, use_cache=False)
     before = torch.get_default_dtype()
@@ -95,9 +95,7 @@ def _llama_1b() -> nn.Module:
 
 
 def _smollm2() -> nn.Module:
-    """Return a model of the sizes of SmolLM2-135M, in fp32."""
-    import transformers
-
+    """Return a Llama with the sizes of SmolLM2-135M, in fp32."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = transformers.LlamaConfig(
         **sizes, num_hidden_layers=30, vocab_size=49152, tie_word_embeddings=True, use_cache=False
@@ -166,23 +164,22 @@ WORKS = _named(
         {"target_modules": ["conv", "fc", "head"]},
     ),
 )  # fmt: skip
-"""By the name that the command takes; `tiny` is there to try the benchmark itself, and is in no table."""
-
+"""{name: work}. `tiny` is for trying the benchmark itself; the table `calls` has it as a placeholder."""
 
 STARTED = _named(
     Work("vit-b", "ViT-B, linears", _images("vit_base_patch16_224"), _batch("x", 2, 3, 224, 224), **_VIT),
     Work("smollm2-135m", "SmolLM2-135M", _smollm2, _ids, **_DECODER),
     Work("llama-1b", "Llama 1.1B, bf16", _llama_1b, _ids, **_DECODER),
 )  # fmt: skip
-"""Models whose start is measured, but not their steps, which take long on a CPU."""
+"""Models whose start is measured. Their steps are not, because they take long on a CPU."""
 
 _STACK = Work("stack", "Llama-like, 2 layers, 2 x 256", _llama(2), _EMBEDDED, **_DECODER, loss=hidden)
 COMPILED = {"vit-s": WORKS["vit-s"], "stack": _STACK}
-"""Models whose steps are compiled: inductor takes a minute for each, or more."""
+"""Models whose compiled steps are measured. inductor takes at least a minute for each."""
 
 
 def _on_cuda(work: Work) -> Work:
-    """Return the work with its model and batch on the GPU, in bfloat16."""
+    """Return the work with model and batch on the GPU, in bfloat16."""
     return replace(
         work,
         build=lambda: work.build().to("cuda", torch.bfloat16),
@@ -202,7 +199,6 @@ CUDA = {
 }  # fmt: skip
 CUDA = {name: _on_cuda(work) for name, work in CUDA.items()}
 """Models whose steps are measured on a GPU."""
-
 
 MODELS = CUDA | STARTED | COMPILED | WORKS
 """All models, by name."""

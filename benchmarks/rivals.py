@@ -1,4 +1,4 @@
-"""The variants that are compared: one model, adapted by lorasc-fx, by peft, or not at all, on the same batch."""
+"""The variants that are compared, on the same batch: a model frozen, trained in full, or adapted by either library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import lorasc_fx as lx
 from .models import Work
 
 RANK = 8
-
 RIVALS = ("frozen", "ours", "peft", "full", "folded")
 
 
@@ -25,8 +24,8 @@ class Rival:
 
     Args:
         model: the user's model, a cascade, or peft's wrapper.
-        work: defines the loss.
-        inputs: leaf tensors that need a gradient.
+        work: the work, which defines the loss.
+        inputs: arguments of forward, all of them leaf tensors that need a gradient.
     """
 
     model: nn.Module
@@ -34,18 +33,18 @@ class Rival:
     inputs: Mapping[str, torch.Tensor]
 
     def loss(self) -> torch.Tensor:
-        """Return the loss of a forward."""
+        """Run forward and return the loss."""
         return self.work.loss(self.model(**self.inputs))
 
     def prepare(self) -> None:
-        """Clear gradients, and count trained parameters as changed, as an optimizer does between steps."""
+        """Clear gradients, and mark the trained parameters as written, as an optimizer step does."""
         for tensor in (*self.model.parameters(), *self.inputs.values()):
             tensor.grad = None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         torch.autograd.graph.increment_version(trained)
 
     def step(self) -> None:
-        """Run forward and backward, down to the inputs."""
+        """Run forward, and backward to the inputs."""
         self.loss().backward()
 
 
@@ -85,7 +84,7 @@ def _folded(work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> 
 
 
 def make(name: str, work: Work, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Rival:
-    """Return the variant of this name, which takes the model over."""
+    """Return the variant of this name. It adapts `model` itself, not a copy."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "frozen": lambda: model.requires_grad_(False),
         "ours": lambda: adapted(work, model, batch),
@@ -99,11 +98,7 @@ def make(name: str, work: Work, model: nn.Module, batch: Mapping[str, torch.Tens
 
 
 def make_all(work: Work, names: tuple[str, ...] = RIVALS) -> dict[str, Rival]:
-    """Return variants over the same weights and batch.
-
-    Raises:
-        RuntimeError: ours and peft train different numbers of entries.
-    """
+    """Return {name: variant} with the same weights and batch."""
     model, batch = work.build(), work.batch()
     rivals = {name: make(name, work, copy.deepcopy(model), batch) for name in names}
     check_same_work(work.title, rivals["ours"].model, rivals["peft"].model)

@@ -1,7 +1,6 @@
-"""The tables of docs/costs.md. A table is a function `(model, rounds) -> rows`; a row is cells by column.
+"""The tables of docs/costs.md. A table is a function `(work, rounds) -> rows`, and a row is {column: cell}.
 
-A function runs in a new process for each model, so other tables and models do not change its peaks of memory and first
-calls.
+Each model of a table is measured in a new process, so that peak memory and first calls do not depend on other models.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ Rows = Iterator[Row]
 
 @dataclass(frozen=True)
 class Table:
-    """A function that measures, and what it measures.
+    """A function that measures, with its settings.
 
     Args:
         text: the paragraph above the table.
-        models: names of models that are measured by default.
-        devices: on which it can be measured.
+        models: names of the models that are measured by default.
+        devices: the devices on which the table can be measured.
     """
 
     measure: Callable[[Work, int], Rows]
@@ -56,7 +55,7 @@ SIX = tuple(name for name in WORKS if name != "tiny")
 
 
 def _table(text: str, models: tuple[str, ...] = SIX, **options: Any) -> Callable[..., Callable[[Work, int], Rows]]:
-    """Add a function to the tables, under its name."""
+    """Decorator: add a function to `TABLES` under its name."""
 
     def add(measure: Callable[[Work, int], Rows]) -> Callable[[Work, int], Rows]:
         TABLES[measure.__name__] = Table(measure, text, models, **options)
@@ -66,7 +65,7 @@ def _table(text: str, models: tuple[str, ...] = SIX, **options: Any) -> Callable
 
 
 def measure(name: str, model: str, rounds: int) -> list[Row]:
-    """Return the rows of a model, measured in this process."""
+    """Measure a model in this process, and return its rows."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("lorasc_fx").setLevel(logging.ERROR)
     torch.set_num_threads(TABLES[name].threads)
@@ -149,20 +148,20 @@ def kernels(work: Work, rounds: int) -> Rows:
     devices=("cpu", "cuda"),
 )
 def memory(work: Work, rounds: int) -> Rows:
-    """Count what autograd keeps, and the peak of each variant in a child process."""
+    """Count the bytes that autograd keeps, and measure the peak memory of each variant in a child process."""
     names = ["frozen", "full", "peft", "ours", *(("peft, dropout", "ours, dropout") if work.dropout else ())]
     rivals = make_all(work, tuple(names))
     row = {name: _mib(saved_bytes(rival.loss, rival.model)) for name, rival in rivals.items()}
     del rivals
     for name in ("frozen", "full", "peft", "ours"):
-        # Large blocks leave no holes in the heap.
+        # With this threshold, malloc maps large blocks separately, so that they leave no holes in the heap.
         peaks = in_child(_peaks, work.name, name, MALLOC_MMAP_THRESHOLD_=str(128 << 10))
         row |= {f"peak: {variant}": _mib(size) for variant, size in peaks.items()}
     yield {"model": work.title, **row}
 
 
 def _peaks(name: str, variant: str) -> dict[str, int]:
-    """Return the peak bytes of three steps of a variant; of ours, in the second stage and in the first."""
+    """Return {column: peak bytes of three steps} of a variant. Ours has a column for each of its first two stages."""
     work = MODELS[name]
     model, batch = work.build(), work.batch()
     on_gpu = _device(model) == "cuda"
@@ -190,7 +189,7 @@ def _peaks(name: str, variant: str) -> dict[str, int]:
     tuple(COMPILED),
 )
 def compiled(work: Work, rounds: int) -> Rows:
-    """Compare compiled models; a compilation in a timed step is an error."""
+    """Compare compiled models. Raise RuntimeError if a timed step compiles."""
     from torch._dynamo.utils import counters
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
@@ -232,7 +231,7 @@ def compiled(work: Work, rounds: int) -> Rows:
 
 
 def _prompt(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the arguments of `generate` for eight tokens after eight positions of a batch."""
+    """Return the arguments of `generate` for eight new tokens after the first eight positions of a batch."""
     start = {name: value[:, :8] for name, value in batch.items()}
     return {**start, "min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
@@ -246,7 +245,7 @@ def _prompt(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     devices=("cpu", "cuda"),
 )
 def costs(work: Work, rounds: int) -> Rows:
-    """Compare what is paid once, or once a stage."""
+    """Compare operations that run once, or once per stage."""
     model, batch = work.build(), work.batch()
     ours: dict[str, float] = {}
     theirs: dict[str, float] = {}
@@ -305,10 +304,10 @@ def costs(work: Work, rounds: int) -> Rows:
     threads=1,
 )
 def start(work: Work, rounds: int) -> Rows:
-    """Measure `adapt`, `load`, and the first calls of a kind."""
+    """Measure `adapt`, `load` and first calls."""
     model = work.build()
     batch = {name: value[:2] for name, value in work.batch().items()}
-    adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()  # imports, and what is done once
+    adapted(WORKS["tiny"], WORKS["tiny"].build(), WORKS["tiny"].batch()).release()  # imports, and fills caches
     work.loss(model(**batch)).backward()
     seconds: dict[str, float] = {}
     added = 0
@@ -349,7 +348,7 @@ def start(work: Work, rounds: int) -> Rows:
     threads=1,
 )
 def calls(work: Work, rounds: int) -> Rows:
-    """Compare calls of narrow models."""
+    """Compare calls of narrow models, which spend most of their time in Python."""
     repeats, x = 20, torch.randint(0, 100, (2, 16))
 
     def variants(model: nn.Module, leaves: list[str]) -> dict[str, Any]:
@@ -393,7 +392,7 @@ _BY_PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "lokr": ("LoKrConfig", {"r": RANK, "alpha": RANK}),
     "delora": ("DeloraConfig", {"r": RANK}),
 }
-"""peft's configuration of each method. It has no LoRA-XS."""
+"""{method: peft's configuration class and options}. peft has no LoRA-XS."""
 
 
 @_table(
@@ -465,7 +464,7 @@ def serving(work: Work, rounds: int) -> Rows:
 
 
 def _check_same_output(title: str, ours: Any, theirs: Any) -> None:
-    """Raise RuntimeError if outputs differ by more than 1e-4 of the largest entry."""
+    """Raise RuntimeError if the outputs differ by more than 1e-4 of peft's largest entry."""
     ours, theirs = (output if isinstance(output, torch.Tensor) else output[0] for output in (ours, theirs))
     if (gap := float((ours - theirs).abs().max() / theirs.abs().max())) > 1e-4:
         raise RuntimeError(f"{title}: ours and peft differ by {gap:.1e} of the output")

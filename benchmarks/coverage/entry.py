@@ -17,12 +17,12 @@ class Entry:
 
     Args:
         name: unique in the zoo.
-        source: file of the library that defines it, without folder and suffix.
+        source: the file of the library that defines the architecture, without folder and suffix.
         build: makes the model, with random weights from torch's generator.
-        inputs: makes the arguments of a call in train (True) or eval mode (False), from torch's generator; fp64.
-        unused: patterns of weights whose branch provably gets no gradient, with the reason.
-        tolerance: of the output with branches, over its scale. It is above 1e-12 only if the model computes in fp32
-            inside, whatever its dtype, or amplifies rounding.
+        inputs: makes fp64 arguments of a call in train (True) or eval mode (False), from torch's generator.
+        unused: {pattern of weight names: reason why their branches get no gradient}.
+        tolerance: maximum error of the output with branches, relative to its scale. It is above 1e-12 only if the model
+            always computes a part in fp32, or amplifies rounding errors.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Entry:
 
 
 def images(*shape: int) -> Callable[[bool], Call]:
-    """Return a maker of one batch of images [batch, channels, ...]."""
+    """Return a maker of random images of shape [batch, channels, ...]."""
     return lambda training: ((torch.randn(*shape, dtype=torch.float64),), {})
 
 
 def built(entry: Entry) -> nn.Module:
-    """Return the model in fp64, with other gains and biases than the zeros and ones of its library."""
+    """Return the model in fp64, with noise on vectors and on zero tensors, whose initial values would hide errors."""
     seed(0)
     model = entry.build().double()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Compares one architecture with its own eager model, in fp64, in train and eval mode, through two stages.
 
-The oracle is a twin: another instance of the class, which runs eagerly on weights that plain formulas give.
+The oracle is a twin: another instance of the class. It runs eagerly, with weights that plain formulas compute.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Report:
 
 
 def examine(entry: Entry) -> Report:
-    """Adapt, compare, train two stages, release, and compare again. Raises AssertionError at the first difference."""
+    """Adapt, compare, train two stages, release, and compare again. Raise AssertionError at the first difference."""
     start = time.perf_counter()
     model, twin = built(entry).train(), built(entry).requires_grad_(False)
     before, base = (face(model), hooks(model)), {name: value.detach().clone() for name, value in named(model).items()}
@@ -68,23 +68,23 @@ def examine(entry: Entry) -> Report:
 
 
 def named(model: nn.Module) -> Tensors:
-    """Return the parameters by name."""
+    """Return {name: parameter}."""
     return dict(model.named_parameters())
 
 
 def call(entry: Entry, training: bool, start: int = 5) -> Call:
-    """Return the arguments of a call, drawn under a seed."""
+    """Return random arguments of a call, drawn with the seed `start`."""
     seed(start)
     return entry.inputs(training)
 
 
 def run(entry: Entry, model: Any, training: bool, start: int = 5, grad: bool = False) -> Any:
-    """Call a model on inputs and draws of a seed, with the kernels of a trainable model."""
+    """Call a model with seeded inputs and dropout, and with the kernels that a trainable model gets."""
     return compare.run(model, call(entry, training, start), grad, fused=False, start=start + 1)
 
 
 def same_at_first(entry: Entry, cascade: lx.Cascade, twin: nn.Module, training: bool) -> None:
-    """B = 0: outputs and buffers equal the eager model's, bit for bit, under the same noise and seed."""
+    """Check with B = 0 that outputs and buffers equal the eager model's bit for bit, with the same noise and seed."""
     run(entry, cascade.train(training), training)  # sites that only this mode reaches get their noise here
     twin.load_state_dict(cascade.model.state_dict())
     expected = run(entry, twin.train(training), training)
@@ -93,7 +93,7 @@ def same_at_first(entry: Entry, cascade: lx.Cascade, twin: nn.Module, training: 
 
 
 def same_as_formula(entry: Entry, cascade: lx.Cascade, twin: nn.Module, training: bool) -> set[str]:
-    """B != 0: outputs and gradients follow from the weights W + s B A. Return the weights that get a gradient."""
+    """Check with B != 0 that outputs and gradients are those of W + s B A. Return the weights that get a gradient."""
     randomize(cascade, 4, size=0.05)
     twin.load_state_dict(cascade.model.state_dict())
     expected, factors = by_formula(cascade, twin.train(training), call(entry, training))
@@ -119,7 +119,7 @@ def same_as_formula(entry: Entry, cascade: lx.Cascade, twin: nn.Module, training
 
 
 def two_stages(entry: Entry, cascade: lx.Cascade, base: Tensors) -> Tensors:
-    """Train two stages and return the slow weights by the formula: W0 plus the pace times s B A of each stage."""
+    """Train two stages, and compute the slow weights by the formula: W0 plus the pace times s B A of each stage."""
     slow = dict(base)
     optimizer = torch.optim.AdamW(cascade.train().param_groups(lr=1e-2))
     for stage in cascade.stages(2, optimizer):
@@ -135,7 +135,7 @@ def two_stages(entry: Entry, cascade: lx.Cascade, base: Tensors) -> Tensors:
 
 
 def released(entry: Entry, cascade: lx.Cascade, twin: nn.Module, slow: Tensors, before: Any) -> None:
-    """The released model is the user's object with the slow weights, and its state dict loads into another instance."""
+    """Check that release returns the user's object with the slow weights, and that the twin loads its state dict."""
     with cascade.eval().weights("slow"):
         expected = run(entry, cascade, False, 11)
     model = cascade.model
@@ -147,7 +147,7 @@ def released(entry: Entry, cascade: lx.Cascade, twin: nn.Module, slow: Tensors, 
     assert_same(outputs, expected, 1e-12)
     twin.load_state_dict(model.state_dict(), strict=True)
     for value, same in zip(model.parameters(), twin.parameters(), strict=True):
-        same.requires_grad_(value.requires_grad)  # torch selects kernels by it
+        same.requires_grad_(value.requires_grad)  # torch selects kernels by this flag
     assert_same(run(entry, twin.eval(), False, 11), outputs)
     for name, value in named(model).items():
         assert compare.difference(value, slow[name]) <= 1e-12, f"{name} is not the slow weight of the formula"

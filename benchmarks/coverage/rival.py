@@ -1,4 +1,4 @@
-"""LoRA of peft on the same architectures: on every linear (`all-linear`) and every convolution."""
+"""peft's LoRA on every linear layer and every convolution of the same architectures."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.kit.compare import difference, loss_of
 
 
 def look(name: str) -> dict[str, Any]:
-    """Return the report of a model under lorasc-fx, and in `peft` a text about peft. Runs in a new process."""
+    """Return the report of a model under lorasc-fx as a dict, with peft's result as text in `peft`."""
     torch.set_num_threads(1)
     try:
         report = examine(ZOO[name])
-    except Exception as error:  # the page shows it; the test of the model raises it
+    except Exception as error:  # the page shows the error
         report = Report(name, fault=f"{type(error).__name__}: {error}".replace("\n", " ")[:300])
     return {**asdict(report), "peft": peft_on(ZOO[name])}
 
 
 def peft_on(entry: Entry) -> str:
-    """Return the number of matrices that peft adapts, and its faults: an exception, or differences in eval mode."""
+    """Return a text: how many matrices peft adapts, and its faults in eval mode, or the exception that it raises."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return _differences(entry)
@@ -46,7 +46,7 @@ def _differences(entry: Entry) -> str:
     adapted = peft.get_peft_model(model, config).eval()
     layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     result = [f"{len(layers)} of {matrices} matrices"]
-    if (gap := difference(run(entry, adapted, False), expected)) > 1e-13:  # torch selects another kernel below that
+    if (gap := difference(run(entry, adapted, False), expected)) > 1e-13:  # smaller gaps come from other kernels
         result.append(f"B = 0 moves the output by {gap:.0e}")
     factors = [factor for layer in layers for factor in layer.lora_B.parameters()]
     with torch.no_grad():

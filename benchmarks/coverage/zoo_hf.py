@@ -1,4 +1,4 @@
-"""Makes entries of transformers from names of model classes, and settings that make them small."""
+"""Makes entries from model classes of transformers, and from settings that make the models small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Maker = Callable[[], Any]
 
 
 def model(name: str, **settings: Any) -> Callable[[], nn.Module]:
-    """Return a builder of a model class with settings of its configuration."""
+    """Return a builder of a model with these settings of its configuration."""
 
     def build() -> nn.Module:
         model_class = getattr(transformers, name)
@@ -42,22 +42,22 @@ def hf(
 
 
 def real(*shape: int, scale: float = 1.0) -> Maker:
-    """Return a maker of normal numbers."""
+    """Return a maker of normally distributed numbers."""
     return lambda: scale * torch.randn(*shape, dtype=torch.float64)
 
 
 def whole(high: int, *shape: int, low: int = 0) -> Maker:
-    """Return a maker of whole numbers below `high`."""
+    """Return a maker of whole numbers from `low` to `high` - 1."""
     return lambda: torch.randint(low, high, shape)
 
 
 def fixed(value: Any) -> Maker:
-    """Return a maker of always the same value."""
+    """Return a maker of a constant."""
     return lambda: torch.tensor(value) if isinstance(value, list) else value
 
 
 def given(labels: dict[str, Maker] | None = None, **always: Maker) -> Callable[[bool], Call]:
-    """Return a maker of keyword arguments: `always`, and `labels` in train mode."""
+    """Return a maker of calls with the keyword arguments `always`, and in train mode also `labels`."""
 
     def make(training: bool) -> Call:
         makers = always | (labels or {} if training else {})
@@ -67,7 +67,7 @@ def given(labels: dict[str, Maker] | None = None, **always: Maker) -> Callable[[
 
 
 def boxes(count: int, images: int = 2, classes: int = 3) -> Maker:
-    """Return a maker of a detector's labels: classes, and boxes as relative centres and sizes."""
+    """Return a maker of labels for a detector: classes, and boxes as relative centers and sizes."""
 
     def make() -> list[dict[str, torch.Tensor]]:
         sizes = [0.2 + 0.3 * torch.rand(count, 4, dtype=torch.float64) for _ in range(images)]
@@ -98,12 +98,9 @@ def text(
     """Return the entry of a text model, which trains with labels and runs without them in eval mode.
 
     Args:
-        name: of the entry; the modeling file is `modeling_NAME` unless `source` names another.
-        class_name: of the model, with its head.
-        small: settings that most models share.
-        length: of the sequences.
-        extra: more arguments of each call than ids, mask and labels. None removes the argument of its name.
-        settings: of the configuration.
+        source: the modeling file, by default `modeling_NAME`.
+        small: settings that most models share. `settings` override them.
+        extra: {name: value} of further arguments of each call. The value None removes an argument.
     """
 
     def inputs(training: bool) -> Call:
@@ -120,7 +117,7 @@ def text(
 
 
 def _tokens(length: int) -> dict[str, torch.Tensor]:
-    """Return two sequences, the second of them padded at its end."""
+    """Return ids and mask of two sequences. The second one is padded at its end."""
     ids = torch.randint(3, 100, (2, length))
     mask = torch.ones_like(ids)
     mask[1, -PADDING:] = 0
@@ -138,6 +135,6 @@ def _labels(class_name: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _targets(length: int, training: bool) -> dict[str, torch.Tensor]:
-    """Return what a decoder gets: labels, from which it makes its inputs, or the inputs."""
+    """Return the labels, from which a model derives the inputs of its decoder, or in eval mode these inputs."""
     ids = torch.randint(3, 100, (2, length - 3))
     return {"labels": ids} if training else {"decoder_input_ids": ids}

@@ -28,7 +28,7 @@ _SEQUENCE: dict[str, Any] = {"use_cache": False, "d_model": 32, "encoder_layers"
 
 
 def _with_codes(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a builder with random codebooks; without training they are zeros."""
+    """Return a builder with random codebooks, because untrained ones are zeros."""
 
     def built() -> nn.Module:
         model = build()
@@ -78,13 +78,13 @@ _SMALL: dict[str, Any] = {"initializer_range": 0.02}
 _LOSS: dict[str, Any] = {"tolerance": 1e-6}  # the loss of a language model is computed in fp32
 _pair = given({"return_loss": fixed(True)}, input_ids=whole(40, 2, 6, low=3),
     attention_mask=fixed([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]), pixel_values=real(2, 3, 32, 32))
-# Sixteen places for an image's patches.
+# Sixteen placeholder tokens for the patches of an image.
 _PLACES = [39] * 16
 # fmt: on
 
 
 def _told() -> torch.Tensor:
-    """Return two texts around one image each."""
+    """Return the tokens of two texts, each around an image."""
     return torch.cat([torch.randint(3, 30, (2, 2)), torch.tensor([_PLACES, _PLACES]), torch.randint(3, 30, (2, 4))], 1)
 
 

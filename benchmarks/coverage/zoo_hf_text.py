@@ -42,7 +42,7 @@ DECODERS: tuple[Entry, ...] = (
 )
 
 
-# the default, grouped_mm, has no fp64
+# The default, grouped_mm, does not support fp64.
 _BATCHED = {"experts_implementation": "batched_mm"}
 _LOOP = {"experts_implementation": "eager"}
 _FEW = {**_GATED, **_BATCHED, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}

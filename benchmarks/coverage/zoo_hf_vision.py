@@ -26,7 +26,7 @@ IMAGES: tuple[Entry, ...] = (
         depths=[2, 2], num_heads=[2, 4], window_size=4, drop_path_rate=0.2, pretrained_window_sizes=[0, 0]),
     hf("convnextv2", "ConvNextV2ForImageClassification", _pictures, num_labels=3, num_stages=3,
         hidden_sizes=[16, 24, 32], depths=[1, 2, 1], drop_path_rate=0.2),
-    # With sdpa it adds a mask of True to the bias, as 1.0, but only while it is traced.
+    # With sdpa, while it is traced, BEiT adds a boolean mask to the bias, which raises the bias by 1.0.
     hf("beit", "BeitForImageClassification", _pictures, num_labels=3, use_relative_position_bias=True,
         attn_implementation="eager", use_absolute_position_embeddings=True, **PLAIN, **DROPPED),
     hf("dinov2", "Dinov2ForImageClassification", _pictures, num_labels=3, use_swiglu_ffn=True, drop_path_rate=0.2,
@@ -42,7 +42,7 @@ IMAGES: tuple[Entry, ...] = (
     hf("levit", "LevitForImageClassificationWithTeacher", given(pixel_values=real(2, 3, 64, 64)), num_labels=3,
         image_size=64, hidden_sizes=[32, 32, 48], num_attention_heads=[2, 2, 3], depths=[1, 1, 1], key_dim=[8, 8, 8],
         mlp_ratio=[2, 2, 2], attention_ratio=[2, 2, 2], drop_path_rate=0,
-        tolerance=2e-12),  # batch norm over a few places amplifies rounding, also that of torch's own operations
+        tolerance=2e-12),  # batch norm over a few positions amplifies rounding errors, also without branches
     hf("pvt", "PvtForImageClassification", _pictures, num_labels=3, image_size=32, num_encoder_blocks=3,
         depths=[1, 1, 1], sequence_reduction_ratios=[4, 2, 1], hidden_sizes=[16, 24, 32], patch_sizes=[4, 2, 2],
         strides=[4, 2, 2], num_attention_heads=[1, 2, 4], mlp_ratios=[2, 2, 2], drop_path_rate=0.1, **DROPPED),
@@ -55,7 +55,7 @@ IMAGES: tuple[Entry, ...] = (
     hf("vivit", "VivitForVideoClassification", _clips, num_labels=3, num_frames=4, tubelet_size=[2, 8, 8],
         **{key: value for key, value in (PLAIN | DROPPED).items() if key != "patch_size"}),
 )
-# Backbones, and the stages or layers whose feature maps leave them.
+# Backbones. `out_features` and `out_indices` name the stages or layers whose feature maps they return.
 _RESNET: dict[str, Any] = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16, 24],
     "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}
 _SWIN: dict[str, Any] = {"model_type": "swin", "image_size": 64, "patch_size": 4, "embed_dim": 8,
@@ -77,7 +77,7 @@ _ZERO_QUERIES = {"*decoder.layers.0.self_attn.v_proj.weight": "the first layer's
     "*decoder.layers.0.self_attn.[qk]_proj.weight": "the first layer's values are equal: no weighing moves the mean"}
 
 DENSE: tuple[Entry, ...] = (
-    # No labels for DETR and YOLOS: their losses weigh classes in fp32, which eager torch refuses in fp64.
+    # DETR and YOLOS get no labels: their losses have class weights in fp32, so eager torch raises in fp64.
     hf("detr", "DetrForObjectDetection", _seen, backbone_config=_RESNET, auxiliary_loss=True, **_DETR,
         unused=_ZERO_QUERIES),
     hf("yolos", "YolosForObjectDetection", given(pixel_values=real(2, 3, 32, 32)), num_labels=3, num_detection_tokens=5,

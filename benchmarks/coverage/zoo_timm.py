@@ -1,6 +1,6 @@
-"""Architectures of timm, at least one of each file of timm/models, with arguments that make them small.
+"""Architectures of timm, at least one for each file in timm/models, with arguments that make them small.
 
-An entry has a registered name, or a class if the registered function has no such arguments.
+An entry has a registered name, or the name of a class if the registered function does not accept such arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.kit.compare import Call
 
 
 class Passed(nn.Module):
-    """Replaces a repeated block: returns the input that has the shape of the block's output."""
+    """Replaces a repeated block, and returns the input at `position`, which has the shape of the block's output."""
 
     def __init__(self, position: int) -> None:
         super().__init__()
@@ -49,20 +49,17 @@ class Passed(nn.Module):
 
 
 def net(name: str, size: int, *, label: str = "", passed: tuple[str, ...] = (), **kwargs: Any) -> Entry:
-    """Return the entry of what timm registers under `name`, or of a class `file.Class`, for images of `size` pixels.
+    """Return the entry of a registered name, or of a class as `file.Class`, for images of `size` times `size` pixels.
 
     Args:
-        name: a registered name, or file and class.
-        size: height and width of the images.
-        label: name of the entry, if a file has several of one class.
-        passed: repeated blocks that are replaced, if no argument sets the depth.
-        kwargs: arguments of the model.
+        label: name of the entry, if a class has several entries.
+        passed: paths of repeated blocks to replace, if no argument of the model sets its depth.
     """
     file, _, cls = name.rpartition(".")
     source = file or timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
 
     def build() -> nn.Module:
-        arguments = {"num_classes": 5, **copy.deepcopy(kwargs)}  # the builder of EfficientNets changes them
+        arguments = {"num_classes": 5, **copy.deepcopy(kwargs)}  # the builder of EfficientNets modifies its arguments
         model: nn.Module
         if file:
             model = getattr(importlib.import_module(f"timm.models.{file}"), cls)(**arguments)  # noqa: TID251
@@ -75,7 +72,7 @@ def net(name: str, size: int, *, label: str = "", passed: tuple[str, ...] = (), 
     return Entry(label or cls or name, source, build, images(2, 3, size, size))
 
 
-# ---- convolutional ones
+# ---- convolutional networks
 
 _HR = {"num_modules": 1, "block_type": "BASIC", "fuse_method": "SUM"}
 # fmt: off
@@ -103,7 +100,7 @@ _GHOSTS = [[[3, 8, 8, 0, 1]], [[3, 16, 12, 0.25, 2]], [[5, 24, 16, 0.25, 2]], [[
 
 
 def _pnasnet() -> nn.Module:
-    """Return PNASNet with narrow cells and without repeated ones; the class has no such arguments."""
+    """Return PNASNet with narrow cells and without repeated ones. The class has no arguments for this."""
     model = PNASNet5Large(device="meta")
     model.conv_0 = ConvNormAct(3, 8, 3, stride=2, padding=0, apply_act=False)
     model.cell_stem_0 = CellStem0(in_chs_left=8, out_chs_left=2, in_chs_right=8, out_chs_right=2)
@@ -188,7 +185,7 @@ CONVOLUTIONAL: tuple[Entry, ...] = (
 )
 
 
-# ---- further members of files, for what they compute in another way
+# ---- further models of the same files that compute something differently
 
 _VIT: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
 _MIXER: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "num_blocks": 2}
@@ -206,7 +203,7 @@ def _args(*stages: str) -> Any:
 
 
 def _patches(training: bool) -> Call:
-    """Patches of two images of other sizes, the second one padded."""
+    """Return a call with the patches of two images of different sizes. The second one is padded."""
     coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(3)).expand(2, -1, -1).clone()
     valid = torch.ones(2, 6, dtype=torch.bool)
     valid[1, 4:] = False
@@ -215,7 +212,7 @@ def _patches(training: bool) -> Call:
 
 # fmt: off
 VARIANTS: tuple[Entry, ...] = (
-    # Transformers: blocks, pools, position codes.
+    # Transformers: blocks, pools, position encodings.
     net("vit_base_patch16_siglip_224", 32, **_VIT),
     net("vit_small_patch16_dinov3", 32, **_VIT),
     net("vit_base_patch16_rope_224", 32, **_VIT),
@@ -256,7 +253,7 @@ VARIANTS: tuple[Entry, ...] = (
         stem_size=8),
     net("efficientnet.EfficientNet", 64, label="groupnorm", block_args=_args("ds_r1_k3_s1_e1_c8", "ir_r1_k3_s2_e2_c16"),
         num_features=24, stem_size=8, norm_layer=partial(GroupNormAct, num_groups=4), drop_path_rate=0.3),
-    # Residual nets: attention of channels and space, blur pools, standardized weights.
+    # Residual nets: channel and spatial attention, blur pools, standardized weights.
     net("ecaresnet50d", 64, **_RESNET, stem_width=8, aa_layer=BlurPool2d, drop_block_rate=0.1),
     net("resnetv2.ResNetV2", 64, label="resnetv2_bit", layers=(1, 1, 1, 1), channels=(16, 16, 32, 32), stem_chs=8,
         norm_layer=partial(GroupNormAct, num_groups=4)),
@@ -296,7 +293,7 @@ VARIANTS: tuple[Entry, ...] = (
 
 
 def _hybrid() -> nn.Module:
-    """Return a ViT on the feature map of a ResNet with standardized weights; each registered name fixes the widths."""
+    """Return a narrow ViT on the feature map of a ResNet with standardized weights. Registered names fix the widths."""
     backbone = ResNetV2(
         layers=(1, 1),
         channels=(16, 32),

@@ -29,7 +29,7 @@ from tests.kit.compare import Call
 
 
 def _scenes(masks: bool = False, keypoints: int = 0) -> Callable[[bool], Call]:
-    """Return a maker of two images of different sizes and, in train mode, of their targets."""
+    """Return a maker of calls with two images of different sizes and, in train mode, their targets."""
 
     def make(training: bool) -> Call:
         pictures = [torch.rand(3, 64, width, dtype=torch.float64) for width in (64, 48)]
@@ -73,7 +73,7 @@ def _googlenet() -> nn.Module:
 
 
 def _trunk() -> nn.Sequential:
-    """Return the features of a MobileNetV3 with strides 2, 4, 8 and 16, 8 channels where they leave, 48 at the end."""
+    """Return the features of a MobileNetV3. Maps 1 to 3 have 8 channels and the last has 48, at strides up to 16."""
     block = partial(InvertedResidualConfig, dilation=1, width_mult=1.0)
     setting = [block(8, 3, 16, 8, True, "RE", 2), block(8, 5, 24, 8, True, "HS", 2), block(8, 3, 24, 8, False, "HS", 2)]
     return models.MobileNetV3(setting, 16, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)).features
@@ -90,7 +90,7 @@ def _pyramid(width: int = 16) -> nn.Module:
 
 
 def _regions(model: type[nn.Module], more: str = "") -> nn.Module:
-    """Return a two-stage detector that samples few regions, with more heads or none."""
+    """Return a two-stage detector that samples few regions. `more` names further heads (a key of `_HEADS`)."""
     heads: dict[str, Any] = {"num_classes": 3, **(_HEADS[more]() if more else {})}
     return model(
         _pyramid(),
@@ -124,7 +124,7 @@ def _ssdlite() -> nn.Module:
     anchors = DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)
     widths = detection._utils.retrieve_out_channels(backbone, (64, 64))
     head = SSDLiteHead(widths, anchors.num_anchors_per_location(), 3, norm)
-    # Every box is kept in eval mode: the coarsest maps have none that a target matches.
+    # Keep every box in eval mode, because no target matches a box of the coarsest maps.
     kept = {"score_thresh": 0.0, "nms_thresh": 1.0, "detections_per_img": 1000}
     return detection.ssd.SSD(backbone, anchors, (64, 64), 3, head=head, **kept)
 
@@ -146,14 +146,14 @@ def _s3d() -> nn.Module:
 
 
 class _Correlation(raft.CorrBlock):
-    """RAFT's correlation; its first coordinates are whole numbers, always in fp32."""
+    """RAFT's correlation in fp64. RAFT creates the first coordinates in fp32."""
 
     def index_pyramid(self, centroids_coords: torch.Tensor) -> torch.Tensor:
         return super().index_pyramid(centroids_coords.double())
 
 
 class _Motion(raft.MotionEncoder):
-    """RAFT's motion encoder; its first flow is zero, always in fp32."""
+    """RAFT's motion encoder in fp64. RAFT creates the first flow, zeros, in fp32."""
 
     def forward(self, flow: torch.Tensor, corr_features: torch.Tensor) -> torch.Tensor:
         return super().forward(flow.double(), corr_features)
@@ -181,7 +181,7 @@ def _frames(training: bool) -> Call:
 
 
 def tv(name: str, source: str, build: Callable[[], nn.Module], *size: int, **more: Any) -> Entry:
-    """Return the entry `tv_NAME`, for two images [3, *size] unless `inputs` are given."""
+    """Return the entry `tv_NAME`, whose input is two images [3, *size] unless `more` has `inputs`."""
     return Entry(f"tv_{name}", source, build, more.pop("inputs", None) or images(2, 3, *size), **more)
 
 
