@@ -38,7 +38,7 @@ def net() -> nn.Module:
 
 
 def train(folder: Path, batches: range, stage: int = 40) -> dict[str, Tensor]:
-    """Train on these batches of the run in `folder`, and save. A step takes 4 batches, a stage `stage` batches."""
+    """Train on these batches of the run in `folder`, and save. A step takes 4 batches, and a stage `stage` batches."""
     set_seed(1)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     spec = lx.CascadeSpec(targets=("conv",), train=("7.*",), rank=4, pace=0.8, noise=lx.Noise(0.05))
@@ -68,7 +68,7 @@ def main(folder: str, batches: int = 320) -> float:
     train(Path(folder, "halves"), range(batches // 2 + 2))  # interrupt it between two batches of one step
     resumed = train(Path(folder, "halves"), range(batches // 2 + 2, batches))
     same = all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
-    print(f"the interrupted run ends with {'the same bits' if same else 'OTHER NUMBERS'}")
+    print(f"the interrupted run ends with {'the same bits' if same else 'OTHER WEIGHTS'}")
     model = net()
     model.load_state_dict(uninterrupted)
     images, labels = bars(500, seed=7)

@@ -76,7 +76,7 @@ def main(folder: str, steps: int = 10, stages: int = 2) -> float:
         print(f"stage {stage.index}: loss {loss.item():.3f}")
     save_lora(cascade, Path(folder))
 
-    loaded = tiny_unet()  # load the LoRA like pipe.load_lora_weights(folder)
+    loaded = tiny_unet()  # loads the LoRA as pipe.load_lora_weights(folder) does
     loaded.load_lora_adapter(folder, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     with cascade.weights("slow"), torch.no_grad():
         difference = (loaded(latents, times, texts).sample - cascade(latents, times, texts).sample).abs().max().item()

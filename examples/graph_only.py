@@ -1,4 +1,4 @@
-"""Adapt a model without its source: read a .pt2 file that somebody has exported, and write another .pt2 file.
+"""Adapt a model without its source: read a .pt2 file that somebody else has exported, and write another .pt2 file.
 
 The written file runs without the model's class and without lorasc_fx. Takes a few seconds.
 """
@@ -23,7 +23,7 @@ def somebody_exports(path: Path) -> None:
 
 
 def our_task(rows: int) -> tuple[Tensor, Tensor]:
-    """Return points [rows, 12], and the index of the nearest one of three directions for each point."""
+    """Return points [rows, 12] and their classes: the one of three directions with the largest dot product."""
     points = torch.randn(rows, 12)
     return points, (points @ torch.randn(12, 3, generator=torch.Generator().manual_seed(7))).argmax(-1)
 

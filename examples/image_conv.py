@@ -1,4 +1,4 @@
-"""Adapt a conv net for images: it is trained on MNIST, and then adapted to digits by other writers.
+"""Adapt a conv net for images. The net is trained on MNIST and then adapted to digits by other writers.
 
 Every convolution and the head get a branch. The batch norms are trained in full. Takes 20 seconds. Run it from a clone,
 with the extra `demo`.
@@ -76,7 +76,7 @@ def main(pretrain: int = 150, steps: int = 60, stages: int = 2) -> tuple[float, 
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for index in range(pretrain):  # in practice, load a pretrained checkpoint instead
         step(model, mnist, optimizer, index, len(mnist[0]))
-    model.eval()  # batch norm keeps its statistics from here on
+    model.eval()  # from here on, batch norm keeps its statistics
     before = accuracy(model, new, start=1300)
 
     spec = lx.CascadeSpec(targets=("conv", "head.weight"), train=("*.norm?.*",), rank=4, lora_alpha=8, pace=0.8)

@@ -20,7 +20,7 @@ def build() -> nn.Module:
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return batches of a new task."""
+    """Return random inputs [16, 12] with their classes, by a random linear teacher."""
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(12, 4, generator=generator, dtype=torch.float64)
     inputs = [torch.randn(16, 12, generator=generator, dtype=torch.float64) for _ in range(count)]
@@ -36,7 +36,7 @@ def train_together(data: list[tuple[torch.Tensor, torch.Tensor]]) -> lx.AdapterB
     for x, y in data:
         rows = [name for name in RATES for _ in x]
         outputs = bank(torch.cat([x] * len(RATES)), adapter=rows).chunk(len(RATES))
-        sum(cross_entropy(output, y) for output in outputs).backward()  # each run has gradients of its rows only
+        sum(cross_entropy(output, y) for output in outputs).backward()  # each run gets gradients only from its rows
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -55,7 +55,7 @@ def train_alone(data: list[tuple[torch.Tensor, torch.Tensor]], lr: float) -> lx.
 
 
 def main(steps: int = 40) -> dict[str, float]:
-    """Train all runs, and return the largest difference from a separate run by name."""
+    """Train all runs together and separately, and return {run: largest difference of the outputs}."""
     data, (x, y) = batches(steps), batches(steps + 1)[-1]
     bank = train_together(data)
     differences = {}

@@ -12,7 +12,7 @@ from lorasc_fx.plan import Site
 
 
 class GainBranch(LowRankBranch):
-    """A [rank, in] is random, B [out, rank] zero, and c [rank] one: a stage starts at its weight."""
+    """A [rank, in] starts random, B [out, rank] with zeros and c [rank] with ones, so delta starts at zero."""
 
     options = frozenset({"lora_alpha", "use_rslora"})  # the method has LoRA's scale
 

@@ -26,7 +26,7 @@ def backward(ctx, grad):
 
 linear_gelu.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-# A term added after the gelu cannot express a change of the weight, so the branch is placed on the weight.
+# Adding a branch to the output, after the gelu, would not change the weight. So the branch is added to the weight.
 FORM = WeightForm("my.linear_gelu", "linear", (linear_gelu,), ("x", "weight", "bias"))
 
 

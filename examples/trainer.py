@@ -16,7 +16,7 @@ import lorasc_fx as lx
 
 
 def sequences(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Return sequences that count by threes modulo 29, from a random start."""
+    """Return sequences that count in threes modulo 29, each from a random start."""
     start = torch.randint(29, (count, 1), generator=torch.Generator().manual_seed(seed))
     ids = 3 + (start + 3 * torch.arange(12)) % 29
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -55,7 +55,7 @@ def main(folder: str, epochs: int = 4) -> tuple[float, float]:
     print(f"loss of the slow weights: {before:.3f} before, {after:.3f} after {model.stage - 1} stages")
 
     trainer.save_model(f"{folder}/model")  # writes config.json and model.safetensors of a plain Llama
-    trainer.accelerator.wait_for_everyone()  # under torchrun, only the first process writes
+    trainer.accelerator.wait_for_everyone()  # under torchrun, only the first process has written
     model.release()
     loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
     generated = loaded.generate(test[0]["input_ids"][None, :4], max_new_tokens=6, do_sample=False)

@@ -21,7 +21,7 @@ import lorasc_fx as lx
 
 
 class CascadeWrapper(nn.Module):
-    """The model that the trainer calls. Images go through the cascade. `module` is the plain model, as in DDP."""
+    """The model that the trainer calls. It runs images through the cascade. `module` is the plain model, as in DDP."""
 
     def __init__(self, cascade: lx.Cascade) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class CascadeTrainer(DetectionTrainer):
 
     def _setup_train(self) -> None:
         super()._setup_train()
-        self.ema.enabled = False  # it would average the noise of the frozen weights
+        self.ema.enabled = False  # the moving average would include the noise of the frozen weights
 
     def validate(self) -> Any:
         self.cascade.transition(self.optimizer)
