@@ -1,7 +1,7 @@
 """Capture a call of a model as a graph, and compare the graph with the eager model.
 
-The graph comes from torch.export, unless the model is a GraphModule already. If torch.export fails, or the graph
-computes something else, the model runs eagerly, and its modules read adapted weights (effective.py).
+The graph comes from torch.export, unless the model is a GraphModule already. If torch.export fails, or its graph
+differs from the model, the model runs eagerly, and its modules read adapted weights (effective.py).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ log = logging.getLogger("lorasc_fx")
 Rewrite = Callable[[fx.GraphModule], PassResult]
 
 FRONTENDS = (EXPORT.name, EAGER.name)
-"""The ways to run a model, except a GraphModule, in the order in which `auto` tries them."""
+"""Names of the front ends for models other than a GraphModule, in the order in which `auto` tries them."""
 
 
 def capture(
@@ -74,15 +74,15 @@ def capture(
     """Trace one call of a model. The resulting graph holds no weights: it reads the model's parameters at each call.
 
     A graph is accepted only if it computes the same outputs and gradients as the eager model. If the model computes
-    something else in the other gradient mode, the graph is valid for the current mode only.
+    other outputs with gradients than without them, the graph is valid for the current gradient mode only.
 
     Args:
-        model: a GraphModule is not traced. A sharded model is captured on fake tensors.
+        model: the model. A GraphModule is not traced: its own graph is used. A sharded model runs on fake tensors.
         args, kwargs: example inputs in canonical form (`bind_inputs`).
         frontend: `export` for a graph of torch.export, `eager` for no graph, or `auto` for the first one that works.
         dynamic: axes to make dynamic. All other sizes are constants of the graph.
-        trained: names of the parameters that require gradients in training, directly or through a branch. None for all.
-        rewrites: passes that run on a traced graph before it is compared with the model.
+        trained: names of the parameters that training changes, directly or through a branch. None for all parameters.
+        rewrites: passes that run on a traced graph before the graph is compared with the model.
 
     Raises:
         CaptureError: the model raises on the inputs, or torch.export fails and the model cannot run eagerly either.
@@ -119,7 +119,7 @@ class _Example:
     """The call to capture: the arguments of `capture`, and the observations of the preflight.
 
     Args:
-        on_values: False if the model runs on fake tensors, because it is sharded.
+        on_values: whether the model has real values. False if it is sharded and runs on fake tensors.
     """
 
     model: nn.Module
@@ -132,10 +132,10 @@ class _Example:
     on_values: bool
 
     def captured(self, frontend: str) -> Captured:
-        """Return the graph of torch.export, or no graph if the model must or shall run eagerly.
+        """Return the graph of torch.export, or `module=None` if `frontend` asks for no graph or torch.export fails.
 
         Raises:
-            CaptureError: there is no graph, and the model shall not or cannot run eagerly.
+            CaptureError: there is no graph, and `frontend` is `export` or the model has no values to run eagerly.
         """
         register_cache_pytrees(self.model)
         name, start, reasons, fault = type(self.model).__name__, time.monotonic(), dict[str, str](), None
@@ -158,10 +158,7 @@ class _Example:
         raise not_captured(self.model, reasons) from fault
 
     def _exported(self) -> Captured:
-        """Return the graph of torch.export after the rewrites, compared with the model.
-
-        It is traced in the gradient mode in which it will be called.
-        """
+        """Trace the model by torch.export, in the gradient mode of later calls. Rewrite the graph, and compare it."""
         self.preflight.check()
         grad = self.preflight.grad is not False  # if the mode does not matter (None), trace with gradients
         with isolated_model(self.model), requiring_grad(self.model, self.trained), torch.set_grad_enabled(grad):
@@ -174,7 +171,7 @@ class _Example:
 
 
 def not_captured(model: nn.Module, reasons: Mapping[str, str]) -> CaptureError:
-    """Return the error for a model that neither has a graph nor can run eagerly, with the reason of each."""
+    """Return the error for a model that cannot be captured. `reasons` is {name of a front end: why it failed}."""
     lines = "".join(f"\n  {tried}: {reason}" for tried, reason in reasons.items())
     return CaptureError(
         f"{type(model).__name__} cannot be captured. Change the code that the reasons below name, or adapt only a part "

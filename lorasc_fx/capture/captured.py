@@ -1,7 +1,7 @@
-"""The result of a front end: a graph without weights, which reads them from the user's model.
+"""The result of a front end: a graph that contains no weights, but reads them from the user's model.
 
 The model itself is a child of the graph module, under the name `model`. So a node that reads a weight is
-`get_attr[target=model.NAME]`, and always sees the current value.
+`get_attr[target=model.NAME]`, and always reads the current value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OWNER = "model"
 """Name under which a graph module holds the user's model as a child."""
 
 Axis = tuple[int, int]
-"""An axis of an input: the input's index among the pytree leaves of the arguments, and the axis."""
+"""An axis of an input, as (index of the input among the pytree leaves of the arguments, axis)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FrontEnd:
 
     Args:
         name: the spelling in the option `frontend` and in checkpoints.
-        serves_all_calls: whether it computes every call, whatever its inputs.
+        serves_all_calls: whether one capture computes every call, with any inputs.
     """
 
     name: str
@@ -41,11 +41,11 @@ class FrontEnd:
 
 
 EXPORT = FrontEnd("export")
-"""As a graph of torch.export."""
+"""Run the graph of torch.export."""
 EAGER = FrontEnd("eager", serves_all_calls=True)
-"""Eagerly, without a graph. Its modules read adapted weights."""
+"""Run the model without a graph. Its modules read adapted weights."""
 GRAPH_MODULE = FrontEnd("graph", serves_all_calls=True)
-"""As the graph that the user brings, if the model is a GraphModule."""
+"""Run the graph of the user's model, which is a GraphModule."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Conditions:
     """The conditions under which a graph is valid for a call.
 
     Args:
-        guards: the guards of torch.export. Takes the leaves of the arguments, and raises AssertionError if they fail.
-        sizes: the shape of each tensor leaf, with None for a dynamic size, and None for any other leaf. Empty if the
-            graph does not depend on sizes.
-        requested: the axes that the capture was to make dynamic. The tracer may have made some of them constant.
+        guards: function of the leaves of the arguments that raises AssertionError if a guard of torch.export fails.
+        sizes: one item per leaf: the shape of a tensor, with None for each dynamic size, or None for any other leaf.
+            Empty if the graph does not depend on sizes.
+        requested: the axes that were requested to be dynamic. The tracer may have made some of them constant.
         state: guards on the model's Python state.
-        grad: gradient mode of the calls; None if the model computes the same in both.
-        requires_grad: expected flag of each leaf; None if the model does not read these flags.
+        grad: gradient mode of the calls. None if the model computes the same with and without gradients.
+        requires_grad: expected `requires_grad` of each leaf. None if the model does not read these flags.
     """
 
     guards: Callable[..., Any] | None = None
@@ -83,8 +83,8 @@ class Conditions:
     def accepts_sizes(self, leaves: list[object]) -> bool:
         """Whether the inputs have the constant sizes of the graph, and at least 2 for each dynamic size.
 
-        torch.export assumes that a dynamic size is neither 0 nor 1, and adds no guard for that. A call with such a size
-        therefore gets a separate graph. Dynamo traces this method, so it uses simple loops only.
+        torch.export assumes that a dynamic size is neither 0 nor 1, and adds no guard for that. So a call with a size
+        of 0 or 1 gets a separate graph. Dynamo traces this method, so it uses simple loops only.
         """
         # Not strict: `sizes` is empty if the graph does not depend on sizes.
         for leaf, sizes in zip(leaves, self.sizes, strict=False):
@@ -95,7 +95,7 @@ class Conditions:
         return True
 
     def accepts(self, leaves: list[object]) -> bool:
-        """Whether the graph is valid for these inputs: their sizes, requires_grad flags and the export guards."""
+        """Whether the graph is valid for these inputs, by their sizes, requires_grad flags and the export guards."""
         if not (self.accepts_gradients(leaves) and self.accepts_sizes(leaves)):
             return False
         if self.guards is None:
@@ -107,9 +107,9 @@ class Conditions:
         return True
 
     def varying_axes(self, leaves: list[object]) -> set[Axis]:
-        """Return the axes that are dynamic in this graph, or whose constant size differs from these inputs.
+        """Return the axes that are dynamic in this graph, or whose constant size differs from the size in these inputs.
 
-        Sizes of 0 and 1 do not count, because a dynamic size does not cover them.
+        Axes of size 0 or 1 are left out, because a dynamic size does not cover these sizes.
         """
         return {
             (index, axis)
@@ -123,7 +123,7 @@ class Conditions:
         """Whether gradient mode and Python state are the same as at the capture.
 
         Args:
-            traced: whether dynamo traces this call. Then only state that dynamo can compare is checked.
+            traced: whether dynamo traces this call. If so, only state that dynamo can compare is checked.
         """
         if self.grad is not None and self.grad != torch.is_grad_enabled():
             return False
@@ -138,9 +138,9 @@ class Captured:
         module: graph module that reads the weights as `model.NAME`. None if the model runs eagerly.
         frontend: how the model runs.
         conditions: the calls that the graph is valid for.
-        refused: ("export", reason) if torch.export was tried and failed.
-        only_recomputes: whether gradient checkpointing alone ruled out a graph. In eval mode it may be off, and a graph
-            possible.
+        refused: (("export", reason),) if torch.export was tried and failed, otherwise empty.
+        only_recomputes: whether gradient checkpointing is the only reason against a graph. Then calls in eval mode may
+            have a graph, because models often checkpoint in train mode only.
     """
 
     module: fx.GraphModule | None
@@ -157,10 +157,10 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
     added are moved to the new graph module.
 
     Args:
-        holder: the module in which the targets of the graph resolve.
-        graph: is changed in place.
+        holder: the module that has the attributes and modules to which the targets of the graph refer.
+        graph: the graph, which is changed in place.
         model: the user's model.
-        prefix: removed from the targets to get the names in the model.
+        prefix: prefix of the targets that the names in the model do not have.
     """
     tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -183,8 +183,8 @@ def read_live(holder: nn.Module, graph: fx.Graph, model: nn.Module, prefix: str 
         return names_of_constants[target]
 
     retarget(graph, rename)
-    # The tracer recorded the product of a quantized layer as an opaque op that has the key of the layer. Replace it by
-    # an op that takes the weight, so that branches can be matched with it.
+    # The tracer recorded the product of a quantized layer as an opaque op, with the key of the layer as an argument.
+    # Replace the op by one that takes the weight, so that matching finds the weight.
     layers = {
         module.key: (f"{OWNER}.{name}", module.bias is not None)
         for name, module in model.named_modules()
@@ -206,7 +206,7 @@ def with_owner(holder: nn.Module, graph: fx.Graph, model: nn.Module) -> fx.Graph
 
 
 def _put(module: nn.Module, name: str, value: object) -> None:
-    """Store a value in a module as a child, parameter, buffer or plain attribute, by its type."""
+    """Store a value in a module. Its type decides whether it is a child, parameter, buffer or plain attribute."""
     # A Parameter is a Tensor too, so it must come first.
     stores = ((nn.Module, module._modules), (nn.Parameter, module._parameters), (torch.Tensor, module._buffers))
     store: Any = next((store for kind, store in stores if isinstance(value, kind)), vars(module))
@@ -217,12 +217,12 @@ def check_no_random_draws(before: Mapping[str, torch.Tensor]) -> None:
     """Raise RuntimeError if a trace has drawn random numbers: the graph would repeat the same numbers in every call.
 
     Args:
-        before: states of torch's generators before the trace.
+        before: {name of a generator of torch: its state before the trace}.
     """
     if any(not torch.equal(state, before.get(name, state)) for name, state in generator_states().items()):
         raise RuntimeError("the model draws random numbers in Python, which the graph would hold as constants")
 
 
 def captured_graph(model: fx.GraphModule) -> Captured:
-    """Return a copy of the graph of a GraphModule, which reads the weights of that GraphModule."""
+    """Return the capture of a GraphModule: a copy of its graph, which reads the weights of the original."""
     return Captured(read_live(model, copy_graph(model.graph), model), GRAPH_MODULE)

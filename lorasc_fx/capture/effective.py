@@ -1,13 +1,13 @@
 """Make a model compute with effective weights `W + s B A`, in forward and in code that its backward runs again.
 
-It is used for models that run eagerly instead of as a graph. A module reads its weight from its dict `_parameters`,
-which returns an `AdaptedWeight` instead of the parameter: a tensor that computes its branch beside the op, by the table
-of forms.
+Models that run eagerly use this. A module reads a weight from its dict `_parameters`. This file replaces the dict by
+one that returns an `AdaptedWeight` instead of the parameter. If the module passes that tensor to an op of the table of
+forms, the branch is added to the output of the op.
 
-torch.utils.checkpoint, reversible blocks and hooks run code of the model in backward, long after the
-call. So the branch is computed each time that a module reads its parameter. Then checkpointed regions do not store the
-result, and each inner backward has its own autograd graph. Two kinds of reads get the effective weight: reads inside a
-running call, and reads in the backward of a node that a call has created. All other reads get the parameter itself.
+torch.utils.checkpoint, reversible blocks and hooks run code of the model in backward, long after the call. So a branch
+is computed each time that a module reads the weight. Then checkpointed regions do not store the result, and each inner
+backward has its own autograd graph. Two kinds of reads get the effective weight: reads inside a running call, and reads
+in the backward of an autograd node that a call has created. All other reads get the parameter itself.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from lorasc_fx.util.torch_private import current_autograd_node, current_backward
 from lorasc_fx.util.undo import Undo, isolated
 
 MAX_SPANS = 1 << 17
-"""Maximum number of calls remembered. Autograd graphs of more calls would not fit in memory."""
+"""Maximum number of remembered calls of a thread. Autograd graphs of more calls would not fit in memory."""
 
 _MARK = "_lorasc_effective"
-"""Attribute of merged weights."""
+"""Name of the attribute that marks a tensor as a merged weight."""
 
 
 class AdaptedWeight(torch.Tensor):
-    """A weight as a module reads it. An op of the table of forms computes its branch beside the op, and any other op
-    gets `W + s B A`.
+    """The tensor that a module reads instead of a weight. The branch is added to the output of an op that has a form.
+    Any other op gets `W + s B A`.
 
-    It has the shape, dtype and device of the weight, but no values: C++ code that reads it gets nan. Its node in the
-    autograd graph gives a gradient of the weight to the branch. A custom autograd.Function therefore computes the right
-    gradients, although it does not call `__torch_function__`.
+    The tensor has the shape, dtype and device of the weight, but no values: C++ code that reads it gets nan. In
+    backward, its autograd node passes a gradient of the weight on to the branch. So a custom autograd.Function computes
+    the right gradients, although it does not call `__torch_function__`.
 
     Attributes:
         weight: the parameter.
-        branch: its branch.
-        plain: this tensor as a plain tensor.
-        merged: the last `W + s B A`. It is kept because Python code may ask for its address.
+        branch: the branch of the weight.
+        plain: the same tensor as a plain torch.Tensor.
+        merged: the last result of `merge`. It stays alive because Python code may use its address.
     """
 
     weight: torch.Tensor
@@ -61,7 +61,7 @@ class AdaptedWeight(torch.Tensor):
 
     @staticmethod
     def of(weight: torch.Tensor, branch: Branch) -> AdaptedWeight:
-        """Return the weight of a branch, for one read."""
+        """Return a new tensor for one read of a weight."""
         factors = [factor for factor in branch.parameters() if factor.requires_grad]
         plain: torch.Tensor = _GradientOfWeight.apply((weight, branch), *factors)  # type: ignore[no-untyped-call]
         adapted = plain.as_subclass(AdaptedWeight)
@@ -85,7 +85,7 @@ class AdaptedWeight(torch.Tensor):
         return self.merged
 
     def fits(self, form: FunctionForm) -> bool:
-        """Whether the branch can compute beside an op of this form."""
+        """Whether the branch can be added to the output of an op of this form."""
         return Placement.BESIDE in self.branch.placements and self.branch.transposed == (form.layout == "in_out")
 
     @classmethod
@@ -112,9 +112,9 @@ class AdaptedWeight(torch.Tensor):
 
 
 class _GradientOfWeight(torch.autograd.Function):
-    """Computes the gradients of the trainable parameters of a branch from a gradient of its weight.
+    """Computes the gradients of a branch's trainable parameters from the gradient of the effective weight.
 
-    Arguments: (weight, branch), and these parameters. The output has the shape of the weight, and no values.
+    The arguments are (weight, branch), and these parameters. The output is nan, in the shape of the weight.
     """
 
     @staticmethod
@@ -142,14 +142,14 @@ def _nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def form_of_function(func: object) -> FunctionForm | WeightForm | None:
-    """Return the row of the table for a function that `__torch_function__` gets, or None. It may be a method."""
+    """Return the form of a function or tensor method that `__torch_function__` gets, or None."""
     if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)):
         func = func.__name__.strip("_")
     return built_in_form(func) or registered_form(func)
 
 
 def has_form(call: StoredCall, form: FunctionForm) -> bool:
-    """Whether the arguments of a call match the row, and a branch can compute beside it outside of a graph."""
+    """Whether the arguments of a call match a form, and the form needs no graph. Only `stacked` forms need one."""
     fits = form.kind != "stacked" and all(form.argument(call, name) in (None, value) for name, value in form.plain)
     fits = fits and all((form.argument(call, name) or 0) >= 0 for name in form.counted)
     fits = fits and all(form.argument(call, name) is not None for name in form.needs)
@@ -168,17 +168,17 @@ METADATA = {
     *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.element_size, torch.Tensor.__len__),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
-"""Functions that do not use the values of a weight."""
+"""Functions that do not use the values of a tensor."""
 _AUTOGRAD_STATE = _getters("requires_grad", "grad_fn", "is_leaf")
-"""Functions that read how a weight takes part in autograd."""
+"""Functions that read the autograd state of a tensor."""
 
 
 class _Parameters(dict[str, Any]):
     """The `_parameters` dict of one module, which returns effective weights. Pickled and copied as a plain dict.
 
     Args:
-        parameters: the parameters of the module, by attribute name.
-        sites: weight name in the model, by attribute name, of the parameters that have an effective weight.
+        parameters: {attribute name: parameter}, the original dict of the module.
+        sites: {attribute name: weight name in the model} of the parameters that have an effective weight.
         reader: computes the effective weights.
     """
 
@@ -196,9 +196,9 @@ class _Parameters(dict[str, Any]):
         return self._read(leaf, super().__getitem__(leaf))
 
     def __setitem__(self, leaf: str, value: object) -> None:
-        """Set a parameter. If the value is an effective weight, set the parameter that it was computed from.
+        """Set a parameter. If the value is an effective weight, set the parameter from which it was computed.
 
-        functional_call does this: it reads all parameters, replaces them, and writes the old values.
+        `functional_call` sets effective weights: it reads all parameters, replaces them, and writes back what it read.
         """
         reader = self.reader()
         effective = isinstance(value, AdaptedWeight) or getattr(value, _MARK, False)
@@ -207,15 +207,15 @@ class _Parameters(dict[str, Any]):
         super().__setitem__(leaf, value)
 
     def get(self, leaf: str, default: object = None) -> Any:
-        """Return the current value."""
+        """Return the parameter or its effective weight, or the default."""
         return self._read(leaf, super().get(leaf, default))
 
     def items(self) -> Any:
-        """Return names and current values, each computed lazily."""
+        """Return an iterator of (name, value), like `get`. Each effective weight is computed when it is reached."""
         return ((leaf, self._read(leaf, value)) for leaf, value in super().items())
 
     def values(self) -> Any:
-        """Return the current values, each computed lazily."""
+        """Return an iterator of the values of `items`."""
         return (value for _, value in self.items())
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
@@ -223,14 +223,14 @@ class _Parameters(dict[str, Any]):
 
 
 class EffectiveWeights:
-    """Makes the modules of a model read effective weights, during its calls and in their backward.
+    """Makes the modules of a model read effective weights, during calls of this object and in their backward.
 
     Args:
         model: the model to call.
 
     Attributes:
         merges: whether a read returns `W + s B A`. Otherwise it returns an `AdaptedWeight`.
-        branches: the branch of each weight that has an effective weight, by name.
+        branches: {weight name: branch} of the weights that have an effective weight.
     """
 
     merges = False
@@ -238,7 +238,7 @@ class EffectiveWeights:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._local = threading.local()  # running calls, spans and the current backward of each thread
-        self._spans: list[tuple[list[int], list[int]]] = []  # of each thread: begins and ends of its calls
+        self._spans: list[tuple[list[int], list[int]]] = []  # per thread: first and end numbers of its calls' nodes
         self._recurrent = [
             (module, {name: vars(module)[name] for name in ("_flat_weights", "_flat_weight_refs")})
             for module in model.modules()
@@ -247,7 +247,7 @@ class EffectiveWeights:
         self.read_with({})
 
     def read_with(self, branches: Mapping[str, Branch]) -> None:
-        """Replace the branches. Earlier calls whose backward has not run yet use the new branches too."""
+        """Replace the branches. Reads in the backward of earlier calls use the new branches too."""
         self.branches = dict(branches)
         self.parameters = {name: self.model.get_parameter(name) for name in self.branches}
         self._open = False
@@ -278,7 +278,7 @@ class EffectiveWeights:
 
         Args:
             name: name of the weight in the model.
-            value: the stored value. An effective weight replaces it only if it is the parameter itself.
+            value: the value in `_parameters`. It is replaced only if it is the parameter of this name.
         """
         if value is not self.parameters[name] or self._node_number() is None:
             return value
@@ -297,13 +297,13 @@ class EffectiveWeights:
 
     @property
     def running(self) -> tuple[int, ...]:
-        """For each running call of this thread, outermost first: the number of its first autograd node."""
+        """The sequence number of the first autograd node of each running call of this thread, outermost call first."""
         return getattr(self._local, "running", ())
 
     def _node_number(self) -> int | None:
-        """Return the sequence number of an autograd node of the call that this thread computes for.
+        """Return the sequence number of an autograd node of the call that this thread is running or differentiating.
 
-        Returns None if the thread computes neither a call nor a backward of one.
+        Returns None if the thread runs neither a call nor the backward of one.
         """
         if self.running:
             return self.running[-1]
@@ -313,7 +313,7 @@ class EffectiveWeights:
         backward: tuple[int, int] | None = getattr(self._local, "backward", None)
         if backward is not None and task > backward[0]:  # an inner backward, as in reentrant checkpointing
             return backward[1]
-        # The node whose backward runs may also come from code outside the model, such as a loss with parameters.
+        # The running node may also come from code outside the model, such as a loss with parameters.
         node = current_autograd_node()
         number = node._sequence_nr() if node is not None else -1
         if not self._is_of_a_call(number):
@@ -325,7 +325,7 @@ class EffectiveWeights:
         return number
 
     def _is_of_a_call(self, number: int) -> bool:
-        """Whether an autograd node was created in a call.
+        """Whether the autograd node with this sequence number was created in a call.
 
         Each thread numbers its nodes independently, and a node does not show its thread. So all threads are searched.
         """
@@ -348,20 +348,20 @@ class EffectiveWeights:
             ends.pop()
         begins.append(begin)
         ends.append(end)
-        if len(begins) > MAX_SPANS:  # drop the older half: the autograd graphs of these calls must have been freed
+        if len(begins) > MAX_SPANS:  # drop the older half: memory cannot hold the autograd graphs of so many calls
             del begins[: MAX_SPANS // 2], ends[: MAX_SPANS // 2]
 
     def _backward_ends(self) -> None:
-        """Reset the thread when a backward is over. The autograd engine calls this."""
+        """Reset the state of this thread. The autograd engine calls this at the end of a backward."""
         self._local.backward = None
         self.restore_lists()
 
     def begin(self) -> None:
-        """Start a call on this thread: from now on, its reads get effective weights."""
+        """Start a call on this thread. From now on, modules that this thread runs read effective weights."""
         self._local.running = (*self.running, sequence_number())
 
     def end(self, running: tuple[int, ...]) -> None:
-        """End the calls that were started after the calls in `running`, and remember their autograd nodes."""
+        """End the calls that started after those in `running` (an earlier `self.running`). Remember their nodes."""
         for begin in self.running[len(running) :]:
             self._remember(begin, sequence_number())
         self._local.running = running
@@ -370,7 +370,7 @@ class EffectiveWeights:
         self.restore_lists()
 
     def restore_lists(self) -> None:
-        """Restore the lists of weights that RNNs keep. Forward replaces them by effective weights."""
+        """Restore the lists of weights that RNNs keep. Their forward has filled the lists with effective weights."""
         for module, attributes in self._recurrent:
             vars(module).update(attributes)
 

@@ -1,8 +1,8 @@
 """Find the smallest sizes at which a graph with dynamic sizes computes what its model computes.
 
 torch.export assumes that a dynamic size is at least 2, but its graph also accepts 0 and 1, and may then compute
-something else. A cascade captures a separate graph for such calls. A graph that is exported from the cascade cannot do
-that, so the export tries it once at these sizes.
+something else. A cascade captures a separate graph for calls with such sizes. An exported graph cannot be captured
+again, so the export compares it with the model at these sizes once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorasc_fx.signature import is_opaque_leaf
 def least_sizes(
     graph: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[Axis, int]:
-    """Return the smallest correct size, 1 or 2, of each dynamic axis. Axes that may also be 0 are left out.
+    """Return {dynamic axis: its smallest correct size, 1 or 2}. An axis that may also be 0 has no entry.
 
     Axes that share a symbol shrink together. Each symbol is tried alone, at 1 and at 0, and at 1 together with the
     symbols that were correct at 1. The model is left unchanged.
@@ -36,7 +36,7 @@ def least_sizes(
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     if not takes_leaves(graph.graph) or len(values) != len(leaves):
         return {}  # the graph takes the arguments themselves, and records no sizes
-    # The SymInts of the placeholders say which axes are dynamic. An axis may be an expression of another's symbol.
+    # An axis is dynamic if its size is a SymInt. The SymInt may be an expression of the symbol of another axis.
     shapes: list[tuple[Any, ...]] = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in values]
     dynamic: dict[Axis, Any] = {
         (index, axis): size.node.expr
@@ -59,7 +59,7 @@ def least_sizes(
     ones: dict[Any, int] = {}
     for symbol in sizes:
         one = {symbol: 1}
-        # A symbol may be correct alone and wrong together with others, for example if the model multiplies sizes.
+        # A size of 1 may be correct alone and wrong together with others, for example if the model multiplies sizes.
         if not is_correct(one) or (ones and not is_correct(ones | one)):
             least[symbol] = 2
             continue

@@ -28,9 +28,9 @@ from lorasc_fx.util.environment import generator_states
 from lorasc_fx.util.undo import Block, isolated
 
 _GUARDS = "_guards_fn"
-"""Name of the child in which torch.export keeps the guards on the inputs."""
+"""Name of the child module that checks the guards of torch.export on the inputs."""
 _RESERVED = (set(dir(fx.GraphModule)) | {"_code", "_graph", "meta"}) - set(dir(nn.Module))
-"""Attributes of a GraphModule that a child of the exported model must not shadow."""
+"""Attributes of a GraphModule. No child, parameter or buffer of the exported model may have one of these names."""
 
 
 def capture_export(
@@ -39,7 +39,7 @@ def capture_export(
     kwargs: Mapping[str, object],
     dynamic: Collection[Axis] = (),
 ) -> tuple[fx.GraphModule, Conditions]:
-    """Return the model's ATen graph, and the calls that it is valid for. Raises any exception of torch.export."""
+    """Return the model's ATen graph, and the conditions for its calls. Raises any exception of torch.export."""
     signature = _explicit(signature_of(model), kwargs) if dynamic else signature_of(model)
     root = _wrapped(model, signature)
     with quiet(grad=torch.is_grad_enabled()):
@@ -51,7 +51,7 @@ def capture_export(
         check_no_random_draws(generators)
         program._guards_code = _name_arguments(program._guards_code, inspect.signature(root.forward))
         exported: Any = program.module()
-    # Take the guards out of the graph: they decide whether the graph may be called, before it is called.
+    # Take the guards out of the graph: the cascade checks them before it calls the graph.
     guards = exported._modules.get(_GUARDS)
     try:
         if guards is not None:
@@ -82,9 +82,9 @@ def capture_export(
 
 
 def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str]:
-    """Return the code of guards, with arguments read by name instead of by position.
+    """Return the code of guards, in which each argument is read by name instead of by position.
 
-    torch 2.9 leaves dynamo's `L['args'][0]` in the code, for a forward with `*args` and for a wrapped module.
+    torch 2.9 leaves dynamo's `L['args'][0]` in the code if forward has `*args` or the module is wrapped.
     """
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     for name, kind in kinds.items():
@@ -101,7 +101,7 @@ def _name_arguments(guards: list[str], signature: inspect.Signature) -> list[str
 
 @isolated
 def _export_settings(undo: Block) -> None:
-    """Remove global hooks that a failed export leaves behind, and do not record stack traces."""
+    """Context manager: remove global hooks that a failed export leaves behind, and do not record stack traces."""
     hooks = nn.modules.module._global_buffer_registration_hooks
     before = set(hooks)
 
@@ -118,9 +118,9 @@ def _export_settings(undo: Block) -> None:
 
 
 def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a plain tensor for each quantized weight, by name, to trace with.
+    """Return {name of a quantized weight: plain tensor of its shape, to trace with}.
 
-    torch.export would otherwise split the tensor subclass into its parts. The plain tensor has one entry, expanded.
+    torch.export would split the tensor subclass of the weight into its parts. The plain tensor is an expanded scalar.
     """
     return {
         name: nn.Parameter(torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape), False)
@@ -129,7 +129,7 @@ def _plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Wrapper(nn.Module):
-    """Wraps a model that torch.export refuses because of names of its children, or its signature."""
+    """Wraps a model whose attribute names or signature torch.export refuses."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -138,9 +138,9 @@ class _Wrapper(nn.Module):
 
 
 def _explicit(signature: inspect.Signature, kwargs: Mapping[str, object]) -> inspect.Signature:
-    """Return the signature with a keyword-only parameter for each argument of a call that goes to `**kwargs`.
+    """Replace `**kwargs` of a signature by one keyword-only parameter for each argument that a call passes in it.
 
-    torch 2.13 cannot match a tree of shapes with `**kwargs`.
+    torch 2.13 cannot match `dynamic_shapes` with `**kwargs`.
     """
     named = {
         name: parameter
@@ -152,7 +152,7 @@ def _explicit(signature: inspect.Signature, kwargs: Mapping[str, object]) -> ins
 
 
 def _wrapped(model: nn.Module, signature: inspect.Signature) -> nn.Module:
-    """Return the model, wrapped if one of its names is reserved, or if `signature` differs from that of its forward."""
+    """Return the model, wrapped if it has a reserved name or if its forward has another signature than `signature`."""
     reserved = not _RESERVED.isdisjoint({*model._modules, *model._parameters, *model._buffers})
     if not reserved and signature == signature_of(model):
         return model

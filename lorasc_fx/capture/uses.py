@@ -1,4 +1,4 @@
-"""Find the weights that an eager call uses, by the four rules of graph/flow.py, for tensors instead of nodes."""
+"""Find the weights that an eager call uses, by the four rules of graph/flow.py, applied to tensors instead of nodes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lorasc_fx.graph.forms import (
 )
 
 _READS_NO_VALUE = {"__get__", "detach", "requires_grad_"}
-"""Names of functions that do not use the values of a tensor, besides METADATA."""
+"""Names of functions outside METADATA that do not use the values of a tensor. `__get__` is the name of any getter."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Uses:
     """The weights that a call used.
 
     Args:
-        kinds: the kind of site that each weight can be, such as `linear`, or "" if no form uses it.
-        beside: the weights whose branch can compute beside every op that used them.
-        graph: one node for each form that read a weight itself, if nothing else read that weight. Matching such a graph
-            finds layouts, registered forms and placements.
+        kinds: {weight: kind of its site, such as `linear`, or "" if it was used in an unknown way}.
+        beside: the weights whose branch can be added to the output of every op that used them.
+        graph: a graph for `matching`, which finds layouts, registered forms and placements in it. It has one node for
+            each form by which a weight was read. A weight that another function also read has no node.
     """
 
     kinds: Mapping[str, str]
@@ -76,9 +76,9 @@ class _Watcher(ObserverMode, TorchFunctionMode):
         model: its parameters are followed. Its buffers count as constants.
 
     Attributes:
-        seen: names of the weights whose values are used.
-        forms: rows of the table that have read a weight itself, by weight name.
-        mixed: weights that any other function has read.
+        seen: names of the weights whose values were used.
+        forms: {weight: forms of the calls that read the weight directly}, with None as the value of each form.
+        mixed: names of the matrices that any other call read.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,16 +89,16 @@ class _Watcher(ObserverMode, TorchFunctionMode):
         self._names = {id(value): name for name, value in model.named_parameters()}
         self._matrices = {name for name, value in model.named_parameters() if value.dim() > 1}
         self._kinds: dict[int, dict[str, str]] = {rule: {} for rule in (1, 2, 3, 4)}  # weight name -> kind
-        # By id: the weights that a tensor was computed from, without any input. Empty for a constant.
+        # {id of a tensor without inputs in it: weights from which it was computed}. A constant has an empty set.
         self._sources: dict[int, set[str]] = {id(value): {name} for name, value in model.named_parameters()}
         self._sources |= {id(value): set() for value in model.buffers()}
-        # By id: the weights that a tensor is the product of, together with an input.
+        # {id of a tensor that is a product of weights and an input: these weights}
         self._scaled: dict[int, set[str]] = {}
         self._alive: list[Any] = []  # an id is valid only while its tensor lives
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The kind of each weight that a form uses. If several rules apply to a weight, the first one counts."""
+        """{weight: kind of its site}. If several rules apply to a weight, the rule with the lowest number counts."""
         return {name: kind for kinds in reversed(self._kinds.values()) for name, kind in kinds.items()}
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,7 +134,7 @@ class _Watcher(ObserverMode, TorchFunctionMode):
         return output
 
     def _record_form(self, call: StoredCall, weights: set[str]) -> None:
-        """Record the form that a call reads a weight by, or that the call reads weights in another way."""
+        """Record in `forms` that a call reads one weight by a form, or in `mixed` that it reads weights otherwise."""
         form, matrices = form_of_function(call.target), weights & self._matrices
         if form is not None and (isinstance(form, WeightForm) or has_form(call, form)):
             name = self._names.get(id(form.argument(call, form.weight)), "")
@@ -144,18 +144,18 @@ class _Watcher(ObserverMode, TorchFunctionMode):
         self.mixed |= matrices
 
     def _weights(self, tensors: list[torch.Tensor]) -> set[str]:
-        """Return the weights that some of the tensors were computed from."""
+        """Return the weights from which at least one of the tensors was computed."""
         return set().union(*(self._sources.get(id(tensor), set()) for tensor in tensors))
 
     def _note(self, rule: int, weights: Iterable[str], kind: str | None) -> None:
-        """Record that a form of this kind uses the weights. Functions without a form (`kind` is None) are skipped."""
+        """Record under a rule that a site of this kind uses the weights. No-op if `kind` is None."""
         for weight in weights if kind is not None else ():
-            # A convolution counts more than a product that only computes a norm of its weight.
+            # A convolution takes precedence: products of its weight may only compute a norm.
             if weight not in self._kinds[rule] or kind == "conv":
                 self._kinds[rule][weight] = kind or ""
 
     def _follow(self, output: object, record: dict[int, set[str]], weights: set[str]) -> None:
-        """Record the weights of the output tensors in `_sources` or `_scaled`."""
+        """Record these weights for each tensor of the output in `record`, which is `_sources` or `_scaled`."""
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 record.setdefault(id(leaf), weights)
