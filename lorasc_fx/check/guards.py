@@ -1,8 +1,8 @@
 """Guards on the Python state of a model. They tell whether a captured graph is still valid for the model.
 
-While forward is traced, it reads state from Python, and the graph holds the values as constants. Examples are numbers
-and strings in attributes, `training`, hooks, submodules, and the contents of containers. Tensors other than parameters
-and buffers, and a `forward` that is set on an instance, are such state too.
+While forward is traced, it reads Python state, and the graph holds the values as constants. Examples are numbers and
+strings in attributes, `training`, hooks, submodules, the contents of containers, tensors other than parameters and
+buffers, and a `forward` that is set on an instance.
 
 `walk` yields the containers that hold the state, and `Guards` records their contents. docs/adapt.md lists the state
 that is guarded.
@@ -31,14 +31,15 @@ from lorasc_fx.graph.function import HOOKS
 from lorasc_fx.util.torch_private import FakeTensor
 
 MAX_ENTRIES = 256
-"""Maximum number of guarded entries of a container. A larger one, such as a vocabulary, is guarded by its length."""
+"""Maximum length of a container whose entries are guarded. Of a longer one, such as a vocabulary, they are not."""
 MAX_DEPTH = 8
-"""Maximum depth to which two containers or objects are compared, if one has replaced the other."""
+"""Maximum depth to which a container or object is compared with the one that it has replaced."""
 MAX_OBJECTS = 4096
 """Maximum number of containers and objects whose contents are guarded. All others are guarded by identity."""
 
 STORES = {"_parameters", "_buffers", "_modules", *HOOKS}
-"""Attributes of a module that are dicts with a special rule for their contents."""
+"""Attributes of a module that are not guarded as attributes. Their contents are guarded as submodules or hooks, or (for
+parameters and buffers) read by the graph in each call."""
 UNREAD = {
     "_non_persistent_buffers_set",
     "_is_full_backward_hook",
@@ -52,8 +53,7 @@ UNREAD = {
     "_flat_weight_refs",
     "_compiled_call_impl",
 }
-"""Attributes of modules that need no guard: forward does not read them, or (flags of hooks) they change with the hooks.
-"""
+"""Attributes of modules that need no guard: forward does not read them, or (flags of hooks) the hooks are guarded."""
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, set, frozenset, slice, range, enum.Enum, types.MethodType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
@@ -63,11 +63,10 @@ _VALUES = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.En
 _OBJECTS = (nn.Module, torch.Tensor, dict, list, set, type, types.FunctionType, types.BuiltinFunctionType)
 """Types that dynamo can compare while it traces: `_VALUES` by `==`, `_OBJECTS` by identity."""
 OPAQUE = {"lorasc_fx", "torch", "numpy", "sympy", *sys.stdlib_module_names}
-"""Packages whose objects are guarded by identity alone. They are counters, loggers and locks, not settings of a model.
-"""
+"""Packages whose objects (such as counters, loggers and locks) are guarded by identity alone."""
 
 MISSING = object()
-"""The value of an entry that does not exist."""
+"""Stands for the value of an entry that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,12 @@ class StateHolder:
     """A container that holds Python state.
 
     Args:
-        name: expression for the object in terms of the model, such as `layers.0.config`.
-        store: a dict (perhaps the `__dict__` of an object), list, deque or set.
+        name: path from the model to the container, or to the object with this `__dict__`, such as `layers.0.config`.
+        store: the container: a dict (perhaps the `__dict__` of an object), list, deque or set.
         keys: keys of the entries that forward may read. Empty for a set.
         attributes: whether the keys are attribute names of an object. Otherwise they are keys or indices of items.
         guarded: whether the state belongs to the model. Otherwise it belongs to a function that the model calls.
-        hooks: whether the values are hooks, whose keys are numbers that torch draws.
+        hooks: whether the values are hooks. Their keys are numbers that torch counts up.
     """
 
     name: str
@@ -91,7 +90,7 @@ class StateHolder:
     hooks: bool = False
 
     def entry(self, key: object) -> str:
-        """Return the expression for an entry, such as `layers.0.scale` or `sizes['q']`."""
+        """Return the path of an entry, such as `layers.0.scale` or `sizes['q']`."""
         return f"{self.name}.{key}".lstrip(".") if self.attributes else f"{self.name}[{key!r}]"
 
     def read(self, key: Any) -> Any:
@@ -101,13 +100,13 @@ class StateHolder:
         return self.store[key] if key < len(self.store) else MISSING
 
     def contents(self) -> Any:
-        """Return a shallow copy of the container. For attributes of a module, the entries in STORES are left out."""
+        """Return a shallow copy of the container. A `__dict__` is copied without the attributes in STORES."""
         if isinstance(self.store, dict):
             return {key: value for key, value in self.store.items() if not self.attributes or key not in STORES}
         return self.store.copy()
 
     def structure(self, skipped: frozenset[object] = frozenset()) -> Any:
-        """Return the keys of a dict or the elements of a set, without the skipped ones, or the length of a list."""
+        """Return the keys of a dict or the elements of a set, except the skipped ones, or the length of a list."""
         return frozenset(self.store) - skipped if isinstance(self.store, (dict, set)) else len(self.store)
 
 
@@ -115,10 +114,10 @@ class Change(NamedTuple):
     """An entry that has changed since the guards were made.
 
     Args:
-        holder: name of the StateHolder.
-        key: key of the entry in it, or None if the container was changed in another way.
-        entry: expression for the entry, for messages.
-        is_new: whether the value differs. False if only its identity differs.
+        holder: name of the StateHolder. For a tensor that was written in place, the same as `entry`.
+        key: key of the entry in the holder. None for such a tensor, for a list of another length, and for a set.
+        entry: path of the entry, for messages.
+        is_new: whether the value differs. False if only its identity differs, and for a tensor written in place.
     """
 
     holder: str
@@ -155,10 +154,11 @@ def walk(model: nn.Module) -> Iterator[StateHolder]:
 
 
 def _holders(name: str, value: object, guarded: bool, is_graph: bool) -> Iterator[StateHolder]:
-    """Yield the containers of one object: its attributes, or the object itself.
+    """Yield the containers of one object: its `__dict__`, hooks and children of a module, or the object itself.
 
     Args:
-        is_graph: whether the model is a GraphModule. It does not read modes; the modules that it calls do.
+        is_graph: whether the model is a GraphModule. Then the modules that the graph calls read `training` in each
+            call, so it needs no guard.
     """
     if isinstance(value, nn.Module):
         if _package_of(value) == "lorasc_fx":  # for example, a cascade that a hook refers to
@@ -194,7 +194,7 @@ def _parts_of_function(value: Any) -> list[Any]:
 def attribute_tensors(
     model: nn.Module, holders: Collection[StateHolder] | None = None
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return names and tensors in the model's Python state, without its parameters and buffers.
+    """Return (path, tensor) for each tensor in the model's Python state, except parameters and buffers.
 
     Args:
         model: the model.
@@ -221,7 +221,7 @@ def _package_of(value: object) -> str:
 
 
 def _is_followed(value: object) -> bool:
-    """Whether the attributes of an object are guarded: its class is not of an opaque package, or it is a namespace."""
+    """Whether the attributes of an object are guarded: it is a namespace, or its class is from no OPAQUE package."""
     if isinstance(value, (torch.Tensor, type, enum.Enum, types.ModuleType)):
         return False
     return isinstance(value, (types.SimpleNamespace, argparse.Namespace)) or _package_of(value) not in OPAQUE
@@ -230,12 +230,12 @@ def _is_followed(value: object) -> bool:
 def _alike(value: Any, before: Any, by_value: bool = False, depth: int = MAX_DEPTH) -> bool:
     """Whether a new value is equivalent to the guarded one, so that a graph traced with the old one is still valid.
 
-    Types without a rule are equivalent only if they are identical.
+    Values of a type without a rule are equivalent only if they are identical.
 
     Args:
         by_value: whether tensors are compared by value. Otherwise they are compared by identity.
     """
-    if value is before:  # its contents have separate guards
+    if value is before:  # the contents have separate guards
         return True
     if type(value) is not type(before) or not depth:
         return False
@@ -253,7 +253,7 @@ def _alike(value: Any, before: Any, by_value: bool = False, depth: int = MAX_DEP
         return bool(value == before or (value != value and before != before))  # both may be nan
     if isinstance(before, RemovableHandle):
         return True  # the hook itself is guarded
-    if isinstance(before, types.FunctionType):  # made again, such as a hook of gradient checkpointing
+    if isinstance(before, types.FunctionType):  # defined again, such as a hook of gradient checkpointing
         same = value.__code__ is before.__code__
         return same and _alike(_parts_of_function(value), _parts_of_function(before), by_value, depth - 1)
     if isinstance(before, functools.partial):
@@ -278,7 +278,7 @@ class Guards:
 
     Args:
         model: the model.
-        without: holder name and key of entries to leave out, because forward itself sets them in each call.
+        without: (holder name, key) of each entry to leave out, because forward itself sets it in each call.
         written: tensors to leave out, because forward writes into them and the graph reads them in each call.
     """
 
@@ -291,9 +291,9 @@ class Guards:
         self._without, self._written = tuple(without), tuple(written)
         self._modules = list(model.modules())
         self._modes = [module.training for module in self._modules]
-        # The state. `hold` runs when the model has evicted these objects from the caches of the processor. With
-        # parallel lists, it compares in C, and reads no tuple per entry and no length per empty container.
-        self._records: list[tuple[StateHolder, frozenset[Any], Any]] = []  # skipped keys and structure
+        # The state, in parallel lists: then `hold` compares in C, and reads neither a tuple per entry nor the length
+        # of an empty container. Such reads are slow, because each call of the model evicts the processor's caches.
+        self._records: list[tuple[StateHolder, frozenset[Any], Any]] = []  # holder, skipped keys, structure
         self._holders: list[StateHolder] = []
         self._stores: list[Any] = []
         self._keys: list[Any] = []
@@ -312,7 +312,7 @@ class Guards:
                 skipped |= {"_compiled_call_impl"}  # a cascade sets it
             if holder.guarded and None not in skipped:
                 self._guard(holder, skipped, registered)
-        # A graph reads parameters and buffers at each call. It is only constant which of them are None.
+        # A graph reads parameters and buffers at each call. Only those that are None are constants of the graph.
         for name, module in model.named_modules():
             for store in (module._parameters, module._buffers):
                 for key in [key for key, value in store.items() if value is None]:
@@ -400,11 +400,11 @@ class Guards:
         return True
 
     def changes(self) -> list[Change]:
-        """Return the changes since the record was made. Slower than `hold`: for messages and the preflight."""
+        """Return the changes since the record was made. Slower than `hold`, so only for messages and the preflight."""
         changes = []
         for holder, skipped, structure in self._records:
             if (current := holder.structure(skipped)) != structure:
-                # The loop over the values finds removed entries. Only added ones have no recorded value.
+                # Only added entries are listed here, because the loop over the values finds removed ones.
                 added = sorted(current - structure, key=str) if isinstance(holder.store, dict) else [None]
                 names = [holder.name if key is None else holder.entry(key) for key in added]
                 changes += [Change(holder.name, *pair) for pair in zip(added, names, strict=True)]
@@ -416,7 +416,7 @@ class Guards:
         return changes + [Change(name, None, name, False) for name in written]
 
     def renewed(self, model: nn.Module) -> Guards:
-        """Return guards of the current state, with the same exceptions."""
+        """Return guards on the current state that leave out the same entries and tensors."""
         return Guards(model, self._without, self._written)
 
     @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """Run a model without side effects: restore the model and the process after the execution.
 
-Restored are buffers, parameters that forward writes into, and attributes that its Python code sets.
+Buffers, parameters that forward writes into, and attributes that forward sets are restored.
 
-A sharded model has no full weights to compute with. It runs on fake tensors, which have a shape, a dtype and the device
-of the inputs, but no memory. It can be run and traced as usual, except that code that
-reads a value (`.item()`) raises.
+A sharded model has no full weights to compute with, so it runs on fake tensors. These have a shape, a dtype and the
+device of the inputs, but no memory. Such a model can run and be traced, but code that reads a value (`.item()`) raises.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def isolation(
         observers: context managers that are entered last, such as hooks, dispatch modes and replaced weights.
         grad: whether gradients are on.
         seeded: whether the random generators start from a fixed seed, so that two executions draw the same numbers.
-            Otherwise they draw the same numbers as the next call, which may skip layers at random.
+            Otherwise an execution draws the numbers of the next real call, and so skips the same layers at random.
     """
     inputs = copy_inputs(args, kwargs)
     undo.enter(quiet(grad))
@@ -73,7 +72,7 @@ def call_recorder(
 
     Args:
         undo: removes the hooks at the end of the block.
-        model: the model. A module with several paths is reported under its first one.
+        model: the model. A module with several paths is reported under the first path.
         before_call: gets path, module, args and kwargs.
         after_call: gets path, module and output. The output is None if the call raised.
     """
@@ -87,11 +86,11 @@ def call_recorder(
 
 
 WRITTEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-"""For each model that has run in isolation: the names that `written_by` returns."""
+"""{model that has run in isolation: the names that `written_by` returns}."""
 
 
 def written_by(model: nn.Module, default: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Return the names of the parameters that forward writes into, and of the buffers that it registers.
+    """Return the names of the parameters that forward writes into, and of the buffers that forward registers.
 
     Args:
         model: the model.
@@ -105,8 +104,8 @@ class Attributes:
     """A snapshot of the Python state of a model.
 
     Args:
-        holders: each holder, and a shallow copy of its contents.
-        tensors: each tensor in them, with its version, a copy of its values, and whether it had a grad_fn.
+        holders: (holder, shallow copy of its contents) for each holder.
+        tensors: (tensor, its version, copy of its values, whether it had a grad_fn) for each tensor in the holders.
     """
 
     holders: list[tuple[StateHolder, Any]]
@@ -147,7 +146,7 @@ class Attributes:
 
 
 def detach(tensor: torch.Tensor) -> None:
-    """Remove the autograd history that a write in forward has given to a tensor. Torch cannot do that for a view."""
+    """Remove the autograd history that a write in forward has given to a tensor. No-op for a view, as torch raises."""
     if tensor.grad_fn is not None and not tensor._is_view():
         tensor.detach_()
 
@@ -164,10 +163,10 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
     """Copies each tensor to host memory, just before the first op that writes into its storage.
 
     Args:
-        tensors: the tensors to watch, by name.
+        tensors: {name: tensor to watch}.
 
     Attributes:
-        copies: the copies so far, by name.
+        copies: {name: copy}, for the tensors copied so far.
     """
 
     supports_higher_order_operators = True
@@ -175,7 +174,7 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.copies: dict[str, torch.Tensor] = {}
-        self._watched: dict[int, dict[str, torch.Tensor]] = {}  # by storage
+        self._watched: dict[int, dict[str, torch.Tensor]] = {}  # {storage: {name: tensor}}
         for name, tensor in tensors.items():
             self._watched.setdefault(_storage_of(tensor), {})[name] = tensor
 
@@ -188,7 +187,7 @@ class _CopyBeforeWrite(ObserverMode, TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def copy(self, values: Any) -> None:
-        """Copy the watched tensors that share a storage with a tensor in a pytree, unless they were copied before."""
+        """Copy each watched tensor that shares its storage with a tensor in a pytree, unless it was copied before."""
         for value in pytree.tree_leaves(values):
             if isinstance(value, torch.Tensor) and has_storage(value):
                 for name, tensor in self._watched.pop(_storage_of(value), {}).items():
@@ -209,9 +208,9 @@ def _storage_of(tensor: torch.Tensor) -> int:
 def restored_values(undo: Block, model: nn.Module) -> None:
     """Context manager: restore buffers, and parameters that forward writes into, at the end of the block.
 
-    Forward works on copies of the buffers. The first execution of a model finds the parameters: each is copied to host
-    memory just before an op writes into it. `torch.compile` inside the model is disabled there, because the writes of
-    compiled kernels cannot be observed. Later executions copy only the parameters that were found.
+    Forward works on copies of the buffers. The first execution of a model finds the written parameters: each is copied
+    to host memory just before an op writes into it. In that execution, `torch.compile` inside the model is disabled,
+    because writes of compiled kernels cannot be observed. Later executions copy only the parameters that were found.
     """
     is_first = model not in WRITTEN
     written = set(written_by(model))
@@ -239,7 +238,7 @@ def restored_values(undo: Block, model: nn.Module) -> None:
         for path, (module, before) in buffers.items():
             added = module._buffers.keys() - before.keys()
             written.update(f"{path}.{leaf}".lstrip(".") for leaf in added)
-            if isinstance(module._buffers, dict):  # not so in a ScriptModule
+            if isinstance(module._buffers, dict):  # a ScriptModule has another type
                 module._buffers.clear()
                 module._buffers.update(before)
         WRITTEN[model] = frozenset(written)
@@ -272,7 +271,7 @@ def with_fake_tensors(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Context manager: replace the tensors of a sharded model by fake full tensors, and return fake inputs.
 
-    If the model is not sharded, nothing is replaced, and the inputs are returned.
+    If the model is not sharded, replace nothing and return the inputs.
     """
     if has_values(model):
         return args, dict(kwargs)

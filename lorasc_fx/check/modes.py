@@ -2,9 +2,9 @@
 
 Equal outputs are not enough: a new model may have two biases of zeros, one for each mode. So the two executions must
 call the same operators with the same arguments, where each tensor is the same parameter, buffer, input or earlier
-result. Then a trace of each mode would give the same graph for inputs of these sizes. Code that reads a value cannot be
-traced, so the model must read none, or avoid it while it is traced: then the graph of the first mode has no such
-operator.
+result. Then a trace of each mode would give the same graph for inputs of these sizes. A model that reads the values of
+tensors can be traced only if it does not read them during the trace. So the graph of the first mode must have no
+operator that depends on values (`is_data_dependent`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sha
 
 
 def is_data_dependent(graph: fx.Graph) -> bool:
-    """Whether a graph has an operator whose result or shape is a number that depends on the values of the inputs."""
+    """Whether an operator of a graph returns a number, or a tensor of a shape, that depends on values of tensors."""
     return any(not _DATA_DEPENDENT.isdisjoint(getattr(node.target, "tags", ())) for node in graph.nodes)
 
 
 def same_in_current_mode(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], captured: Guards
 ) -> tuple[Guards, Observed] | None:
-    """Compare an execution in the current mode with one in the mode of a capture. The model is left unchanged.
+    """Compare an execution in the current mode with one in the mode of a capture. Leaves the model unchanged.
 
     Args:
         model: the model. The parameters that training changes must require gradients.
@@ -45,8 +45,8 @@ def same_in_current_mode(
         captured: guards of the capture, in another mode.
 
     Returns:
-        Guards on the state in the current mode, and the execution in this mode. None if anything but the modes of
-        modules has changed since the capture, or the executions differ.
+        (guards on the current state, record of the execution in the current mode). None if the executions differ, or if
+        state other than the modes of modules has changed since the capture.
     """
     with captured.modes_restored():
         if not captured.hold():
@@ -62,7 +62,7 @@ def same_in_current_mode(
 def _record(
     model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], guards: Guards
 ) -> tuple[_Operators, Observed] | None:
-    """Run the model, and return its operators and results. None if a graph could not replace this."""
+    """Run the model, and return its operators and results. None if no graph could replace this execution."""
     operators = _Operators(model)
     with trial(model, torch.is_grad_enabled()):
         seen, _ = attempt(observe, operators.record, model, args, kwargs, gradients=False)
@@ -76,9 +76,9 @@ class _Operators(ObserverMode, TorchDispatchMode):
     """Records the operators of one execution. Two records are equal if the executions compute the same from all inputs.
 
     Attributes:
-        calls: each function of torch that the model calls, and operator, gradient mode and arguments of each operator,
+        calls: each function of torch that the model calls, and (operator, gradient mode, arguments) of each operator,
             then the output. A tensor is described by its name, or by the operator that returned it.
-        constants: copies of all other tensors, such as constants in the code of the model.
+        constants: copies of the tensors that have neither a name nor an operator, such as constants in Python code.
     """
 
     supports_higher_order_operators = True
@@ -113,12 +113,12 @@ class _Operators(ObserverMode, TorchDispatchMode):
         return output
 
     def described(self, values: object) -> Any:
-        """Describe a pytree: its structure, and each leaf."""
+        """Return (structure of a pytree, [description of each leaf])."""
         flat, spec = pytree.tree_flatten(values, is_leaf=is_opaque_leaf)
         return spec, [self._tensor(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in flat]
 
     def _tensor(self, tensor: torch.Tensor) -> Any:
-        """Describe a tensor: by its name or call, as a part of a named tensor, or as a constant."""
+        """Describe a tensor: by its name, by the call that returned it, as a view of a named tensor, or as constant."""
         if tensor not in self._tensors:
             storage = tensor.untyped_storage()._cdata if has_storage(tensor) else None
             if storage in self._storages:
@@ -148,11 +148,11 @@ _UNKNOWN = (
     _TENSOR.requires_grad.__set__,
     _TENSOR.data.__set__,
 )
-"""Functions that change values or gradients without an operator. Two executions that call one are never equal."""
+"""Functions that may change values or gradients without an operator. Executions that call one are never equal."""
 
 
 class _Functions(ObserverMode, TorchFunctionMode):
-    """Records the functions of torch that a model calls. Some of them read values, and call no operator."""
+    """Records the functions of torch that a model calls. Some functions read values without calling an operator."""
 
     def __init__(self, operators: _Operators) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Run a model or its graph once, record the results (outputs, buffers, gradients), and compare two such records.
 
 Gradients are not stored. Each is reduced to a few random projections when it is computed. Projections are linear, so a
-gradient may be accumulated in parts, as reentrant checkpointing does. No backward pass runs if the autograd graphs of
-both executions have the same nodes and edges.
+gradient may be accumulated in parts, as reentrant checkpointing does. If the autograd graphs of both executions have
+the same nodes and edges, no backward pass is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ P = ParamSpec("P")
 
 ROUNDING = 1e4
 """Maximum rounding difference between graph and model, in multiples of the dtype's eps, relative to the largest entry.
-They may use different kernels."""
+Graph and model may use different kernels."""
 CANCELLED = 1e-3
 """A gradient smaller than this fraction of the largest gradient may be pure rounding error of terms that cancel."""
 MAX_ROUNDING = 0.1
@@ -50,17 +50,17 @@ class Observed:
     """The record of one execution.
 
     Args:
-        output: types and tensors of the output.
-        arguments: types and tensors of the arguments after the call, which may have written into them.
-        buffers: names and values of buffers, tensors in attributes and written parameters, after the call.
+        output: (types, tensors) of the output.
+        arguments: (types, tensors) of the arguments after the call, which may have written into them.
+        buffers: (name, value) of buffers, tensors in attributes and written parameters, after the call.
         functions: phrases for code that a graph cannot hold: custom autograd.Functions, and new seeds.
         recomputes: whether the model sets hooks on saved tensors, as gradient checkpointing does.
-        reads_grad_state: whether its Python code reads `requires_grad`, `grad_fn` or `is_leaf` of tensors.
-        asks_grad_mode: whether it may compute something else in the other gradient mode: it reads the mode or the
-            state of tensors, differentiates, or sets hooks.
+        reads_grad_state: whether Python code of the model reads `requires_grad`, `grad_fn` or `is_leaf` of tensors.
+        asks_grad_mode: whether the model may compute something else in the other gradient mode: it reads the mode or
+            this state of tensors, differentiates, sets hooks, or runs code that `functions` lists.
         observers: names of modules with forward hooks of the user that return None.
-        autograd: the edges of the autograd graph. None if they do not determine the gradients.
-        gradients: projections of the gradients of weights and inputs. None if no backward was run, or it raised.
+        autograd: the edges of the autograd graph. None if the edges do not determine the gradients.
+        gradients: {name of a parameter or input: projections of its gradient}. None if no backward ran, or it raised.
         backward_error: the exception of the backward pass, as one line, or "".
     """
 
@@ -78,9 +78,9 @@ class Observed:
 
 
 def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
-    """Call a function that may raise. Return its result and None, or None and the exception.
+    """Call a function that may raise. Return (result, None) or (None, exception).
 
-    OUT_OF_MEMORY is raised, because what the caller would try next needs memory too.
+    Exceptions of OUT_OF_MEMORY are not caught, because what the caller would try next needs memory too.
     """
     try:
         return call(*args, **kwargs), None
@@ -92,18 +92,18 @@ def attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T 
 
 _GRAD_STATE = (torch.Tensor.requires_grad, torch.Tensor.grad_fn, torch.Tensor.is_leaf)
 _DIFFERENTIATES = (torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook, torch.Tensor.requires_grad_)
-"""Functions that do something else, or raise, without gradients."""
+"""Functions that do something else, or raise, if gradients are disabled."""
 
 
 class _AutogradUse(ObserverMode, TorchFunctionMode):
     """Observes how the Python code of a model uses autograd. Code inside quantized layers is ignored.
 
     Attributes:
-        recomputes: whether an op runs under hooks on saved tensors that the model has set.
+        recomputes: whether an op runs while the model has set hooks on saved tensors.
         reads_grad_state: whether `requires_grad`, `grad_fn` or `is_leaf` of a tensor is read.
         asks_grad_mode: whether the gradient mode is read, or a function of `_DIFFERENTIATES` is called.
-        hooks: whether hooks may be set on tensors or autograd nodes.
-        products: arguments and output of each call of a quantized layer.
+        hooks: whether the model may have set hooks on tensors or autograd nodes.
+        products: (arguments, output) of each call of a quantized layer.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class _AutogradUse(ObserverMode, TorchFunctionMode):
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         # Gradient checkpointing runs its region under hooks on saved tensors.
         self.recomputes |= saved_tensors_hooks(True) != self._hooks_before
-        getter_of = getattr(func, "__self__", None)  # the attribute, if func is its `__get__`
+        getter_of = getattr(func, "__self__", None)  # the attribute that func reads, if func is a `__get__`
         self.reads_grad_state |= not self._inside and any(getter_of is attribute for attribute in _GRAD_STATE)
         # A model that reads grad_fn may set hooks on the node, which this mode does not see.
         self.hooks |= func is torch.Tensor.register_hook or getter_of is torch.Tensor.grad_fn
@@ -173,7 +173,7 @@ def observe(
 ) -> Observed:
     """Run once in the current gradient mode, and return the record of the execution.
 
-    Backward runs only if the edges of the autograd graph say too little, or differ from the edges of `reference`.
+    Backward runs only if the edges of the autograd graph do not determine the gradients, or differ from `reference`.
 
     Args:
         call: the model, or its graph.
@@ -210,7 +210,7 @@ def observe(
         refused = bool(functions or observers or use.recomputes or reentrant)  # no graph will be compared
         run_backward = differentiates and not (same or refused)
         projections, fault = attempt(projected_gradients, roots, leaves | parameters) if run_backward else (None, None)
-    # Constants of an exported graph may share memory with the model's tensors, and so get a history by writes.
+    # Constants of an exported graph may share memory with the model's tensors. A write then gives them a history.
     if isinstance(call, fx.GraphModule):
         for value in (*vars(call).values(), *call._buffers.values()):
             if isinstance(value, torch.Tensor):
@@ -232,7 +232,7 @@ def observe(
 
 
 def _custom_functions(nodes: set[object]) -> tuple[set[str], bool]:
-    """Return a phrase for each custom autograd.Function among the nodes, and whether one is a reentrant checkpoint."""
+    """Return ({a phrase for each custom autograd.Function among the nodes}, whether one is a reentrant checkpoint)."""
     custom = [node for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)]
     # A graph can hold control flow ops such as torch.cond, although each is an autograd.Function of torch.
     modules = {node: getattr(getattr(node, "_forward_cls", None), "__module__", "") for node in custom}
@@ -245,15 +245,14 @@ def _custom_functions(nodes: set[object]) -> tuple[set[str], bool]:
 
 
 _HOOKS_OF = {"torch", "lorasc_fx", "transformers", "timm", "peft", "accelerate"}
-"""Packages whose hooks have no side effects that a graph would lose: they prepare state for the same forward, or count.
-"""
+"""Packages whose hooks only prepare state for the same forward, or count. A graph need not repeat them."""
 
 
 @isolated
 def _watched_hooks(undo: Block, model: nn.Module) -> set[str]:
     """Context manager: watch the forward hooks of the user, which may have side effects that a graph would lose.
 
-    Returns a set. During the block, it is filled with the names of the modules whose hooks return None.
+    Returns a set, to which the name of each module with a hook that returns None is added during the block.
     """
     observers: set[str] = set()
 
@@ -313,11 +312,11 @@ def _gradient_difference(
 ) -> str | None:
     """Return the gradients that differ by more than rounding as a phrase, or None if all agree.
 
-    A small gradient may be a sum of large terms that cancel, so its rounding error is relative to the largest gradient.
+    A small gradient may be a sum of large terms that cancel, so it is compared with a fraction of the largest gradient.
 
     Args:
-        graph, model: projections of the gradients, by name. A missing gradient is zero.
-        dtypes: floating-point dtypes of the outputs, which determine the rounding error.
+        graph, model: {name: projections of the gradient}. A missing gradient is zero.
+        dtypes: floating-point dtypes of the outputs, which determine the allowed rounding error.
     """
     zero = torch.zeros(PROJECTIONS, dtype=torch.float64)
     allowed = min(ROUNDING * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0), MAX_ROUNDING)
@@ -327,7 +326,7 @@ def _gradient_difference(
     for name in sorted(graph.keys() | model.keys()):
         computed, expected = graph.get(name, zero), model.get(name, zero)
         gap, scale = float((computed - expected).norm()), max(float(expected.norm()), min_scale)
-        # `not gap <= ...` is true for nan. Gradients with inf or nan in both executions cannot be compared.
+        # If the gap is nan, `not gap <= ...` is true. Gradients with inf or nan in both executions cannot be compared.
         both_not_finite = (computed.isfinite().logical_not() & expected.isfinite().logical_not()).any()
         if not gap <= allowed * scale and not both_not_finite:
             errors[name] = gap / scale if scale else float("inf")

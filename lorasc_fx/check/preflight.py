@@ -1,9 +1,9 @@
 """The preflight: run the eager model before a capture, and compare each graph with this run.
 
-A tracer sees neither values nor gradients. It does not notice that the model raises on an input, or that its Python
-code sets an attribute in each call. It does not see the custom backward of an autograd.Function. It may also miss a
-write to a buffer, a tensor hook, a branch on `requires_grad`, or the type of an output. So the model runs first, and a
-graph is accepted only if it computes the same outputs and gradients.
+A tracer sees neither values nor gradients. It does not notice that the model raises on an input, that Python code sets
+an attribute in each call, or that an autograd.Function has a custom backward. It may also miss a write to a buffer, a
+tensor hook, an `if` on `requires_grad`, or the type of an output. So the model runs first, and a graph is accepted only
+if it computes the same outputs and gradients.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorasc_fx.util.undo import Block, isolated
 
 
 class Disagreement(RuntimeError):
-    """A graph computes something else than its model."""
+    """Raised if a graph computes something else than its model."""
 
     def __init__(self, difference: str) -> None:
         super().__init__(f"its graph does something else than the model: {difference}")
@@ -53,13 +53,12 @@ class Preflight:
     """The results of the preflight.
 
     Args:
-        seen: the execution that graphs are compared with. It is replaced by another one if gradients are missing.
-        changing: names of attributes that forward sets to a different value in each call.
+        seen: the execution that graphs are compared with. If it lacks gradients, `check_agrees` may replace it.
+        changing: paths of the attributes that forward sets to a different value in each call.
         draws: whether forward draws from the random generators of Python or numpy without seeding them.
-        assigned: (holder, key) of the Python state that forward sets in each call, even if to an equal value.
-        written: tensors in this state that forward writes into in each call.
-        grad: the gradient mode for which a graph is valid. None if the model computes the
-            same with and without gradients.
+        assigned: (holder name, key) of each entry that forward sets in each call, even if the new value is equal.
+        written: tensors in attributes that forward writes into in each call.
+        grad: gradient mode for which a graph is valid. None if the model computes the same in both modes.
     """
 
     seen: Observed
@@ -93,7 +92,7 @@ class Preflight:
 
 @isolated
 def trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
-    """Context manager: run the model eagerly, and restore it and the process. Returns a snapshot of its attributes."""
+    """Context manager: run the model eagerly, and restore model and process. Returns a snapshot of its attributes."""
     undo.enter(quiet(grad))
     undo.enter(eager())
     undo.enter(fake_mode(model))
@@ -118,7 +117,7 @@ def run_preflight(
         with trial(model, grad) as attributes:
             guards = Guards(model)
             seen = observe(model, model, args, kwargs)
-            if written_by(model):  # the first execution found these parameters: observe their values in a second one
+            if written_by(model):  # only now are these parameters known, so run again to record their values
                 attributes.restore()
                 seen = observe(model, model, args, kwargs)
             states = generators()
@@ -132,8 +131,8 @@ def run_preflight(
                 changes, written = guards.changes(), guards.written()
                 changing = sorted(change.entry for change in changes if change.is_new)
                 assigned = {(change.holder, change.key) for change in changes}
-            # Does forward draw from the generators of Python or numpy? If it seeds them itself, it leaves the same
-            # state behind under another seed. Then each call draws the same numbers, and they may be constants.
+            # Does forward draw from the generators of Python or numpy? If it seeds them itself, their state after the
+            # call does not depend on our seed. Then each call draws the same numbers, and they may be constants.
             seed()
             moved = [index for index, state in enumerate(generators()) if state != states[index]]
             draws = False
@@ -155,7 +154,7 @@ def run_preflight(
     except (*OUT_OF_MEMORY, CaptureError):
         raise
     except Exception as fault:
-        if not has_executed:  # the first execution has stopped early, and may have missed written parameters
+        if not has_executed:  # the first execution stopped early, so WRITTEN may lack some written parameters
             WRITTEN.pop(model, None)
         raise CaptureError(
             f"{type(model).__name__} itself raises on the example inputs: {one_line(fault)}. "
@@ -190,7 +189,7 @@ def check_agrees(
         raise Disagreement(f"it raises {one_line(fault)}") from fault
     difference = difference_of(computed, preflight.seen)
     if difference is None and preflight.seen.autograd is not None and computed.autograd != preflight.seen.autograd:
-        # The autograd graphs differ, so the graph has run backward, but the model has not. Run it with backward too.
+        # The autograd graphs differ, so the graph has run backward, but the model has not. Run its backward too.
         preflight.seen = observed(model, backward=True)
         difference = difference_of(computed, preflight.seen)
     if difference is None:
@@ -220,7 +219,7 @@ def generators() -> tuple[Any, Any]:
 
 
 def _execute(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], seed_value: int = 0) -> None:
-    """Run the model under a seed. Its attributes are left as forward sets them; buffers and parameters are restored."""
+    """Run the model under a seed. Restores buffers and parameters. Attributes stay as forward has set them."""
     inputs, named = copy_inputs(args, kwargs)
     with restored_values(model):
         seed(seed_value)

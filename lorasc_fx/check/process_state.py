@@ -26,8 +26,8 @@ from lorasc_fx.util.undo import PROCESS, Block, isolated
 def quiet(undo: Block, grad: bool = True) -> None:
     """Context manager: restore random generators, suppress output and logs of tracers, and set the gradient mode.
 
-    The fused kernels of nn.MultiheadAttention and nn.TransformerEncoder, which have no gradient, are off. Only one
-    thread at a time can be inside such a block.
+    The fused kernels of nn.MultiheadAttention and nn.TransformerEncoder are off, because they have no gradient. Only
+    one thread at a time can be inside such a block.
     """
     undo.enter(PROCESS)
     numpy = sys.modules.get("numpy")  # if it is not imported, the model does not use its generator
@@ -51,8 +51,8 @@ def quiet(undo: Block, grad: bool = True) -> None:
 def eager(undo: Block) -> None:
     """Context manager: run functions that `torch.compile` has wrapped eagerly.
 
-    Control flow ops (torch.cond, while_loop, scan) still compile their bodies. Without that, weights that a body reads
-    from its closure would get no gradients.
+    Control flow ops (torch.cond, while_loop, scan) still compile their bodies. In an eager body, weights that the body
+    reads from its closure would get no gradients.
     """
     undo.enter(torch.compiler.set_stance("force_eager"))
     compile_body = getattr(higher_order, "_hop_compile_and_call", None)
@@ -62,13 +62,13 @@ def eager(undo: Block) -> None:
 
 
 _IS_GRAD_ENABLED = torch.is_grad_enabled
-"""The function of torch, which `observe` replaces for a while."""
+"""The original function of torch. `observe` replaces it during an execution."""
 
 
 def _with_compiler(compile_body: Callable[..., Any], *args: object, **kwargs: object) -> Any:
     """Run a control flow op outside of the modes of this package, because dynamo cannot compile its body under them."""
     with contextlib.ExitStack() as stack:
-        # Dynamo builds tables with torch's functions when it first compiles. They must not hold a replaced function.
+        # Dynamo builds tables of torch's functions when it first compiles. They must contain the original function.
         stack.callback(setattr, torch, "is_grad_enabled", torch.is_grad_enabled)
         torch.is_grad_enabled = _IS_GRAD_ENABLED
         stack.enter_context(torch.compiler.set_stance("default"))
@@ -80,7 +80,7 @@ def _with_compiler(compile_body: Callable[..., Any], *args: object, **kwargs: ob
 
 
 class ObserverMode:
-    """Base class of the torch modes of this package. They observe calls and do not change them."""
+    """Base class of the torch modes of this package. These modes observe calls and do not change them."""
 
 
 def seed(value: int = 0) -> None:

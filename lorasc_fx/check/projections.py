@@ -1,4 +1,4 @@
-"""Random projections of gradients. They are small enough to be stored for a comparison of two executions."""
+"""Random projections of gradients, which are small enough to be stored for a comparison of two executions."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ _VIEWS = {f"{name}Backward0" for name in ("Alias", "Expand", "ReshapeAlias", "Sl
 def autograd_edges(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> Counter[Any]:
     """Count the edges of the autograd graph of some tensors. With equal values and edges, gradients are equal.
 
-    An edge has the name of a node, and the name of the node or leaf that its gradient goes to, with the index of its
-    output. Views are skipped. Hooks are not shown.
+    An edge is (name of a node, name of the node or leaf that receives its gradient, index of the receiver's output).
+    Nodes of views are skipped. Hooks are not shown.
     """
     names = {id(leaf): name for name, leaf in leaves.items()}
 
@@ -73,7 +73,7 @@ def autograd_edges(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.T
 
 
 def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Run backward from a random projection of the outputs, and return projections of the gradients of the leaves.
+    """Run backward from a random projection of the outputs, and return {leaf name: projections of its gradient}.
 
     Leaves without a gradient are left out. `.grad` of the leaves is left unchanged, and their accumulation hooks are
     not called. Raises any exception of the backward pass.
@@ -90,7 +90,7 @@ def projected_gradients(outputs: Sequence[torch.Tensor], leaves: Mapping[str, to
             leaf.grad = None
 
     named = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and leaf.is_leaf}
-    # Backward may reach leaves outside `leaves`. Their gradients must be left unchanged too.
+    # Backward may reach other leaves than `leaves`. Their gradients must be left unchanged too.
     reached = [node.variable for node in backward_nodes(roots) if hasattr(node, "variable")]
     with without_gradients([*named.values(), *reached]):
         for name, leaf in named.items():
@@ -104,7 +104,7 @@ def without_gradients(undo: Block, leaves: Sequence[torch.Tensor]) -> None:
     """Context manager: remove the gradients and accumulation hooks of leaves, and restore them at the end."""
 
     def restore(leaf: Any, gradient: torch.Tensor | None, hooks: Any, ours: dict[int, Any]) -> None:
-        ours.clear()  # if the leaf had no hooks (None), torch would keep calling the hooks in this dict
+        ours.clear()  # if the leaf had no hooks (None), torch would still call the hooks in this dict
         leaf._post_accumulate_grad_hooks = hooks
         leaf.grad = gradient
 
@@ -129,8 +129,8 @@ def backward_of_projection(outputs: Sequence[torch.Tensor]) -> None:
 def projected(value: torch.Tensor) -> torch.Tensor:
     """Return PROJECTIONS random projections of a tensor, as fp64 on the CPU.
 
-    They are linear in the tensor, and two tensors of one shape get the same random coefficients. A coefficient is the
-    product of a random number for the row and one for the column. That saves a random matrix of full size.
+    A projection is linear in the tensor, and all tensors of one shape get the same random coefficients. A coefficient
+    is the product of a random number for the row and one for the column. That saves a random matrix of full size.
     """
     value = value.detach()
     if value.layout is not torch.strided:
@@ -139,7 +139,7 @@ def projected(value: torch.Tensor) -> torch.Tensor:
         value = torch.view_as_real(value)
     if not value.numel():
         value = value.new_zeros(1)
-    # The matrix [rows, columns] that needs the fewest random numbers. For stacked matrices, [matrices * out, in].
+    # Flatten the leading and the trailing axes so that rows + columns, the number of random numbers, is smallest.
     sizes = (math.prod(value.shape[:axis]) for axis in range(value.dim() + 1))
     matrix = value.reshape(min(sizes, key=lambda rows: rows + value.numel() // rows), -1)
     matrix = matrix if matrix.dtype is torch.float64 else matrix.float()
