@@ -1,4 +1,4 @@
-"""Makes the adapted graphs (variants) of a cascade: capture, match sites, insert branches. Folds and draws them."""
+"""Make the adapted graphs (variants) of a cascade: capture a call, match sites, insert branches. Fold and draw them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lorasc_fx.spec import CascadeSpec
 
 @dataclass(frozen=True)
 class Compiler:
-    """Makes variants for a cascade, which itself does not work with graphs.
+    """Makes, folds and draws variants. The cascade itself does not work with graphs.
 
     Args:
         frontend: name of a front end, or `auto`.
@@ -53,12 +53,12 @@ class Compiler:
     calls: Calls
 
     def decide(self, model: nn.Module, plan: Plan) -> Decided:
-        """Make the branches of a saved plan without a capture. Refuses weights for shared memory, or by the spec."""
+        """Make the branches of a saved plan without a capture. Also refuse weights by the spec or for shared memory."""
         decided = _with_refusals(Decided(plan, {}, (), ()), model, Reason.SHARED_MEMORY, shared_memory(model))
         return with_uses(decided, model, None)
 
     def faults(self, variant: Variant) -> list[str]:
-        """Return the disagreements of a graph with its plan. A model without a graph has none."""
+        """Return one sentence per disagreement of a graph with its plan. A variant without a graph has none."""
         return faults(variant.module) if isinstance(variant.module, fx.GraphModule) else []
 
     def make(
@@ -86,7 +86,7 @@ class Compiler:
         decided = _with_refusals(decided, model, Reason.SHARED_MEMORY, shared_memory(model))
         trained = _trained(model, decided)
         captured = capture(model, args, kwargs, self.frontend, dynamic, trained, rewrites=(AttentionMasks(),))
-        # The preflight has found the parameters that forward writes into. A graph does not always show the writes.
+        # A graph does not show every write. But the preflight has found the parameters that forward writes into.
         written = dict.fromkeys(sorted(written_by(model)), "forward writes into it")
         decided = _with_refusals(decided, model, Reason.MUTATED, written)
         if captured.module is None:
@@ -95,15 +95,16 @@ class Compiler:
         return insert(captured, captured.module, decided)
 
     def reuse(self, model: nn.Module, decided: Decided, call: Call, variant: Variant) -> Variant | None:
-        """Return a variant with the graph of an earlier one, if the model computes this call as in its mode, or None.
+        """Return a variant that reuses the graph of an earlier one, or None if the model computes something else now.
 
-        It serves only the sizes of this call: the model may compare them in this mode alone. This runs the model twice.
+        The new variant serves only the sizes of this call, because in this mode the model may also depend on sizes. The
+        comparison runs the model twice.
 
         Args:
             model: the model. It is left unchanged.
             decided: the plan.
             call: the call.
-            variant: the earlier variant. It accepts the inputs, but the model was in another mode.
+            variant: the earlier variant. It accepts the inputs, but was captured in another mode of the model.
         """
         conditions = variant.conditions
         graph = variant.module.graph if isinstance(variant.module, fx.GraphModule) else None
@@ -135,14 +136,14 @@ class Compiler:
         args: Any,
         kwargs: Any,
     ) -> tuple[fx.GraphModule, dict[Axis, int]]:
-        """Return the variant's graph without branches, and the smallest valid sizes of its inputs.
+        """Return the variant's graph without branches, and {axis of an input: its smallest valid size}.
 
         Args:
             variant: the variant to fold.
             model, args, kwargs: the call that it was captured for.
             stage: the current stage.
-            values: values of the weights, which become constants of the new graph. The graph then raises for sizes that
-                are too small. None to keep reading the model's parameters.
+            values: {weight name: value} for the constants of the new graph, which then raises for sizes that are too
+                small. None to keep reading the model's parameters.
 
         Raises:
             CaptureError: the variant has no graph.
@@ -168,16 +169,16 @@ class Compiler:
         args: object,
         kwargs: object,
     ) -> tuple[fx.GraphModule, tuple[AdapterInput, ...], dict[Axis, int]]:
-        """Return the variant's graph with LoRA factors for its sites as inputs, these inputs, and the smallest sizes.
+        """Return (graph whose inputs include the LoRA factors of its sites, these inputs, smallest sizes as in `fold`).
 
         Unlike the graph of `fold`, this one does not raise for smaller sizes.
 
         Args:
             variant, model, stage, args, kwargs: as for `fold`.
-            values: values of the weights, which become constants of the graph.
+            values: {weight name: value} for the constants of the graph.
             max_rank: rank of the factors. Adapters of smaller ranks are padded with zeros.
         """
-        # Remove the branches of the run, and insert LoRA branches of the maximum rank at the same sites.
+        # Remove the branches of the cascade, and insert LoRA branches of the maximum rank at the same sites.
         folded, least = self.fold(variant, model, stage, None, args, kwargs)
         targets = tuple(glob.escape(site.weight) for site in record_of(folded).plan.sites)
         spec = CascadeSpec(targets, rank=max_rank, lora_alpha=float(max_rank), placement="beside")
@@ -186,7 +187,7 @@ class Compiler:
         return standalone_copy(lifted, values), adapter_inputs(lifted), least
 
     def draw(self, variant: Variant, plan: Plan, sites: Sequence[str], radius: int) -> str:
-        """Draw the variant around some sites."""
+        """Return Graphviz text of the nodes around some sites."""
         module = variant.module
         graphs = getattr(module, "rewritten", None) or [module]  # a graph split for FSDP has several graphs
         return draw_graphs([graph for graph in graphs if isinstance(graph, fx.GraphModule)], plan, sites, radius)
@@ -209,7 +210,7 @@ def insert(captured: Captured, module: fx.GraphModule, decided: Decided) -> NewV
 
     Args:
         captured: the result of the capture.
-        module: its graph, which is changed.
+        module: the captured graph module, which is changed.
         decided: the plan to follow, the existing branches, and the refusals so far.
     """
     plan = decided.plan
@@ -225,9 +226,9 @@ def insert(captured: Captured, module: fx.GraphModule, decided: Decided) -> NewV
 
 
 def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences: Mapping[str, str]) -> Decided:
-    """Refuse weight matrices for a reason, with a sentence for each.
+    """Add a refusal for each weight matrix in `sentences`, which is {weight name: sentence of the refusal}.
 
-    Skipped are weights that are already sites or refused, and weights that the spec excludes or trains in full.
+    Weights that are already sites or refused are skipped, and weights that the spec excludes or trains in full.
     """
     weights, spec = named_weights(model), decided.plan.spec
     decided_weights = {refusal.weight for refusal in decided.refusals} | decided.plan.by_weight.keys()
@@ -241,6 +242,6 @@ def _with_refusals(decided: Decided, model: nn.Module, reason: Reason, sentences
 
 
 def _trained(model: nn.Module, decided: Decided) -> set[str]:
-    """Return the parameters that training may change, directly or by a branch. The capture may refuse some of them."""
+    """Return the names of the parameters that training may change, directly or by a branch."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trainable | (candidates(model, decided.plan.spec) - {refusal.weight for refusal in decided.refusals})

@@ -1,8 +1,8 @@
 """Run a model that has no graph: the model itself runs, and its modules read adapted weights (capture/effective.py).
 
-Its own Python code runs, with its sizes, modes, hooks, caches and recomputation, and needs no guard. It remains to
-check that every use of a weight is such a read. So in each new mode of the model, the gradients of all branches are
-compared with the gradients of the eager model with merged weights.
+The model's own Python code handles sizes, modes, hooks, caches and recomputation, so no guard is needed. But a branch
+works only if every use of its weight is such a read. So in each new mode of the model, the gradients of all branches
+are compared with those of the unchanged model with merged weights.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from lorasc_fx.util.torch_private import disable_dynamo
 from lorasc_fx.util.undo import Undo, isolated
 
 PROBE, PROBES = 0.5, 4
-"""Norm of the deltas of a comparison relative to their weights, and how many deltas are tried.
+"""Norm of a delta relative to its weight in a comparison of gradients, and number of deltas that are tried.
 
-Rounding may flip the sign of an input of a ReLU, and so change a gradient. That happens with some deltas only, but a
-use of a weight without its branch shows with every delta. So a difference counts only if each delta shows it."""
+Rounding may flip the sign of an input of a ReLU, and so change a gradient. Only some deltas cause that. If a weight is
+used without its branch, every delta changes the gradient. So a difference counts only if it occurs with each delta."""
 ALLOWED = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Allowed relative error of a gradient, by dtype of the weights."""
 COARSE = 0.25
 """Allowed relative error of a gradient in any other dtype."""
 FLOOR = 1e-2
-"""A small gradient may be a sum of terms that cancel. Its error is compared with at least this fraction of the largest
-gradient."""
+"""A small gradient may be a sum of terms that cancel. So errors are relative to the norm of the gradient plus this
+fraction of the largest norm."""
 
 
 def with_uses(decided: Decided, model: nn.Module, uses: Uses | None) -> Decided:
-    """Add the weights that a call used to the plan. Each gets a branch. None adds no weight."""
+    """Add the weights that a call used to the plan, and make their branches. `uses=None` adds no weight."""
     graph = read_live(nn.Module(), fx.Graph(), model) if uses is None else uses.graph
     record = Record(owner=OWNER, plan=decided.plan, refusals=decided.refusals)
     record = survey([graph], record, {} if uses is None else uses.kinds)
@@ -68,16 +68,16 @@ def make_eager(
     """Adapt a model without a graph.
 
     Args:
-        captured: says why there is no graph.
+        captured: the result of the capture, with the reason why there is no graph.
         model: the model. It is left unchanged until the variant is called.
         decided: the plan to follow, the existing branches, and the refusals so far.
         args, kwargs: example inputs.
-        earlier: the eager model of an earlier variant, which this variant shares: the modules of a model read weights
-            by one reader, which must know the nodes of all calls whose backward may still run.
+        earlier: the eager model of an earlier variant, which the new variant uses too. A model has only one
+            `EffectiveWeights`, because that must know the autograd nodes of all calls whose backward may still run.
 
     Raises:
         NoSites: no weight can be adapted.
-        CaptureError: the model raises, or with its branches it differs from the eager model with merged weights.
+        CaptureError: the model raises, or its branches get other gradients than in a model with merged weights.
     """
     spec = decided.plan.spec
     uses, fault = attempt(uses_in_a_call, model, args, kwargs)
@@ -115,17 +115,17 @@ def make_eager(
 
 
 class EagerModel:
-    """Runs a model whose modules read adapted weights. It takes the arguments of the model.
+    """Runs a model whose modules read adapted weights. A call takes the arguments of the model.
 
     Args:
         model: the model.
         decided: plan, branches and refusals so far. Later calls may use weights that no earlier call used.
-        beside: names of weights whose branch can compute beside each op.
-        reason: why the model has no graph. "" if none was tried.
+        beside: names of the weights whose branch can be added to the output of each op.
+        reason: why the model has no graph. "" if no capture was tried.
 
     Attributes:
-        run: returns the run of the cascade, or None before it starts.
-        placements: placement of each branch, by weight name.
+        run: function that returns the run of the cascade, or None before the run starts.
+        placements: {weight name: placement of its branch}.
     """
 
     def __init__(self, model: nn.Module, decided: Decided, beside: frozenset[str], reason: str) -> None:
@@ -139,20 +139,20 @@ class EagerModel:
 
     @disable_dynamo  # dynamo would trace the model without branches
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Run the model. Before a call in a new mode, or with a weight that has no branch yet, the call is examined."""
+        """Prepare for the call (see `prepare`), then run the model."""
         self.prepare(args, kwargs)
         return self.weights(*args, **kwargs)
 
     def prepare(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        """Adapt weights that no earlier call used, and compare the gradients in a new mode of the model.
+        """Adapt weights that no earlier call used. If the model is in a new mode, compare the gradients.
 
-        While there are weights that no call has used, each call costs an extra forward of the model.
+        As long as some weight has not been used by any call, each call costs an extra forward of the model.
         """
         if self._unused:
             uses = uses_in_a_call(self.model, args, kwargs)
             if any(kind and name in self._unused for name, kind in uses.kinds.items()):
                 self._grow(uses)
-        # In another mode the model may compute otherwise, for example with gradient checkpointing.
+        # In another mode the model may use weights in another way, for example by gradient checkpointing.
         mode = tuple(
             [value for module in self._modules for value in vars(module).values() if value is True or value is False]
         )
@@ -162,7 +162,7 @@ class EagerModel:
             self._compared.add(mode)
 
     def update(self, decided: Decided, beside: frozenset[str]) -> None:
-        """Let reads compute the branches of a plan. The arguments are as for the class."""
+        """Make reads use the branches of a new plan. The arguments are those of the class."""
         self.decided = decided
         branches = {branch.weight_name: branch for branch in self.decided.branches.values()}
         self.weights.read_with(branches)
@@ -182,10 +182,10 @@ class EagerModel:
         self.update(grown, uses.beside)
 
     def _check_gradients(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        """Merge weights at each read if branches beside their ops get wrong gradients.
+        """Make reads return merged weights if branches get wrong gradients with the placement `beside`.
 
         Raises:
-            CaptureError: branches get wrong gradients.
+            CaptureError: branches get wrong gradients with merged weights too.
         """
         wrong = self._wrong_gradients(args, kwargs) if not self.weights.merges else tuple(self.weights.branches)
         if wrong:
@@ -200,7 +200,7 @@ class EagerModel:
         if not all(map(torch.equal, once, again)):
             raise CaptureError(
                 f"Two calls of {type(self.model).__name__} under one seed differ, so a call with branches cannot be "
-                "compared with them. Its forward may seed a generator itself. Make the model deterministic, such as "
+                "compared with them. Forward may seed a generator itself. Make the model deterministic, for example "
                 "by setting dropout to 0."
             )
         raise CaptureError(
@@ -214,8 +214,7 @@ class EagerModel:
             if is_quantized(weight):
                 raise CaptureError(
                     f"{name} is quantized, and {type(self.model).__name__} uses weights in a way that needs merged "
-                    f"ones. There, a branch of a quantized weight would have no effect. Exclude it "
-                    f"(exclude=({name!r},)).",
+                    f"weights. Merging is not supported for a quantized weight. Exclude it (exclude=({name!r},)).",
                     code="quantized-not-supported",
                 )
 
@@ -223,11 +222,11 @@ class EagerModel:
 
     @property
     def _leaves(self) -> list[nn.Parameter]:
-        """The parameters that may get gradients."""
+        """The parameters of the model that may get gradients."""
         return [value for value in writable(dict(self.model.named_parameters())).values() if value.is_leaf]
 
     def _wrong_gradients(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, ...]:
-        """Return the weights whose branches get other gradients than in the model with merged weights."""
+        """Return the names of the weights whose branches get other gradients than in the model with merged weights."""
         weights = {name: value for name, value in self.weights.parameters.items() if not is_quantized(value)}
         dtypes = {weight.dtype for weight in weights.values()}
         kinds = {weight.device.type for weight in weights.values()}
@@ -243,7 +242,7 @@ class EagerModel:
     def _differing(
         self, args: object, kwargs: object, weights: Mapping[str, nn.Parameter], probe: int, allowed: float
     ) -> set[str]:
-        """Return the weights whose branches get other gradients for one delta of each weight."""
+        """Like `_wrong_gradients`, for one choice of the deltas: `probe` is its number."""
         model, branches = self.model, {name: self.weights.branches[name] for name in weights}
         trained = {name for name, value in model.named_parameters() if value.requires_grad} | weights.keys()
         with quiet(), without_gradients(self._leaves), _temporary_values(self.weights.branches.values()):
@@ -256,11 +255,11 @@ class EagerModel:
                 else branches[name].on_grid(weights[name]).detach()
                 for name, delta in deltas.items()
             }
-            # Run the eager model with merged weights. They determine the gradients of the branches.
+            # Run the unchanged model with merged weights. Their gradients determine those of the branches.
             with requiring_grad(model, trained):
                 outputs, fault = attempt(self._computed, args, kwargs, merged)
             if fault is not None:
-                return set()  # the model has no gradients
+                return set()  # the unchanged model raises too, for example because it has no gradients
             slopes = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
             expected = {
                 name: torch.autograd.grad(deltas[name], list(branches[name].trainable().values()), slope.to_dense())
@@ -268,7 +267,7 @@ class EagerModel:
             }
             for leaf in self._leaves:
                 leaf.grad = None
-            # Run it with adapted weights.
+            # Run the model with adapted weights.
             adapted_outputs, fault = attempt(self._computed, args, kwargs, None)
             if fault is not None:  # for example, gradient checkpointing raises if forward and recomputation differ
                 return set(weights)
@@ -285,7 +284,7 @@ class EagerModel:
             }
 
     def _computed(self, args: Any, kwargs: Any, merged: Mapping[str, torch.Tensor] | None) -> list[torch.Tensor]:
-        """Run forward and backward with merged weights, or None for adapted ones. Return the floating-point outputs."""
+        """Run forward and backward, and return the floating-point outputs. `merged=None` means adapted weights."""
         with isolation(self.model, args, kwargs, _with_values(self.model, merged or {})) as (inputs, by_name):
             output = self.weights(*inputs, **by_name) if merged is None else self.model(*inputs, **by_name)
             leaves = pytree.tree_leaves(output, is_leaf=is_opaque_leaf)
@@ -295,12 +294,12 @@ class EagerModel:
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    """Return the norm of the finite entries."""
+    """Return the norm of a tensor. Entries that are inf or nan count as 0."""
     return float(tensor.cpu().double().nan_to_num(0.0, 0.0, 0.0).norm())
 
 
 def _gap(gradient: torch.Tensor | None, expected: torch.Tensor) -> float:
-    """Return the norm of the difference, nan if only one of them has nan at a place. None counts as zeros."""
+    """Return the norm of the difference, or nan if an entry is nan in one of them only. `None` counts as zeros."""
     if gradient is None:
         return _norm(expected)
     same = (gradient == expected) | (gradient.isnan() & expected.isnan())
@@ -308,7 +307,7 @@ def _gap(gradient: torch.Tensor | None, expected: torch.Tensor) -> float:
 
 
 def _probe(branch: Branch, weight: torch.Tensor, index: int) -> None:
-    """Give a branch a delta of norm PROBE relative to its weight. Each index gives another one."""
+    """Give a branch a delta of norm PROBE relative to its weight. Each `index` gives another delta."""
     parameters = [branch.get_parameter(name) for name in branch.zeros]
     for parameter in parameters:
         entries = torch.linspace(-1, 1, parameter.numel(), device=parameter.device, dtype=parameter.dtype)
@@ -326,7 +325,7 @@ def _probe(branch: Branch, weight: torch.Tensor, index: int) -> None:
 @isolated
 def _with_values(undo: Undo, model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Context manager: replace the values of parameters, without replacing the Parameter objects."""
-    undo(torch.clear_autocast_cache)  # it contains casts of these values
+    undo(torch.clear_autocast_cache)  # the cache contains casts of these values
     for name, value in values.items():
         parameter = model.get_parameter(name)
         undo(partial(setattr, parameter, "data", parameter.data))

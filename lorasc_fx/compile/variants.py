@@ -1,4 +1,4 @@
-"""The cache of adapted graphs of a cascade, keyed by signature."""
+"""The cache of a cascade for its adapted graphs, keyed by signature."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _NOT_CAPTURED = (
 
 
 class Growable(Protocol):
-    """A run to which sites can be added, with the plan of its current stage, its branches and its refusals."""
+    """A run of a cascade to which sites can be added."""
 
     plan: Plan
     refusals: tuple[Refusal, ...]
 
     @property
     def by_key(self) -> dict[str, Branch]:
-        """The branches by their key (`Site.key`)."""
+        """The branches, as {`Site.key`: branch}."""
 
     def grow(self, decided: Decided) -> None:
-        """Replace plan, branches, refusals and unreached weights by these, which have more sites."""
+        """Replace plan, branches, refusals and unreached weights. The new plan has more sites."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Variant:
     Args:
         module: computes a call. It takes the arguments of the model.
         frontend: the front end that captured it.
-        conditions: the conditions under which it is valid for a call that has its key.
-        universal: whether it serves every signature, because the model runs eagerly.
-        attach: connects it to a run, to which later calls may add sites.
-        detach: stops intercepting reads of parameters in the modules of the model.
-        placements: placement of the branch (`beside`, `merged`, `weight`), by weight name.
+        conditions: the conditions under which the variant is valid for a call with the same key.
+        universal: whether the variant serves every signature, because the model runs eagerly.
+        attach: function that connects the variant to a run, so that later calls can add sites to the run.
+        detach: function that stops intercepting reads of parameters in the modules of the model.
+        placements: {weight name: placement of its branch, `beside`, `merged` or `weight`}.
     """
 
     module: Callable[..., Any]
@@ -67,7 +67,7 @@ class Variant:
         """A function that computes a call.
 
         It runs a captured graph as a plain function, which is faster than calling the graph module. If a branch has
-        hooks, it calls the module, because the plain function would skip them.
+        hooks, it calls the graph module, because the plain function would skip the hooks.
         """
         module = self.module
 
@@ -89,11 +89,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class NewVariant(Decided):
-    """A new variant, with the plan, branches and refusals after it was added.
+    """A new variant, and the plan, branches and refusals of the cascade with this variant.
 
     Args:
         variant: the variant.
-        refused_frontends: (name, reason) of each front end that was tried before and failed.
+        refused_frontends: (name, reason) of each front end that was tried first and failed.
     """
 
     variant: Variant
@@ -106,7 +106,7 @@ class _Entry(NamedTuple):
     Args:
         key: signature of the call.
         training: whether the model was in train mode.
-        kinds: each leaf of the arguments, as dynamo can compare it: `_kind`.
+        kinds: the `_kind` of each leaf of the arguments, which dynamo can compare.
         variant: the variant.
     """
 
@@ -127,7 +127,7 @@ class Variants:
     entries: list[_Entry] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # Called while dynamo traces a call without a variant: it ends dynamo's graph, or raises if fullgraph=True.
+        # Used if dynamo traces a call that has no variant: it breaks dynamo's graph, or raises if fullgraph=True.
         self.not_compiled = torch.compiler.disable(_not_compiled, reason=_NOT_CAPTURED)
 
     def find(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant | None:
@@ -135,7 +135,7 @@ class Variants:
 
         Args:
             call: the call.
-            dynamic: axes for which the capture must have requested a dynamic size.
+            dynamic: axes that must have been requested to be dynamic at the capture.
         """
         for entry in self.entries:
             if entry.key == call.key:
@@ -146,9 +146,9 @@ class Variants:
         return next((variant for variant in self.all if variant.universal), None)
 
     def reusable(self, call: Call) -> Variant | None:
-        """Return a graph for the inputs of this call that was captured in another mode of the model, or None.
+        """Return a variant for the inputs of this call that was captured in another mode of the model, or None.
 
-        Also None if there are graphs for the current mode: then they do not serve the sizes of this call.
+        Also returns None if there is a variant for the current mode, because the sizes of this call are new for it.
         """
         alike = [entry.variant for entry in self.entries if entry.key == call.key]
         if any(variant.conditions.hold() for variant in alike):
@@ -170,15 +170,15 @@ class Variants:
         return next(iter(self.all), None)
 
     def varying(self, call: Call) -> frozenset[Axis]:
-        """Return the axes in which this call has another size than a variant with the same key.
+        """Return the axes that differ in size from a variant with the same key, or that are dynamic in it.
 
-        Sizes of 0 and 1 do not count, because they always get a separate graph.
+        Axes of size 0 or 1 are left out, because these sizes always get a separate graph.
         """
         alike = [entry.variant.conditions for entry in self.entries if entry.key == call.key]
         return frozenset[Axis]().union(*(conditions.varying_axes(call.leaves) for conditions in alike))
 
     def compiled(self, training: bool, leaves: list[object]) -> Variant | None:
-        """Return the newest valid variant while torch.compile traces a call, or None. Dynamo can trace this.
+        """Return the newest valid variant, or None. Dynamo can trace this method inside torch.compile.
 
         Args:
             training: whether the model is in train mode.
@@ -196,14 +196,14 @@ class Variants:
     def add(self, call: Call, variant: Variant, training: bool) -> None:
         """Add a variant, with the call and the mode for which it was captured."""
         if variant.universal:
-            # It serves all calls, so drop earlier ones that intercept reads of parameters.
+            # The variant serves all calls, so drop earlier variants that intercept reads of parameters.
             self.entries = [entry for entry in self.entries if entry.variant.detach is None]
         self.entries.append(_Entry(call.key, training, [_kind(leaf) for leaf in call.leaves], variant))
         if len(self) > MAX_VARIANTS:
             del self.entries[0]
             warn(
                 f"The cascade has more than {MAX_VARIANTS} graphs: calls vary in mode, settings, sizes or dtype. "
-                "The oldest is dropped, and captured again when it is needed. Pad or group the inputs to fewer sizes.",
+                "The oldest is dropped, and captured again if it is needed. Pad or group the inputs to fewer sizes.",
                 "too-many-variants",
             )
 
@@ -222,7 +222,7 @@ class Variants:
         return partial(setattr, self, "entries", list(self.entries))
 
     def __reduce__(self) -> tuple[type[Variants], tuple[()]]:
-        """Copy and pickle as an empty cache, because the graphs read the original model and its branches."""
+        """Copy and pickle as an empty cache, because the graphs read the original model and the original branches."""
         return (Variants, ())
 
     def __len__(self) -> int:
@@ -241,5 +241,5 @@ def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _kind(leaf: object) -> Any:
-    """Return dtype and number of axes of a tensor, or any other leaf itself."""
+    """Return (dtype, number of axes) of a tensor. Any other leaf is returned unchanged."""
     return (leaf.dtype, leaf.dim()) if isinstance(leaf, torch.Tensor) else leaf
