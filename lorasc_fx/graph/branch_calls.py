@@ -7,7 +7,7 @@ A branch node has one of these forms:
   the op is stored in the metadata of the node, so that a fold can restore it;
 - added to a weight (placement `weight`): `%adapted = branches.KEY(%weight, at="weight")`.
 
-If the tensors of a branch are inputs of the graph, its node also has `tensors={NAME: %input}` and `scale=%input`.
+If the tensors of a branch are inputs of the graph, the node also has `tensors={NAME: %input}` and `scale=%input`.
 
 `GraphEditor` creates and erases these nodes.
 """
@@ -30,7 +30,7 @@ from lorasc_fx.graph.weights import called_module, module_at
 from lorasc_fx.util.torch_private import OpOverload
 
 INPUT_OPTIONS = ("tensors", "scale")
-"""Keyword arguments of a branch node whose tensors are inputs of the graph."""
+"""Additional keyword arguments of a branch node if the tensors of the branch are inputs of the graph."""
 
 
 def made_by(node: fx.Node) -> str:
@@ -40,27 +40,27 @@ def made_by(node: fx.Node) -> str:
 
 
 def branch_nodes(graph_module: fx.GraphModule) -> dict[fx.Node, Branch]:
-    """Return the branch of each node that calls one, in the order of the graph."""
+    """Return {branch node: its branch}, in the order of the graph."""
     modules = {node: called_module(node) for node in graph_module.graph.nodes}
     return {node: module for node, module in modules.items() if isinstance(module, Branch)}
 
 
 @dataclass(frozen=True)
 class Input:
-    """A placeholder in a `CallTemplate` for the argument of the branch node at this index."""
+    """Stands in a `CallTemplate` for the argument of the branch node at this index."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class CallTemplate(StoredCall):
-    """A stored call with an `Input` instead of each node in its arguments; `inputs` counts the branch node's inputs."""
+    """A stored call with an `Input` instead of each node. `inputs` is the number of arguments of the branch node."""
 
     inputs: int
 
     @classmethod
     def of(cls, node: fx.Node, inputs: Sequence[object]) -> CallTemplate:
-        """Return the template of a node that a branch node with these arguments is about to replace."""
+        """Return the template of a node, which a branch node with the arguments `inputs` will replace."""
 
         def numbered(argument: fx.Node) -> Any:
             return Input(inputs.index(argument))
@@ -69,20 +69,20 @@ class CallTemplate(StoredCall):
         return cls(node.name, node.op, node.target, args, kwargs, len(inputs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An OpOverload cannot be pickled, so that its name is.
+        # An OpOverload cannot be pickled, so its name is pickled instead.
         is_op = isinstance(self.target, OpOverload)
         values = (self.name, self.op, str(self.target) if is_op else self.target, self.args, self.kwargs, self.inputs)
         return _template, (is_op, *values)
 
 
 def _template(is_op: bool, name: str, op: str, target: Any, *values: Any) -> CallTemplate:
-    """Return an unpickled template. If `is_op`, its target is the name of an op, such as `aten.linear.default`."""
+    """Rebuild a pickled template. If `is_op`, `target` is the name of an op, such as `aten.linear.default`."""
     return CallTemplate(name, op, operator.attrgetter(target)(torch.ops) if is_op else target, *values)
 
 
 @dataclass(frozen=True)
 class ReplacedCall(StoredCall):
-    """A stored call with the current arguments of the branch node. It has no form if the branch node was damaged."""
+    """A stored call with the current arguments of the branch node. `form` is None if their number has changed."""
 
     module: nn.Module | None = None
     form: FunctionForm | ModuleForm | None = None
@@ -113,11 +113,11 @@ def replaced_call(node: fx.Node) -> ReplacedCall | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a graph module loses if other code rebuilds it, kept by its branches. Copies of a branch share it.
+    """Metadata that a graph module loses if other code rebuilds it. The branches keep it, and copies of them share it.
 
     Args:
         record: the record of the graph module.
-        templates: the templates of the calls that branches replaced, by weight, in the order of the graph.
+        templates: {weight: templates of the calls that its branch replaced, in the order of the graph}.
     """
 
     record: Record
@@ -125,7 +125,7 @@ class Kept:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, record: Record) -> Kept:
-        """Return what the branches of a graph module keep."""
+        """Collect the metadata of a graph module."""
         templates: dict[str, tuple[CallTemplate, ...]] = defaultdict(tuple)
         for node, branch in branch_nodes(graph_module).items():
             if (template := call_template(node)) is not None:
@@ -137,7 +137,7 @@ class Kept:
 
 
 def mergeable(node: fx.Node, form: FunctionForm | ModuleForm) -> bool:
-    """Whether a merged branch can replace this node: a known op that reads the stored weight directly."""
+    """Whether a merged branch can replace this node: its form is built in, and it reads the stored weight directly."""
     if not form.product or registered_named(form.name) is not None:  # a user's op may do more than the product
         return False
     if isinstance(form, ModuleForm):

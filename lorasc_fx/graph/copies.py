@@ -1,4 +1,4 @@
-"""Copy graphs and graph modules, with shared or with copied tensors."""
+"""Copy graphs and graph modules. A copy shares the tensors of the original or has its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorasc_fx.parameters import shallow
 
 
 def unshared(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a copy of a module tree that shares all tensors. `memo` has the copies made so far."""
+    """Return a copy of a module tree that shares all tensors. `memo` is {module: copy} for the copies made so far."""
     if module not in memo:
         memo[module] = new = shallow(module)
         for name, child in module._modules.items():
@@ -61,8 +61,8 @@ def standalone_copy(source: fx.GraphModule, values: Mapping[str, torch.Tensor]) 
     """Return a graph module that owns copies of the weights, under the names that they have in the model.
 
     Args:
-        source: graph module that reads the weights of a live model, its child.
-        values: values for parameters and buffers of the model, by name. Others keep their current value.
+        source: graph module that reads the weights of a live model, which is its child.
+        values: {name of a parameter or buffer of the model: new value}. Others keep their current value.
     """
     record = record_of(source)
     graph, model = copy_graph(source.graph), owner_of(source, record)
@@ -75,7 +75,7 @@ def standalone_copy(source: fx.GraphModule, values: Mapping[str, torch.Tensor]) 
         value = values.get(name, tensor).detach().clone()
         copied = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         memo.setdefault(id(tensor), copied)
-    # Copy what the graph reads. `memo` makes deepcopy use the new values.
+    # Copy every attribute and module that the graph reads. `memo` makes deepcopy use the new values.
     attributes: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):

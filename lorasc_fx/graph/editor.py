@@ -1,10 +1,10 @@
-"""Edit graphs. No other file creates, erases or rewires nodes, or replaces tensors of a graph module.
+"""Edit graphs. Passes create, erase and rewire nodes of a graph module only by methods and functions of this file.
 
-A `GraphEditor` edits a copy of a graph module. The copy shares modules and tensors with the original; the editor copies
-a module before it changes it (copy on write). It copies `node.meta` to new nodes, stamps them with the name of the
-pass, keeps the names of nodes stable, and lints the result.
+A `GraphEditor` edits a copy of a graph module. The copy shares modules and tensors with the original; before the editor
+changes a module, it copies the module (copy on write). It copies `node.meta` to new nodes, marks them with the name of
+the pass, keeps the names of nodes stable, and lints the result.
 
-The functions after the class edit a graph in place. They are for graphs that a front end has just created.
+The functions after the class edit a graph in place. They are for graphs that nothing else uses yet.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from lorasc_fx.util.undo import commit
 
 
 class GraphEditor:
-    """Edits a copy of one GraphModule, and keeps its record up to date.
+    """Edits a copy of one GraphModule, and keeps the record of the copy up to date.
 
     Args:
         graph_module: the original. It is not changed.
-        name: name of the pass, stamped on each new node.
+        name: name of the pass, with which each new node is marked (`MADE_BY`).
     """
 
     def __init__(self, graph_module: fx.GraphModule, name: str = "") -> None:
@@ -67,7 +67,7 @@ class GraphEditor:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The current nodes, in order."""
+        """The current nodes of the copy, in order."""
         return tuple(self.module.graph.nodes)
 
     @property
@@ -77,13 +77,13 @@ class GraphEditor:
 
     @property
     def branches(self) -> Mapping[str, Branch]:
-        """The branches of the graph module, by key."""
+        """The branches of the graph module, as {key: branch}."""
         if self.module._modules.get(BRANCHES) is None:
             return {}
         branches = branches_in(self.module)
         if branches is None:
             raise PassError(
-                f"the model has a submodule named {BRANCHES!r}, where lorasc_fx stores its branches; rename it",
+                f"the model has a submodule named {BRANCHES!r}, where lorasc_fx stores branches; rename the submodule",
                 code="not-a-model",
             )
         return branches
@@ -97,9 +97,9 @@ class GraphEditor:
         self.modified |= dict(before) != dict(branches)
 
     def renew_branches(self, renewed: Mapping[str, Branch]) -> None:
-        """Replace the values of some branches. `finish` writes them in place into the old Parameters.
+        """Replace the branches under some keys. `finish` writes the new values in place into the old Parameters.
 
-        Optimizers that refer to these Parameters stay valid.
+        Optimizers that refer to the old Parameters stay valid.
         """
         old = self.branches
         for key in renewed:
@@ -114,7 +114,7 @@ class GraphEditor:
                 "call_module", f"{BRANCHES}.{key}", args, dict(options), name=f"{source.name}_lora"
             )
         node.meta = {**source.meta, MADE_BY: self.name}
-        # fx adds a number to a name that was used before, even if no node has it any more after a fold.
+        # fx adds a number to a name that was used before, even if a fold has erased the node of this name.
         if f"{source.name}_lora" not in self._names:
             node.name = f"{source.name}_lora"
         self._names.add(node.name)
@@ -123,9 +123,9 @@ class GraphEditor:
         return node
 
     def replace_op(self, source: fx.Node, key: str, args: tuple[object, ...], options: Mapping[str, object]) -> fx.Node:
-        """Replace an op by `branches.KEY(x, weight, bias, at="merged", op=...)`. A name reads the attribute.
+        """Replace an op by `branches.KEY(x, weight, bias, at="merged", op=...)`. A str in `args` is an attribute path.
 
-        The call of `source` is stored in the metadata of the new node, from which a fold restores it.
+        The call of `source` is stored in the metadata of the new node, so that a fold can restore the op.
         """
         graph, inputs = self.module.graph, [*args]
         for index, name in enumerate(args):
@@ -140,14 +140,14 @@ class GraphEditor:
         return node
 
     def _create(self, op: str, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
-        """Create a helper node at the insert point. `_erase` removes it with its last user."""
+        """Create a helper node at the insert point. `_erase` of its last user erases the helper too."""
         node = self.module.graph.create_node(op, target, args, {}, name=name)
         node.meta = {MADE_BY: self.name}
         self._names.add(node.name)
         return node
 
     def insert_formula(self, inputs: Sequence[fx.Node], formula: fx.Graph) -> fx.Node:
-        """Insert the nodes of a formula after its first input, whose users then read the result. Return the result."""
+        """Insert a formula after `inputs[0]`, make the users of that node read the result, and return the result."""
         graph, source = self.module.graph, inputs[0]
         users = list(source.users)
         values = dict(zip((node for node in formula.nodes if node.op == "placeholder"), inputs, strict=True))
@@ -164,12 +164,12 @@ class GraphEditor:
         return result
 
     def remove_formula(self, result: fx.Node, source: fx.Node, nodes: Collection[fx.Node]) -> None:
-        """Make the users of the result of a formula read `source`, and erase its nodes that have no other users."""
+        """Make the users of `result` read `source`, and erase the nodes of the formula that have no users then."""
         result.replace_all_uses_with(source)
         self.drop_unused(lambda node: node in nodes)
 
     def remove_branch(self, node: fx.Node) -> None:
-        """Erase a branch node. Its users read the op or the weight again. A replaced op is restored."""
+        """Erase a branch node, so that its users read the op or the weight again. Restore the op if it was replaced."""
         op = replaced_call(node)
         if op is not None:
             self._restore_op(node, op)
@@ -192,7 +192,7 @@ class GraphEditor:
         self._erase(node)
 
     def _erase(self, node: fx.Node) -> None:
-        """Erase a node without users, and the helper nodes that only it read."""
+        """Erase a node without users, and the helper nodes that no other node reads."""
         read = [source for source in node.all_input_nodes if made_by(source)]
         self.module.graph.erase_node(node)
         self._names.discard(node.name)
@@ -202,7 +202,7 @@ class GraphEditor:
         self.modified = True
 
     def move_after(self, node: fx.Node, predecessor: fx.Node) -> None:
-        """Move a node to directly after another one."""
+        """Move a node directly behind `predecessor`."""
         if node.prev is not predecessor:
             predecessor.append(node)
             self.modified = True
@@ -213,7 +213,7 @@ class GraphEditor:
         self.modified = True
 
     def add_inputs(self, names: Sequence[str]) -> list[fx.Node]:
-        """Append inputs to the signature, and return their placeholders. A name that is taken gets a number.
+        """Append inputs to the signature, and return their placeholders. A name that exists already gets a number.
 
         Raises:
             PassError: the signature of the graph is not a tuple of args and a dict of kwargs.
@@ -235,7 +235,7 @@ class GraphEditor:
         return placeholders
 
     def _add_keywords(self, names: Sequence[str]) -> None:
-        """Append keyword arguments, which are tensors, to the signature of a graph that takes flattened arguments."""
+        """Append keyword arguments for tensors to the signature of a graph that takes flattened arguments."""
         codegen = self.module.graph._codegen
         if not isinstance(codegen, _PyTreeCodeGen):
             return
@@ -247,7 +247,7 @@ class GraphEditor:
                 f"{spec}; trace the model again with torch.export",
                 code="input-not-supported",
             )
-        # The signature is a tuple (args, kwargs); only the keys and subtrees of kwargs change.
+        # The signature is (args, kwargs). Only the keys and subtrees of kwargs change.
         _, leaf = pytree.tree_flatten(0)
         keywords = {**dict(zip(both[1].context, _children(both[1]), strict=True)), **dict.fromkeys(names, leaf)}
         named = pytree.TreeSpec(dict, [*keywords], [*keywords.values()])
@@ -255,18 +255,18 @@ class GraphEditor:
         self.module.graph.set_codegen(_PyTreeCodeGen(info))
 
     def drop_unused(self, drop: Callable[[fx.Node], bool]) -> None:
-        """Erase the nodes without users for which `drop` is true, last first."""
+        """Erase the nodes without users for which `drop` returns True, from last to first."""
         for node in drop_nodes(self.module.graph, drop):
             self._names.discard(node.name)
             self.modified = True
 
     def set_tensor(self, names: tuple[str, ...], value: torch.Tensor) -> None:
-        """Set a new Parameter under these names of the owner. The modules on the path are copied first."""
+        """Set a new Parameter under all names of one weight of the owner. The modules on the paths are copied first."""
         old = self.module.get_parameter(f"{self.record.prefix}{names[0]}")
         self._put(names, nn.Parameter(value, requires_grad=old.requires_grad))
 
     def _put(self, names: tuple[str, ...], new: nn.Parameter) -> None:
-        """Replace the Parameter under these names of the owner."""
+        """Replace one Parameter of the owner under all of its names."""
         for name in names:
             *path, leaf = f"{self.record.prefix}{name}".split(".")
             holder = self._writable(path)
@@ -291,7 +291,7 @@ class GraphEditor:
         self.record = replace(self.record, frozen={**self.record.frozen, **frozen})
 
     def unfreeze(self) -> None:
-        """Restore the Parameters that `freeze` replaced. A weight that was changed since gets a new trainable one."""
+        """Restore the Parameters that `freeze` replaced. A weight that changed since gets a new trainable Parameter."""
         named = named_weights(self.owner)
         for name, original in self.record.frozen.items():
             current = named.parameters.get(name)
@@ -301,9 +301,9 @@ class GraphEditor:
         self.record = replace(self.record, frozen={})
 
     def release_module(self) -> fx.GraphModule:
-        """Return the copy for a foreign pass, which may replace modules and parameters in it.
+        """Return the copy for a foreign pass, which may replace modules and parameters of the copy.
 
-        The copy has its own modules, but shares tensors with the original, and the live model if there is one.
+        The copy has its own modules. It shares all tensors with the original, and the live model if there is one.
         """
         self._compile()
         # The live model is shared, because the graph must read the weights that the cascade changes.
@@ -319,14 +319,14 @@ class GraphEditor:
         self.module.recompile()
 
     def resume(self, graph_module: fx.GraphModule) -> GraphEditor:
-        """Return an editor for the result of a foreign pass. It keeps the pending values of `renew_branches`."""
+        """Return an editor for the result of another pass, with the pending values of `renew_branches`."""
         editor = GraphEditor(graph_module, self.name)
         editor.modified = self.modified
         editor._renewed = dict(self._renewed)
         return editor
 
     def finish(self) -> fx.GraphModule:
-        """Lint, compile, and return the edited copy. The renewed branches are written in place, in one transaction."""
+        """Write the renewed branches in place, in one transaction, and return the edited copy, linted and compiled."""
         self._compile()
         holder = self.module._modules.get(BRANCHES)
         if not isinstance(holder, nn.ModuleDict):
@@ -335,7 +335,7 @@ class GraphEditor:
             kept = Kept.of(self.module, self.record)
             for branch in branch_nodes(self.module).values():
                 branch.kept = kept
-        # Write the new values into the old Parameters. On an exception, `commit` rolls back what was written.
+        # Write the new values into the old Parameters. On an exception, `commit` restores the old values.
         pairs = [(key, old, holder._modules.get(key)) for key, old in self._renewed.items()]
         moves = [(key, old, new) for key, old, new in pairs if isinstance(new, Branch) and new is not old]
         with torch.no_grad(), commit() as undo:
@@ -351,7 +351,7 @@ class GraphEditor:
             return self.module
 
     def _writable(self, path: list[str]) -> nn.Module:
-        """Return the module at a path. Each module on the path is copied once, so that a change spares the original."""
+        """Return the module at a path of the copy. On first use, replace each module on the path by a copy of it."""
         holder: nn.Module = self.module
         for part in path:
             child = holder._modules[part]
@@ -365,12 +365,12 @@ class GraphEditor:
 
 
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    """Return the subtrees of a pytree structure."""
+    """Return the direct subtrees of a pytree structure."""
     return spec.children() if hasattr(spec, "children") else spec.children_specs  # torch 2.9
 
 
 def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Erase the nodes without users that fulfil a condition, in reverse order, and return them."""
+    """Erase the nodes without users for which `drop` returns True, from last to first, and return them."""
     erased = []
     for node in reversed(list(graph.nodes)):
         if not node.users and drop(node):
@@ -380,13 +380,13 @@ def drop_nodes(graph: fx.Graph, drop: Callable[[fx.Node], bool]) -> list[fx.Node
 
 
 def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
-    """Read weights as attributes instead of as inputs.
+    """Make the graph read weights as attributes instead of as inputs.
 
-    The placeholders stay in the signature without users, because the caller still passes them.
+    The placeholders stay in the signature without users, because the caller still passes values for them.
 
     Args:
-        graph: is changed.
-        names: attribute that replaces each placeholder.
+        graph: the graph, which is changed.
+        names: {placeholder: attribute that replaces it}.
     """
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for placeholder, name in names.items():
@@ -398,7 +398,7 @@ def weights_from_inputs(graph: fx.Graph, names: Mapping[fx.Node, str]) -> None:
 
 
 def call_directly(graph: fx.Graph, function_of: Callable[[fx.Node], Callable[..., Any] | None]) -> None:
-    """Replace each node by a call of the function that `function_of` returns for it. None keeps the node."""
+    """Make each node call the function that `function_of` returns for it. If it returns None, keep the node."""
     functions = {node: function for node in graph.nodes if (function := function_of(node)) is not None}
     for node, function in functions.items():
         node.op, node.target, node.type = "call_function", function, None
@@ -409,8 +409,8 @@ def products_with_weights(graph: fx.Graph, modules: Mapping[str, tuple[str, bool
     """Replace each opaque product of a `QuantizedLinear` by `quantized_linear(x, weight, bias)`.
 
     Args:
-        graph: is changed.
-        modules: path of the `QuantizedLinear`, and whether it has a bias, by the key in the call.
+        graph: the graph, which is changed.
+        modules: {key in the call: (path of the `QuantizedLinear`, whether the layer has a bias)}.
     """
     calls = [node for node in graph.nodes if node.op == "call_function" and is_opaque_product(node.target)]
     for node in calls:
@@ -431,9 +431,9 @@ def assert_min_sizes(graph: fx.Graph, inputs: Sequence[str], minimum: Mapping[tu
     """Insert assertions that raise RuntimeError if an axis of an input is smaller than the graph supports.
 
     Args:
-        graph: of ATen operators; is changed.
+        graph: a graph of ATen operators, which is changed.
         inputs: names of the placeholders of inputs, in order.
-        minimum: minimum size, by the index of the input and the axis.
+        minimum: {(index of an input, axis): minimum size}.
     """
     nodes = {node.name: node for node in graph.nodes}
     after_inputs = [node for node in graph.nodes if node.op == "placeholder"][-1].next

@@ -4,12 +4,12 @@ A weight may be transposed, sliced, cast, normalized or standardized before it i
 depends on weights, buffers and literals only. A consumer of a weight is a node that combines a value derived from the
 weight with a value that depends on inputs.
 
-A weight may reach an input in several ways. `uses_of` tries four rules and takes the first one that gives a site:
+A value derived from the weight may be used in several ways. `uses_of` takes the first of four rules that gives a site:
 
-1. A value derived from the weight is multiplied by an input, or its rows are looked up. It also counts if it is the
-   weight of an op with a form and the op's input is constant.
+1. The value is multiplied by an input, or rows of it are looked up. A value that is the weight of an op with a form
+   also counts if the input of the op is constant.
 2. The value is multiplied by a constant in an op without a form.
-3. The value is scaled by an input, and then it is the weight of a linear or a convolution (a modulated convolution).
+3. The value is scaled by an input, and the product is the weight of a linear or a convolution (modulated convolution).
 4. An input selects rows of the value.
 """
 
@@ -30,7 +30,7 @@ from lorasc_fx.util.torch_private import HigherOrderOperator
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return the shape of a node's tensor in the captured call, or None if the metadata does not say it."""
+    """Return the shape of a node's tensor in the captured call, or None if the metadata does not contain it."""
     for name in ("val", "example_value", "tensor_meta"):
         value = node.meta.get(name)
         shape = getattr(value, "shape", None)
@@ -62,7 +62,7 @@ _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE_OPERATORS}
 
 @dataclass(frozen=True)
 class Consumer:
-    """A node that uses a weight, its arguments derived from the weight, and the ones that may share its memory."""
+    """A node that uses a weight. `reads` are its arguments derived from the weight. `aliases` may share its memory."""
 
     node: fx.Node
     reads: tuple[fx.Node, ...]
@@ -72,7 +72,7 @@ class Consumer:
 def constants(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that do not depend on values of inputs: get_attr nodes, sizes, and calls that read only these.
 
-    A tensor that is computed from sizes alone, such as zeros for this batch, is not constant.
+    A tensor that is computed from sizes alone, such as zeros of the batch size, is not constant.
     """
     constant: set[fx.Node] = set()
     sizes: set[fx.Node] = set()  # ints and SymInts, a subset of `constant`
@@ -98,7 +98,7 @@ def read_values(node: fx.Node) -> list[fx.Node]:
 
 
 def reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Return the nodes that can be reached from some nodes, including these."""
+    """Return `nodes` and all nodes that can be reached from them by steps to `neighbours`."""
     reached, waiting = set[fx.Node](), list(nodes)
     while waiting:
         node = waiting.pop()
@@ -109,7 +109,7 @@ def reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[f
 
 
 NodeTest = Callable[[fx.Node, Collection[fx.Node]], bool]
-"""A condition on a node and its arguments that are derived from the weight."""
+"""A condition on a node. The second argument has those arguments of the node that are derived from the weight."""
 
 
 def consumers(
@@ -121,11 +121,10 @@ def consumers(
     """Yield each node that combines a value derived from a weight with an input, once.
 
     Args:
-        weight: its get_attr node.
+        weight: the get_attr node of the weight.
         constant: the nodes that do not depend on inputs.
-        is_use: whether a node counts as a consumer although it depends on no input.
-        is_passed: whether to follow a node although it depends on an input. Both functions get the node, and its
-            arguments that are derived from the weight.
+        is_use: whether a node counts as a consumer even if it depends on no input.
+        is_passed: whether a node counts as derived from the weight even if it depends on an input.
     """
     derived = {weight: True}  # nodes computed from the weight, and whether they may share its memory
     consuming = dict[fx.Node, None]()  # consumers, in the order of discovery
@@ -134,7 +133,7 @@ def consumers(
         for user in waiting.pop().users:
             if reads_shape_only(user) or user in derived:
                 continue
-            # A user is derived too if it depends on nothing but the weight and constants.
+            # A user is derived too if it depends only on the weight and on constants.
             sources = [source for source in read_values(user) if source in derived]
             follows = all(source in derived or source in constant for source in read_values(user))
             follows = (follows or is_passed(user, sources)) and not any(
@@ -153,7 +152,7 @@ def consumers(
 
 
 def may_alias(node: fx.Node) -> bool:
-    """Whether a node's output may share memory with an argument. True if the op has no schema."""
+    """Whether a node's output may share memory with an argument. True for an op without a schema."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 
@@ -193,7 +192,7 @@ def reads_shape_only(node: fx.Node) -> bool:
 
 
 def mutates(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a node writes into this argument, directly or in the body of a higher-order op."""
+    """Whether a node writes into its argument `source`, directly or in the body of a higher-order op."""
     if isinstance(node.target, HigherOrderOperator):
         return any(mutates(user, inner) for inner in inside(node, source) for user in inner.users)
     if node.target in (F.embedding, F.embedding_bag):
@@ -212,7 +211,7 @@ def mutates(node: fx.Node, source: fx.Node) -> bool:
 
 
 def inside(node: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
-    """Yield the placeholders that receive an argument of a higher-order op in the graphs that the op runs."""
+    """Yield the placeholders to which a higher-order op passes `source`, in the graphs that the op runs."""
     if not isinstance(node.target, HigherOrderOperator):
         return
     owner, operands = node.graph.owning_module, pytree.tree_leaves(node.args)
@@ -235,7 +234,7 @@ def is_impure(node: fx.Node) -> bool:
 
 
 def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
-    """Return the consumers of a weight, or of a branch on it, by the first rule of this file that gives a site."""
+    """Return the consumers of a weight or of the branch node after it, by the first rule above that gives a site."""
     # Rule 1.
     with_inputs = list(consumers(weight, constant, is_use=_fits))
     if any(kind_of(consumer) for consumer in with_inputs):
@@ -251,7 +250,7 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
         is_product = has_weight_argument(name_of(consumer.node)) and len(args) > 1
         if is_product and args[1] in reads and args[0] not in reads:  # it is the weight of the op, not the input
             return scaled
-    # Rule 4. Without a site, return the consumers by rule 1 for the reason of the refusal.
+    # Rule 4. If there is no site, the consumers by rule 1 show the reason of the refusal.
     looked_up = list(
         consumers(weight, constant, is_use=lambda node, reads: looks_up(node, constant) and node.args[0] in reads)
     )
@@ -259,7 +258,7 @@ def uses_of(weight: fx.Node, constant: set[fx.Node]) -> list[Consumer]:
 
 
 def kind_of(consumer: Consumer) -> str | None:
-    """Return the kind of site of the weight at a consumer, or None. Looks into the graphs of higher-order ops."""
+    """Return the kind of site that a consumer makes of the weight, or None. Looks into graphs of higher-order ops."""
     replaced = replaced_call(consumer.node)
     if replaced is not None and replaced.form is not None:
         return replaced.form.kind
@@ -277,6 +276,6 @@ def kind_of(consumer: Consumer) -> str | None:
 
 
 def _fits(node: fx.Node, reads: Collection[fx.Node]) -> bool:
-    """Whether a node has a form and its weight is one of `reads`."""
+    """Whether a node has a form and the node's weight is one of `reads`."""
     form = form_of(node, None)
     return isinstance(form, FunctionForm) and any(form.fits(node, source) for source in reads)

@@ -1,15 +1,15 @@
 """The table of ops whose weight can be adapted.
 
-A form is one kind of node, as a row of `FORMS`: its targets, which arguments are input and weight, the layout of the
-weight, and the arguments that the branch needs too. The op of a form is linear in its weight, so a branch can be added
-to its output: `op(x, W + D) = op(x, W) + D x`. To support another op, add a row here and a case in
-tests/kit/operators. No pass changes.
+A form describes one kind of node, as a row of `FORMS`: the targets, which arguments are input and weight, the layout of
+the weight, and the arguments that the branch needs too. The op of a form is linear in the weight, so a branch can be
+added to the output: `op(x, W + D) = op(x, W) + D x`. To support another op, add a row here and a case in
+tests/kit/operators. Passes need no change.
 
 There are rows for three dialects of graphs: ATen (torch.export), functional (`F.linear` and other functions, and
 methods of tensors, from `fx.symbolic_trace`) and modules (`call_module`).
 
-Other ops that multiply by a weight or look up its rows are in `CONTRACTIONS`. Their branch is added to the weight
-before the op. `register_form` adds rows at run time.
+Other ops that multiply by a weight or look up its rows are in `CONTRACTIONS`. For these, the branch is added to the
+weight before the op. `register_form` adds rows at run time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorasc_fx.util.torch_private import CustomOpDef, OpOverload, grouped_mm
 
 @dataclass(frozen=True)
 class StoredCall:
-    """The call of an op that a merged branch replaced, without its node."""
+    """The call of an op without its node, such as an op that a merged branch replaced, or a call in eager mode."""
 
     name: str
     op: str
@@ -65,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form(abc.ABC):
-    """A row of the table.
+    """A row of the table of ops.
 
     Args:
         name: unique name, which plans and messages contain.
@@ -81,7 +81,7 @@ class Form(abc.ABC):
 
     @property
     def product(self) -> str:
-        """The name in `lorasc_fx.branch` of the op that a merged branch computes, or "" if none can replace the op."""
+        """Option `op` of the merged branch node for this form, or "" if no merged branch can replace the op."""
         return {"linear": self.name.rpartition(".")[2].lower(), "conv": "conv"}.get(self.kind, "")
 
 
@@ -91,7 +91,7 @@ class _NamedArguments:
     parameters: tuple[str, ...]
 
     def argument(self, node: AnyNode, name: str) -> Any:
-        """Return an argument of the node by name, or None."""
+        """Return the argument of the node for a parameter of this name, or None if it is not passed."""
         position = self.parameters.index(name) if name in self.parameters else len(node.args)
         return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
@@ -106,12 +106,12 @@ class FunctionForm(Form, _NamedArguments):
         parameters: names of the target's parameters, in order.
         dims: number of axes of the weight.
         weight, x: names of the parameters that are the weight and the input.
-        repeats: parameters that the branch gets as well.
-        plain: parameters that must be None or have this value; otherwise the node does not have the form.
-        counted: parameters that must not be negative.
-        options: further keyword arguments of the branch node.
-        needs: parameters that must not be None.
-        layout: `out_in` if the op reads the weight as [out, in], or `in_out`.
+        repeats: names of the parameters that the branch node also gets.
+        plain: (parameter, value): a node has the form only if the parameter is None or has this value.
+        counted: names of the parameters that must not be negative.
+        options: (name, value) of further keyword arguments of the branch node.
+        needs: names of the parameters that must not be None.
+        layout: `out_in` if the op reads the weight as [out, in], `in_out` if it reads [in, out].
     """
 
     targets: tuple[Callable[..., Any] | str, ...]
@@ -127,7 +127,7 @@ class FunctionForm(Form, _NamedArguments):
     layout: str = "out_in"
 
     def fits(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether `source` is the node's weight and no other argument, and the other arguments match the row."""
+        """Whether `source` is the node's weight and not another argument too, and all arguments match the form."""
         reads: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), reads.append)
         fits = all(self.argument(node, name) in (None, value) for name, value in self.plain)
@@ -147,9 +147,9 @@ class FunctionForm(Form, _NamedArguments):
 
 @dataclass(frozen=True)
 class WeightForm(_NamedArguments):
-    """A call of an op that need not be linear in its weight. The branch is added to the weight before the op.
+    """A call of an op that may be nonlinear in its weight. The branch is added to the weight before the op.
 
-    The op gets `W + s B A`. The backward computes the full gradient of the weight.
+    The op gets `W + s B A`. The backward computes the full gradient of this sum.
 
     Args:
         name: unique name, which plans and messages contain.
@@ -168,11 +168,11 @@ class WeightForm(_NamedArguments):
 
 @dataclass(frozen=True)
 class ModuleForm(Form):
-    """A call of a module of a class, or of a subclass that inherits its forward.
+    """A call of a module whose class is `module`, or a subclass that inherits the forward of `module`.
 
     Args:
         name, kind: see `Form`.
-        module: the class.
+        module: the class, such as `nn.Linear`.
         layout: see `FunctionForm`.
     """
 
@@ -180,7 +180,7 @@ class ModuleForm(Form):
     layout: str = "out_in"
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a module computes what the class computes: no hooks, and the inherited forward."""
+        """Whether a module computes what the class computes: it has no hooks and inherits forward."""
         kind = type(module)
         if module._forward_pre_hooks or module._forward_hooks:
             return False
@@ -189,11 +189,11 @@ class ModuleForm(Form):
             return False
         conv_forward = getattr(self.module, "_conv_forward", None)
         inherits = conv_forward is None or getattr(kind, "_conv_forward", None) is conv_forward
-        # Embeddings with these options write into the weight or scale its gradient. A branch cannot reproduce this.
+        # Embeddings with these options write into the weight or scale its gradient, which a branch cannot reproduce.
         return inherits and not any(getattr(module, option, None) for option in ("max_norm", "scale_grad_by_freq"))
 
     def reads(self, node: AnyNode, module: nn.Module | None) -> Reading:
-        """Return the arguments of a call. The options are attributes of the module."""
+        """Return the arguments of a call. The options come from attributes of the module."""
         x = node.args[0] if node.args else node.kwargs["input"]
         bias = f"{node.target}.bias" if getattr(module, "bias", None) is not None else None
         weights = (f"{node.target}.weight", bias)
@@ -214,7 +214,7 @@ class ModuleForm(Form):
 RegisteredForm = FunctionForm | ModuleForm | WeightForm
 
 REGISTERED: OrderedDict[int, RegisteredForm] = OrderedDict()
-"""The registered rows, by the id of their handle. `RemovableHandle` requires an OrderedDict."""
+"""{id of the handle: registered row}. `RemovableHandle` requires an OrderedDict."""
 
 
 def registered_form(target: object) -> FunctionForm | WeightForm | None:
@@ -231,7 +231,7 @@ def registered_named(name: str) -> RegisteredForm | None:
 
 
 def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
-    """Return the targets of a row. If one is a default overload, its packet (`op` for `op.default`) is added."""
+    """Return the targets of a row, and for each default overload (`op.default`) also its packet (`op`)."""
     ops = [target for target in form.targets if isinstance(target, OpOverload)]
     return (*form.targets, *(op.overloadpacket for op in ops if op._overloadname == "default"))
 
@@ -239,7 +239,7 @@ def targets_of(form: FunctionForm | WeightForm) -> tuple[Any, ...]:
 aten = torch.ops.aten
 
 ON_WEIGHT = "on-weight"
-"""The form of a use at the weight itself: the branch is added to the weight, before every op that reads it."""
+"""Name of the form of a use at the weight itself: the branch is added to the weight before any op reads it."""
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -301,7 +301,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
     _conv("aten.conv3d", (aten.conv3d.default, aten.conv3d.padding), 5),
     _lookup("aten.embedding", aten.embedding.default),
     _grouped("aten._grouped_mm", aten._grouped_mm.default, ("self", "mat2", *_GROUPED), "aten::_grouped_mm"),
-    # The op's backward computes the gradient of a frozen weight too. The branch node computes only the input gradient.
+    # This op's backward computes the gradient of a frozen weight too. The branch node computes only the input gradient.
     _grouped(_FALLBACK, _FALLBACK, ("input", "weight", "offs"), _FALLBACK, "weight"),
     FunctionForm("F.linear", "linear", (F.linear,), _LINEAR, 2),
     FunctionForm("quantized_linear", "linear", (quantized_linear,), _LINEAR, 2),
@@ -321,7 +321,7 @@ FORMS: tuple[FunctionForm | ModuleForm, ...] = (
         2,
         repeats=("padding_idx",),
         plain=(("max_norm", None), *_EVENLY),
-        counted=("padding_idx",),  # F.embedding counts a negative index from the end, torch.embedding ignores it
+        counted=("padding_idx",),  # F.embedding counts a negative index from the end, but torch.embedding ignores one
         options=(("at", Placement.LOOKUP),),
     ),
     ModuleForm("nn.Linear", "linear", nn.Linear),
@@ -343,16 +343,16 @@ _CONTRACTIONS = {
     "recurrent": "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
 }
 CONTRACTIONS = {name: kind for kind, names in _CONTRACTIONS.items() for name in names.split()}
-"""Names of the ops, in all dialects, that multiply by a weight or look up its rows. Maps each to the kind of site."""
+"""{name of an op in any dialect: kind of site}, for the ops that multiply by a weight or look up its rows."""
 
 ADDED_FIRST = {"addmm", "baddbmm", "addbmm", "addmv"}
-"""Contractions that add their first argument and multiply the others."""
+"""Names of the contractions that add their first argument to the product of the others."""
 
 SCALES = {"mul", "div", "truediv", "multiply", "divide", "true_divide", "__mul__", "__rmul__", "__truediv__"}
 """Names of the ops that scale one argument by another."""
 
 LIKE_ANOTHER = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
-"""Names of the ops that read the values of their first argument only. Of the others they read shape or dtype."""
+"""Names of the ops that read values of their first argument only. Of other tensors they read shape, dtype or device."""
 
 _BY_TARGET = {target: form for form in FORMS if isinstance(form, FunctionForm) for target in form.targets}
 _BY_NAME = {form.name: form for form in FORMS}
@@ -362,7 +362,7 @@ def form_named(name: str) -> FunctionForm | ModuleForm:
     """Return the row of this name.
 
     Raises:
-        PassError: there is no such row. A registered one may have been removed.
+        PassError: there is no such row, for example because a registered row was removed.
     """
     form = _BY_NAME.get(name) or registered_named(name)
     if form is None or isinstance(form, WeightForm):  # uses of a WeightForm are marked as ON_WEIGHT
@@ -396,17 +396,17 @@ def form_of(node: AnyNode, module: nn.Module | None) -> FunctionForm | ModuleFor
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the name of a node's target in every dialect, without namespace and overload, such as `linear`."""
+    """Return the name of a node's target without namespace and overload, such as `linear` in all dialects."""
     return _name(node.target)
 
 
 def has_weight_argument(name: str) -> bool:
-    """Whether the second argument of an op of this name is a weight, as for linear and the convolutions."""
+    """Whether the second argument of an op of this name is its weight, as for linear and the convolutions."""
     return name == "linear" or name.startswith(("conv", "_conv"))
 
 
 def contraction(node: fx.Node, reads: Collection[fx.Node]) -> str | None:
-    """Return the kind of site if a node multiplies by one of `reads` or looks up its rows, otherwise None."""
+    """Return the kind of site if a node multiplies by one of `reads` or looks up rows of one. Otherwise None."""
     if node.op not in ("call_function", "call_method"):
         return None
     form = registered_form(node.target)
@@ -426,7 +426,7 @@ _PERMUTE = (aten.permute.default, torch.permute, "permute")
 
 
 def without_transposes(source: object, dims: int) -> tuple[Any, bool]:
-    """Skip transposes of the last two of `dims` axes. Return the node before, and whether their number is odd."""
+    """Return (the node before any transposes of its last two axes, whether the number of transposes is odd)."""
     transposed = False
     while isinstance(source, fx.Node) and source.all_input_nodes and _transposes(source, dims):
         source, transposed = source.all_input_nodes[0], not transposed
@@ -434,7 +434,7 @@ def without_transposes(source: object, dims: int) -> tuple[Any, bool]:
 
 
 def stored_layout(layout: str, transposed: bool) -> str:
-    """Return the layout of a stored weight that an op reads as `layout`, after a transpose if `transposed`."""
+    """Return the layout of the stored weight if an op reads it as `layout`, transposed before or not."""
     return {"out_in": "in_out", "in_out": "out_in"}[layout] if transposed else layout
 
 
@@ -454,7 +454,7 @@ def _transposes(node: fx.Node, dims: int) -> bool:
 
 
 BESIDE_KINDS = ("linear", "conv", "embedding")
-"""Kinds of registered forms with a branch that is added to the output of the op."""
+"""Kinds that a registered `FunctionForm` or `ModuleForm` may have."""
 
 
 def register_form(form: RegisteredForm) -> RemovableHandle:
@@ -462,15 +462,15 @@ def register_form(form: RegisteredForm) -> RemovableHandle:
 
     `WeightForm` is correct for every op: the branch is added to the weight before the op. With `FunctionForm` and
     `ModuleForm`, the branch is added to the output of the op, which needs less memory. This is correct only if the op
-    is linear in its weight, `op(x, W + D) = op(x, W) + D x`. Registration does not check that: test it.
+    is linear in its weight, `op(x, W + D) = op(x, W) + D x`. Registration does not check linearity, so test the op.
 
-    Graphs that were captured before are not changed.
+    Graphs that were captured earlier are not changed.
 
     Args:
         form: the row. Its name appears in plans and messages; its `kind` is one of `lorasc_fx.spec.KINDS`.
 
     Returns:
-        A handle like the ones of torch hooks. The form is registered until `handle.remove()`, or the end of
+        A handle like that of a torch hook. The form is registered until `handle.remove()`, or the end of
         `with handle:`.
 
     Raises:
@@ -487,13 +487,13 @@ def register_form(form: RegisteredForm) -> RemovableHandle:
 
 
 def forms_missing(names: Iterable[str]) -> dict[str, str]:
-    """Return the names without a registered form, each with a hint at the most similar registered name."""
+    """Return {name: hint at similar registered names, or ""} for each name without a registered form."""
     registered = [form.name for form in REGISTERED.values()]
     return {name: nearest(name, registered) for name in names if name and registered_named(name) is None}
 
 
 def _check(form: RegisteredForm) -> None:
-    """Raise SpecError if the name or a target of a form is taken, or its kind or a parameter does not exist."""
+    """Raise SpecError if another form has the name or a target, or if the kind or a parameter does not exist."""
     if is_form(form.name):
         raise SpecError(
             f"{form.name!r} is the name of another form. Choose another name, or call remove() on its handle."

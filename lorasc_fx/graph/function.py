@@ -3,7 +3,7 @@
 A GraphModule resolves the path of each weight, flattens its arguments, and calls each branch through
 `Module.__call__`. The function avoids this:
 
-- a weight is read from the `_parameters` dictionary of its module, so that a replaced Parameter is seen;
+- a weight is read from the `_parameters` dict of its module in each call, because the Parameter may be replaced;
 - a branch is called by the method of its placement. The caller checks that no branch has hooks;
 - products with large frozen weights are computed by `for_frozen`.
 """
@@ -31,9 +31,9 @@ from lorasc_fx.graph.editor import call_directly
 from lorasc_fx.util.torch_private import OpOverload
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""Names of the hook dictionaries of a module. `torch.nn` has global ones with the prefix `_global`."""
+"""Names of the dicts of hooks that a module call runs. The global dicts of `torch.nn` have the prefix `_global`."""
 MIN_ENTRIES = 1 << 16
-"""Minimum entries of a matrix for `for_frozen`. For smaller matrices its check takes longer than it saves."""
+"""Minimum entries of a matrix for `for_frozen`. For smaller ones, that function checks longer than it saves."""
 
 
 def takes_leaves(graph: fx.Graph) -> bool:
@@ -42,7 +42,7 @@ def takes_leaves(graph: fx.Graph) -> bool:
 
 
 def hooks_of(module: fx.GraphModule) -> list[Any]:
-    """Return the hook dictionaries of all branches, and the global ones of `torch.nn.Module`."""
+    """Return the hook dicts of all branches, and the global ones of `torch.nn.Module`."""
     by_branch = [getattr(branch, name) for branch in branch_nodes(module).values() for name in HOOKS]
     return [*(getattr(torch_module, f"_global{name}") for name in HOOKS), *by_branch]
 
@@ -51,9 +51,9 @@ def as_function(module: fx.GraphModule, same_bits: bool = True) -> Callable[...,
     """Return a function that computes the same as the graph module.
 
     Args:
-        module: the graph module. Later changes of it have no effect on the function.
-        same_bits: whether the function computes the same bits as the graph if gradients are disabled, and not only the
-            same values up to rounding.
+        module: the graph module. Later changes of its graph have no effect on the function.
+        same_bits: whether the function must compute the same bits as the graph if gradients are disabled. Otherwise it
+            computes the same values up to rounding.
 
     Returns:
         The function. It takes flattened arguments if `takes_leaves(module.graph)`.
@@ -77,20 +77,20 @@ def as_function(module: fx.GraphModule, same_bits: bool = True) -> Callable[...,
 
 
 class _Call(functools.partial[Any]):
-    """A function, perhaps with bound arguments, and the `__name__` that fx needs to generate code."""
+    """A function, perhaps with bound arguments, that has the `__name__` that fx needs to generate code."""
 
     __name__ = "call"
 
     @property
     def unwrapped(self) -> Callable[..., Any]:
-        """The function itself if it has no bound arguments. This avoids the overhead of a partial."""
+        """The function without the overhead of a partial if it has no bound arguments, otherwise this object."""
         return self if self.args or self.keywords else self.func
 
 
 def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: bool) -> Callable[..., Any] | None:
     """Return the function that a node calls in the generated code, or None to keep the node.
 
-    The keyword `at` of a branch node, which chooses the function, is removed.
+    If the function follows from the keyword `at` of a branch node, remove the keyword.
     """
     target: Any = node.target
     if node.op == "call_module":
@@ -111,7 +111,7 @@ def _target(module: fx.GraphModule, node: fx.Node, is_branch: bool, same_bits: b
 
 
 def _keeps_forward(branch: Branch) -> bool:
-    """Whether no class and no user replaced `forward`, which otherwise calls the method of the placement."""
+    """Whether `forward` is that of `Branch`, which only calls the method of the placement."""
     return getattr(branch.forward, "__func__", None) is Branch.forward
 
 
@@ -123,9 +123,9 @@ def _entries(argument: object) -> float:
 
 
 def _read_attributes(graph: fx.Graph, module: fx.GraphModule) -> None:
-    """Make each node that reads an attribute of a module read `store[name]`, with the store from its `__dict__`.
+    """Make each get_attr node read `vars(owner)[store][name]`, with a store such as `_parameters`.
 
-    This calls no Python function, and sees a Parameter that was replaced.
+    This calls no Python function, and reads a Parameter that replaced another one.
     """
     for node in graph.find_nodes(op="get_attr"):
         holder, leaf = _holder_of(module, str(node.target))
@@ -150,6 +150,6 @@ def _reads_large_matrix(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _holder_of(module: fx.GraphModule, target: str) -> tuple[Any, str]:
-    """Return the object that has the attribute at a dotted path, and the attribute's last name."""
+    """Return (object that has the attribute at a dotted path, name of the attribute in this object)."""
     path, _, leaf = target.rpartition(".")
     return (operator.attrgetter(path)(module) if path else module), leaf

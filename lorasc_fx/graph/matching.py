@@ -3,8 +3,8 @@
 A weight is adapted at all of its uses or at none. A fold changes the weight itself, so a use without a branch would
 compute one thing in training and another after the fold.
 
-If every use has a form, a branch is added to the output of each use, or replaces it (placement `merged`). Otherwise one
-branch is added to the weight, before all uses (placement `weight`).
+If every use has a form, a branch is added to the output of each op that uses the weight (placement `beside`), or
+replaces the op (placement `merged`). Otherwise a branch is added to the weight before all uses (placement `weight`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from lorasc_fx.spec import KINDS, OWN_GRID, CascadeSpec
 
 @dataclass(frozen=True)
 class BesideUse:
-    """A use of a weight in a known form, so that a branch can be added to its output, or replace it if `mergeable`."""
+    """A use of a weight with a form: a branch can be added to the output of the node, or replace a `mergeable` node."""
 
     node: fx.Node
     form: FunctionForm | ModuleForm
@@ -70,13 +70,16 @@ class WeightUses:
     """The uses of one weight in one or several graphs.
 
     Args:
-        sources: its get_attr nodes.
-        contracted: other nodes that multiply by it or look up its rows, each with the kind of site.
-        opaque: calls of leaf modules that own it. The graph does not show how they use it.
-        outside: kinds of its uses in a run of the model that no graph shows.
-        script: path of the TorchScript module that owns it, or "".
-        touched: whether such a run uses it in any way.
-        layer: whether it is the weight of a linear, conv or embedding module of torch.nn.
+        sources: the get_attr nodes of the weight.
+        beside: the uses with a form.
+        contracted: (node, kind of site) for other nodes that multiply by the weight or look up its rows.
+        others: nodes that use the weight in any other way.
+        opaque: calls of leaf modules that own the weight. The graph does not show how a leaf module uses it.
+        written: nodes that write into the weight.
+        outside: kinds of site of uses in an eager run of the model, which no graph shows.
+        script: path of the TorchScript module that owns the weight, or "".
+        touched: whether an eager run uses the weight in any way.
+        layer: whether the weight belongs to a linear, conv or embedding module of torch.nn.
     """
 
     sources: list[fx.Node] = field(default_factory=list)
@@ -107,35 +110,35 @@ class WeightUses:
 
     @property
     def all_beside(self) -> bool:
-        """Whether every use has a form, and all read the weight in one layout."""
+        """Whether every use has a form, and all uses read the weight in one layout."""
         return not (self.contracted or self.others or self.outside) and len({use.layout for use in self.beside}) == 1
 
     @property
     def registered_form(self) -> str:
-        """Name of the first form among the uses that `register_form` added, or ""."""
+        """Name of the first form among the uses that was added by `register_form`, or ""."""
         names = [use.form.name for use in self.beside if registered_named(use.form.name) is not None]
         forms = [form for node, _ in self.contracted if (form := registered_form(node.target)) is not None]
         return next(iter([*names, *(form.name for form in forms)]), "")
 
     @property
     def without_branch(self) -> list[fx.Node]:
-        """The uses without a form. If all have one, every use."""
+        """The uses of no kind. If there are none, the uses without a form. If there are none either, all uses."""
         return self.others or [node for node, _ in self.contracted] or [use.node for use in self.beside]
 
     @property
     def called(self) -> list[fx.Node]:
-        """Uses that call the module that owns the weight. A branch that is added to the weight would not reach them."""
+        """Uses that call the module that owns the weight. They would bypass a branch that is added to the weight."""
         return [use.node for use in self.beside if (replaced_call(use.node) or use.node).op == "call_module"]
 
 
 def kind_at(shape: tuple[int, ...], uses: WeightUses) -> str:
-    """Return the kind of site of a weight with this shape and at least one use of known kind."""
+    """Return the kind of site of a weight with this shape. At least one of its uses must have a kind."""
     kind = uses.kinds[0]
     return "stacked" if kind == "linear" and len(shape) == 3 else kind
 
 
 def _no_uses(owner: nn.Module, weights: Weights) -> dict[str, WeightUses]:
-    """Return an entry without uses for each weight, by its name. Weights in TorchScript modules have `script` set."""
+    """Return a defaultdict {weight: no uses yet}. It has an entry, with `script`, for each weight in TorchScript."""
     uses: dict[str, WeightUses] = defaultdict(WeightUses)
     for name, script in scripted_weights(owner).items():
         uses[weights.canonical[name]].script = script
@@ -143,7 +146,7 @@ def _no_uses(owner: nn.Module, weights: Weights) -> dict[str, WeightUses]:
 
 
 def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict[str, WeightUses]:
-    """Return the uses of each weight matrix that the graph reads, by the weight's name."""
+    """Return {name of a weight matrix that the graph reads: its uses}."""
     uses = _no_uses(owner_of(graph_module, record), weights)
     constant = constants(graph_module.graph)
     for node in graph_module.graph.nodes:
@@ -154,7 +157,7 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
                 # In a graph with branches, the uses of an adapted weight come after the branch.
                 for start in _after_branches(node):
                     for consumer in uses_of(start, constant | {start}):
-                        # A branch that is added to an op's output may get the op's weight too. This is no use.
+                        # A branch that is added to an op's output may get the op's weight too. That is not a use.
                         is_branch = _adds_to_first_argument(consumer.node)
                         if not is_branch or consumer.reads != (consumer.node.kwargs.get("weight"),):
                             _read_consumer(consumer, start, weights.parameters[weight].dim(), uses[weight])
@@ -164,17 +167,17 @@ def read(graph_module: fx.GraphModule, record: Record, weights: Weights) -> dict
 
 
 def _after_branches(source: fx.Node) -> list[fx.Node]:
-    """Return the branch nodes that are added to a weight. Without any, the weight's node."""
+    """Return the branch nodes that are added to a weight. If there are none, return the weight's node."""
     return [user for user in source.users if user.args == (source,) and _adds_to_first_argument(user)] or [source]
 
 
 def _adds_to_first_argument(node: fx.Node) -> bool:
-    """Whether a node calls a branch that has not replaced an op: it adds to an op's output or to a weight."""
+    """Whether a node calls a branch that is added to the first argument, an op's output or a weight."""
     return isinstance(called_module(node), Branch) and call_template(node) is None
 
 
 def _read_consumer(consumer: Consumer, start: fx.Node, dims: int, uses: WeightUses) -> None:
-    """Add one consumer of a weight to its uses. `start` is the weight's node, or a branch that is added to it."""
+    """Add one consumer to the uses of a weight. `start` is the weight's node, or a branch node that is added to it."""
     node = consumer.node
     if any(mutates(node, source) for source in consumer.aliases):
         uses.written.append(node)
@@ -183,7 +186,7 @@ def _read_consumer(consumer: Consumer, start: fx.Node, dims: int, uses: WeightUs
     if op is not None and op.form is not None:  # a merged branch replaced the op in an earlier pass
         uses.beside.append(BesideUse(node, op.form, op.form.layout, mergeable=True))
         return
-    # A form requires that the op reads the weight itself, apart from transposes, which change the layout.
+    # With a form, the op must read the weight itself. Only transposes may be in between, which change the layout.
     form, layout = form_of(node, None), None
     if isinstance(form, FunctionForm) and form.dims == dims and len(consumer.reads) == 1:
         read = consumer.reads[0]
@@ -199,7 +202,7 @@ def _read_consumer(consumer: Consumer, start: fx.Node, dims: int, uses: WeightUs
 
 
 def _read_module(node: fx.Node, record: Record, weights: Weights, uses: dict[str, WeightUses]) -> None:
-    """Add the call of a module to the uses of the matrices that the module owns."""
+    """Add a `call_module` node to the uses of the matrices that the called module owns."""
     module = called_module(node)
     if module is None or isinstance(module, Branch):
         return
@@ -217,18 +220,19 @@ def _read_module(node: fx.Node, record: Record, weights: Weights, uses: dict[str
 
 
 def candidates(owner: torch.nn.Module, spec: CascadeSpec) -> frozenset[str]:
-    """Return the weights that the spec selects and that can be adapted, before a graph shows how they are used."""
+    """Return the names of the weights that the spec selects and that may be adapted, if no graph shows their uses."""
     weights = named_weights(owner)
     uses = _no_uses(owner, weights)
     return frozenset(name for name in weights.matrices if _refuse(spec, weights, name, uses[name]) is None)
 
 
 def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Mapping[str, str]) -> Record:
-    """Return the record of a model that runs eagerly, with all weights classified. Its plan is followed.
+    """Return the record of a model that runs eagerly, with all weights classified. Sites of the old record are kept.
 
     Args:
-        graph_modules: a graph of some uses of its weights.
-        outside: kind of each weight that a run of the model used, or "" if it was used in an unknown way.
+        graph_modules: graphs of some uses of the weights.
+        record: the record so far.
+        outside: {weight that a run of the model used: kind of its site, or "" if it was used in an unknown way}.
     """
     owner = owner_of(graph_modules[0], record)
     weights = named_weights(owner)
@@ -266,7 +270,7 @@ def match(graph_module: fx.GraphModule, record: Record, partial: bool = False) -
 
 
 def uses_in(graph_module: fx.GraphModule, record: Record) -> dict[fx.Node, Use]:
-    """Return the nodes that get a branch, in the order of the graph. A merged branch is such a node itself.
+    """Return {node that gets a branch: its use}, in the order of the graph. A merged branch node counts as the op.
 
     Raises:
         PassError: the graph uses a planned site in a way that its branch cannot follow.
@@ -276,7 +280,7 @@ def uses_in(graph_module: fx.GraphModule, record: Record) -> dict[fx.Node, Use]:
 
 
 def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, record: Record) -> Record:
-    """Make each weight matrix a site, a refusal or unreached, from its uses."""
+    """Classify each weight matrix by its uses, as a site, a refusal or unreached, and return the new record."""
     spec, planned = record.plan.spec, record.plan.by_weight
     earlier = {refusal.weight: refusal for refusal in record.refusals}
     sites: list[Site] = []
@@ -286,7 +290,7 @@ def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, reco
         uses = uses_by_weight.get(weight, WeightUses())
         refusal = earlier.get(weight) or _refuse(spec, weights, weight, uses)
         if weight in planned:
-            # The branch of an earlier graph can at least be added to the weight, unless these uses bypass it.
+            # The weight has a branch from an earlier graph. It can be added to the weight unless a use bypasses it.
             bypassed = uses.written or uses.opaque or (uses.called and not uses.all_beside)
             if refusal is not None and bypassed:
                 raise PassError(
@@ -305,7 +309,7 @@ def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, reco
 
 
 def _site(names: tuple[str, ...], weight: torch.Tensor, uses: WeightUses, spec: CascadeSpec) -> Site:
-    """Return the site of a weight. Its options are from the first matching rule, or from the spec itself."""
+    """Return the site of a weight. The options are from the first rule that matches, or from the spec itself."""
     shape = tuple(weight.shape)
     kind = kind_at(shape, uses)
     options = spec.site_options(next((rule for rule in spec.rules if targeted((rule.pattern,), kind, names)), None))
@@ -315,10 +319,10 @@ def _site(names: tuple[str, ...], weight: torch.Tensor, uses: WeightUses, spec: 
 
 
 def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
-    """Return the site with its placement, and with dropout if its placement supports dropout.
+    """Return the site with its placement, and with dropout if the placement supports dropout.
 
-    The placement `beside` is the default of a site. It is also recorded for a weight that has uses without a form: its
-    branch is then added to the weight, and `_planned_uses` decides so for each graph.
+    The default placement is `beside`, also for a weight with a use that has no form. In graphs with such a use,
+    `_planned_uses` adds the branch to the weight instead.
 
     Raises:
         SpecError: the adapter method does not support the kind of the site, its shape, or its uses.
@@ -369,7 +373,7 @@ def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: Ca
         return replace(site, dropout=float(spec.dropout))
     if is_quantized(weight) or spec.placement == "beside" or not any(use.mergeable for use in uses.beside):
         return site
-    # With placement "auto", a branch with frozen A is not merged: `beside`, it saves only A x for the backward.
+    # With "auto", a branch with frozen A is not merged: with placement `beside`, it saves only A x for the backward.
     if spec.placement != "merged" and not spec.train_A:
         return site
     merged = spec.placement == "merged" or by_shape(site, [use.node for use in uses.beside]) == "merged"
@@ -382,7 +386,7 @@ def _replaceable(site: Site, uses: WeightUses) -> bool:
 
 
 def _use_phrase(site: Site, uses: WeightUses, weight: torch.Tensor) -> str:
-    """Return a phrase for an error: the kind of the site and the node that uses it."""
+    """Return a phrase for an error: the kind of the site and a node that uses the weight."""
     if is_quantized(weight):
         return "quantized"
     nodes = uses.without_branch
@@ -398,10 +402,10 @@ def _beside(site: Site, uses: WeightUses) -> bool:
 def _planned_uses(
     graph_module: fx.GraphModule, uses_by_weight: Mapping[str, WeightUses], plan: Plan
 ) -> dict[fx.Node, Use]:
-    """Return the nodes that get a branch, in the order of the graph.
+    """Return {node that gets a branch: its use}, in the order of the graph.
 
     Raises:
-        PassError: the graph uses a site in an op where its branch cannot compute.
+        PassError: the graph uses a site in an op to which the branch of the site cannot be added.
     """
     planned: dict[fx.Node, Use] = {}
     for weight, site in plan.by_weight.items():
@@ -414,7 +418,7 @@ def _planned_uses(
                 "in this mode",
                 code="method-not-supported",
             )
-        # The branch is at the ops if it can compute at every one, otherwise at the weight itself.
+        # The branch is at the ops if it fits all of them, otherwise at the weight itself.
         at_op = replaceable or "beside" in method.placements
         at_op = at_op and _beside(site, uses) and uses.beside[0].layout == site.layout
         if at_op and (site.placement != "weight" or uses.called):
@@ -424,7 +428,7 @@ def _planned_uses(
             planned |= dict.fromkeys(uses.sources, Use(weight, ON_WEIGHT))
         elif uses.reached:
             raise PassError(
-                f"{weight}: node {uses.called[0].name} reads it in another layout than its branch, {site.layout}. "
+                f"{weight}: node {uses.called[0].name} does not read it as {site.layout}, as its branch does. "
                 f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
                 code="method-not-supported",
             )
@@ -433,7 +437,7 @@ def _planned_uses(
 
 
 def branch_call(use: Use, source: fx.Node | ReplacedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments and options of the branch node at a use, whose op or weight is `source`."""
+    """Return (arguments, options) of the branch node for a use. `source` is the op or weight that gets the branch."""
     if isinstance(source, fx.Node) and use.form == ON_WEIGHT:
         return (source,), {"at": Placement.WEIGHT}
     form = form_named(use.form)
@@ -445,11 +449,11 @@ def branch_call(use: Use, source: fx.Node | ReplacedCall) -> tuple[tuple[Any, ..
 
 
 def recover(graph_module: fx.GraphModule, kept: Kept | None = None) -> None:
-    """Restore the record of a graph module that other code rebuilt without the metadata, and the marks of its nodes.
+    """Restore the record of a graph module that other code rebuilt without metadata, and the marks of its nodes.
 
     Args:
-        graph_module: gets the record if it has none, and the marks if no branch node has one.
-        kept: what it had before. By default what its branches keep.
+        graph_module: gets a record if it has none, and marks if no branch node has one.
+        kept: the metadata before the rebuild. The default is the metadata that its branches keep.
     """
     nodes = branch_nodes(graph_module)
     kept = kept or next((branch.kept for branch in nodes.values() if isinstance(branch.kept, Kept)), None)
@@ -474,7 +478,7 @@ _UNUSED = "uses it neither in a matrix product or convolution nor as an embeddin
 
 
 def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) -> Refusal | None:
-    """Return why a weight is not adapted, or None if it can be adapted or is not used."""
+    """Return the refusal of a weight, or None if it can be adapted or has no uses."""
     names, parameter = weights.names[weight], weights.parameters[weight]
 
     def refusal(reason: Reason, sentence: str, node: fx.Node | None = None) -> Refusal:
@@ -487,14 +491,14 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) 
         return refusal(Reason.TRAINED, "the spec trains it in full")
     if uses.kinds:
         wanted = targeted(spec.targets, kind_at(tuple(parameter.shape), uses), names)
-    else:  # the kind is unknown, so a target that names a kind may select it
+    else:  # the kind of the weight is unknown, so any target that is a kind may select it
         wanted = any(pattern in KINDS or matches(pattern, names) for pattern in spec.targets)
     if not wanted:
         return refusal(Reason.NOT_TARGETED, "matches no target of the spec")
     # Properties of the weight.
     if not parameter.numel():
         return refusal(Reason.EMPTY, f"its shape is {tuple(parameter.shape)}, so it has no entries")
-    if uses.script:  # torch.export sees inside such a module or not, depending on how often it has run
+    if uses.script:  # how often such a module has run decides whether torch.export sees its ops
         return refusal(
             Reason.OPAQUE,
             f"it belongs to the TorchScript module {uses.script}; use the nn.Module that was scripted",
@@ -502,7 +506,7 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) 
     if not parameter.is_floating_point():
         why = "but branches are real" if parameter.is_complex() else "which has no gradient"
         return refusal(Reason.NOT_FLOATING, f"its dtype is {parameter.dtype}, {why}")
-    # Reasons in its uses.
+    # Reasons in the uses of the weight.
     if uses.written:
         node = uses.written[0]
         return refusal(Reason.MUTATED, f"node {_shown(node)} writes into it while the model runs", node)
@@ -527,8 +531,8 @@ def _refuse(spec: CascadeSpec, weights: Weights, weight: str, uses: WeightUses) 
         node = (uses.others or [node for node, _ in uses.contracted] or [uses.beside[-1].node])[0]
         sentence = f"module {uses.called[0].target} is called as one node, but node {_shown(node)} uses its weight too"
         return refusal(Reason.MIXED_USES, sentence, node)
-    # A weight with one axis longer than 1 is mostly a scale or bias. Exception: a layer with one output or input that
-    # only a model that runs eagerly calls.
+    # A weight with only one axis longer than 1 is usually a scale or a bias. Exception: in a model that runs eagerly,
+    # the weight of a layer of torch.nn with one output or input.
     single = parameter.numel() == max(parameter.shape, default=0)
     if single and not uses.all_beside and not (uses.layer and not uses.contracted and not uses.others):
         return refusal(Reason.VECTOR, f"its shape is {tuple(parameter.shape)}: only one axis is longer than 1")

@@ -10,7 +10,7 @@ from lorasc_fx.spec import KINDS, CascadeSpec
 
 
 def matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a glob matches one of the names, or the name of a module that contains one."""
+    """Whether a glob matches one of the names, or the name of a module around one of them."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
 
 
@@ -27,11 +27,11 @@ def check_patterns(
 
     Args:
         spec: `targets` and `rules` must match weight matrices. `exclude`, `train` and `untie` may match any parameter.
-        weights: all names of every weight matrix, by its first name.
-        parameters: all names of every parameter, by its first name.
+        weights: {first name of a weight matrix: all of its names}.
+        parameters: {first name of a parameter: all of its names}.
 
     Raises:
-        UnknownTarget: names the field, the pattern, and similar names.
+        UnknownTarget: a pattern matches nothing. The message has the field, the pattern, and similar names.
     """
     # Each item: field, pattern, names that it may match, and the noun for a message.
     matrices, every = (weights, "weight"), (parameters, "parameter")
@@ -57,7 +57,7 @@ def check_patterns(
 
 
 def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that the spec trains in full and does not exclude, with all names of each."""
+    """Return {first name: all names} of the parameters that the spec trains in full and does not exclude."""
     return {
         name: group
         for name, group in names.items()

@@ -24,8 +24,8 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
     """Return `merged` if input and output of each op are large compared with its weight, otherwise `beside`.
 
     With `beside`, the branch reads the input and writes the output a second time. With `merged`, it reads the weight
-    and writes the merged weight. Ops of unknown shape, small ops, and dtypes narrower than fp32 always get
-    `beside`: a narrow dtype would round `W + s B A`.
+    and writes the merged weight. Ops of unknown shape and small ops always get `beside`, and so do dtypes narrower than
+    fp32, which would round `W + s B A`.
     """
     for node in nodes:
         module = called_module(node)
@@ -45,7 +45,7 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
 
 
 def _is_full_precision(node: fx.Node) -> bool:
-    """Whether a node's tensor is fp32 or fp64, outside autocast."""
+    """Whether a node's tensor is fp32 or fp64, and autocast is off."""
     value = node.meta.get("val", node.meta.get("example_value"))
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         return False
@@ -54,7 +54,7 @@ def _is_full_precision(node: fx.Node) -> bool:
 
 
 def placements_of(module: fx.GraphModule) -> dict[str, str]:
-    """Return the placement of each weight's branch in a graph: `beside`, `merged` or `weight`."""
+    """Return {weight name: placement of its branch in this graph, `beside`, `merged` or `weight`}."""
     return {branch.weight_name: placement_of(node) for node, branch in branch_nodes(module).items()}
 
 

@@ -26,7 +26,7 @@ def type_text(value: object, symbols: dict[str, str]) -> str:
 
     Args:
         value: a tensor or fake tensor.
-        symbols: new name of each symbolic size. This function adds the ones that it meets.
+        symbols: {symbolic size: new name}. This function adds the symbols of the value that are missing.
     """
     if not isinstance(value, torch.Tensor):
         return ""

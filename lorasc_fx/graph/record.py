@@ -1,8 +1,8 @@
 """The metadata that passes store in a graph module and its nodes.
 
-`graph_module.meta` holds a `Record`: the facts that passes provided, the plan, and the refusals. `node.meta` holds the
-marks: which pass created the node (`MADE_BY`), and which op it replaced (`REPLACED_CALL`). Both survive copies of the
-graph and most foreign passes. `strip` removes them.
+`graph_module.meta` holds a `Record`: the facts that passes provided, the plan, and the refusals. `node.meta` holds
+marks: which pass created the node (`MADE_BY`), and which op the node replaced (`REPLACED_CALL`). Record and marks
+survive copies of the graph and most foreign passes. `strip` removes them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ NO_SITES = Plan(CascadeSpec())
 
 @dataclass(frozen=True)
 class Use:
-    """What a node that gets a branch is: an op that uses a site's weight, or the weight itself.
+    """The use of a weight at a node that gets a branch. The node is an op that reads the weight, or the weight itself.
 
     Args:
-        weight: name of the site.
-        form: name of the form of the node, or `on-weight` at the weight itself.
-        merged: whether the branch replaces the node. Otherwise the branch is added to its output.
+        weight: name of the weight.
+        form: name of the form of the node, or `on-weight` if the node is the weight.
+        merged: whether the branch replaces the node. Otherwise the branch is added to the output of the node.
     """
 
     weight: str
@@ -46,9 +46,8 @@ class AdapterInput:
     """One tensor of an adapter that a graph takes as an input.
 
     Args:
-        name: name of the placeholder, in lower case as torch.export does: `fc_weight_scale` for the scale of
-            `fc.weight`.
-        weight: name of the site.
+        name: name of the placeholder, in lower case as in torch.export: `fc_weight_scale` for the scale of `fc.weight`.
+        weight: name of the adapted weight.
         tensor: name of the branch's parameter, or `scale`.
         shape: shape of the tensor, padded to the rank of the inputs; () for a scale.
         dtype: dtype of the tensor.
@@ -68,7 +67,7 @@ class Lifted:
     Args:
         rank: rank to which the tensors are padded.
         inputs: the adapter inputs, in the order of the graph's last placeholders.
-        branches: the branches before the pass, with their values, by key.
+        branches: {key: branch before the pass, with values}.
     """
 
     rank: int = 0
@@ -81,8 +80,8 @@ class Inlined:
     """The record of an `InlineBranches` pass, from which the branch nodes are restored.
 
     Args:
-        branches: the branches before the pass, by key.
-        calls: key and options of each branch node. Nodes with the same ones share an entry.
+        branches: {key: branch before the pass}.
+        calls: (key, options) of the branch nodes, each pair once.
     """
 
     branches: Mapping[str, Branch] = field(default_factory=dict, compare=False)
@@ -96,15 +95,15 @@ class Record:
     Args:
         facts: facts that earlier passes provided, such as `sites-matched` and `branches-inserted`.
         owner: name of the child that owns the weights: `model` for a live model, whose weights the cascade changes. ""
-            if the graph module owns its weights, so that a fold writes new constants.
+            if the graph module itself owns the weights. Then passes change them.
         plan: spec, sites and stage. It has no sites before `MatchSites`.
         refusals: the weight matrices without a branch, with reasons.
-        unreached: the weight matrices that the graph does not use.
+        unreached: names of the weight matrices that the graph does not use.
         slow: slow state of the sites and of weights with noise, if the graph module owns its weights.
-        branched: names of the weights whose branches this graph called after the insertion.
-        frozen: the original of each Parameter that the insertion replaced by a frozen one, by name.
-        lifted: the adapter inputs. It is empty if the branches hold their tensors.
-        inlined: the branches that are plain nodes. It is empty if they are branch nodes.
+        branched: names of the weights whose branches this graph called just after the insertion.
+        frozen: {weight: original Parameter}, for the Parameters that the insertion replaced by frozen ones.
+        lifted: the adapter inputs. Empty if the branches hold their tensors.
+        inlined: the branches that are plain nodes. Empty if all branches are branch nodes.
     """
 
     facts: frozenset[str] = frozenset()

@@ -1,7 +1,7 @@
 """Check a graph against its plan.
 
-The rules derive the branch calls again with the functions of the passes (`uses_in`, `branch_call`), and compare. A rule
-yields one sentence per fault, with the name of the node or weight. `verify` raises one error that lists every fault.
+The rules derive the branch nodes again with functions of the passes (`uses_in`, `branch_call`), and compare them with
+the graph. A rule yields one sentence per fault, with the node or weight. `verify` raises one error with all faults.
 
 The rules also detect edits by foreign passes that a fold could not undo. A fold erases the branch nodes and recomputes
 the weights. It is correct only if:
@@ -58,7 +58,7 @@ def _weights_fit_plan(module: fx.GraphModule, record: Record) -> Iterator[str]:
 
 
 def _branches_fit_plan(module: fx.GraphModule, record: Record) -> Iterator[str]:
-    """There is one branch per planned site, for its weight and with the planned shapes."""
+    """Each planned site has a branch, which is for the weight of the site and has the planned shapes."""
     branches = branches_in(module) or {}
     for site in record.plan.sites if _inserted(record) else ():
         branch = branches.get(site.key)
@@ -82,13 +82,13 @@ def _inserted(record: Record) -> bool:
 
 
 def _calls_are_derived(module: fx.GraphModule, record: Record) -> Iterator[str]:
-    """The branch nodes are those that InsertBranches would write for this graph now."""
+    """The graph has exactly the branch nodes that `InsertBranches` would insert into it now."""
     try:
         uses = uses_in(module, record) if _inserted(record) else {}
     except PassError as fault:
         yield str(fault)
         return
-    # The node of a use is the op or the weight, or the branch node if the branch replaced the op.
+    # A use is at the op or the weight, or at the branch node that replaced the op.
     calls: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in branch_nodes(module):
         calls[node if call_template(node) is not None else next(iter(node.args), None)].append(node)
@@ -115,10 +115,10 @@ def _calls_are_derived(module: fx.GraphModule, record: Record) -> Iterator[str]:
 
 
 def _call_is_derived(node: fx.Node, source: fx.Node, use: Use, target: str) -> Iterator[str]:
-    """A branch node has the target, arguments and options that its use needs, and is the only user of its op."""
+    """A branch node has the target, arguments and options that its use needs, and is the only user of `source`."""
     op = replaced_call(node) or source
     args, options = branch_call(use, op)
-    # A call of a module reads weight and bias by name.
+    # For the call of a module, `branch_call` returns the paths of weight and bias, not nodes.
     wanted = dict(enumerate(args))
     read = tuple(
         str(argument.target) if isinstance(argument, fx.Node) and isinstance(wanted.get(index), str) else argument
@@ -138,7 +138,7 @@ def _call_is_derived(node: fx.Node, source: fx.Node, use: Use, target: str) -> I
 
 
 def _weights_are_unchanged(module: fx.GraphModule, record: Record) -> Iterator[str]:
-    """The weights have the values of the start of the stage. A fold starts from W0 and would lose any other change."""
+    """The weights have the values that they had when the stage started. A fold would lose any other change."""
     plan = record.plan
     if not _inserted(record) or record.owner:
         return
@@ -172,7 +172,7 @@ RULES = (_well_formed, _weights_fit_plan, _branches_fit_plan, _calls_are_derived
 def faults(graph_module: fx.GraphModule) -> list[str]:
     """Return one sentence per fault of a graph. An empty list means that the graph agrees with its plan."""
     record = record_of(graph_module)
-    if record.inlined.calls:  # others may change plain nodes; a pass that needs the branches restores and verifies them
+    if record.inlined.calls:  # passes of others may change plain nodes; passes that need branches verify them later
         return []
     return [fault for rule in RULES for fault in rule(graph_module, record)]
 

@@ -27,9 +27,9 @@ class Weights:
     """The parameters of a module. A tied parameter occurs once and has several names.
 
     Args:
-        parameters: the parameters by first name.
-        names: all names of each parameter by first name, in the order of `named_parameters`.
-        canonical: the first name of a parameter by any of its names.
+        parameters: {first name: parameter}.
+        names: {first name: all names of the parameter, in the order of `named_parameters`}.
+        canonical: {any name of a parameter: its first name}.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -38,7 +38,7 @@ class Weights:
 
     @property
     def matrices(self) -> dict[str, tuple[str, ...]]:
-        """Names of the parameters with two or more axes, by first name."""
+        """{first name: all names} of the parameters with two or more axes."""
         return {name: names for name, names in self.names.items() if self.parameters[name].dim() > 1}
 
 
@@ -60,9 +60,9 @@ def named_weights(owner: nn.Module) -> Weights:
 
 
 def branches_in(graph_module: nn.Module) -> dict[str, Branch] | None:
-    """Return the branches of a graph module by key, or None if it has none.
+    """Return {key: branch} for a graph module, or None if it has no branches.
 
-    A model may have a child named `branches` too. It is recognized by contents other than branches.
+    A child `branches` that contains anything else belongs to the user's model, and gives None too.
     """
     holder = graph_module._modules.get(BRANCHES)
     # `fx.GraphModule(root, graph)` copies the ModuleDict as a plain Module.
@@ -74,7 +74,7 @@ def branches_in(graph_module: nn.Module) -> dict[str, Branch] | None:
 
 
 def owner_of(graph_module: fx.GraphModule, record: Record) -> nn.Module:
-    """Return the module that owns the weights of the graph."""
+    """Return the module that owns the weights of the graph: the live model, or the graph module itself."""
     return graph_module.get_submodule(record.owner) if record.owner else graph_module
 
 
@@ -93,7 +93,7 @@ def called_module(node: fx.Node) -> nn.Module | None:
 
 
 def scripted_weights(owner: nn.Module) -> dict[str, str]:
-    """Return the path of the outermost TorchScript module that owns a parameter, by the parameter's name."""
+    """Return {name of a parameter inside TorchScript: path of the outermost TorchScript module that contains it}."""
     paths: dict[str, str] = {}
     for path, module in owner.named_modules(remove_duplicate=False):
         if isinstance(module, torch.jit.ScriptModule):
@@ -104,7 +104,7 @@ def scripted_weights(owner: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Memory:
-    """The location of a strided tensor in memory, from its first address. Two views of the same entries are equal."""
+    """The location and layout of a strided tensor in memory. Two equal views of one tensor have equal locations."""
 
     device: torch.device
     dtype: torch.dtype
@@ -130,22 +130,22 @@ class Memory:
 
     @property
     def overlaps_itself(self) -> bool:
-        """Whether it has more entries than addresses, as an expanded tensor has."""
+        """Whether the tensor has more entries than addresses, like an expanded tensor."""
         return math.prod(self.shape) * self.dtype.itemsize > self.end - self.start
 
 
 def shared_memory(model: nn.Module) -> dict[str, str]:
-    """Return a sentence for each parameter that shares memory with another tensor of the model or with itself.
+    """Return {name: sentence} for parameters that share memory with another tensor of a model or with themselves.
 
-    A fold of such a parameter would also change another tensor. Tensors share memory if the ranges of their addresses
-    overlap. A tied weight, one Parameter with two names, does not count.
+    A fold into such a parameter would also change the other tensor or entry. Tensors share memory if their ranges of
+    addresses overlap. A tied weight, which is one Parameter with two names, does not count.
     """
     parameters = dict(model.named_parameters())
     tensors = [*parameters.items(), *model.named_buffers(), *_plain_attributes(model)]
     memories = [(memory, name) for name, value in tensors if (memory := Memory.of(value))]
     memories.sort(key=lambda item: (str(item[0].device), item[0].start))
     sentences: dict[str, str] = {}
-    # Sweep over the tensors by address. `active` are the earlier ones that reach into the current one.
+    # Visit the tensors in the order of their addresses. `active` has the earlier ones that overlap the current one.
     active: list[tuple[Memory, str]] = []
     for memory, name in memories:
         if name in parameters and memory.overlaps_itself:
@@ -160,7 +160,7 @@ def shared_memory(model: nn.Module) -> dict[str, str]:
 
 
 def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors that modules have as plain attributes, directly or in a list, tuple or dict.
+    """Yield (path, tensor) for plain attributes of modules that are tensors or lists, tuples or dicts of tensors.
 
     Skips attributes that a forward pre-hook recomputes in each call. `torch.nn.utils.spectral_norm` makes them aliases
     of the parameter until the first call.
