@@ -46,7 +46,7 @@ class AdapterInputs(CascadePass):
     The parameters must be padded with zeros to `max_rank`. If all are zero, or the scale is 0, the graph computes the
     base model, bit for bit.
 
-    A low-rank branch takes A [rank, in] and B [out, rank]. With placement `beside`, it also takes one adapter for each
+    A low-rank branch takes A [rank, in] and B [out, rank]. With placement `beside`, it can instead take one adapter per
     row of axis 0 of the batch: A [rows, rank, in], B [rows, out, rank] and scale [rows]. Other branches compute the
     adapted weight from their tensors. In the new graph, branches have no dropout, and their modules hold no values. The
     new graph can be traced into plain operations. The graph before the pass keeps its branches.
@@ -93,7 +93,7 @@ class AdapterInputs(CascadePass):
             tensors = dict(by_weight[branch.weight_name])
             scale = tensors.pop(SCALE)
             graph.set_arguments(node, node.args, {**node.kwargs, "tensors": tensors, "scale": scale})
-        # Keep the branches with their values in the record, for `adapter_values`.
+        # Keep the branches that have values in the record, for `adapter_values`.
         graph.set_branches({key: branch.without_values() for key, branch in branches.items()})
         inputs = tuple(
             AdapterInput(node.name, weight, name, tuple(value.shape), value.dtype)

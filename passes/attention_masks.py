@@ -17,8 +17,8 @@ If all sizes are constant, the computed mask is the mask of every call. Symbolic
 is valid for every size, because `_bound` accepts only nodes with these properties:
 
 1. No value depends on a size. Sizes are only ends of ranges and shapes, so an entry is a function of its indices.
-2. Integers are affine functions of the indices. Their ops turn affine functions into polynomials of degree two at most.
-   These are affine everywhere if they are affine at three values of each index. All other numbers are constant.
+2. Integers are affine functions of the indices. An integer op turns affine functions into a polynomial of degree two at
+   most. It is affine everywhere if it is affine at three values of each index. All other numbers are constant.
 3. Bools are formed by logical ops from conditions `index >= c` and `index - index >= c` with `abs(c) <= bound`.
 
 Proof: take any entry of the mask at any size. Sort its indices and 0, and shorten each gap between neighbours to at
@@ -69,7 +69,7 @@ _OF_CONSTANTS |= _MOVES | _ARITHMETIC | _COMPARISONS  # the ops map constants to
 class AttentionMasks(CascadePass):
     """Remove masks that are all true or causal at every size, repetitions of heads, and the nodes that become dead.
 
-    Needs the fake tensors in the metadata of torch.export. A graph without them is not changed.
+    Needs the fake tensors that torch.export stores in `node.meta["val"]`. A graph without them is not changed.
     """
 
     name: ClassVar[str] = "attention-masks"
@@ -169,7 +169,7 @@ def _heads(node: Any) -> fx.Node | None:
 
 
 def _is_full_slice(node: fx.Node) -> bool:
-    """Whether a node is a slice of all entries, `x[:]`."""
+    """Whether a node slices all entries, as `x[:]` does."""
     return node.target is _SLICE and node.args[2:] == (0, sys.maxsize) and not node.kwargs
 
 
@@ -244,7 +244,7 @@ def _holds_at_every_size(values: Mapping[fx.Node, Any]) -> bool:
 
 
 def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None:
-    """Return the largest constant in the conditions that a node adds, or None if it may lack a property."""
+    """Return the largest constant in the conditions that a node adds, or None if the node may lack a property."""
     name, arguments, value = name_of(node), _arguments(node), tensors[node]
     if any(isinstance(arg, fx.Node) and _is_number(arg) for key, arg in arguments.items() if key != "end"):
         return None  # a value depends on a size

@@ -47,7 +47,7 @@ class Backend(nn.Module):
         for value, name in names.items():
             if self._weights.setdefault(name, value) is not value:
                 raise PassError(
-                    f"two parameters are called {name}. Compile each model with a backend of its own",
+                    f"two parameters are called {name}. Compile each model with a separate backend",
                     code="unknown-name",
                 )
         if names:
@@ -132,8 +132,8 @@ def backend(
         spec: selects the weights and their options. Default: `CascadeSpec()`.
         inner: compiles the graphs with branches: a name of `torch.compiler.list_backends()`, `eager`, or a function of
             a graph module and its inputs.
-        model: the model that will be compiled, to check the patterns of the spec now. Without it, `parameters()` warns
-            of a pattern that has matched nothing, and `fold` raises.
+        model: the model that will be compiled. If it is given, the patterns of the spec are checked now. Otherwise
+            `parameters()` warns of a pattern that has matched nothing, and `fold` raises.
 
     Raises:
         UnknownTarget: a pattern of the spec matches no weight of the model.

@@ -71,8 +71,8 @@ class CascadePass(abc.ABC):
     def done(self, graph_module: fx.GraphModule) -> bool:
         """Whether the pass has already run.
 
-        This is the case if the graph has all facts that the pass provides, and each missing requirement is a fact that
-        the pass removes. A pass that removes nothing always runs.
+        This is so if the graph has all facts that the pass provides, and lacks required facts, all of which the pass
+        removes. A pass that removes none of its required facts always runs.
         """
         facts = record_of(graph_module).facts
         missing = self.requires - facts
@@ -107,5 +107,5 @@ def _advice(graph_module: fx.GraphModule) -> str:
         return "; run a pass that provides it first"
     return (
         ", although it contains branches: other code moved them into a module where no pass reaches them, or dropped "
-        "the record of InlineBranches. Run this pass before that code, or that code inside a Pipeline"
+        "the record of InlineBranches. Run this pass before that code, or run that code inside a Pipeline"
     )

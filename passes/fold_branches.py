@@ -38,9 +38,9 @@ class EndsStage(CascadePass):
 
 @dataclass(frozen=True)
 class FoldBranches(EndsStage):
-    """Erase every branch node and add its delta to the weight. The inverse of `InsertBranches`.
+    """Erase every branch node and add the delta of the branch to the weight. The inverse of `InsertBranches`.
 
-    If the graph module owns its weights, the results are new Parameters. Noise of the stage is removed, unless
+    If the graph module owns its weights, the sums are new Parameters. Noise of the stage is removed, unless
     `noise.keep` is set. Weights that the insertion froze are trainable again, and the plan moves to the next stage.
 
     If the graph module reads a live model, only nodes are erased, because the cascade changes the weights.
@@ -69,7 +69,7 @@ class FoldBranches(EndsStage):
         """Erase the branch nodes, then set the new weights and increment the stage."""
         for node in branch_nodes(graph.module):
             graph.remove_branch(node)
-        # In a graph that reads a live model, the cascade changes the weights.
+        # If the graph reads a live model, the cascade changes the weights, not this pass.
         plan = graph.record.plan
         if not graph.record.owner:
             named = named_weights(graph.owner)
@@ -87,6 +87,6 @@ class FoldBranches(EndsStage):
 
 
 def absorb_branches(graph: GraphEditor, plan: Plan) -> SlowWeights:
-    """Return the slow weights after the current stage, from the branches of the graph."""
+    """Return the slow weights after the current stage, computed from the branches of the graph."""
     branches = {branch.weight_name: branch for branch in graph.branches.values()}
     return graph.record.slow.after_stage(plan, branches)

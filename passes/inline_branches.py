@@ -43,7 +43,7 @@ class InlineBranches(CascadePass):
 
     Raises:
         PassError: the graph module reads a live model. Or a branch has dropout in train mode, trains on a grid, or has
-            no plain formula, such as DoRA and branches of stacked matrices.
+            no plain formula, as for DoRA and stacked matrices.
     """
 
     name: ClassVar[str] = "inline-branches"
@@ -55,11 +55,11 @@ class InlineBranches(CascadePass):
         return bool(record_of(graph_module).inlined.calls)
 
     def prepared(self, graph_module: fx.GraphModule) -> fx.GraphModule:
-        """Return the graph module itself."""
+        """Return the graph module itself, because this pass does not restore inlined branches."""
         return graph_module
 
     def rewrite(self, graph: GraphEditor) -> None:
-        """Restore replaced ops, and write the nodes of each branch."""
+        """Restore replaced ops, and insert the formula of each branch."""
         record, branches = graph.record, graph.branches
         if record.owner:
             raise PassError(

@@ -1,4 +1,4 @@
-"""Branches as plain nodes: their formulas, and the way back to branch nodes.
+"""Branches as plain nodes: the formulas of branches, and the restoration of branch nodes.
 
 `InlineBranches` replaces each branch node by the nodes of `formula`. `outlined` finds these nodes by the parameters
 that they read and by their ops, and restores the branch nodes.
@@ -28,11 +28,11 @@ from lorasc_fx.parameters import shallow
 
 aten = torch.ops.aten
 
-_CONSTANT = "it computes with a tensor that is neither a parameter nor a buffer"
+_CONSTANT = "the formula has a tensor that is neither a parameter nor a buffer of the branch"
 
 
 def insert_calls(graph: GraphEditor) -> None:
-    """Insert a branch node at each use of a site that has none."""
+    """Insert a branch node at each use of a site that has no branch node yet."""
     plan = graph.record.plan
     # The uses that already have a branch: the op or weight, or the branch node that replaced the op.
     done = {node if call_template(node) is not None else node.args[0] for node in branch_nodes(graph.module)}
@@ -45,7 +45,7 @@ def insert_calls(graph: GraphEditor) -> None:
 
 
 def plain_call(branch: Branch, use: Use, source: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments and options of the branch that is inlined at a use.
+    """Return (arguments, options) of the branch that is inlined at a use.
 
     An inlined branch does not replace the op. A low-rank branch is added to the output of the op, and any other branch
     to the weight of the op.
@@ -74,7 +74,7 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
     path = f"{BRANCHES}.{record.plan.by_weight[branch.weight_name].key}"
     names = ("weight",) if at is Placement.WEIGHT else ("y", "x")
     inputs = [fx.Proxy(graph.placeholder(name), tracer) for name in names]
-    # The methods of the branch compute with proxies instead of its tensors.
+    # Call the methods of the branch with proxies instead of tensors.
     plain, tensors = shallow(branch), {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
     assert isinstance(plain, Branch)
     plain._parameters, plain._buffers = {}, {}
@@ -152,12 +152,12 @@ def outlined(graph_module: fx.GraphModule, when: str) -> fx.GraphModule:
     for key, pattern in patterns:
         results = {result: inputs for name, (result, _, inputs) in matched if name == key}
         places = {tuple(_latest(node, replaced) for node in inputs) for inputs in results.values()}
-        # A branch may not be added to its own result.
+        # A branch that is added to the result of the same branch is unexpected too.
         places |= {inputs for inputs in results.values() if inputs[0] in results}
         missing, unexpected = wanted[key].keys() - places, places - wanted[key].keys()
         if unexpected:
             inputs = " and ".join(map(str, min(unexpected, key=str)))
-            faults.append(f"{branches[key].weight_name}: its branch reads {inputs}, which is not its use")
+            faults.append(f"{branches[key].weight_name}: its branch reads {inputs}, where no branch belongs")
         elif missing or not places:
             difference = _places(pattern, editor.module.graph)[1]
             used = [f", used at {wanted[key][inputs]}" for inputs in missing] or [""]
@@ -189,7 +189,7 @@ def _with_parameters(branch: Branch, module: fx.GraphModule, key: str) -> Branch
 
 
 Place = tuple[fx.Node, set[fx.Node], tuple[fx.Node, ...]]
-"""The last node, all nodes and the inputs of a place where a graph computes a formula."""
+"""A place where a graph computes a formula: (last node, all nodes, inputs)."""
 
 
 def _places(pattern: fx.Graph, graph: fx.Graph) -> tuple[list[Place], str]:

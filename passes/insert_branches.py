@@ -51,7 +51,7 @@ class InsertBranches(CascadePass):
     - freezes all weights except those in `spec.train`, by new Parameters. The Parameters of the traced model keep
       their flags.
 
-    If the graph module reads a live model, the cascade sets values and flags.
+    If the graph module reads a live model, the cascade sets the weights and `requires_grad`.
 
     Raises:
         NoSites: no weight was matched as a site.
@@ -64,11 +64,11 @@ class InsertBranches(CascadePass):
     removes: ClassVar[frozenset[str]] = frozenset({"branches-folded"})
 
     def check(self, graph_module: fx.GraphModule) -> None:
-        """Raise PassError for a missing fact, or if the branches get their tensors as inputs."""
+        """Raise PassError for a missing fact, or if the tensors of the branches are inputs of the graph."""
         super().check(graph_module)
         if record_of(graph_module).lifted.branches:
             raise PassError(
-                f"{self.name}: the branches of this graph get their tensors as inputs; use the graph before "
+                f"{self.name}: the tensors of the branches are inputs of this graph; use the graph before "
                 "adapter-inputs",
                 code="requirement-not-met",
             )
@@ -135,7 +135,7 @@ def _without_branch(graph: GraphEditor, plan: Plan) -> tuple[str, ...]:
 def _start_values(graph: GraphEditor, plan: Plan, added: Sequence[str]) -> None:
     """Set each weight to its value at the start of the stage, `W_t = W0 + S_{t-1} + N_t`, and initialize new branches.
 
-    `added` are the weights with a new branch. The record of the graph keeps the weights without noise.
+    `added` are the names of the weights with a new branch. The record of the graph keeps the weights without noise.
     """
     # Add a slow state for each new branch, and for the other weights that get noise.
     named, slow = named_weights(graph.owner), graph.record.slow

@@ -30,10 +30,10 @@ class Pipeline:
 
     Args:
         passes: instances of `CascadePass`, or callables on a GraphModule.
-        order: `given`, or `solved` to sort the passes by their contracts. The attribute `passes` has the result.
+        order: `given`, or `solved` to sort the passes by their contracts. The attribute `passes` has the final order.
 
     Raises:
-        PassOrderError: there is no pass, or no order can be derived: the contracts form a cycle, a pass occurs twice,
+        PassOrderError: `passes` is empty. Or `order` is `solved`, and the contracts form a cycle, a pass occurs twice,
             or a pass is not a `CascadePass`.
     """
 
@@ -80,7 +80,7 @@ class Pipeline:
 
 
 def _is_own(pass_: AnyPass) -> bool:
-    """Whether this package defines a pass, so that its result need not be verified before the next one."""
+    """Whether this package defines a pass. If so, its result is not verified before the next pass."""
     return type(pass_).__module__.startswith(f"{__package__}.")
 
 
@@ -106,7 +106,7 @@ def _run_foreign(pass_: Callable[[fx.GraphModule], Any], editor: GraphEditor) ->
             f"pass {name_of(pass_)} returned {type(result).__name__}; it must return a GraphModule or a PassResult",
             code="wrong-function-result",
         )
-    # A new graph module has no record. After a fold, none is needed.
+    # A new graph module may lack the record. After a fold, no record is needed.
     if not record_of(result).facts and "branches-folded" not in record.facts:
         set_record(result, record)
         recover(result, kept)

@@ -28,7 +28,7 @@ class StageTransition(EndsStage):
     The result has the same values as after `FoldBranches(view="slow")` and `InsertBranches`.
 
     The weights are replaced by new Parameters. The Parameters of the branches are reset in place, so that an optimizer
-    stays valid. Therefore this pass, unlike all others, changes tensors that its input shares with its result.
+    stays valid. So this is the only pass that changes tensors which its input and its result share.
 
     Raises:
         PassError: the graph reads a live model; call `cascade.transition` instead.

@@ -35,7 +35,7 @@ def weights_as_attributes(graph_module: fx.GraphModule, inputs: Sequence[Any], m
     The signature stays the same: the inputs for parameters remain, but nothing reads them.
 
     Args:
-        graph_module: the graph module. It is not changed; the result shares its tensors.
+        graph_module: the graph module. It is not changed, and its tensors are shared with the result.
         inputs: the value of each placeholder, in order. Empty if no placeholder is a parameter.
         model: the model that owns the parameters. `inputs` must contain the Parameters themselves, not copies.
 
@@ -75,7 +75,7 @@ def with_attributes(graph_module: fx.GraphModule, inputs: Sequence[Any], names: 
 
 
 def add_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Register a parameter under a dotted name. Modules on the path are created, or copied if they exist."""
+    """Register a parameter under a dotted name. Modules on the path are copied, or created if they do not exist."""
     *path, leaf = name.split(".")
     for part in path:
         child = module._modules.get(part)
