@@ -159,7 +159,7 @@ class CaptureError(LorascError):
 
 
 class PassError(LorascError):
-    """A requirement of a pass is not met, or a pass does not support the graph."""
+    """The graph does not meet a requirement of a pass, or the pass does not support the graph."""
 
 
 class NoSites(PassError, SpecError):
@@ -181,7 +181,7 @@ class VerifyError(PassError):
 
 
 class StateError(LorascError, RuntimeError):
-    """A call that the current state does not allow: after release, inside a backward, with another optimizer."""
+    """The current state does not allow the call: after release, inside a backward, or with another optimizer."""
 
 
 class NonFiniteBranch(StateError):
@@ -228,7 +228,7 @@ def named(names: Iterable[str], count: int = 3) -> str:
 
 
 def reason_of(fault: BaseException) -> str:
-    """Return the text of an error. For an OSError, only the reason: our messages name the path themselves."""
+    """Return the text of an error. For an OSError, only the reason, because our messages already name the path."""
     return (isinstance(fault, OSError) and fault.strerror) or str(fault)
 
 
@@ -236,8 +236,8 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     """Convert a path that a user gave.
 
     Raises:
-        SpecError: the path contains a NUL byte, for which some functions of Python raise ValueError and others report
-            that the file does not exist.
+        SpecError: the path contains a NUL byte. Some functions of Python raise ValueError for such a path, and others
+            report that the file does not exist.
     """
     if "\0" in os.fspath(path):
         raise SpecError(f"the path {os.fspath(path)!r} contains a NUL byte, which no file system accepts. Give another")

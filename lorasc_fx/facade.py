@@ -36,11 +36,11 @@ _ADAPTER_METHODS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 
 
 def _with_fast_weights(name: str) -> Any:
-    """Return a property for a method of the user's model that computes with the fast weights.
+    """Return a property of the cascade for a method of the user's model, which then computes with the fast weights.
 
     The user's model itself does not contain the running branches. So the fast weights are put into the model for the
-    call, unless it is inside a `cascade.weights(...)` block. If the weights are sharded, every rank must call the
-    method, and each block is gathered while it runs.
+    call, unless the call is inside a `cascade.weights(...)` block. If the weights are sharded, every rank must call the
+    method, and the weights of each block are gathered while the block runs.
     """
 
     def bound(cascade: Cascade) -> Any:
@@ -52,7 +52,7 @@ def _with_fast_weights(name: str) -> Any:
         def call(*args: object, **kwargs: object) -> Any:
             run = run_of(cascade)
             if run.slow.group.size > 1 and "synced_gpus" in inspect.signature(method).parameters:
-                kwargs["synced_gpus"] = True  # a rank that is done must keep calling until all ranks are done
+                kwargs["synced_gpus"] = True  # a rank that is done must keep calling the model until all ranks are done
             placed = run.released or run.placed is not None
             with nullcontext() if placed else cascade.weights("fast"), graphs_of(cascade).gathered():
                 return method(*args, **kwargs)
@@ -67,26 +67,26 @@ def _with_fast_weights(name: str) -> Any:
 class Cascade(CascadeModule):
     """An adapted model, created by `lorasc_fx.adapt`. A call computes `y = W_t x + b + s B_t A_t x` at every site.
 
-    Its child modules are `model`, the user's model, which owns its weights, and `branches`, which has one branch per
-    site. A graph is captured for each input signature. Graphs contain no weights. Missing attributes are read from the
-    user's model.
+    The child modules are `model`, the user's model with its weights, and `branches`, which has one branch per site. A
+    graph is captured for each input signature. Graphs contain no weights. An attribute that the cascade lacks is read
+    from the user's model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loaded: Checkpoint | None = None
-        # The state to load, the number of keys that were missing before it, and the errors of load_state_dict.
+        # The checkpoint to load, the number of missing keys so far, and the list of errors of load_state_dict.
         self._to_load: tuple[Any, int, Sequence[str]] = None, 0, ()
         register: Any = self.register_load_state_dict_post_hook  # torch has no annotations for it
         register(Cascade._load_state)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model, except methods that need other weights or add layers of peft."""
+        """Return an attribute of the user's model. Raise AttributeError for a method that does not suit a cascade."""
         value = super().__getattr__(name)
         if name in ("save_pretrained", "push_to_hub") and run_of(self).placed is None and not run_of(self).released:
             raise AttributeError(
-                f"{name} is not available outside `weights(...)`: it would write the weights without what the stage "
-                "has trained. Use lorasc_fx.save for a checkpoint, "
+                f"{name} is not available outside `weights(...)`: it would write the weights without the running "
+                "branches. Use lorasc_fx.save for a checkpoint, "
                 '`with cascade.weights("slow"): cascade.model.save_pretrained(...)` for the folded model, or '
                 "lorasc_fx.export.peft for an adapter"
             )
@@ -121,7 +121,7 @@ class Cascade(CascadeModule):
         Raises:
             StateError: the cascade was not loaded from a checkpoint, the optimizer does not have the branches'
                 parameters, the ranks have loaded different versions, or another rank has failed.
-            CheckpointError: the checkpoint has no state of an optimizer or scheduler, or it is from another one.
+            CheckpointError: the checkpoint has no state for an optimizer or scheduler, or has that of another one.
         """
         ranks = run_of(self).slow.group
         if ranks.is_alone:  # not sharded: the ranks are replicas, as under DDP
@@ -150,11 +150,11 @@ class Cascade(CascadeModule):
 
         The state has branches, experts, coefficients, the stage, buffers, and parameters trained in full with their W0.
         It also has gradients that no optimizer step has consumed, and the random generators (for `resume`). Noise is
-        drawn again from its key. The optimizer has a separate state dict. For the weights of the user's model, call
-        `folded_state_dict`. Wrappers and containers of torch call this method too.
+        not stored, but drawn again from its key. The optimizer has a separate state dict. For the weights of the user's
+        model, call `folded_state_dict`. Wrappers and containers of torch call this method too.
 
         Args:
-            destination, prefix: the dict to add to, and the prefix of each name, as torch passes them.
+            destination, prefix: the dict to which the state is added, and the prefix of each name, as in torch.
             keep_vars: has no effect.
 
         Raises:
@@ -181,11 +181,11 @@ class Cascade(CascadeModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Read a state from `state_dict`. torch calls this in `load_state_dict`, also for a cascade in a container.
+        """Read a checkpoint from `state_dict`. `load_state_dict` calls this, also for a cascade in a container.
 
-        `_load_state` applies the state later, completely or not at all. The model must be the same base, adapted with
-        the same spec. Parameters stay the same objects, even with `assign=True`. If the state has no entry of the
-        cascade, its key is reported as missing, which is an error unless `strict` is False.
+        `_load_state` applies the checkpoint later, completely or not at all. The model must be the same base, adapted
+        with the same spec. Parameters stay the same objects, even with `assign=True`. If `state_dict` has no entry of
+        the cascade, the key of the checkpoint is reported as missing, which is an error unless `strict` is False.
 
         Raises:
             CheckpointError: the state is damaged.
@@ -202,8 +202,8 @@ class Cascade(CascadeModule):
     def _load_state(self, keys: Any) -> None:
         """Apply the checkpoint that `_load_from_state_dict` has read, after torch has visited all modules.
 
-        The state has no entries of model and branches, so keys that torch misses there are not reported. If torch has
-        collected errors, it raises them, and nothing is applied. Nor is it if the base, spec or sites differ.
+        `state_dict` has no entries under the names of the children's parameters, so torch's reports of missing keys for
+        them are removed. If torch has collected errors, or the base, spec or sites differ, nothing is applied.
         """
         (checkpoint, missing, errors), self._to_load = self._to_load, (None, 0, ())
         del keys.missing_keys[missing:]
@@ -213,7 +213,7 @@ class Cascade(CascadeModule):
         with run.exclusive("load_state_dict"), commit() as undo:
             placements = {site.weight: site.placement for site in run.plan.sites}
             take_over(run, checkpoint, undo)
-            # Placements can differ if they were chosen on another machine. The graphs must then be built again.
+            # Placements can differ if another machine has chosen them. Then the graphs must be built again.
             if placements != {site.weight: site.placement for site in run.plan.sites}:
                 graphs_of(self).drop(undo)
             self._note_loaded(checkpoint)
@@ -222,7 +222,7 @@ class Cascade(CascadeModule):
         self._loaded, graphs_of(self).origin = checkpoint, str(checkpoint.path)
         run_of(self).note_kept()
 
-    # ---- Methods of models of transformers and sentence-transformers that compute
+    # ---- Methods of models of transformers and sentence-transformers that call forward
 
     generate = _with_fast_weights("generate")
     generate_batch = _with_fast_weights("generate_batch")
@@ -243,9 +243,9 @@ class Cascade(CascadeModule):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
-        """Fold the branches and return the user's model, like `release`. Both arguments are ignored.
+        """Fold the branches and return the user's model, like `release`.
 
-        There is no progress bar, and inf and nan are always checked.
+        Both arguments are ignored: there is no progress bar, and branches are always checked for inf and nan.
         """
         return self.release()
 
@@ -256,7 +256,7 @@ class Cascade(CascadeModule):
 
 def cascade_class(model: nn.Module, signature: inspect.Signature) -> type[Cascade]:
     """Return a subclass of Cascade whose forward has the signature of the model, which trainers and tracers inspect."""
-    # A new code object, because torch.compile limits the number of graphs per code object.
+    # Give each class a new code object, because torch.compile limits the number of graphs per code object.
     forward = FunctionType(Cascade.forward.__code__.replace(), Cascade.forward.__globals__, "forward")
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     parameters = [self_parameter, *signature.parameters.values()]
@@ -285,8 +285,8 @@ def save(
     """Save a cascade as a new version in `folder`, and delete all but the last `keep` versions.
 
     A version is either complete or absent, even if the process is killed at any moment. Old versions are deleted only
-    after the new one is on disk. Gradients that no optimizer step has consumed are saved, and the random generators of
-    torch, Python, numpy and CUDA. `Cascade.resume` restores them.
+    after the new one is on disk. Gradients that no optimizer step has consumed are saved too. So are the states of the
+    random generators of torch, Python, numpy and CUDA, which `Cascade.resume` restores.
 
     With DistributedDataParallel or sharded weights, every rank must call this at the same point, between two optimizer
     steps. Each rank writes its shards. The first rank also writes everything else. An error on one rank is raised on
@@ -296,7 +296,7 @@ def save(
         cascade: the cascade, or the DistributedDataParallel that wraps it. Its branches, experts, coefficients, trained
             parameters and buffers are saved.
         folder: the checkpoint folder. Every rank must be able to access it.
-        optimizer, scheduler: are saved with the cascade, if they are given. One, or a list of several.
+        optimizer, scheduler: one or a list of several, to save with the cascade.
         extra: numbers, texts, lists, tuples, dicts and tensors, in any nesting. Examples: the number of steps done
             (which determines the position in the stage and in the data), the state of a GradScaler, averaged weights.
         keep: number of versions to keep.
@@ -308,8 +308,8 @@ def save(
         CheckpointError: the folder cannot be written, another process saves into it, or `extra` or the scheduler
             contain values that neither JSON nor safetensors can store. Existing versions stay.
         SpecError: keep is less than 1.
-        StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward. On
-            several ranks also if gradients wait for an optimizer step, or if another rank has failed.
+        StateError: the cascade was released, or the call is inside `with cascade.weights(...)` or inside a backward.
+            With several ranks, also if gradients wait for an optimizer step, or if another rank has failed.
         NonFiniteBranch: a branch holds inf or nan.
     """
     wrapper = cascade if isinstance(cascade, DistributedDataParallel) else None

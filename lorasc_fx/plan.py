@@ -1,6 +1,6 @@
 """The plan of an adaptation: which weights are adapted and how, as plain data that converts to and from JSON.
 
-A plan contains no tensors and no graph nodes, so it is the same for all graphs of a cascade and fits in a checkpoint. A
+A plan contains no tensors and no graph nodes, so all graphs of a cascade share it, and a checkpoint can store it. A
 `Refusal` is not a part of the plan, because it names a node of one graph.
 """
 
@@ -49,7 +49,7 @@ class Reason(enum.Enum):
 
     @property
     def requested(self) -> bool:
-        """Whether the spec excludes the weight. Otherwise the weight cannot be adapted, which the user must be told."""
+        """Whether the user's spec asks for no branch. If not, tell the user that the weight cannot be adapted."""
         return self in (Reason.NOT_TARGETED, Reason.EXCLUDED, Reason.TRAINED)
 
 
@@ -78,17 +78,17 @@ class Site:
     """An adapted weight, and the description of its branch.
 
     Args:
-        weight: name of the weight in the model. For a tied weight, the first of its names.
+        weight: name of the weight in the model. For a tied weight, the first of its names in `named_parameters`.
         kind: one of `lorasc_fx.spec.KINDS`.
         shape: shape of the weight: [out, in], [out, in/groups, *kernel], or [matrices, out, in].
         options: options of the branch.
         aliases: the other names of a tied weight.
         layout: `out_in`, or `in_out` if the weight is stored transposed (transformers' Conv1D).
-        placement: where the branch computes: `beside` the op, `merged` into it, or on the `weight`. Nodes that do not
-            allow it use another placement (docs/algorithm.md, "Placements").
+        placement: where the branch computes: `beside` the op, `merged` into the op, or on the `weight`. Nodes that do
+            not allow this placement use another one (docs/algorithm.md, "Placements").
         dropout: probability that an entry of the branch's input is set to zero in train mode.
-        form: name of the form registered by `lorasc_fx.graph.register_form` that matched the weight. "" if it was a
-            built-in form.
+        form: name of the form that matched the weight, if `lorasc_fx.graph.register_form` added it. "" for a built-in
+            form.
     """
 
     weight: Name
@@ -108,7 +108,7 @@ class Site:
 
     @cached_property
     def scale(self) -> float:
-        """Factor s of the delta, such as `lora_alpha / rank`."""
+        """Factor s in the delta `s B A`, such as `lora_alpha / rank`."""
         return self.options.scale
 
     @property
@@ -128,7 +128,7 @@ class Site:
     def matrix_shape(self) -> tuple[int, int]:
         """Shape [out, in] of the weight as a matrix. All axes after the first are flattened.
 
-        For stacked matrices, the shape of each of them.
+        For stacked matrices, the shape [out, in] of one matrix.
         """
         rows, *others = self.shape[1:] if self.stacked else self.shape
         columns = math.prod(others)
@@ -138,7 +138,7 @@ class Site:
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the factors A and B: [rank, in] and [out, rank].
 
-        For stacked matrices, both have the axis of the stack first.
+        For stacked matrices, both have an additional first axis, which counts the matrices.
         """
         out, columns = self.matrix_shape
         stack = self.shape[:1] if self.stacked else ()
@@ -146,7 +146,7 @@ class Site:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters of the branch, by name."""
+        """The shapes of all parameters of the branch, as {name: shape}."""
         shapes: dict[str, tuple[int, ...]] = self.options.method.shapes(self)
         return shapes
 
@@ -171,16 +171,16 @@ class Plan:
     stage: Count = 1
 
     def site(self, weight: str) -> Site | None:
-        """Return the site of a weight by the name of the weight, or None."""
+        """Return the site of the weight with this name, or None."""
         return self.by_weight.get(weight)
 
     @cached_property
     def by_weight(self) -> Mapping[str, Site]:
-        """Sites by the name of their weight."""
+        """The sites, as {weight name: site}."""
         return {site.weight: site for site in self.sites}
 
     def with_sites(self, sites: tuple[Site, ...]) -> Plan:
-        """Return the plan with more sites. A site that the plan has already is not replaced."""
+        """Return the plan with more sites. Sites that the plan already has are not replaced."""
         planned = self.by_weight
         return replace(self, sites=self.sites + tuple(site for site in sites if site.weight not in planned))
 

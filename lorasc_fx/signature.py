@@ -1,8 +1,8 @@
-"""Input signatures: the canonical form of the arguments of a call, and a hashable key for it.
+"""Input signatures: the canonical form of the arguments of a call, and a hashable key for the signature.
 
 Each input signature has its own adapted graph, a variant (docs/algorithm.md). The signature consists of:
 
-- the pytree of the arguments, and which of them are None,
+- the pytree structure of the arguments, and which of them are None,
 - the dtype, device and number of axes of each tensor,
 - all other values, such as numbers and strings,
 - the autocast state.
@@ -30,9 +30,9 @@ from lorasc_fx.errors import CaptureError
 
 
 def is_opaque_leaf(value: object) -> bool:
-    """Whether a value must be a pytree leaf although its type is registered, because its flatten function raises.
+    """Whether a value must be a pytree leaf, because the flatten function that is registered for its type raises.
 
-    Pass this as `is_leaf` to the functions of torch's pytree. Some caches of transformers are such values.
+    Pass this as `is_leaf` to the functions of torch's pytree. Some key-value caches of transformers are such values.
     """
     node = pytree.SUPPORTED_NODES.get(type(value))
     if node is None or type(value) in (dict, list, tuple):
@@ -45,7 +45,7 @@ def is_opaque_leaf(value: object) -> bool:
 
 
 def register_cache_pytrees(model: nn.Module) -> None:
-    """Register the key-value caches of transformers as pytrees, with its own function, if transformers is imported."""
+    """Register the key-value caches of transformers as pytrees, if transformers is imported and has such a function."""
     if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
         exporter = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
         exporter.register_cache_pytrees_for_model(model)
@@ -69,9 +69,9 @@ def bind(
 def _without_nones(
     signature: inspect.Signature, bound: inspect.BoundArguments, values: Sequence[object] | None = None
 ) -> inspect.BoundArguments:
-    """Drop arguments whose default and value are None, and sort the arguments in `**kwargs` by name, in place.
+    """Drop arguments whose default and value are None, and sort the arguments in `**kwargs` by name. Changes `bound`.
 
-    If `values` is given, `bound` has indices into it instead of values.
+    If `values` is given, `bound` contains indices into `values` instead of values.
     """
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     has_varargs = any(
@@ -123,7 +123,7 @@ def bind_inputs(
 
 
 def leaves(args: object, kwargs: object) -> list[Any]:
-    """Return the pytree leaves of arguments in canonical form. Placeholders of a graph have this order."""
+    """Return the pytree leaves of arguments in canonical form. The placeholders of a graph have the same order."""
     return pytree.tree_leaves((args, kwargs), is_leaf=is_opaque_leaf)
 
 
@@ -133,7 +133,7 @@ def requires_grad(leaves: Sequence[object]) -> tuple[bool, ...]:
 
 
 def copy_inputs(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return copies of arguments, for a run that must not change the originals. Key-value caches grow in place."""
+    """Return copies of arguments, for a run that must not change the originals, such as a cache that grows in place."""
 
     def copy_leaf(leaf: object) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -141,7 +141,7 @@ def copy_inputs(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], 
             if leaf.is_leaf:
                 return copied_leaf
             with torch.enable_grad():
-                return copied_leaf.clone()  # no leaf of autograd either, so forward may write to it in place
+                return copied_leaf.clone()  # not a leaf of autograd either, so forward may write to it in place
         return copy.deepcopy(leaf)
 
     copies: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
@@ -170,12 +170,12 @@ class Calls:
 
     Args:
         signature: signature of the forward of the model.
-        one_key: whether all calls have the same key, because the model is itself a single graph.
+        one_key: whether all calls have the same key, because the model itself is a GraphModule.
     """
 
     def __init__(self, signature: inspect.Signature, one_key: bool = False) -> None:
         self.signature, self._one_key = signature, one_key
-        # For each way to pass arguments: indices of the positional arguments, and names and indices of the others.
+        # {way to pass arguments: (indices of the positional arguments, (name, index) of the keyword arguments)}
         self._orders: dict[Hashable, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]] = {}
 
     def bind(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Call:
@@ -212,7 +212,7 @@ class Calls:
     def _order(
         self, args: Sequence[object], kwargs: Mapping[str, object], values: Sequence[object]
     ) -> tuple[tuple[int, ...], tuple[tuple[str, int], ...]]:
-        """Return the canonical order as indices into `values`, which are the values of args and kwargs."""
+        """Return the canonical order, as (indices into `values` of positional, (name, index) of keyword arguments)."""
         names = dict(zip(kwargs, range(len(args), len(values)), strict=True))
         bound = _without_nones(self.signature, self.signature.bind(*range(len(args)), **names), values)
         return bound.args, tuple(bound.kwargs.items())
@@ -224,14 +224,14 @@ _LEAVES = {torch.Tensor, nn.Parameter, bool, int, float, str, type(None)}
 
 
 def _leaf(leaf: object) -> Hashable:
-    """Return the part of the key for one leaf."""
+    """Return the part of the key that describes one leaf."""
     if isinstance(leaf, torch.Tensor):
         return (leaf.dtype, leaf.device, leaf.dim())
     return (type(leaf), leaf) if isinstance(leaf, Hashable) else (type(leaf), id(leaf))
 
 
 def _autocast(leaves: list[object]) -> Hashable:
-    """Return the device types of the leaves for which autocast is enabled, with its dtypes."""
+    """Return (device type, autocast dtype) for each device type of the leaves for which autocast is enabled."""
     kinds: set[str] = set()
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
