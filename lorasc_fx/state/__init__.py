@@ -1,4 +1,4 @@
-"""The slow state of weights as immutable values, and the functions that start and end a stage. Knows no graphs."""
+"""Slow states of weights as immutable values, and the functions that start and end a stage. Uses no graphs."""
 
 from lorasc_fx.branch.deltas import Scratch, arithmetic, scaled, sum_of, summing, svd_of, truncated
 from lorasc_fx.state.stage import (

@@ -1,14 +1,14 @@
-"""The start and the end of a stage, for one weight and for all. The cascade and the passes both call these functions.
+"""The start and the end of a stage, for one or all weights. The cascade and the passes both call these functions.
 
 Source: docs/algorithm.md, "One site".
 
-During a stage the user's parameters hold `W_t`. A transition computes the next `SlowWeights`, writes its values, and
-then stores it in the run.
+During a stage the user's parameters hold `W_t`. A transition computes the next `SlowWeights`, writes the new values
+into the parameters, and then stores the `SlowWeights` in the run.
 
 PiSSA (2404.02948) subtracts initial factors from the weight. During the stage the parameter holds the residual
-`W_t - s B_0 A_0`, so that the branch changes nothing at the start. The delta of the stage is `s (B A - B_0 A_0)`. It is
-kept as one pair of twice the rank, `[B - B_0, B_0] [A; A - A_0]`. Both of its terms are as small as the change, and
-exactly zero before the first step.
+`W_t - s B_0 A_0`, so that parameter and branch together start at `W_t`. The delta of the stage is `s (B A - B_0 A_0)`.
+It is stored as one pair of twice the rank, `[B - B_0, B_0] [A; A - A_0]`. The terms `(B - B_0) A` and `B_0 (A - A_0)`
+of this product are as small as the change, and exactly zero before the first step.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def start_weight(
     noisy: bool = True,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Return the weight that a stage trains on, in the shape of the weight, rounded once to its dtype.
+    """Return the value that a parameter holds while a stage trains, rounded once to the dtype of the weight.
 
     This is `W_t = W0 + S_{t-1} + N_t`, or `W0 + F_{t-1} + N_t` under restart="fast", minus the initial factors of the
     branch (docs/algorithm.md, "start of stage t").
 
     Args:
-        spec, stage: of the plan.
+        spec, stage: the spec, and the number of the stage.
         noisy: whether to add the noise N_t if the spec has noise.
         device: device of the result, by default the device of W0.
     """
@@ -81,11 +81,11 @@ def write_start(
 ) -> None:
     """Write the weight that `start_weight` returns into `out`.
 
-    The noise depends on (seed, stage, weight name) and is drawn block by block. If `out` is narrower than the
-    arithmetic, the exact weight is computed in `scratch`.
+    The noise depends on (seed, stage, weight name) and is drawn block by block. If `out` has a narrower dtype than the
+    computation (`arithmetic`), the weight is computed in `scratch` first.
     """
     dtype = arithmetic(state.base.dtype)
-    if state.base.dtype not in (out.dtype, dtype):  # the parameter was cast since: round to the dtype of W0 first
+    if state.base.dtype not in (out.dtype, dtype):  # the parameter was cast later: round to the dtype of W0 first
         out.copy_(start_weight(state, spec, stage, noisy, out.device))
         return
     if not noisy or not spec.noise.strength > 0 or state.full:
@@ -97,8 +97,8 @@ def write_start(
     size = amplitude(spec.noise, exact, state.shard)
     if not math.isfinite(size):
         raise SpecError(
-            f"noise.strength is {spec.noise.strength}, and the standard deviation of {state.name} is not finite: it "
-            "holds inf or nan, or numbers whose squares overflow. So its noise is undefined. "
+            f"noise.strength is {spec.noise.strength}, but the noise of {state.name} is undefined: the weight holds "
+            "inf or nan, or the product of strength and standard deviation overflows. "
             f"Give exclude=({state.name!r},) or noise.strength=0"
         )
     if state.initial is not None:
@@ -119,13 +119,13 @@ def write_start(
 
 @dataclass(frozen=True)
 class StageWeight:
-    """The weight of a branch at the start of a stage, a `branch.StartWeight`. Its values are computed on each call.
+    """Implements `branch.StartWeight`: the weight of a branch at the start of a stage. Each call computes it again.
 
     Args:
         state: state of the weight in the stage.
-        spec, stage: of the plan of the stage.
-        with_noise: whether the stage runs, so that its weight has noise.
-        device: device of the values.
+        spec, stage: the spec, and the number of the stage.
+        with_noise: whether the stage runs. The weight of an idle stage has no noise.
+        device: device of the returned tensors.
     """
 
     state: WeightState
@@ -140,20 +140,20 @@ class StageWeight:
         return self.state.shard
 
     def exact(self) -> torch.Tensor:
-        """Return the full weight without noise, in the dtype of the arithmetic."""
+        """Return the full weight without noise, in fp32, or in fp64 for an fp64 weight."""
         exact = self.state.exact("fast", arithmetic(self.state.base.dtype), device=self.device)
         return self.state.whole(exact, Side.WEIGHT)
 
     def noisy(self) -> torch.Tensor:
-        """Return the slice that the stage trains on."""
+        """Return this rank's slice of the weight with noise, in the dtype of the weight."""
         return start_weight(self.state, self.spec, self.stage, self.with_noise, self.device)
 
     def cut(self, value: torch.Tensor, side: Side) -> torch.Tensor:
-        """Slice a full tensor."""
+        """Return this rank's slice of a full tensor."""
         return self.state.cut(value, side)
 
     def whole(self, value: torch.Tensor, side: Side) -> torch.Tensor:
-        """Gather a full tensor."""
+        """Gather the full tensor from the slices on all ranks."""
         return self.state.whole(value, side)
 
 
@@ -166,16 +166,16 @@ def begin_stage(
     keep: bool = True,
     noisy: bool = True,
 ) -> tuple[WeightState, dict[str, torch.Tensor]]:
-    """Start a stage: return its state, and the full initial values of the branch's parameters, by name.
+    """Return the state of a weight in a new stage, and the initial values of its branch as {name: full tensor}.
 
-    If the weight is sharded, every rank must call this at the same point, because a decomposition gathers the weight.
+    If the weight is sharded, every rank must call this at the same point, because some methods gather the weight.
 
     Args:
         state: state of the weight after the stage before.
-        branch: branch of the stage before. It is not changed.
-        site, spec, stage: of the plan of the new stage. The values have the rank of this site.
-        keep: whether the branch keeps the factors that the spec says (A, or both).
-        noisy: whether the new stage runs. If it waits, its weight has no noise, and no factors are subtracted from it.
+        branch: the branch, with its values from the stage before. It is not changed.
+        site, spec, stage: from the plan of the new stage. The rank of the site is the rank of the values.
+        keep: whether the factors that do not restart (`spec.restart_factors`) keep their values.
+        noisy: whether the new stage runs. In an idle stage, the weight has no noise, and no factors are subtracted.
     """
     parameter, needs = next(branch.parameters()).detach(), branch.starts_from(spec, noisy)
     decomposes = "factors" in needs
@@ -190,7 +190,7 @@ def begin_stage(
             exact = StageWeight(state, spec, stage, noisy, parameter.device).exact()
             values |= decomposed(exact, branch, site, values, state.shard.group)
         if pairs or decomposes:
-            # The fold has added kept factors to the weight. So they are subtracted, like all other initial factors.
+            # The fold has added the delta of kept factors to the weight, so subtract it, like other initial factors.
             assert isinstance(branch, LoraBranch)
             factors = branch.exact_factors(values, site.scale).map(state.cut)
         state = replace(state, initial=None if factors is None else InitialFactors(factors))
@@ -209,8 +209,8 @@ def begin_stage(
 def all_finite(learners: Iterable[Learner]) -> bool:
     """Whether no parameter of any branch holds inf or nan. Parameters trained in full are not checked.
 
-    If the sum of each tensor is finite, all entries are. This takes one synchronization per device. The reverse does
-    not hold, because a sum of finite entries may overflow, so all entries are checked then.
+    If the sums of all tensors are finite, so are their entries. Reading the sums takes one synchronization per device.
+    A sum of finite entries may overflow. So if a sum is not finite, all entries are checked.
     """
     learners, sums = list(learners), dict[torch.device, list[torch.Tensor]]()
     with torch.no_grad():
@@ -245,14 +245,13 @@ def end_stage(
     checked: bool,
     keeps: bool = False,
 ) -> WeightState:
-    """End a stage: return the slow state after it. The noise of the stage is added to it if `noise.keep` is set.
+    """Return the slow state of a weight at the end of a stage. With `noise.keep`, it includes the noise of the stage.
 
     Args:
         learner: the branch, or the parameter trained in full. None for a weight that only has noise.
-        spec: of the plan.
-        history: the history of the weight with this stage.
-        noisy: whether the stage ran, so that its weight had noise.
-        checked: whether the factors of branches are known to be finite.
+        history: the history of the run, whose last entry is this stage.
+        noisy: whether the stage ran. The weight of an idle stage has no noise.
+        checked: whether the caller has checked that all factors are finite.
         keeps: whether a parameter trained in full keeps its values at the ends of earlier stages.
     """
     stage, on_all = history.ends[-1].number, state.shard.group.all
@@ -266,7 +265,7 @@ def end_stage(
     elif isinstance(learner, Branch):
         if not (checked or on_all(learner.finite())):
             raise _not_folded(f"the branch of {state.name} holds inf or nan", stage)
-        # All ranks must agree, because each rank has the same number of experts.
+        # All ranks must agree, because they must have the same number of experts.
         moved = not on_all(not has_trained(learner, state))
         delta = delta_of(learner, state, spec, stage, noisy, state.base.device) if moved else None
         device = next(learner.parameters()).device
@@ -288,13 +287,13 @@ def decomposed(
     values: Mapping[str, torch.Tensor],
     group: ProcessGroup,
 ) -> dict[str, torch.Tensor]:
-    """Decompose a weight into initial factors, the largest singular triplets (PiSSA, 2404.02948).
+    """Return initial factors from the largest singular triplets of a weight (PiSSA, 2404.02948).
 
-    If the branch has a larger rank than the matrix, the remaining rows of A keep LoRA's values. The remaining columns
-    of B are zero.
+    The rank of the branch may exceed the number of singular values. Then the remaining rows of A keep LoRA's random
+    values, and the remaining columns of B are zero.
 
     Returns:
-        A [r, in] and B [out, r] by the names of their parameters. Stacked matrices have one more axis.
+        {parameter name: factor}: A [r, in] and B [out, r]. For stacked matrices, both have the axis of the stack first.
     """
     if not bool(torch.isfinite(weight).all()):
         raise SpecError(
@@ -334,10 +333,10 @@ def delta_of(
     noisy: bool,
     device: torch.device,
 ) -> Delta:
-    """Return the delta that a branch has added to its weight since the start of the stage, as copies on a device.
+    """Return the delta of a branch since the start of the stage, for this rank's slice of the weight, as copies.
 
-    It is the delta of this rank's slice of the weight. A branch that started at zero contributes its factors. A branch
-    that started from factors of the weight contributes `[B - B_0, B_0]` and `[A; A - A_0]` (see the module docstring).
+    If the delta started at zero, the result has the current factors. If it started at `s B_0 A_0`, the result has
+    `[B - B_0, B_0]` and `[A; A - A_0]` (see the module docstring). The copies are on `device`.
     """
     parameter = next(branch.parameters())
     weight = StageWeight(state, spec, stage, noisy, parameter.device)
@@ -373,8 +372,8 @@ BaseMemory = Literal["memory", "pinned", "device"]
 """Where W0 is kept: in host memory, in page-locked host memory, or in the memory of the weight's device."""
 
 MAX_FULL_ENTRIES = 1 << 20
-"""Limit on the entries of all parameters trained in full together, up to which each stage keeps a copy of them. If the
-branches have more entries than this, their number is the limit."""
+"""If the parameters trained in full have at most this many entries in total, each stage keeps a copy of them. If the
+branches have more entries than this limit, the number of their entries is the limit instead."""
 
 
 @dataclass(frozen=True)
@@ -382,7 +381,7 @@ class SlowWeights:
     """The slow states of all weights of a model.
 
     Args:
-        states: by weight name: sites, parameters trained in full, and every other matrix that gets noise.
+        states: {weight name: state}, for sites, parameters trained in full, and all other matrices that get noise.
         idle: whether no stage runs. Then the parameters hold the slow weights without noise.
         history: the stages that the slow weights are made of.
         group: the process group that holds the shards of the weights.
@@ -395,7 +394,7 @@ class SlowWeights:
 
     @cached_property
     def trained(self) -> Mapping[str, WeightState]:
-        """The states of the parameters trained in full."""
+        """The states of the parameters trained in full, by name."""
         trained = dict[str, WeightState]()
         for name, state in self.states.items():
             if state.full:
@@ -419,19 +418,19 @@ class SlowWeights:
         return shares[min(plan.stage, len(shares)) - 1]
 
     def to_shard(self, specs: Mapping[str, ShardSpec], group: ProcessGroup) -> SlowWeights:
-        """Return the state for this rank's shards. `specs` has the slice of each weight on this rank, by name."""
+        """Return the state for this rank's shards. `specs` is {weight name: its slice on this rank}."""
         states = {name: state.to_shard(specs[name]) for name, state in self.states.items()}
         return replace(self, states=states, group=group)
 
     def without_base(self) -> SlowWeights:
-        """Return the state with every W0 on the meta device, to be combined with the W0 of another run."""
+        """Return the state with every W0 on the meta device, so that it can be combined with W0 of another run."""
         states = {name: replace(state, base=state.base.to("meta")) for name, state in self.states.items()}
         return replace(self, states=states)
 
     def with_weights(
         self, parameters: Mapping[str, nn.Parameter], plan: Plan, memory: BaseMemory = "memory"
     ) -> SlowWeights:
-        """Return a state with new weights, whose current values become W0. Known weights keep their state.
+        """Return the state with more weights, whose current values become W0. Weights that have a state keep it.
 
         Args:
             parameters: parameters of the model, by name. Of a DTensor, the local shard becomes W0.
@@ -463,15 +462,12 @@ class SlowWeights:
         return replace(self, states={**self.states, **new})
 
     def started(self, name: str) -> WeightState:
-        """Return the state of a weight whose start equals the weights in place.
-
-        If the cascade is idle, these are the slow weights, whatever the next stage starts from.
-        """
+        """Return the state of a weight. If no stage runs, its start is the slow weight, even under restart="fast"."""
         return (self._resting if self.idle else self.states)[name]
 
     @cached_property
     def _resting(self) -> Mapping[str, WeightState]:
-        """The states with the slow weights as their start."""
+        """The states with their slow weights as their start, by weight name."""
         history = self.history.resting()
         return {name: state.resting(history) for name, state in self.states.items()}
 
@@ -500,9 +496,10 @@ class SlowWeights:
             out: local tensor in the shape of the weight.
             learner: the branch, or the current value of a parameter trained in full. Without it, fast weights are the
                 start of the running stage.
-            plan: plan of the running stage. Required if `learner` is a branch and the view is "fast". With it, slow
-                weights of parameters that do not follow the slow rule are their current values.
-            on_grid: whether to round to the grid of the site. A weight in place is not, because its branch does.
+            plan: plan of the running stage. Required if `learner` is a branch and the view is "fast". If given, the
+                slow weight of a parameter without the slow rule is its current value.
+            on_grid: whether to round to the grid of the site. False for a parameter in place, because its branch
+                rounds.
         """
         state = self.started(name)
         running: Delta | torch.Tensor | None = None
@@ -518,13 +515,13 @@ class SlowWeights:
             out.copy_(state.on_grid(out))
 
     def is_slow(self, name: str, view: ViewName) -> bool:
-        """Whether a view of a weight is the slow weights."""
+        """Whether a view of a weight equals its slow weight."""
         return view == "slow" or (view == "averaged" and not self.states[name].differs("averaged"))
 
     def moved(self, learners: Mapping[str, Learner]) -> bool:
-        """Whether a learner (by weight name) has changed since the start of its stage, on any rank."""
+        """Whether any learner, given by weight name, has changed since the start of the stage, on any rank."""
         trained = False
-        for name, learner in learners.items():  # all of them: every rank must make the same collective calls
+        for name, learner in learners.items():  # without an early exit: every rank must make the same collective calls
             trained |= has_trained(learner, self.started(name))
         return self.group.any(trained)
 
@@ -549,22 +546,22 @@ class SlowWeights:
     def begin_stage(
         self, plan: Plan, branches: Mapping[str, Branch], restart: bool = False, keep: bool = True
     ) -> tuple[SlowWeights, dict[str, dict[str, torch.Tensor]]]:
-        """Start a stage: return its state, and the initial values of its branches.
+        """Start a stage of all weights.
 
         Args:
             branches: branches of the model, by weight name.
             restart: whether all branches get new initial values. Otherwise only branches whose initial values depend on
                 the weight (PiSSA, DoRA) get them.
-            keep: whether branches keep the factors that the spec says (A, or both).
+            keep: whether the factors that do not restart (`spec.restart_factors`) keep their values.
 
         Returns:
-            The state, and local tensors by weight name and parameter name.
+            The state in the new stage, and this rank's initial values as {weight name: {parameter name: tensor}}.
         """
         states, values = dict(self.states), {}
         for site in plan.sites:
             name, branch = site.weight, branches.get(site.weight)
             if branch is None or not (restart or branch.starts_from(plan.spec, not self.idle)):
-                continue  # its constructor has set its initial values
+                continue  # the constructor of the branch has set its initial values
             states[name], started = begin_stage(states[name], branch, site, plan.spec, plan.stage, keep, not self.idle)
             for key, value in started.items():
                 started[key] = local_like(value, branch.get_parameter(key))
@@ -599,13 +596,13 @@ def host(tensor: torch.Tensor) -> torch.Tensor:
 def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
     """Return W0 of a weight in a kind of memory.
 
-    If the weight is in this kind of memory already, W0 shares its memory until the first write
+    If no transfer is needed, W0 shares the memory of a plain weight until the first write to the weight
     (`WeightState.keep_base`). Otherwise W0 is a copy.
     """
     if is_quantized(weight):
         return host(weight)
     if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
-        # Only a plain parameter shares its memory: the copy before a write replaces `data` of the shared tensor.
+        # Only a plain parameter shares its memory, because `keep_base` later assigns `data` of the shared tensor.
         shared = type(weight) is nn.Parameter and not weight.is_inference()
         return weight.data if shared else local(weight).detach().clone()
     return host(weight).pin_memory() if memory == "pinned" else host(weight)
@@ -614,9 +611,9 @@ def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
 # ---- How much of the trained change a fold keeps, after its weights are rounded to the dtype of the model
 
 ROWS = 16
-"""Rows of a weight that are compared, evenly spaced. The numbers of a row tell those of the others."""
+"""Number of evenly spaced rows of a weight that `kept_by` compares, as a sample of all rows."""
 ENOUGH = 0.9
-"""A fold that keeps a smaller share of the change of a weight warns."""
+"""Smallest share of the change of a weight that a fold may keep without a warning."""
 
 
 class Kept(NamedTuple):
@@ -624,7 +621,7 @@ class Kept(NamedTuple):
 
     Args:
         share: projection of the stored change on the exact one, divided by the norm of the exact one. 1 if nothing is
-            lost, 0 if all is lost. Errors that have nothing to do with the change do not count.
+            lost, 0 if all is lost. Errors orthogonal to the change do not count.
         error: norm of the difference between the stored change and the exact one, divided by the norm of the exact one.
     """
 
@@ -644,7 +641,7 @@ class Kept(NamedTuple):
 def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
     """Return how much of the change of a weight its own dtype keeps.
 
-    None if the weight is trained in full, quantized, unchanged, or trained on a grid, which loses nothing.
+    None if the weight is trained in full, quantized or unchanged. Also None on a grid, whose fold loses nothing.
     """
     if state.full or state.grid or is_quantized(state.base) or not state.changed:
         return None

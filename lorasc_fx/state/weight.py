@@ -1,14 +1,14 @@
 """The state of one weight: W0, the experts that stages have added, and the history of the stages.
 
-Slow weights, the start of the running stage and the mean over stages are sums over the same experts, with coefficients
-that follow from the history of the stages (`History`). A state is immutable: `absorb` returns the next one, so a failed
+Slow weights, the start of the running stage and the mean over stages are sums over the same experts. Their coefficients
+follow from the history of the stages (`History`). A state is immutable: `absorb` returns the next one, so a failed
 transition changes nothing. Every weight is computed from W0 and rounded once.
 
-A parameter trained in full has no experts. The dense tensor of each of its views is the value itself, not the
-difference from W0, so it is restored bit for bit.
+A parameter trained in full has no experts. Its dense tensors are values, not differences from W0, so that they are
+restored bit for bit.
 
-A field that holds tensors declares in its metadata which axes of the weight they share (`Side`). `Tree.map` visits
-every such tensor. Moving, slicing, gathering and sharding a state all use it.
+The metadata of each field with tensors says which axes of the weight these tensors have (`Side`). `Tree.map` visits all
+of these tensors, for example to slice a state.
 
 Under DoRA (2402.09353) a stage scales the rows of the weight that it started from. With pace p and row gain g,
 `S_t + W0 = (1 - p) W_{t-1} + p diag(g) (W_{t-1} + s B A) = diag(1 - p + p g) W_{t-1} + p diag(g) s B A`.
@@ -53,10 +53,10 @@ from lorasc_fx.util.decode import Check
 ViewName = Literal["slow", "fast", "base", "averaged"]
 """Weights that `Cascade.weights` can put in place."""
 Summed = Literal["slow", "fast", "averaged"]
-"""Views that are sums over experts. `fast` is the start of the running stage, to which a caller adds its delta."""
+"""Views that are sums over experts. `fast` is the start of the running stage, to which a caller adds the branch."""
 
 MAX_ENDS = 100
-"""A parameter trained in full keeps its values at the ends of this many stages, the latest ones."""
+"""Maximum number of stages, the latest ones, for which a parameter trained in full keeps its value at the end."""
 
 Number = Annotated[int, Check(lambda number: 0 <= number < 2**31, "give an integer of 0 or more")]
 Coefficients = tuple[float, float, float]
@@ -82,9 +82,9 @@ class StageEnd:
 
 @dataclass(frozen=True)
 class History:
-    """The ends of the stages that the weights of a run are made of. A rewind drops the later ones.
+    """The stages that the weights of a run are made of, oldest first. A rewind drops the later ones.
 
-    All weights of a run share one history. `ends` has the oldest one first.
+    All weights of a run share one history.
     """
 
     ends: tuple[StageEnd, ...] = ()
@@ -101,12 +101,12 @@ class History:
 
     @property
     def averaged(self) -> int:
-        """Number of stages in the mean over stages: the last of n has the share 1 / n."""
+        """Number n of stages in the mean over stages, from the share 1 / n of the last one."""
         share = self.ends[-1].share if self.ends else None
         return 0 if share is None else round(1 / share)
 
     def until(self, stage: int) -> History:
-        """Return the history for a rewind. The next stage starts from the slow weights, and so does the mean."""
+        """Return the history up to a stage, for a rewind. The next stage and the mean start from its slow weights."""
         kept = tuple(end for end in self.ends if end.number <= stage)
         last = (replace(end, restart="slow", share=None if end.share is None else 1.0) for end in kept[-1:])
         return History((*kept[:-1], *last))
@@ -116,12 +116,12 @@ class History:
         return replace(self, ends=(*self.ends[:-1], *(replace(end, restart="slow") for end in self.ends[-1:])))
 
     def coefficients(self, stage: int, origin: Coefficients | None = None) -> Coefficients:
-        """Return the coefficients of an expert now.
+        """Return the current coefficients of an expert.
 
         Args:
-            stage: number of the stage that has trained the expert: its coefficient in the fast weights F_t is 1. An
-                expert of stage 0 is part of all weights from the beginning.
-            origin: its coefficients right after the stage, for the sum of earlier experts.
+            stage: number t of the stage that trained the expert. At its end, the coefficient in the fast weights F_t is
+                1. An expert of stage 0 is part of all weights from the beginning.
+            origin: for a sum of earlier experts: its coefficients right after the stage.
         """
         key = (stage, origin)
         if key in self._known:
@@ -152,7 +152,7 @@ class Expert(Factors):
     Args:
         stage: number of the stage that trained it; 0 for an expert from another run or tool.
         origin: for a sum of earlier experts: its coefficients right after the stage. None for an expert that the stage
-            has trained.
+            trained.
         row_scale: [out] in fp64, under DoRA. The stage multiplied the rows of W0 and of all earlier experts by it. A
             stage that trained only magnitudes adds an expert of rank 0.
     """
@@ -162,7 +162,10 @@ class Expert(Factors):
     row_scale: torch.Tensor | None = field(default=None, metadata={Side: Side.OUT})
 
     def restarted(self, stage: int, averages: bool = False) -> Expert:
-        """Return the expert for a start from the slow weights after a stage. `averages`: also for the mean."""
+        """Return the expert for a start from the slow weights after a stage. Only a sum made by this stage changes.
+
+        The start, and with `averages` the mean, get its slow coefficient.
+        """
         if self.origin is None or self.stage != stage:
             return self
         slow, _, average = self.origin
@@ -173,7 +176,7 @@ class Expert(Factors):
 class KeptNoise:
     """The noise of one stage that stays in the weights (`noise.keep`).
 
-    Its values are drawn again from the seed and the stage, so only these and the amplitude are stored.
+    Its values are not stored, because they can be drawn again from these fields.
     """
 
     noise: Noise
@@ -193,17 +196,18 @@ class WeightState(Tree):
         transposed: whether the weight is stored as [in, out].
         experts: the deltas of the stages, oldest first.
         history: the stages that have ended in the run.
-        dense: dense tensors of views: the sum of the experts that were collapsed, [rows, columns], or the value of a
-            parameter trained in full. `fast` is the start of the running stage. A view without one has that of `slow`.
-        ends: for a parameter trained in full: its slow values at the ends of stages, by number.
-        gone: number of the last stage whose slow weights are no longer available, because its experts were summed.
-        row_scale: [out] in fp64, under DoRA: the row scale of W0 by experts that were summed since.
+        dense: {view: tensor}: the sum of collapsed experts [rows, columns], or the value of a parameter trained in
+            full. `fast` is the start of the running stage. A view without an entry uses the entry of `slow`.
+        ends: for a parameter trained in full: {stage number: slow value at the end of this stage}.
+        gone: number of the last stage whose slow weights are no longer available, because experts were summed or values
+            dropped.
+        row_scale: [out] in fp64, under DoRA: the product of the row scales of summed experts. It applies to W0.
         noises: the noise that stays in the weight.
         initial: factors and magnitudes that the running stage started from. None if its branch started at B = 0.
-        shard: the slice of the weight that this rank holds. `base` and all other tensors are slices then.
+        shard: the slice of the weight that this rank holds. Tensors that have the sharded axis are slices.
         full: whether the parameter is trained in full. Then there are no experts and no noise.
-        grid: the grid of the site (`CascadeSpec.grid`), or "". Then deltas are added one after another, by
-            `branch.deltas.step`.
+        grid: the grid of the site (`CascadeSpec.grid`), or "" for none. On a grid, `branch.deltas.step` adds the deltas
+            one after another.
     """
 
     name: str
@@ -274,7 +278,7 @@ class WeightState(Tree):
     # ---- values
 
     def on_base(self, base: torch.Tensor) -> WeightState:
-        """Return the state with the W0 of a model. Only a quantized one has an own grid."""
+        """Return the state with W0 from a model. The grid "own" is dropped if this W0 is not quantized."""
         has_grid = self.grid != OWN_GRID or is_quantized(base)
         return replace(self, base=base, grid=self.grid if has_grid else "")
 
@@ -315,7 +319,7 @@ class WeightState(Tree):
         dtype: torch.dtype,
         running: Delta | torch.Tensor | None = None,
     ) -> None:
-        """Compute the weight in `dtype`, as `exact` does, and write it into `out`, rounded once to its dtype."""
+        """Write the weight that `exact` returns into `out`, rounded once to the dtype of `out`."""
         if view == "base":
             out.copy_(dense(self.base))
             return
@@ -340,7 +344,7 @@ class WeightState(Tree):
             add_noise(out, drawn, kept.amplitude)
 
     def _stepped(self, view: Summed, running: Delta | None, device: torch.device) -> torch.Tensor:
-        """Return the weight of a view in the dtype of W0: the deltas are added one after another, as they trained."""
+        """Return the weight of a view in the dtype of W0, with the deltas added one after another, as in training."""
         value = dense(self.base)
         if (total := self.dense_in(view)) is not None:
             place = device if has_fp64(device) else torch.device("cpu")
@@ -375,7 +379,7 @@ class WeightState(Tree):
         if running.factors is not None:
             factors = running.factors if gain is None else scaled(running.factors, gain, self.transposed)
             pairs.append((1.0, factors))
-        # Every later expert scales the dense delta, which was collapsed before any of them.
+        # All experts are newer than the dense delta, so their row scales apply to it.
         if delta is not None and (rows := self._scale_since(0, gain)) is not None:
             delta = scale_rows(rows, delta, self.transposed)
         if running.dense is not None:
@@ -387,7 +391,7 @@ class WeightState(Tree):
         return base, delta, pairs
 
     def _pairs(self, view: Summed, gain: torch.Tensor | None = None) -> list[tuple[float, Factors]]:
-        """Return (coefficient, factors) of each expert in a view, its rows scaled by all later experts and `gain`."""
+        """Return (coefficient, factors) of each expert in a view, with rows scaled by all later experts and `gain`."""
         pairs: list[tuple[float, Factors]] = []
         for index, (c, expert) in enumerate(zip(self.coefficients(view), self.experts, strict=True)):
             if c != 0 and expert.rank:
@@ -410,13 +414,13 @@ class WeightState(Tree):
     def fits(self, device: torch.device | None = None) -> bool:
         """Whether the slow and the start weights, rounded to the dtype of W0, are finite wherever W0 is.
 
-        `device` computes them, by default that of W0.
+        They are computed on `device`, by default the device of W0.
         """
-        if is_quantized(self.base):  # its branch computes the deltas
+        if is_quantized(self.base):  # no parameter holds the sum, because the branch computes the deltas
             return all(math.isfinite(expert.bound) for expert in self.experts)
         limits = torch.finfo(self.base.dtype)
         views: tuple[Summed, ...] = ("slow", "fast") if self.differs("fast") else ("slow",)
-        # Try a cheap bound first: a change below half the gap of the two largest numbers of the dtype cannot overflow.
+        # Try a cheap bound first: a change below half the gap of the two largest numbers cannot overflow.
         if not (self.full or self.grid) and self.scale() is None:
             for view in views:
                 bound = 0.0
@@ -436,13 +440,13 @@ class WeightState(Tree):
         return not any(self.broken(self.on_grid(value).to(self.base.device)) for value in values)
 
     def unmerged_ranks(self, view: Summed) -> list[int]:
-        """Return the ranks of the experts in `unmerged`."""
+        """Return the rank of each expert in the sum that `unmerged` returns."""
         return [pair.rank for _, pair in self._pairs(view)]
 
     def unmerged(self, view: Summed) -> Factors | None:
-        """Return the sum of the experts of a quantized weight as one pair of factors, which its branch computes.
+        """Return the sum of the experts of a quantized weight as one pair of factors, which the branch computes.
 
-        None for other weights, because their parameter holds the sum, and if there are no experts.
+        None without experts, and for other weights, because their parameters hold the sum.
         """
         pairs = self._pairs(view) if is_quantized(self.base) else []
         return sum_of(pairs, pairs[0][1].b.dtype, pairs[0][1].b.device) if pairs else None
@@ -487,8 +491,8 @@ class WeightState(Tree):
         Args:
             running: the delta of the branch. None if the weight has no branch, or one that has not moved.
             history: the history with the stage that ends.
-            device: the device of the branch. On a grid, it computes sums of experts, because others would round them in
-                another way.
+            device: the device of the branch. On a grid, experts are summed there, because other devices round
+                differently.
         """
         assert not isinstance(running, torch.Tensor)
         experts, end, fast = self.experts, history.ends[-1], self.dense.get("fast", self.dense.get("slow"))
@@ -504,7 +508,7 @@ class WeightState(Tree):
             if pair.rank or row_scale is not None:
                 experts = (*experts, Expert(pair.b, pair.a, end.number, row_scale=row_scale))
         elif running is not None and running.dense is not None and self.grid:
-            if experts:  # from another run
+            if experts:  # of another run
                 return self._collapsed(device).absorb(running, history, device)
             fast = self._difference(self._stepped("fast", running, device or self.base.device))
         elif running is not None and running.dense is not None:
@@ -514,7 +518,7 @@ class WeightState(Tree):
         dense, gone = self.dense, self.gone
         if fast is not None:
             slow = _toward(dense.get("slow"), fast, end.pace)
-            if slow is not dense.get("slow"):  # the earlier stages had the tensor that is replaced
+            if slow is not dense.get("slow"):  # earlier stages need the tensor that is replaced
                 gone = max(gone, self.history.last)
             dense = self._views(slow, fast if end.restart == "fast" else slow, end)
         return replace(self, experts=experts, history=history, dense=dense, gone=gone, initial=None).compact(device)
@@ -525,8 +529,8 @@ class WeightState(Tree):
         Args:
             value: the current value.
             history: the history with the stage that ends.
-            pace: 1 if the parameter does not follow the slow rule.
-            keeps: whether it keeps its values at the ends of earlier stages.
+            pace: share of the change that is merged. 1 if the parameter does not follow the slow rule.
+            keeps: whether the state keeps the values at the ends of earlier stages.
         """
         end, old = history.ends[-1], self.dense["slow"]
         fast = value.to(old.dtype)
@@ -560,7 +564,7 @@ class WeightState(Tree):
         return replace(self, experts=(*self.experts, expert)).compact()
 
     def resting(self, history: History) -> WeightState:
-        """Return the state with the slow weights as the start of the running stage. `history` rests too."""
+        """Return the state with the slow weights as its start. `history` is the result of `History.resting`."""
         experts = tuple(expert.restarted(self.history.last) for expert in self.experts)
         dense = dict(self.dense)
         dense.pop("fast", None)
@@ -576,7 +580,7 @@ class WeightState(Tree):
     def at(self, stage: int) -> WeightState | None:
         """Return the state at the end of a stage, as both slow and start. Stage 0 is W0.
 
-        None if the end of this stage was dropped. A weight that became a site in a later stage is W0.
+        None if the end of this stage was dropped. For a weight that became a site in a later stage, the state is W0.
         """
         if 0 < stage <= self.gone:
             return None
@@ -633,7 +637,7 @@ class WeightState(Tree):
     def _collapsed(self, device: torch.device | None = None) -> WeightState:
         """Return the state with the experts of each view replaced by their sum.
 
-        The sum is dense, or one expert if the weight is quantized, because its branch computes it.
+        The sum is a dense tensor. For a quantized weight it is one expert, because the branch computes with factors.
         """
         views: tuple[Summed, ...] = ("slow", "fast", "averaged")
         experts: tuple[Expert, ...] = ()
@@ -655,12 +659,12 @@ class WeightState(Tree):
         return replace(self, experts=experts, dense=dense, gone=gone, row_scale=rows)
 
     def _difference(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the dense delta of a value, [rows, columns] in fp64, which gives its bits again."""
+        """Return `value - W0` as [rows, columns] in fp64. Adding it to W0 restores the bits of the value."""
         place = self.base.device if has_fp64(self.base.device) else torch.device("cpu")
         return (value.to(place).double() - self.base.to(place).double()).reshape(self.matrix)
 
     def _low_rank(self, view: Summed, origin: Coefficients) -> Expert:
-        """Return the delta of a view as one expert."""
+        """Return the delta of a view as one expert with these coefficients."""
         dtype, pairs, stage = summing(self.base.dtype), self._pairs(view), self.history.last
         if not pairs:
             b, a = self.experts[0].b[..., :0], self.experts[0].a[..., :0, :]
@@ -738,24 +742,24 @@ class WeightState(Tree):
             b, a = tuple(pair.b.shape), tuple(pair.a.shape)
             rank = a[-2] if len(a) > 1 else 0
             if b != (*stack, rows, rank) or a != (*stack, rank, columns):
-                sentences.append(f"has factors of {b} and {a}, which are no delta of {self.matrix}")
+                sentences.append(f"has factors of shapes {b} and {a}, which do not fit a matrix of {self.matrix}")
         deltas = [*self.dense.values(), *self.ends.values()]
         for delta in deltas:
             if tuple(delta.shape) != self.matrix:
-                sentences.append(f"has a dense delta of {tuple(delta.shape)}, which is none of {self.matrix}")
+                sentences.append(f"has a dense delta of shape {tuple(delta.shape)}, but its matrix is {self.matrix}")
         magnitude = self.initial.magnitude if self.initial is not None else None
         scales = [self.row_scale, magnitude, *(expert.row_scale for expert in self.experts)]
         lengths = [scale for scale in scales if scale is not None]
         for scale in lengths:
             if tuple(scale.shape) != (self.out,):
-                sentences.append(f"scales {tuple(scale.shape)} rows, not {self.out}")
+                sentences.append(f"has row scales of shape {tuple(scale.shape)}, but {self.out} rows")
         tensors = [factor for pair in pairs for factor in (pair.b, pair.a)] + lengths
         is_complex = self.full and self.base.is_complex()
         odd = [value.dtype for value in tensors if not value.is_floating_point()]
         odd += [
             value.dtype for value in deltas if not (value.is_complex() if is_complex else value.is_floating_point())
         ]
-        sentences += [f"has a tensor of {dtype}" for dtype in odd]
+        sentences += [f"has a tensor of the wrong dtype, {dtype}" for dtype in odd]
         if sentences:  # values of another shape cannot be compared with W0
             return sentences
         numbers = [number for expert in self.experts for number in expert.origin or ()]
@@ -766,7 +770,7 @@ class WeightState(Tree):
 
 
 def _toward(value: torch.Tensor | None, target: torch.Tensor | None, share: float) -> torch.Tensor | None:
-    """Return `value + share * (target - value)`. A missing tensor counts as 0. Equal tensors share memory."""
+    """Return `value + share * (target - value)`. A missing value counts as 0, a missing target as the value."""
     if target is None or value is target:
         return value
     if share == 1:
@@ -775,5 +779,5 @@ def _toward(value: torch.Tensor | None, target: torch.Tensor | None, share: floa
 
 
 def _values(slow: torch.Tensor, dtype: torch.dtype) -> dict[Summed, torch.Tensor]:
-    """Return the views of a parameter trained in full that starts from its slow value, rounded to its own dtype."""
+    """Return {view: tensor} of a parameter trained in full that starts from its slow value, rounded to `dtype`."""
     return {"slow": slow} if slow.dtype == dtype else {"slow": slow, "fast": slow.to(dtype)}
