@@ -1,4 +1,4 @@
-"""The cascade: the adapted model as an nn.Module, its slow weights and its stages. `compile` makes its graphs."""
+"""The cascade: the adapted model as an nn.Module, with its slow weights and stages. `compile` makes the graphs."""
 
 from lorasc_fx.cascade.cascade import CascadeModule, Flags, flags_of, graphs_of, run_of, watch_model
 from lorasc_fx.cascade.graphs import Graphs

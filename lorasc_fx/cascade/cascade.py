@@ -1,7 +1,7 @@
 """The adapted model as an nn.Module. The user's model and the branches are its children.
 
-Below the class: the flags and ties that `release` restores, and warnings if the user calls or reads the model instead
-of its cascade, or drops the cascade without `release`.
+Below the class: the flags and ties that `release` restores, and two warnings. They are for a call or a read of the
+model instead of its cascade, and for a cascade that is dropped without `release`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CascadeModule(nn.Module):
         self._modules["branches"] = run.branches
         self.training = run.model.training
         self._run, self._graphs, self._joined, self._usage = run, graphs, joined, UsageWatch()
-        # Set last, so that it is finalized last: it checks whether anything but the cascade refers to the model.
+        # Set last, so that it is finalized last: its finalizer checks whether anything else refers to the model.
         self._drop_warning = DropWarning(run, self._usage)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,9 +74,9 @@ class CascadeModule(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the user's model that the cascade does not have, such as `config` or `device`.
+        """Look up an attribute that the cascade does not have, such as `config` or `device`, in the user's model.
 
-        A method of the model is called without branches. Submodules are not available, because calling one would
+        A method of the model computes without branches. Submodules are not available, because a call of one would
         silently compute without branches.
 
         Raises:
@@ -104,7 +104,7 @@ class CascadeModule(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the user's model with the branches.
 
-        The first call of a new kind (mode, dtypes, structure of arguments, or a size that a graph has fixed) captures a
+        The first call with a new mode, new dtypes, a new structure of arguments or an unsupported size captures a
         graph. Inside `weights(...)` no branch computes.
 
         Args:
@@ -116,14 +116,14 @@ class CascadeModule(nn.Module):
         Raises:
             StateError: after `release`.
             CaptureError: no front end can capture this kind of call.
-            Exception: whatever the model itself raises for these arguments.
+            Exception: any exception that the model itself raises for these arguments.
         """
         run, graphs = self._run, self._graphs
         run.check_alive("forward")
-        # Inside `weights(...)` the model itself computes, unless its weights are sharded and only a graph gathers them.
+        # Inside `weights(...)` call the model itself, unless its weights are sharded: only graphs gather shards.
         if run.placed is not None and graphs.split is None:
             return self.model(*args, **kwargs)
-        if torch.compiler.is_compiling():  # dynamo has its own guards on inputs, and cannot trace the hash of a call
+        if torch.compiler.is_compiling():  # dynamo guards inputs itself, and cannot trace the hash of a call
             bound, named = bind(graphs.compiler.calls.signature, args, kwargs)
             compiled = graphs.variants.compiled(self.training, pytree.tree_leaves((bound, named)))
             if compiled is None:
@@ -149,7 +149,7 @@ class CascadeModule(nn.Module):
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
-        """The weight matrices that were not adapted, with the reason of each."""
+        """The weight matrices that were not adapted, each with a reason."""
         return self._run.refusals
 
     @property
@@ -164,7 +164,7 @@ class CascadeModule(nn.Module):
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs of `adapt`, as (args, kwargs), or the first call's after a `load` without inputs.
+        """The example inputs of `adapt` as (args, kwargs). After a `load` without inputs, the inputs of the first call.
 
         Raises:
             StateError: the cascade was loaded without inputs and has not been called yet.
@@ -177,22 +177,22 @@ class CascadeModule(nn.Module):
         return self._graphs.example
 
     def _inputs(self, args: Sequence[object] | None, kwargs: Mapping[str, object] | None) -> Example:
-        """Return these inputs, or the example inputs if there are none."""
+        """Return these inputs as (args, kwargs), or the example inputs if both are None."""
         return self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
 
     @property
     def frontend(self) -> str:
-        """Name of the front end that captured the model. Empty after a `load` without inputs, until the first call."""
+        """Name of the front end that captured the model, or "" until the first call after a `load` without inputs."""
         return self._graphs.frontend
 
     @property
     def refused_frontends(self) -> tuple[tuple[str, str], ...]:
-        """The front ends that `frontend="auto"` tried first, as (name, why it failed)."""
+        """The front ends that failed under `frontend="auto"`, as (name, reason)."""
         return self._graphs.refused_frontends
 
     @property
     def placements(self) -> dict[str, str]:
-        """Where each branch computes in the first graph, by weight name: `beside`, `merged` or `weight`.
+        """The placement of each branch in the first graph, {weight name: `beside`, `merged` or `weight`}.
 
         Empty before the first graph is captured.
         """
@@ -213,18 +213,18 @@ class CascadeModule(nn.Module):
     def draw(self, sites: Sequence[str] = (), radius: int = 2) -> str:
         """Draw the adapted graph around some sites, with placements of branches, names, dtypes and shapes.
 
-        A dashed box has neighbours that are not shown.
+        A dashed box has neighbours outside of the drawing.
 
         Args:
             sites: kinds of weights, or globs on weight names, as in a spec. The default is the first three sites.
             radius: number of edges to follow from each branch, in both directions.
 
         Returns:
-            A text for Graphviz: `dot -Tsvg` makes a picture of it, `graphviz.Source(...)` shows it in a notebook.
+            Text for Graphviz. `dot -Tsvg` converts it to a picture, and `graphviz.Source(...)` shows it in a notebook.
 
         Raises:
             UnknownTarget: a pattern matches no site.
-            StateError: after `release`, or if the first graph has none of these branches.
+            StateError: after `release`, before the first call, or if the first graph has none of these branches.
         """
         self._run.check_alive("draw")
         return self._graphs.compiler.draw(self._graphs.first("draw"), self.plan, sites, radius)
@@ -251,23 +251,22 @@ class CascadeModule(nn.Module):
         return self._run.param_groups(lr, options)
 
     def stages(self, count: int, optimizer: Optimizers, scheduler: object = None) -> Iterator[Stage]:
-        """Yield `count` stages. Between stages a transition runs, and after the last one the weights are folded.
+        """Yield `count` stages. A transition runs after each stage.
 
-        After the loop the parameters hold the slow weights, without noise. If the loop is left early, its stage keeps
-        running. Arguments are checked when this method is called, before the first stage.
+        After the loop the parameters hold the slow weights, without noise. If the loop is left early, the current stage
+        continues to run. Arguments are checked when this method is called, before the first stage.
 
         Args:
             count: number of stages, 1 or more.
-            optimizer: the optimizer of all trained parameters, or a list of several that share them, such as
-                `torch.optim.Muon` for matrices and AdamW for the rest. A transition treats their state as
-                `optimizer_state` of the spec says.
+            optimizer: the optimizer of all trained parameters, or a list of several that share these parameters, such
+                as `torch.optim.Muon` for matrices and AdamW for the rest. A transition treats their state by
+                `optimizer_state` of the spec.
             scheduler: a torch learning rate scheduler, or a list of several. Each is stepped once per transition.
 
         Raises:
-            SpecError: `count` is not an integer of 1 or more, or `optimizer` is no optimizer, has one twice, or ignores
-                the learning rates of the spec.
-            StateError: a trained parameter is in no optimizer or in two, or weights must not change now, as for
-                `transition`.
+            SpecError: `count` is not an integer of 1 or more. Or `optimizer` is no optimizer, has one optimizer twice,
+                or ignores the learning rates of the spec.
+            StateError: a trained parameter is in no optimizer or in two. Also in the other cases of `transition`.
         """
         if not is_integer(count, 1):
             raise SpecError(f"stages({count!r}): the number of stages must be an integer of 1 or more")
@@ -280,17 +279,17 @@ class CascadeModule(nn.Module):
         """End the running stage and start the next one (docs/algorithm.md, "One site").
 
         The slow weights become `S_t = S_{t-1} + pace * (F_t - S_{t-1})`. The parameters get the weights of the next
-        stage, with new noise. Branches get new initial values, and the optimizer's state for them is reset or kept as
-        the spec says.
+        stage, with new noise. The options `restart_factors` and `optimizer_state` of the spec say which parameters of
+        branches get new initial values, and what happens to their optimizer state.
 
-        If anything raises, Ctrl-C included, nothing is changed. Methods that read or write weights take a lock, so they
-        are safe to call from several threads. Calls of the cascade take no lock: a call in another thread may compute
-        with weights of both stages.
+        If anything raises, including Ctrl-C, nothing is changed. Methods that read or write weights take a lock, so
+        they are safe to call from several threads. A call of the cascade takes no lock: if it runs in another thread
+        during a transition, it may use weights of both stages.
 
         Parameter objects stay the same, so optimizers, compiled code and wrappers stay valid.
 
         Args:
-            optimizer: the optimizer of all trained parameters, or a list of several; None if there is none.
+            optimizer: the optimizer of all trained parameters, or a list of several. None without an optimizer.
 
         Raises:
             StateError: inside a backward, with gradients pending, inside `weights` or after `release`. Also if a
@@ -312,8 +311,7 @@ class CascadeModule(nn.Module):
             optimizer: as for `transition`.
 
         Raises:
-            StateError: the stage has not ended or is no longer available, or weights must not change now, as for
-                `transition`.
+            StateError: the stage has not ended or is no longer available. Also in the cases of `transition`.
         """
         transition.rewind(self._run, stage, optimizers_of("rewind", optimizer))
 
@@ -325,7 +323,7 @@ class CascadeModule(nn.Module):
         return tuple(name for name in VIEW_NAMES if name != "averaged" or self._run.plan.spec.average)
 
     def weights(self, view: ViewName | str | None = None, *, stage: int | None = None) -> AbstractContextManager[Self]:
-        """Return a context manager that replaces the weights inside the block and restores the previous ones exactly.
+        """Return a context manager that replaces the weights inside the block, and then restores the old ones exactly.
 
         Inside the block no branch computes. The cascade and the model give the same outputs, and methods of the model
         such as `generate` can be used. The weights have no noise:
@@ -337,12 +335,13 @@ class CascadeModule(nn.Module):
 
         Args:
             view: one of these names.
-            stage: the number of a stage that has ended, instead of `view`: the slow weights at its end. 0 is the base.
+            stage: instead of `view`, the number of a stage that has ended, for the slow weights at its end. 0 is the
+                base.
 
         Raises:
-            StateError: when the block is entered: the name is unknown, the stage has not ended or is no longer
-                available, or there is no average. Also inside another `weights`, inside a backward, or after `release`.
-                At the end of the block: a weight was written inside it. The write is dropped.
+            StateError: at the start of the block, if the name is unknown, the stage is not available, or there is no
+                average. Also inside another `weights`, inside a backward, or after `release`. At the end of the block,
+                if a weight was written inside. That write is lost.
         """
         return placed(self._run, view, stage, self)
 
@@ -355,8 +354,8 @@ class CascadeModule(nn.Module):
         as in `release`. The cascade is not changed.
 
         Args:
-            quantized: `dequantize` to return dense tensors for quantized weights that have trained. None raises for
-                them.
+            quantized: `dequantize` returns dense tensors for quantized weights that have trained. With None, such a
+                weight is an error.
             view: `slow` or `averaged`, as in `weights`.
 
         Returns:
@@ -378,12 +377,12 @@ class CascadeModule(nn.Module):
     ) -> nn.Module:
         """Return a plain GraphModule without branches, whose constants are the slow weights.
 
-        It has the nodes, names and shapes of the captured graph, and does not depend on the cascade. If an input has a
-        size of 0 or 1 for which the graph would not compute the same as the model, it raises RuntimeError.
+        It has the nodes, names and shapes of the captured graph, and does not depend on the cascade. It raises
+        RuntimeError for an input with a size of 0 or 1 for which the graph would not compute the same as the model.
 
         Args:
-            args, kwargs: inputs of the kind that the graph is for, by default the example inputs of `adapt`. The graph
-                is for the current mode of the cascade (train or eval).
+            args, kwargs: inputs to capture the graph for, by default the example inputs of `adapt`. The mode of the
+                graph (train or eval) is the current mode of the cascade.
             quantized, view: as for `folded_state_dict`.
 
         Raises:
@@ -395,7 +394,7 @@ class CascadeModule(nn.Module):
     def _folded(
         self, args: Sequence[object], kwargs: Mapping[str, object], quantized: Literal["dequantize"] | None, view: str
     ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the folded graph, and the smallest accepted size of each axis that does not accept every size."""
+        """Return the folded graph, and {axis: smallest accepted size} for axes that do not accept every size."""
         check_view("folded_graph", view, self._run.plan.spec)
         with self._run.exclusive("folded_graph", keeps=True):
             state = folded_state(self._run, "folded_graph", quantized, view)
@@ -408,27 +407,27 @@ class CascadeModule(nn.Module):
             raise
 
     def release(self, quantized: Requantize = None, *, view: ViewName = "slow") -> nn.Module:
-        """End the cascade and return the user's model with the slow weights, requires_grad flags and modes of before.
+        """End the cascade and return the user's model with the slow weights, and with its original flags and modes.
 
-        If the running stage has trained, its slow update is included: with a pace below 1 the model gets that share of
-        its training. If anything raises, nothing is changed.
+        If the running stage has trained, its slow update is included: with a pace below 1, the model gets only this
+        share of the training. If anything raises, nothing is changed.
 
         Args:
             quantized: how to treat quantized weights that have trained. `dequantize` leaves them dense. `requantize`
-                quantizes them again with their settings (bitsandbytes, torchao); it is the default with grid="own". A
-                callable gets each module with its dense weight and quantizes it in place, for example torchao's
-                `lambda module: quantize_(module, config)`. The share of the change that is kept is logged. None raises
-                without that grid.
+                quantizes them again with the settings of their layer (bitsandbytes, torchao). This is the default with
+                grid="own". A callable gets each module with its dense weight and quantizes it in place, for example
+                torchao's `lambda module: quantize_(module, config)`. The share of the change that is kept is logged.
+                None is an error for such a weight, except with grid="own".
             view: `slow` or `averaged`, as in `weights`.
 
         Raises:
-            StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if
-                quantized weights have trained, and nothing says how to treat them.
+            StateError: gradients are pending, inside `weights` or a backward, or after `release`. Also if quantized
+                weights have trained, and `quantized` is None without grid="own".
             SpecError: `quantized` is invalid.
             NonFiniteBranch: a branch holds inf or nan, or its weight would overflow.
         """
         with self._run.exclusive("release", ends_stage=True, keeps=True), commit() as undo:
-            # Register all undo steps before the first change, because the steps below change these fields.
+            # Register these undo steps before the first change, because they record the current state.
             undo(self._run.restorer())
             undo(partial(Flags.of(self.model).restore, self.model))
             undo(partial(self._usage.arm, self._run))
@@ -441,10 +440,10 @@ class CascadeModule(nn.Module):
             return self.model
 
     def kept(self, view: Literal["slow", "averaged"] = "slow") -> dict[str, Kept]:
-        """Return how much of the change of each weight since W0 its dtype keeps in a fold, by name.
+        """Return {weight name: how much of the change of the weight since W0 a fold keeps in its dtype}.
 
-        A running stage does not count before it ends. The numbers are those of 16 rows of each weight. Weights that
-        have not changed, quantized ones and those that train on a grid are left out.
+        The training of the running stage is not included. The values are computed from 16 rows of each weight. Left out
+        are weights that have not changed, quantized weights, and weights that train on a grid.
 
         Args:
             view: `slow` or `averaged`, as in `weights`.
@@ -457,7 +456,7 @@ class CascadeModule(nn.Module):
     # ---- moving
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move or cast the model and the branches; the base of `to`, `cuda`, `half` and others.
+        """Move or cast the model and the branches. `to`, `cuda`, `half` and others call this.
 
         The slow state stays where it is. Graphs are dropped, because their constants do not move with the model. The
         next call captures new ones. Branches stay in fp32 or wider.
@@ -498,7 +497,7 @@ class CascadeModule(nn.Module):
         )
 
 
-# ---- for the other packages. Public attributes of a cascade would hide attributes of the user's model.
+# ---- for other packages: functions, because attributes of a cascade would hide attributes of the user's model
 
 
 def run_of(cascade: CascadeModule) -> Run:
@@ -517,7 +516,7 @@ def flags_of(cascade: CascadeModule) -> Flags:
 
 
 def watch_model(cascade: CascadeModule, undo: Undo) -> None:
-    """Warn from now on if the user's model is called, or its state dict is read, instead of the cascade's."""
+    """Warn from now on if the user's model is called, or if its state dict is read."""
     undo(cascade._usage.disarm)
     cascade._usage.arm(cascade._run)
 
@@ -571,9 +570,9 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class UsageWatch(Fresh):
-    """Warns if the user's model is called, or its state dict is read, while the cascade has other weights.
+    """Warns if the user's model is called, or its state dict is read, while cascade and model compute differently.
 
-    The watch is a state dict pre-hook of the model, and its `_compiled_call_impl`, which copies and pickles leave out.
+    It is a state dict pre-hook and the `_compiled_call_impl` of the model. Copies and pickles leave out the latter.
     """
 
     def __init__(self) -> None:
@@ -601,7 +600,7 @@ class UsageWatch(Fresh):
         self._run = self._remove = lambda: None
 
     def _checked_call(self, module: nn.Module) -> Callable[..., Any]:
-        """Return a `_compiled_call_impl` for the model, which runs a check and then calls the model normally."""
+        """Return a function that runs a check and then calls the model, for use as its `_compiled_call_impl`."""
         reference = weakref.ref(module)
 
         def call(*args: object, **kwargs: object) -> Any:
@@ -621,12 +620,12 @@ class UsageWatch(Fresh):
         self._check("model-saved-inside-stage", "the state dict of the model of a cascade was read")
 
     def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
-        """Note a copy or a pickle of the model, which has this hook."""
+        """Note that the model, which has this hook, is copied or pickled."""
         self._note_kept()
         return super().__reduce__()
 
     def _note_kept(self) -> None:
-        """Inside `weights`, record that the training of the stage is kept by the caller."""
+        """Inside `weights`, record that the caller keeps a copy of the training of the stage."""
         if (run := self._run()) is not None and run.placed not in (None, "base"):
             run.note_kept()
 
@@ -666,7 +665,7 @@ def _callers() -> Iterator[FrameType]:
 
 
 Joined = tuple[tuple[nn.Module, str, nn.Parameter], ...]
-"""Parameters that `adapt` has tied: the module and the name of each place, and the original parameter there."""
+"""Parameters that `adapt` has tied, as (module, attribute name in the module, original parameter)."""
 
 
 @dataclass(frozen=True)
@@ -685,7 +684,7 @@ class Flags:
         )
 
     def restore(self, model: nn.Module) -> None:
-        """Restore the flags. Parameters and modules that were added since keep theirs."""
+        """Restore the flags. Parameters and modules that were added later keep their flags."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for name, module in model.named_modules():
@@ -693,7 +692,7 @@ class Flags:
 
 
 def restore_structure(model: nn.Module, joined: Joined, undo: Undo) -> None:
-    """Restore the parameters that `adapt` has tied, with the values of the tie, and layers of libraries."""
+    """Replace tied parameters by the original ones, with the tied values, and unwrap layers of libraries."""
     for module, leaf, value in joined:
         shared = module._parameters[leaf]
         if shared is not None:
@@ -705,10 +704,10 @@ def restore_structure(model: nn.Module, joined: Joined, undo: Undo) -> None:
 
 
 class DropWarning:
-    """Warns if a cascade is garbage collected without `release` while its model is alive, and says what that loses.
+    """Warns if a cascade is garbage collected without `release` while its model is alive, and says what is lost.
 
     Only the cascade and its shallow copies refer to this object, so its finalizer runs when they are gone. A finalizer
-    may run in any thread, in a trace or in a backward, so it computes nothing.
+    may run in any thread, in a trace or in a backward, so it does no tensor operations.
     """
 
     def __init__(self, run: Run, usage: UsageWatch) -> None:
@@ -716,7 +715,7 @@ class DropWarning:
         _MODELS[id(self)] = weakref.ref(run.model, lambda _: None)
 
     def __reduce__(self) -> tuple[type[DropWarning], tuple[Run, UsageWatch]]:
-        """Let a deep copy watch the copied cascade."""
+        """Create a new object for the copied run, so that a deep copy of a cascade is watched too."""
         return (type(self), (self.run, self.usage))
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -740,6 +739,6 @@ class DropWarning:
 
 
 _MODELS: dict[int, weakref.ref[nn.Module]] = {}
-"""Weak references to the models, by the id of the `DropWarning`. They are kept here and not in the object, because the
-garbage collector clears weak references that are garbage themselves before finalizers run. They have a callback, so
-that the collector also clears references to a model that is garbage."""
+"""Weak references to the models, by the id of the `DropWarning`. As attributes of the object they would be garbage
+themselves, and the collector clears such references before finalizers run. Their callback makes the collector clear a
+reference to a model that is garbage."""

@@ -1,4 +1,4 @@
-"""The graphs of a cascade, one per kind of call, captured at the first such call."""
+"""The graphs of a cascade. There is one graph per kind of call, captured at the first such call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Graphs:
     Args:
         run: the run whose model and branches the graphs read.
         compiler: captures and rewrites graphs.
-        decided: plan, branches and, unless the cascade was loaded without inputs, the first graph.
+        decided: plan and branches. Also the first graph, unless the cascade was loaded without inputs.
         example: the inputs of the first graph.
     """
 
@@ -46,7 +46,7 @@ class Graphs:
             nullcontext  # gathers shards to run the model itself
         )
         self.origin = ""  # path of the checkpoint whose plan the first graph must fit
-        self.split: Callable[[Variant], Variant] | None = None  # splits a graph into segments, each gathers its shards
+        self.split: Callable[[Variant], Variant] | None = None  # splits a graph into segments that gather shards
         if isinstance(decided, NewVariant) and example is not None:
             self._add(compiler.calls.bind(*example), decided)
 
@@ -57,7 +57,7 @@ class Graphs:
 
         Args:
             dynamic: whether to return a graph with dynamic sizes, if the model allows it. Height, width and depth of
-                images and video are dynamic only if they have varied: padding is computed from them, which makes
+                images and video only if they have varied, because padding computed from dynamic sizes makes
                 torch.export slow.
         """
         self.run.check_alive(name)
@@ -68,7 +68,7 @@ class Graphs:
     def split_by(
         self, split: Callable[[Variant], Variant], gathered: Callable[[], AbstractContextManager[None]], undo: Undo
     ) -> None:
-        """Split all graphs, the present ones and those captured later."""
+        """Split all current graphs, and all graphs that are captured later."""
         undo(self.variants.restorer())
         undo(partial(vars(self).update, split=self.split, gathered=self.gathered))
         self.variants.exchange(split)
@@ -103,7 +103,7 @@ class Graphs:
         return oldest
 
     def capture(self, call: Call, dynamic: Collection[Axis] = ()) -> Variant:
-        """Capture the graph of a call and return it. If another thread has captured it meanwhile, return that graph."""
+        """Return the graph of a call: capture it, unless another thread has captured it meanwhile."""
         grad = torch.is_grad_enabled()  # read before `inference_mode(False)`, which enables gradients
         # Tracers patch the whole process, so only one thread captures at a time.
         with PROCESS, torch.inference_mode(False), torch.set_grad_enabled(grad):
@@ -112,7 +112,7 @@ class Graphs:
             return variant
 
     def _make(self, call: Call, dynamic: Collection[Axis]) -> Variant | None:
-        """Capture a graph and add it. None if another thread has started another stage meanwhile."""
+        """Capture a graph, add it and return it. None if another thread has changed the plan meanwhile."""
         self._check_capture()
         run, start_time = self.run, time.monotonic()
         plan, axes = run.plan, self.variants.varying(call).union(dynamic)
@@ -147,7 +147,7 @@ class Graphs:
             if late:
                 raise StateError(
                     f"forward: this call adapts {named(late)}, which no graph used before the weights were sharded, so "
-                    "its branch was never sharded. Make such a call before you call shard, or exclude the weight",
+                    "its branch is not sharded. Make such a call before you call shard, or exclude the weight",
                     code="sharded",
                 )
             result = replace(result, variant=self.split(result.variant))
@@ -157,7 +157,7 @@ class Graphs:
             time.monotonic() - start_time,
         )
         log.info("variant %d by %s%s, in %.2f s", number, result.variant.frontend.name, sizes, seconds)
-        # Step 3: add the graph, unless the plan that it was made for is no longer the plan of the run.
+        # Step 3: add the graph, unless the plan of the run has changed during the capture.
         with run.lock, commit() as undo:
             if run.plan is not plan:
                 return None
@@ -177,7 +177,7 @@ class Graphs:
             )
 
     def _does_not_fit(self, disagreements: list[str]) -> CheckpointError:
-        """Return the error for a first graph that does not fit the loaded plan."""
+        """Return the error for a first graph that does not fit the plan of a loaded checkpoint."""
         where = f"{self.origin}: " if self.origin else ""
         sentences = "\n  ".join(dict.fromkeys(disagreements))
         return CheckpointError(f"{where}its plan does not fit this call's graph:\n  {sentences}", code="sites-differ")
@@ -198,7 +198,7 @@ class Graphs:
 
 
 def _axes_of(call: Call) -> frozenset[Axis]:
-    """Return all axes of the input tensors with a size of 2 or more, except the spatial axes of images and video.
+    """Return the axes of input tensors with a size of 2 or more, except spatial axes of images and video.
 
     Sizes 0 and 1 are never dynamic, because torch.export specializes them.
     """

@@ -1,8 +1,8 @@
-"""A run, which is one training of a model: its state, checks of calls, and the commit that writes the next state.
+"""A run, which is one training of a model: its state, the checks before calls, and the commit of a new state.
 
-Stages begin, checkpoints are restored and folds end through `write_planned`. It computes weights while it writes them.
-`weights` writes weights for the time of a block. Moves, folds and `release` move or replace tensors of the model.
-All of them do so inside a transaction (`util.undo`).
+`write_planned` writes the weights at the start of a stage, after a load and in a fold. It computes each weight while it
+writes it. `weights` writes weights for the duration of a block. Moves and `release` also replace tensors of the model.
+Each of these writes is inside a transaction (`util.undo`).
 """
 
 from __future__ import annotations
@@ -51,30 +51,30 @@ class Run:
         written: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.model, self.frontend = model, frontend
-        self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; the child of the cascade
+        self.branches = nn.ModuleDict(dict(decided.branches)).train(model.training)  # by key; a child of the cascade
         self.plan, self.refusals, self.unreached = decided.plan, decided.refusals, decided.unreached
         self.lock = Lock()  # held while weights are read or written, but not while the user's model runs
         self.slow = SlowWeights()
         self.pending = PendingWatch()
-        self._wrapped = WeakKeyDictionary[nn.Module, set[int]]()  # ids of the parameters that each DDP has wrapped
+        self._wrapped = WeakKeyDictionary[nn.Module, set[int]]()  # ids of the parameters that each DDP wraps
         self.warned = Warned()
         self.placed: str | int | None = None  # inside `weights(...)`: the view or the stage that is in place
         self.released = False
         self.placed_checksums: dict[str, int] = {}  # checksums of the weights that `weights` has put in place
         self.memory, self.written = memory, written
-        self.grouped = False  # whether param_groups was called, so that an optimizer has the current branches
+        self.grouped = False  # whether param_groups was called, so that an optimizer probably exists
         self.looped = False  # whether stages was called
-        self._buffers: dict[str, int] = {}  # checksums of the base's buffers, see `note_buffers`
-        self.kept: dict[str, Kept] = {}  # what the last fold kept of the changes of some weights
-        self._kept: int | None = None  # sum of the branches' version counters when they were started, saved or folded
+        self._buffers: dict[str, int] = {}  # recorded checksums of buffers, see `note_buffers`
+        self.kept: dict[str, Kept] = {}  # what the last fold kept of the changes of weights (a sample), by name
+        self._kept: int | None = None  # version counters of the branches, summed, at the last `note_kept`
         self.digests: dict[str, str] = {}  # fingerprints of base parameters, cached once computed
         self._frozen: dict[str, int] = {}  # checksums of untrained parameters when their fingerprint was computed
         self._checksums: dict[str, int] = {}  # checksums of the weights after the last write by this package
-        self._objects: dict[str, nn.Parameter] = {}  # the weights' Parameter objects at that time
+        self._objects: dict[str, nn.Parameter] = {}  # the Parameter objects of the weights at that time
 
     @property
     def by_key(self) -> dict[str, Branch]:
-        """The branches by key, which is their name in `branches`. Other modules in `branches` are left out."""
+        """The branches by their name in the ModuleDict `branches`, without other modules in it."""
         return {key: branch for key, branch in self.branches.items() if isinstance(branch, Branch)}
 
     def branches_by_weight(self) -> dict[str, Branch]:
@@ -146,15 +146,15 @@ class Run:
         return [f"the branch of {name} holds inf or nan" for name in broken] + self.slow.faults()
 
     def note_buffers(self, changed: Collection[str] = ()) -> None:
-        """Record the checksums of the base's buffers, and of the parameters that forward writes.
+        """Record the checksums of the model's buffers, and of the parameters that forward writes.
 
         Args:
-            changed: after a move or a cast, the names of tensors that training has changed. Their records are kept.
+            changed: names of the tensors that had changed before a move or a cast. Their old checksums are kept.
         """
         self._buffers = {**_state_checksums(self.model_state()), **{name: self._buffers[name] for name in changed}}
 
     def changed_buffers(self) -> list[str]:
-        """Return the names of recorded buffers, and of parameters that forward writes, that differ from the base."""
+        """Return the names of the tensors that differ from the checksums that `note_buffers` recorded."""
         current = _state_checksums(self.model_state())
         return [name for name, value in current.items() if self._buffers.get(name, value) != value]
 
@@ -162,8 +162,8 @@ class Run:
         """Record the checksums of weights after a write by this package.
 
         Args:
-            written: the parameters that were written, by name. One that the model no longer has is skipped, unless the
-                weights are sharded, because FSDP replaces parameters. None for all weights.
+            written: the parameters that were written, by name, or None for all weights. If unsharded, parameters that
+                the model no longer has are skipped.
         """
         weights: dict[str, nn.Parameter] = {}
         for name, weight in self.weights_by_name().items():
@@ -173,7 +173,7 @@ class Run:
         self._objects = {**self._objects, **weights}
 
     def note_placed(self, unchanged: Collection[str]) -> None:
-        """Record the checksums of the weights that `weights` has put in place, except `unchanged` ones, which have."""
+        """Record the checksums of the weights in a `weights` block. For `unchanged` weights, reuse known ones."""
         written = self.present(self.slow.states)
         for name in unchanged:
             written.pop(name, None)
@@ -182,11 +182,11 @@ class Run:
             self.placed_checksums[name] = self._checksums[name]
 
     def exchanged(self) -> bool:
-        """Whether the model has other Parameter objects than recorded, as inside torch.func.functional_call."""
+        """Whether the model has other Parameter objects than recorded. It has inside torch.func.functional_call."""
         return any(parameter is not self._objects.get(name) for name, parameter in self.weights_by_name().items())
 
     def changed(self, recorded: Mapping[str, int]) -> str | None:
-        """Return the name of the first parameter that is missing or has another checksum than recorded, or None."""
+        """Return the name of the first parameter that is missing or differs from its recorded checksum, or None."""
         current = checksums(self.present(recorded))
         for name, value in recorded.items():
             if current.get(name) != value:
@@ -197,12 +197,12 @@ class Run:
         """Raise StateError if a weight is missing or was written by something other than this package.
 
         Values are compared by checksums, because a write through `.data`, numpy or another Parameter does not increment
-        the version counter. All-reduced if the weights are sharded: every rank must call this at the same point.
+        the version counter. All-reduces for sharded weights: every rank must call this at the same point.
         """
-        with PROCESS:  # a capture in another thread would show other parameters
+        with PROCESS:  # a capture in another thread temporarily replaces parameters
             parameters = self.weights_by_name()
             changed = self.changed(self._checksums)
-            if changed is None and not self.is_sharded:  # parameters trained in full change, but must keep their shapes
+            if changed is None and not self.is_sharded:  # parameters trained in full may change, but not their shapes
                 current = self.present(self.slow.trained)
                 for name, state in self.slow.trained.items():
                     if name not in current or current[name].shape != state.base.shape:
@@ -226,10 +226,10 @@ class Run:
         self._objects = parameters
 
     def fingerprints(self) -> dict[str, str]:
-        """Return the fingerprints of all parameters of the base, by name. Parameters that forward writes are left out.
+        """Return the fingerprints of all base parameters by name, except parameters that forward writes.
 
-        A checkpoint stores fingerprints to check onto which base it is loaded. Each is computed once. If a parameter
-        that is neither adapted nor trained was written since, its fingerprint is computed again.
+        A checkpoint stores fingerprints, so that it is loaded only onto the same base. They are cached. If a parameter
+        that is neither adapted nor trained was written, its fingerprint is computed again.
         """
         slow, written = self.slow, self.written_parameters()
         if self.is_sharded and (name := self.changed(self._frozen)) is not None:
@@ -247,8 +247,8 @@ class Run:
             self.warned.once(
                 "frozen-parameter-changed",
                 f"{name} was changed after an earlier save. It is neither adapted nor trained, so checkpoints do not "
-                "contain it, and new ones can be loaded only onto a model with its new values. To store it in "
-                "checkpoints, add it to train=(...) of the spec",
+                "contain it. New checkpoints can be loaded only onto a model with the new values. To store the "
+                "parameter in checkpoints, add it to train=(...) of the spec",
             )
         self._frozen |= frozen
         new = {name: bases.get(name, value) for name, value in parameters.items() if name not in self.digests}
@@ -256,7 +256,7 @@ class Run:
         return {name: digest for name, digest in self.digests.items() if name not in written}
 
     def facts(self, weights: Mapping[str, object]) -> dict[str, str]:
-        """Return descriptions of everything that must be equal on all ranks of a run (`ProcessGroup.check_equal`)."""
+        """Return {name: value as text} of everything that must be equal on all ranks (`ProcessGroup.check_equal`)."""
         plan = json.loads(self.plan.to_json())
         code = {"torch": str(torch.__version__), "lorasc-fx": f"{version()}, source {source_digest()[:12]}"}
         spec = {f"spec.{name}": json.dumps(value) for name, value in self.plan.spec.to_dict().items()}
@@ -271,22 +271,22 @@ class Run:
         self._frozen = checksums({name: parameters[name] for name in self._frozen})
 
     def written_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that forward itself writes (a momentum teacher). They are state, like buffers."""
+        """Return the parameters that forward itself writes, by name. They are saved like buffers."""
         names = self.written() - self.slow.states.keys()
         parameters = self.parameters_by_name() if names else {}
         return {name: parameters[name] for name in sorted(names) if name in parameters}
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """Return the model's buffers, and the parameters that forward writes."""
+        """Return the model's buffers, and the parameters that forward writes, by name."""
         return {**dict(self.model.named_buffers()), **self.written_parameters()}
 
     def note_kept(self) -> None:
-        """Record that the current training is saved or folded, so that no warning is needed if the run is dropped."""
+        """Record that the current training is saved or folded. Then `has_unsaved_training` is False until a step."""
         self._kept = self._branch_versions()
 
     @property
     def has_unsaved_training(self) -> bool:
-        """Whether the branches were written since they were started, saved or folded, as by an optimizer step."""
+        """Whether the branches were written (by an optimizer step) since they were started, saved or folded."""
         return self._kept is not None and self._kept != self._branch_versions()
 
     def _branch_versions(self) -> int:
@@ -296,7 +296,7 @@ class Run:
         return total
 
     def restorer(self) -> Callable[[], None]:
-        """Return a function that restores the fields of this run. `commit` restores the values of tensors."""
+        """Return a function that restores the fields of this run, but not the values of tensors."""
         fields, branches, versions = dict(vars(self)), set(self.branches), self._branch_versions()
         restore_pending = self.pending.restorer()
 
@@ -306,13 +306,13 @@ class Run:
                 del self.branches[key]
             restore_pending()
             self.set_unmerged()
-            if self._kept is not None:  # the rollback has written the branches, which is no training
+            if self._kept is not None:  # writes of the rollback do not count as training
                 self._kept += self._branch_versions() - versions
 
         return restore
 
     def set_unmerged(self) -> None:
-        """Give the branches of quantized weights the experts of earlier stages, which their weights cannot hold."""
+        """Give the branches of quantized weights the experts of earlier stages, which these weights cannot hold."""
         slow, branches = self.slow, self.branches_by_weight()
         for name in slow.quantized:
             if name in branches:  # a rollback may have removed the branch
@@ -328,11 +328,11 @@ class Run:
         undo: Undo,
         empty: bool = False,
     ) -> None:
-        """Start the first stage: keep W0 of the sites and draw the noise.
+        """Start the first stage: store W0 of the sites, and write the noise.
 
         Args:
             trained: the parameters trained in full, by name.
-            empty: whether slow state and branches are loaded next. Then branches need no initial values.
+            empty: whether slow state and branches are loaded next, so that branches need no initial values.
         """
         self.slow = self.slow.with_trained(trained)
         self.register_sites(undo, empty)
@@ -346,7 +346,7 @@ class Run:
         undo(self.restorer())
         new = {name: branch for name, branch in decided.branches.items() if name not in self.branches}
         self.branches.update(new)
-        self.branches.train(self.branches.training)  # a new module is in train mode
+        self.branches.train(self.branches.training)  # new modules are in train mode
         self.plan, self.refusals = decided.plan, decided.refusals
         reached = decided.plan.by_weight.keys() | {refusal.weight for refusal in decided.refusals}
         self.unreached = tuple(name for name in self.unreached if name in decided.unreached and name not in reached)
@@ -363,11 +363,11 @@ class Run:
             )
 
     def register_sites(self, undo: Undo, empty: bool = False, adapted: Collection[str] = ()) -> None:
-        """Keep W0 of new sites and start their stage. `adapt` and each new graph end with this.
+        """Store W0 of new sites and start their stage. The last step of `adapt` and of each new graph.
 
         Args:
             empty: as for `begin`.
-            adapted: weights with a new branch, some of which may have had noise already.
+            adapted: names of weights with a new branch. They may have a state already, because of noise.
         """
         unsaved = self.has_unsaved_training
         if not self._buffers:
@@ -389,7 +389,7 @@ class Run:
         slow, factors = slow.begin_stage(self.plan, starting)
         written = started if (noise.strength > 0 or factors) and not slow.idle else {}
         self.commit(Planned(self.plan, slow, written, factors=factors), undo)
-        if not empty:  # a loader writes the weights next, and records them then
+        if not empty:  # a loader writes the weights next, and then records them
             self.note_weights({name: new[name] for name in new if name not in written})
         if not unsaved:
             self.note_kept()
@@ -410,12 +410,12 @@ class Run:
                 )
 
     def _watch(self) -> None:
-        """Watch gradients."""
-        if not self.is_sharded:  # FSDP has other hooks
+        """Watch the gradients of all trained parameters."""
+        if not self.is_sharded:  # FSDP does not call hooks on parameters
             self.pending.arm(self.trainable().values())
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Set the state of a deep copy. Its watches start empty, so they are armed for the copied parameters."""
+        """Set the state of a deep copy. `pending` starts empty there, so arm it for the copied parameters."""
         vars(self).update(state)
         if not self.released:
             self._watch()
@@ -434,7 +434,7 @@ class Run:
         self.pending.disarm()
 
     def take_shards(self, slow: SlowWeights) -> None:
-        """Use these slow weights, which are for this rank's shards. Called after FSDP has sharded the parameters.
+        """Set the slow weights of this rank's shards, after FSDP has sharded the parameters.
 
         Hooks on parameters are removed, because FSDP does not call them.
         """
@@ -453,7 +453,7 @@ class Run:
         return groups(self.plan.spec, self.by_key.values(), trained, lr, options)
 
     def begin_loop(self, optimizers: Sequence[torch.optim.Optimizer], call: str = "stages") -> None:
-        """Check that a loop over stages can start, and record that this run has one. `call` names it in messages."""
+        """Check that a loop over stages can start, and record it. `call` is the name for messages."""
         self.check_ready(call, sharded=True)
         check_holds(optimizers, self.trainable())
         check_rates(optimizers, lambda lr: self._groups(lr, {}))
@@ -462,7 +462,7 @@ class Run:
     # ---- checks before a call
 
     def check_call(self, training: bool) -> None:
-        """Check a call of the cascade: noise in eval mode without gradients, and DistributedDataParallel around it."""
+        """Warn about noise in eval mode. Inside DistributedDataParallel, check that ranks and parameters agree."""
         if not torch.is_grad_enabled():
             if self.is_noisy and not training:
                 self.warned.once(
@@ -475,14 +475,14 @@ class Run:
         if wrapper is None:
             return
         if wrapper not in self._wrapped:
-            # The wrapper has broadcast the parameters of rank 0, but not its W0, so compare the runs.
+            # The wrapper has broadcast the parameters of rank 0, but not W0, so compare the runs of all ranks.
             ProcessGroup.of(wrapper.process_group).check_equal("DistributedDataParallel", self.facts(self._checksums))
             self._wrapped[wrapper] = {id(parameter) for parameter in wrapper._module_parameters}
         late = [name for name, value in self.trainable().items() if id(value) not in self._wrapped[wrapper]]
         if late:
             raise StateError(
-                f"{named(late)} came with a new graph since DistributedDataParallel has wrapped the cascade, so its "
-                "gradients would not be averaged over the processes. Wrap the cascade again, after a call in each mode "
+                f"{named(late)} came with a new graph after DistributedDataParallel had wrapped the cascade, so its "
+                "gradient would not be averaged over the processes. Wrap the cascade again, after a call in each mode "
                 "and with each kind of arguments",
                 code="wrapper-not-supported",
             )
@@ -497,9 +497,9 @@ class Run:
 
     @contextmanager
     def exclusive(self, call: str, **allowed: bool) -> Iterator[None]:
-        """Context manager around changes of weights: take the lock and call `check_ready` with these arguments.
+        """Context manager for changes of weights: take the lock and call `check_ready` with these arguments.
 
-        It first waits for the end of a capture, which replaces parameters of the model by tensors without values.
+        First wait for a capture in another thread, because it replaces parameters by tensors without values.
         """
         with PROCESS, self.lock:
             self.check_ready(call, **allowed)
@@ -517,8 +517,8 @@ class Run:
 
         Args:
             sharded: whether the call supports sharded weights.
-            ends_stage: whether it ends the running stage. Then no gradient may be pending.
-            keeps: whether it saves or folds the training of the running stage, which is then not lost with the cascade.
+            ends_stage: whether the call ends the running stage. Then no gradient may be pending.
+            keeps: whether the call saves or folds the training of the running stage (`note_kept`).
         """
         self.check_alive(call)
         if self.is_sharded and not sharded:
@@ -546,14 +546,14 @@ class Run:
                 f"{call}: gradients are pending on {named(waiting, 1)}, and they belong to the stage that ends. "
                 "Call optimizer.step() or optimizer.zero_grad() first. If you did, the optimizer holds other Parameter "
                 "objects, because a move to some devices makes new ones: build it from cascade.param_groups(lr=...) "
-                "after the move. cascade.zero_grad() drops the gradients",
+                "after the move. To drop the gradients, call cascade.zero_grad()",
                 code="gradients-pending",
             )
         if keeps:
             self.note_kept()
 
     def differs_from_model(self) -> bool:
-        """Whether the user's model computes something else than the cascade, because of branches, noise or a grid.
+        """Whether the outputs of model and cascade differ, because of branches, noise or a grid.
 
         False if the weights are sharded, because the answer would need communication.
         """
@@ -563,13 +563,13 @@ class Run:
             return False
         if self.is_noisy or any(state.grid or state.residual is not None for state in self.slow.states.values()):
             return True
-        has_deltas = any(self.slow.states[name].experts for name in self.slow.quantized)  # in branches, not in weights
+        has_deltas = any(self.slow.states[name].experts for name in self.slow.quantized)  # only in branches
         return has_deltas or self.slow.moved(self.branches_by_weight())
 
     def loss_if_dropped(self) -> str | None:
-        """Return what is lost if the cascade is garbage collected now, with "{model}" for the class of its model.
+        """Return a text that says what is lost if the cascade is garbage collected now, or None.
 
-        Reads counters and flags only. None if nothing is lost, because the model has the slow weights.
+        The text has "{model}" for the class of the model. Reads only counters and flags, no tensors.
         """
         if self.released:
             return None
@@ -582,7 +582,7 @@ class Run:
 
 
 def _state_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return the checksums of dense tensors. They do not depend on the device."""
+    """Return the checksums of the dense tensors by name. They do not depend on the device."""
     dense = {
         name: local(value.detach())
         for name, value in tensors.items()
@@ -592,23 +592,23 @@ def _state_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 SPARE = 1 << 12
-"""Bytes reserved on each device for the small tensors that restoring a weight allocates, in case memory runs out."""
+"""Bytes reserved on each device for the small tensors that restoring a weight allocates."""
 
 
 @dataclass(frozen=True)
 class WeightValues:
-    """Values of the model's weights. Each is computed when it is written, because all of them would need much memory.
+    """Values of the model's weights, each computed when it is written, because together they would need much memory.
 
     Args:
         slow: the slow state.
         view: the view of the state. None for the value that the parameter holds in the running stage: W_t, the slow
             weight if no stage runs, or the value that a parameter trained in full started from.
-        learners: branches, and current values of parameters trained in full, by weight name, if the view includes the
+        learners: {weight name: branch, or current value of a parameter trained in full}, if the view includes the
             running stage.
-        plan: plan of the running stage. Then parameters that do not follow the slow rule have their current values.
-            None for an earlier stage.
-        known: values that need not be computed, by name.
-        own_grid: whether quantized weights are rounded to their own grid. False if they are quantized afterwards.
+        plan: plan of the running stage, or None for an earlier stage. In the running stage, parameters that do not
+            follow the slow rule have their current values.
+        known: {weight name: value} of weights that need not be computed.
+        own_grid: whether quantized weights are rounded to their own grid. False if the caller quantizes them later.
     """
 
     slow: SlowWeights
@@ -633,7 +633,7 @@ class WeightValues:
                 write_start(out, self.slow.states[name], self.plan.spec, self.plan.stage, True, scratch)
 
     def matches(self, name: str, weight: torch.Tensor, noisy: bool) -> bool:
-        """Whether the weight in the model has this value already. Without noise, slow weights usually do."""
+        """Whether the weight already has the value that `write` writes. Without noise, slow weights usually have."""
         state = self.slow.started(name)
         is_slow = self.plan is not None and self.view is not None and self.slow.is_slow(name, self.view)
         same_dtype = weight.dtype == state.base.dtype
@@ -659,18 +659,17 @@ class Planned:
         plan: the next plan.
         slow: the next slow weights.
         parameters: parameters of the model to write, by name. Quantized parameters are skipped.
-        values: their values. By default the weights of the stage that the plan and the slow weights describe.
+        values: values of `parameters`. By default the weights of the stage that the plan and the slow weights describe.
         dense: dense values that replace quantized weights, by name.
-        factors: local values of the branches' parameters, by weight name and parameter name.
-        tensors: pairs of a tensor to write and its value, for example buffers.
-        buffers: pairs of a buffer's place in the model and the tensor to put there.
-        gradients: full gradients of trained parameters, by the names of `Run.trainable`. All other trained parameters
-            get `grad = None`. None to keep the current gradients.
+        factors: {weight name: {name of a branch's parameter: this rank's value}}.
+        tensors: (tensor, value) pairs of other tensors to write in place, such as buffers.
+        buffers: (place, tensor) pairs of buffers to replace. None as a tensor sets the buffer to None.
+        gradients: full gradients of trained parameters, by the names of `Run.trainable`. Other trained parameters get
+            `grad = None`. If None, current gradients are kept.
         pending: names of the gradients that no optimizer step has consumed.
         optimizers: the optimizers that get `states`.
-        states: the next optimizer state of some parameters. An empty state resets the parameter.
-        current: copies of the current values of parameters trained in full, if the caller has them, for a rollback.
-            Otherwise copies are made.
+        states: {parameter: next optimizer state}. An empty state resets the state of the parameter.
+        current: copies of the current values of parameters trained in full, by name, for a rollback. Others are copied.
     """
 
     plan: Plan
@@ -709,17 +708,17 @@ def write_planned(run: Run, planned: Planned, undo: Undo) -> None:
             undo(partial(holder.put, holder.value) if holder.exists else partial(holder.store.pop, holder.key, 0))
             holder.put(buffer)
         put_state(planned.optimizers, planned.states, undo)
-        # A rollback computes each weight of the stage before again. Copies of all weights would double the memory.
+        # A rollback computes each old weight again, because copies of all weights would double the memory.
         scratch, spare = Scratch(), reserve(planned.parameters, planned.plan.spec.noise.strength > 0)
         weights = planned.values or WeightValues(planned.slow, None, plan=planned.plan)
         before = WeightValues(run.slow, None, plan=run.plan, known=planned.current)
-        new = WeightValues(planned.slow, "base")  # before this commit, a new weight had the value that is W0 now
+        new = WeightValues(planned.slow, "base")  # a weight without a state still has the value that becomes W0
         for name, out in weights_to_write(run, planned.parameters, planned.slow):
             known = name in run.slow.states or name in planned.current
             undo(partial(_restore, before if known else new, name, out, out._version, spare))
             weights.write(name, out, scratch)
     if planned.gradients is not None:
-        # Frozen factors may have a gradient from the stage before too.
+        # Frozen factors may have a gradient too, from the stage before.
         for parameter in run.branches.parameters():
             parameter.grad = None
         for name, parameter in run.trainable().items():
@@ -736,7 +735,7 @@ def write_planned(run: Run, planned: Planned, undo: Undo) -> None:
 
 
 def _restore(values: WeightValues, name: str, out: torch.Tensor, version: int, spare: list[torch.Tensor]) -> None:
-    """Write the value of before a commit, with the memory of `spare`. Raise only if the weight was written since."""
+    """Write the old value of a weight in a rollback, with the memory of `spare`. Raise only if it was overwritten."""
     spare.clear()
     with torch.no_grad():
         try:
@@ -747,13 +746,13 @@ def _restore(values: WeightValues, name: str, out: torch.Tensor, version: int, s
 
 
 def reserve(parameters: Mapping[str, nn.Parameter], noisy: bool, narrow: bool = False) -> list[torch.Tensor]:
-    """Allocate memory on the host and on each device with a weight. The caller frees it to restore weights.
+    """Return reserved memory on the host and each device with a weight, to free before weights are restored.
 
     Without this reserve, a rollback after running out of memory could fail as well, and leave some weights changed.
 
     Args:
         parameters: parameters of the model, by name.
-        noisy: whether restored weights have noise. An accelerator draws it in a workspace.
+        noisy: whether restored weights have noise, for which an accelerator needs a workspace.
         narrow: whether restoring a weight narrower than fp32 needs a buffer for its exact values as well.
     """
     sizes = {torch.device("cpu"): SPARE}
@@ -780,7 +779,7 @@ def weights_to_write(
     Args:
         run: the run, whose W0 must survive the write.
         parameters: parameters of the model, by name.
-        after: the next slow weights, if they are other ones than the run has now. Their W0 must survive as well.
+        after: the next slow weights, if they differ from the current ones. Their W0 must survive too.
     """
     for name, parameter in parameters.items():
         if is_quantized(parameter):
@@ -793,10 +792,10 @@ def weights_to_write(
 
 
 def _values_restorer(run: Run, planned: Planned) -> Callable[[], None]:
-    """Return a function that restores the branches, tensors and gradients that a commit changes, from copies.
+    """Copy the branches, tensors and gradients that a commit changes, and return a function that restores them.
 
-    Weights of the slow state are left out, because a rollback computes them again. Of parameters trained in
-    full, only those without a copy in `current` are copied.
+    Other weights are not copied, because a rollback computes them again. Parameters trained in full are copied unless
+    `current` has a copy.
     """
     branches, written = run.branches_by_weight(), list[torch.Tensor]()
     for weight in planned.factors:

@@ -1,4 +1,4 @@
-"""The user's training loop as a cascade sees it: gradients, optimizers and their state, steps, and wrappers."""
+"""Pending gradients, optimizers, optimizer state and one-time warnings of a training loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fresh:
 
 
 class Warned(Fresh):
-    """Gives each warning at most once per cascade."""
+    """Gives each warning at most once per cascade, by its code."""
 
     def __init__(self) -> None:
         self._codes: set[str] = set()
@@ -41,7 +41,7 @@ class Warned(Fresh):
             warn(message, code)
 
     def accept(self, code: str) -> None:
-        """Never give warnings with this code: they do not apply to this cascade."""
+        """Suppress warnings with this code, because they do not apply to this cascade."""
         self._codes.add(code)
 
 
@@ -55,7 +55,7 @@ class PendingWatch(Fresh):
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._versions: dict[int, int] = {}  # recorded versions, by the id of the parameter
-        # Weak references, because a parameter's hook refers to this watch, and Python cannot collect such a cycle.
+        # Weak references: a hook of a parameter refers to this watch, and Python cannot collect such a cycle.
         self._watched = weakref.WeakValueDictionary[int, nn.Parameter]()
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -102,7 +102,7 @@ class PendingWatch(Fresh):
 
 
 def check_numbers(state: object, path: str) -> None:
-    """Raise ValueError if a number or an entry of a tensor in an optimizer state is nan. The message names its path."""
+    """Raise ValueError if an optimizer state contains nan. The message has the path of the value in the state."""
     if isinstance(state, Mapping):
         for name, value in state.items():
             check_numbers(value, f"{path}.{name}")
@@ -122,7 +122,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def optimizers_of(call: str, optimizer: Optimizers | None) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers of an argument `optimizer`, which is one optimizer, several, or None."""
+    """Return the argument `optimizer` (one optimizer, several, or None) of a method as a tuple."""
     if optimizer is None:
         return ()
     optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
@@ -156,7 +156,7 @@ def check_holds(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping
     if missing:
         raise StateError(
             f"no optimizer of this call holds {named(missing)}. Build it from cascade.param_groups(lr=...). With "
-            "several, give all of them. If a later call of the cascade has added these branches, add them by "
+            "several, give each one. If a later call of the cascade has added these branches, add them by "
             "optimizer.add_param_group",
             code="optimizer-lacks-parameters",
         )
@@ -173,8 +173,8 @@ def check_rates(
 ) -> None:
     """Raise SpecError if the optimizers have one learning rate for all trained parameters and the spec has several.
 
-    Then the user has built the optimizer from `parameters()`, and the lr_ratio of the spec would be ignored. Several
-    rates are not checked: the user has chosen them.
+    With one rate, the user has built the optimizer from `parameters()`, and the lr_ratio of the spec would be ignored.
+    Several rates are not checked, because the user has chosen them.
     """
     trained = {id(parameter) for group in expected_groups(0.0) for parameter in group["params"]}
     rates = {
@@ -199,14 +199,14 @@ def check_rates(
 
 
 Treatment = Literal["reset"] | float
-"""What a transition does with the optimizer state of a parameter: reset it, as if it was never stepped, or prune this
-share of its entries, in (0, 1), by magnitude (ReLoRA, 2307.05695)."""
+"""Treatment of a parameter's optimizer state at a transition: "reset" removes the state. A number in (0, 1) prunes this
+share of its entries, the smallest ones (ReLoRA, 2307.05695)."""
 
 
 def treated_state(
     optimizers: Iterable[torch.optim.Optimizer], treatments: Mapping[nn.Parameter, Treatment]
 ) -> dict[nn.Parameter, Any]:
-    """Return the optimizer state of these parameters after a transition, as new tensors.
+    """Return {parameter: its optimizer state after a transition} in new tensors.
 
     Parameters without a state are left out. The optimizers are not changed.
     """
@@ -220,9 +220,9 @@ def treated_state(
 
 
 def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Parameter, object], undo: Undo) -> None:
-    """Set the state of these parameters in the optimizer that has one. An empty state is removed.
+    """Set the optimizer state of these parameters, where an optimizer has one. An empty new state removes it.
 
-    The next step initializes a removed state. `undo` collects the undo steps.
+    The next step initializes a removed state.
     """
     for optimizer in optimizers:
         table = optimizer.state
@@ -235,10 +235,10 @@ def put_state(optimizers: Iterable[torch.optim.Optimizer], states: Mapping[nn.Pa
 
 
 def _pruned(state: Mapping[str, object], parameter: nn.Parameter, ratio: float) -> dict[str, Any]:
-    """Return a state whose smallest entries are zero: a share `ratio` of each tensor in the parameter's shape.
+    """Return a state in which the share `ratio` of each tensor in the parameter's shape, its smallest entries, is zero.
 
     An entry that is pruned in one tensor becomes zero in every tensor. Otherwise Adam's second moment could be zero
-    where the first is not. Then A would step by exp_avg / eps, because its gradient is zero while B is zero.
+    where the first is not. Then A would step by exp_avg / eps, because the gradient of A is zero while B is zero.
     """
     shaped = {n: v.detach() for n, v in state.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
     count = round(ratio * parameter.numel())

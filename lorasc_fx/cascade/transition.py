@@ -1,8 +1,8 @@
 """Stage transitions: fold the branches, then start them again. Graph nodes and Parameter objects stay the same.
 
-The next slow state and the initial values of branches are computed before the first write. Weights are computed from
-them while they are written, because a second copy of all weights would double the memory. If anything raises, Ctrl-C
-included, all writes are rolled back.
+The next slow state and the initial values of branches are computed before the first write. Weights are computed while
+they are written, because a second copy of all weights would double the memory. If anything raises, including Ctrl-C,
+all writes are rolled back.
 
 The slow weights at the end of an earlier stage follow from the history of the stages (`state.weight.History`).
 Parameters trained in full keep one copy per stage if they are small (`state.stage.MAX_FULL_ENTRIES`). When the experts
@@ -54,7 +54,7 @@ def loop(
     end_idle(run)
     for index in range(1, count + 1):
         yield Stage(run.plan.stage, index, count)
-        # After the last stage the run is idle: nobody trains on noisy weights, and callers evaluate the slow ones.
+        # After the last stage the run is idle, so that callers evaluate the slow weights, without noise.
         next_stage(run, optimizers, idle=index == count, schedulers=schedulers)
 
 
@@ -68,7 +68,7 @@ def next_stage(
 
     Args:
         optimizers: the optimizers that together hold all trained parameters; empty if there are none.
-        idle: whether the next stage waits. Then the parameters hold the slow weights, without noise.
+        idle: whether the next stage waits. Until it starts, the parameters hold the slow weights without noise.
         schedulers: learning rate schedulers, stepped at the end. If one raises, the transition is rolled back.
     """
     with run.exclusive("transition", sharded=True, ends_stage=True):
@@ -79,7 +79,7 @@ def next_stage(
         # Fold the branches: compute the slow state after this stage.
         after = replace(before.after_stage(plan, {**branches, **trained}), idle=idle)
         moved, how = before.moved(branches), plan.spec.optimizer_state
-        # Compute the optimizer's state for the next stage. Parameters trained in full continue, so they keep theirs.
+        # Compute the next optimizer state. Parameters trained in full continue to train, so their state is kept.
         treatments: dict[nn.Parameter, Treatment] = {}
         for branch in branches.values():
             if how != "kept" and (idle or branch.restarts(plan.spec)):
@@ -106,12 +106,12 @@ def next_stage(
 
 def restart(run: Run, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Drop the training of the running stage, and start a new stage from the same weights."""
-    planned = replace(run.plan, stage=run.plan.stage + 1)  # a stage number draws its noise only once
+    planned = replace(run.plan, stage=run.plan.stage + 1)  # the same number would draw the same noise
     _begin_reset(run, optimizers, planned, run.slow)
 
 
 def _begin_reset(run: Run, optimizers: Sequence[torch.optim.Optimizer], planned: Plan, slow: SlowWeights) -> None:
-    """Start a stage from these slow weights, with new initial values of the branches and a reset optimizer state."""
+    """Start a stage from these slow weights, with all branches at initial values and all optimizer states reset."""
     if optimizers:
         check_holds(optimizers, run.trainable())
     state = treated_state(optimizers, dict.fromkeys(run.trainable().values(), "reset"))
@@ -124,7 +124,7 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
 
     Args:
         planned: plan, slow weights and optimizer state of the stage.
-        keep: whether branches keep the factors that the spec says (A, or both).
+        keep: whether the factors that do not restart (`spec.restart_factors`) keep their values.
     """
     branches = run.branches_by_weight()
     after, factors = planned.slow.begin_stage(planned.plan, branches, restart=True, keep=keep)
@@ -134,7 +134,7 @@ def begin(run: Run, planned: Planned, undo: Undo, keep: bool = True) -> None:
 
 
 def end_idle(run: Run) -> None:
-    """Start the stage that waits since an earlier loop has ended: write its start weights with noise."""
+    """If the run is idle after an earlier loop, start the stage that waits: write its weights with noise."""
     with run.exclusive("stages", sharded=True):
         if not run.slow.idle:
             return
@@ -159,14 +159,14 @@ def install_slow(
 
     Args:
         after: the new slow weights.
-        names: names of the weights and parameters trained in full that change. Only these are written, because the
-            first write to a weight copies its W0.
+        names: names of the weights that change, and of the parameters trained in full that change. Only these are
+            written, because the first write to a weight copies its W0.
         buffers: values of the model's buffers, by name.
         undo: collects undo steps, if this is part of a larger transaction.
     """
     before, plan = run.slow, run.plan
     branches = run.branches_by_weight()
-    # Branches whose initial values depend on the weight (PiSSA, DoRA) start again from the new one, if not yet trained.
+    # Untrained branches with initial values from the weight (PiSSA, DoRA) start again from the new weight.
     untrained = {
         name: branches[name] for name in names if name in branches and not before.moved({name: branches[name]})
     }
@@ -178,7 +178,7 @@ def install_slow(
         buffer = holders[name].value
         if buffer is not None and value.shape == buffer.shape:
             tensors.append((buffer, value))
-        else:  # the model has no buffer of this shape to write to, so it gets a new tensor
+        else:  # there is no buffer of this shape to write to
             replaced.append((holders[name], value.to(holders[name].device, copy=True)))
     written = run.present(names)
     run.commit(Planned(plan, after, written, factors=factors, tensors=tensors, buffers=replaced), undo)
@@ -189,7 +189,7 @@ SAMPLE = 8
 
 
 def check_rounding(run: Run, call: str, slow: SlowWeights) -> None:
-    """Measure how much of the change some weights in half precision keep. Warn once if they lose a part of it."""
+    """Measure how much of their change some half-precision weights keep. Warn once if one keeps too little."""
     narrow, measured = list[WeightState](), dict[str, Kept]()
     for state in slow.states.values():
         if state.base.dtype.itemsize < 4 and state.changed:
@@ -208,7 +208,7 @@ def has_begun(run: Run) -> bool:
 
 
 def at_stage(slow: SlowWeights, stage: int, call: str) -> SlowWeights:
-    """Return the slow weights at the end of a stage. Stage 0 is the base, W0."""
+    """Return the slow weights at the end of a stage, where stage 0 is the base. `call` is the name in messages."""
     ended = slow.history.numbers
     if not is_integer(stage, 0) or stage not in (0, *ended):
         raise StateError(
@@ -245,8 +245,8 @@ def rewind(run: Run, stage: int, optimizers: Sequence[torch.optim.Optimizer]) ->
 def ended(run: Run, call: str) -> SlowWeights:
     """Return the slow state after the slow update of the running stage, or unchanged if the stage has not trained.
 
-    Writes nothing. Warns if the pace is below 1 and the run never had a loop over stages: the user may expect to keep
-    all of the training.
+    Writes nothing. If the pace is below 1 and the run never had a loop over stages, warns that only a share of the
+    training is kept.
     """
     slow, learners = run.slow, run.learners()
     if not slow.moved(learners):

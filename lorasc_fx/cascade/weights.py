@@ -1,7 +1,7 @@
-"""The weights of a cascade: views inside `weights(...)`, folds for good, and moves to other devices and dtypes.
+"""The weights of a cascade: views inside `weights(...)`, permanent folds, and moves to other devices and dtypes.
 
 `placed` puts weights in place of W_t, and restores W_t at the end of the block. A quantized weight cannot hold a delta.
-Its folded value is dense, or is quantized again.
+Its folded value is a dense tensor, or a dense tensor quantized again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FOLDED: tuple[ViewName, ...] = ("slow", "averaged")
 """The views that a fold can write."""
 
 _VERSIONS = itertools.count(1 << 24)
-"""Version counters for parameters whose weights are replaced. torch counts writes from 0 and does not reach these."""
+"""Version counters for parameters whose weights are replaced. torch counts writes from 0 and does not reach them."""
 
 
 def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = FOLDED) -> None:
@@ -57,7 +57,7 @@ def check_view(call: str, view: str, spec: CascadeSpec, names: Sequence[str] = F
 
 
 def folded_weights(run: Run, view: str, call: str) -> WeightValues:
-    """Return the weights that a fold writes. If the running stage has trained, its slow update is included."""
+    """Return the weights that a fold writes. They include the slow update of a running stage that has trained."""
     check_view(call, view, run.plan.spec)
     slow = ended(run, call)
     check_rounding(run, call, slow)
@@ -66,7 +66,7 @@ def folded_weights(run: Run, view: str, call: str) -> WeightValues:
 
 @isolated
 def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Value) -> Value:
-    """Put other weights in place; see `Cascade.weights`. Returns `value`, which `with ... as` binds.
+    """Put other weights in place; see `Cascade.weights`. Returns `value`, for `with ... as`.
 
     `isolated` makes this a context manager: the steps in `undo` run when the block ends.
     """
@@ -104,15 +104,15 @@ def placed(undo: Block, run: Run, view: str | None, stage: int | None, value: Va
                 weights.write(name, out)
         run.placed = stage if stage is not None else str(view)
         run.note_placed(before.matching)
-        # With another version, autograd raises for a graph that saved W_t, instead of computing with other weights.
+        # With other versions, the backward of a graph that saved W_t raises, instead of using other weights.
         before.set_versions(next(_VERSIONS))
     return value
 
 
 class Before:
-    """Snapshot of a run's parameters before other weights replace them, which can be restored.
+    """Snapshot of a run's parameters, to restore them after other weights were in place.
 
-    It has copies of parameters trained in full and of running statistics. All other weights are computed again.
+    It copies parameters trained in full and running statistics. `restore` computes all other weights again.
     """
 
     def __init__(self, run: Run) -> None:
@@ -121,7 +121,7 @@ class Before:
         self.trained = {name: local(self.parameters[name]).detach().clone() for name in run.slow.trained}
         dense = writable(self.parameters)
         self.versions = {name: local(value)._version for name, value in dense.items() if not value.is_inference()}
-        # FSDP itself replaces sharded parameters and their memory, so only the values of those are restored.
+        # FSDP itself replaces sharded parameters and their memory, so only their values are restored.
         self.owned = {} if run.is_sharded else self.parameters
         self.places = holders_of(run.model, self.owned.values())
         self.memory = [(parameter, parameter.data) for name, parameter in dense.items() if name in self.owned]
@@ -150,7 +150,7 @@ class Before:
             )
 
     def _write(self, unchanged: Collection[str] = ()) -> None:
-        """Write the weights of the running stage, except unchanged ones. Safe to call again after it has raised."""
+        """Write the weights of the running stage, except `unchanged` ones. May be called again after an exception."""
         run, scratch = self.run, Scratch()
         weights = WeightValues(run.slow, None, plan=run.plan)
         for holder in self.places:
@@ -167,18 +167,18 @@ class Before:
                 continue
             try:
                 weights.write(name, out, scratch)
-            except (MemoryError, RuntimeError):  # out of memory; harmless if this weight was not replaced yet
+            except (MemoryError, RuntimeError):  # out of memory; harmless if the block had not written this weight yet
                 if run.placed is not None or self.versions.get(name) != out._version:
                     raise
         for buffer, value in self.buffers:
-            if not _is_unchanged(value, buffer):  # a write makes the backward of earlier calls raise
+            if not _is_unchanged(value, buffer):  # after a write, the backward of earlier calls would raise
                 buffer.copy_(value)
         run.placed, run.placed_checksums = None, {}
         if self.changed is None:
-            self.set_versions()  # the weights are the same again, so autograd graphs that saved them are valid
+            self.set_versions()  # the weights are restored, so autograd graphs that saved them are valid
 
     def set_versions(self, version: int | None = None) -> None:
-        """Set the version counters of the parameters to `version`, or to their values of before if it is None."""
+        """Set the version counters of the parameters to `version`, or to their old values if it is None."""
         parameters, versions = list[torch.Tensor](), list[int]()
         for name, before in self.versions.items():
             if name in self.owned:
@@ -190,7 +190,7 @@ class Before:
 def folded_state(run: Run, call: str, quantized: Requantize, view: str) -> dict[str, torch.Tensor]:
     """Return a copy of the model's state dict with the folded weights. Tied parameters share one tensor.
 
-    Arguments and errors are those of `Cascade.folded_state_dict`; `call` names the caller in messages.
+    See `Cascade.folded_state_dict` for the arguments. `call` is the name of the method in messages.
     """
     folded: dict[str, torch.Tensor] = {}
     by_parameter: dict[int, torch.Tensor] = {}
@@ -207,7 +207,7 @@ def folded_state(run: Run, call: str, quantized: Requantize, view: str) -> dict[
 def folded_each(
     run: Run, call: str, quantized: Requantize = None, view: str = "slow"
 ) -> Iterator[tuple[str, Any, Callable[[], torch.Tensor]]]:
-    """Yield each entry of the model's state dict: name, current value, and a function that returns the folded value.
+    """Yield (name, current value, function that returns the folded value) for each entry of the model's state dict.
 
     Values are computed lazily, so that a caller who writes them to a file needs memory for one at a time.
     """
@@ -218,7 +218,7 @@ def folded_each(
         name: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), False)
         for name, value in names.items()
     }
-    with substituted(run.model, changed):  # a layer saves a dense weight under another name than its packed values
+    with substituted(run.model, changed):  # a layer saves dense and packed weights under different names
         entries = run.model.state_dict(keep_vars=True)
     names_by_id = {id(parameter): name for name, parameter in {**parameters, **changed}.items()}
     for key, value in entries.items():
@@ -228,7 +228,7 @@ def folded_each(
 
 
 def _folded(weights: WeightValues, name: str, value: Any) -> Any:
-    """Return a copy of an entry of the state dict, with the folded value if `name` is a weight of the slow state."""
+    """Return the folded value of a weight with a slow state. Return a copy of any other entry of the state dict."""
     slow = weights.slow
     # A quantized weight that has not trained stays quantized.
     if name in slow.states and (not is_quantized(value) or slow.states[name].unmerged("slow") is not None):
@@ -237,7 +237,7 @@ def _folded(weights: WeightValues, name: str, value: Any) -> Any:
 
 
 def write_fold(run: Run, quantized: Requantize, view: str, undo: Undo) -> None:
-    """Write the folded weights into the user's parameters for good, and drop W0; see `Cascade.release`."""
+    """Write the folded weights into the user's parameters, and drop the slow state; see `Cascade.release`."""
     weights, parameters = folded_weights(run, view, "release"), run.parameters_by_name()
     if quantized is None and run.plan.spec.grid == OWN_GRID:
         quantized = "requantize"
@@ -286,10 +286,10 @@ def check_quantized(call: str, slow: SlowWeights, how: Requantize, modules: bool
 
 
 def _requantize(run: Run, holders: Iterable[Holder], names: Mapping[int, str], how: Requantize, undo: Undo) -> None:
-    """Quantize dense weights again unless `how` is "dequantize", and tell how much of their changes that keeps.
+    """Quantize dense weights again unless `how` is "dequantize", and log how much of their changes remains.
 
-    `holders` are the places of the dense weights in the model. Their `value` is the quantized weight of before, and
-    `names` has its name by its id.
+    `holders` are the places of the dense weights in the model. The `value` of a holder is the old quantized weight.
+    `names` is {id of the old weight: its name}.
     """
     weights = [holder for holder in holders if holder.store is holder.module._parameters]
     # Read all dense weights first, because quantizing a module replaces its weight.
@@ -322,7 +322,7 @@ def _requantize(run: Run, holders: Iterable[Holder], names: Mapping[int, str], h
 
 
 def _requantize_like(old: torch.Tensor, module: nn.Module, kind: str, weight: nn.Parameter, undo: Undo) -> None:
-    """Quantize a dense weight again with the settings of the old weight or its layer."""
+    """Quantize a dense weight again, with the settings of the old weight or of its layer."""
     quantize = quantizer_of(old)
     if quantize is None:
         raise StateError(
@@ -376,7 +376,7 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
             run.branches._apply(_at_least_fp32(fn))
         graphs.drop(undo)
         graphs.example = pytree.tree_map_only(torch.Tensor, fn, graphs.example)
-        # A cast has rounded these weights a second time. Compute them again from W0, so that they are rounded once.
+        # A cast rounds weights a second time. Compute the cast weights again from W0, so that they are rounded once.
         cast = [name for name, value in run.weights_by_name().items() if value.dtype != dtypes[name]]
         run.commit(Planned(run.plan, run.slow, run.present([*cast, *unmoved])), undo)
         run.note_weights()
@@ -385,7 +385,7 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
 
 
 def _is_unchanged(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether `after` is the same tensor, or an equal copy of the same kind: torch copies for the device `cpu:0`."""
+    """Whether `after` is the same tensor, or an equal copy of the same kind. `to("cpu:0")` makes such a copy."""
     if after is before:
         return True
     if is_traceable_wrapper_subclass(before) and type(after) is type(before):  # a quantized weight
@@ -413,7 +413,7 @@ def _at_least_fp32(fn: Change) -> Change:
 
 
 def _tensors_restorer(run: Run, cascade: nn.Module) -> Callable[[], None]:
-    """Return a function that restores the parameters and buffers of every module, with their current memory."""
+    """Return a function that restores the current parameters and buffers of every module, and their memory."""
     modules = [(module, dict(module._parameters), dict(module._buffers)) for module in cascade.modules()]
     # Some modules (nn.LSTM) keep parameters in lists as well, and `_apply` writes into them.
     lists = [
@@ -446,7 +446,7 @@ def _tensors_restorer(run: Run, cascade: nn.Module) -> Callable[[], None]:
 def _replace_quantized(model: nn.Module, fn: Change) -> None:
     """Move or cast quantized weights into new parameters.
 
-    `nn.Module._apply` would swap the tensors of old and new parameters, and raises if a weak reference to one exists.
+    `nn.Module._apply` would swap the tensors of old and new parameters, which raises if a weak reference to one exists.
     """
     new: dict[int, nn.Parameter] = {}
     for module in model.modules():
