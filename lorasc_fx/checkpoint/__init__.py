@@ -1,12 +1,12 @@
-"""Checkpoints: reads, restores and writes versions, and computes the folded weights of a checkpoint or a cascade.
+"""Reads, restores and writes versions of checkpoints, and computes the folded weights of a checkpoint or cascade.
 
-A checkpoint is either restored completely, or rejected with one error. Digests tell damage. Names in a file are not
-used as paths, and nothing in a file is executed.
+A checkpoint is either restored completely, or rejected with one error. Damage is detected by digests. Names in a file
+are not used as paths, and nothing in a file is executed.
 
-A version is written into a temporary folder, which is synced and then renamed. The next save deletes temporary folders
-that a killed writer has left, under the lock of `files.one_writer`. A version is renamed before it is deleted, so that
-a partly deleted version is never loaded. Only versions of the same run are deleted, because other programs may write
-into the same folder.
+A version is written into a temporary folder, which is synced and then renamed. If a writer is killed, the next save
+deletes its temporary folder, under the lock of `files.one_writer`. A version is renamed before it is deleted, so that a
+partly deleted version is never loaded. Only versions of the same run are deleted, because other programs may write into
+the same folder.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ _TEMPORARY = re.compile(r"\.(writing|leaving)-[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a version that was read.
+    """A version that was read.
 
     Args:
         path: path of the version. For a state dict, its name in messages.
-        content, plan: its content.
-        advice: what the user can do if it cannot be used, for messages.
+        content, plan: content of the version, and the plan in it.
+        advice: what the user can do if the version cannot be used, for messages.
     """
 
     path: Path
@@ -101,7 +101,7 @@ class Checkpoint:
 
     @property
     def written(self) -> set[str]:
-        """Names of the model's buffers, and of the parameters that forward writes."""
+        """Names of the saved buffers, and of the saved parameters that forward writes."""
         return set(self.content.buffer)
 
     @property
@@ -114,12 +114,12 @@ class Checkpoint:
         return refusing(self.path, self.advice)
 
     def decoded(self) -> RunState:
-        """Return the state in this checkpoint, see `content.decoded`. Raises CheckpointError if it is invalid."""
+        """Return the state in this checkpoint; see `content.decoded`. Raises CheckpointError for an invalid state."""
         with self.refusing():
             return decoded(self.content, self.plan)
 
     def with_learners(self) -> tuple[RunState, dict[str, Learner]]:
-        """Return the state in this checkpoint, and the learners of its running stage by weight, without a model."""
+        """Return the state in this checkpoint, and {weight name: learner} of the running stage. Needs no model."""
         state = self.decoded()
         with self.refusing():
             return state, state.learners()
@@ -129,7 +129,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
     """Read the newest version in a checkpoint folder, or in a run folder of `lorasc-fx train`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged. The message names the file and the reason.
+        CheckpointError: the folder has no version, or the newest one is damaged. The message names the file.
     """
     root, advice = path_of(folder), "give a folder that lorasc_fx.save has written"
     with refusing(root, advice):
@@ -148,8 +148,8 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
             data = (path / name).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"differs from its digest in {MANIFEST}: the file is damaged")
-            files.append(dict(sorted(load(data).items())))  # the order of safetensors differs between processes
-    tensors = dict(files[0])  # only the first file has the tensors without shards
+            files.append(dict(sorted(load(data).items())))  # safetensors returns another order in each process
+    tensors = dict(files[0])  # only the first file has the unsharded tensors
     with refusing(path, advice):
         for name, axis in manifest.shards.items():
             tensors[name] = torch.cat([file[name] for file in files], axis)
@@ -157,7 +157,7 @@ def read(folder: str | PathLike[str]) -> Checkpoint:
 
 
 def _checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor], advice: str) -> Checkpoint:
-    """Return the checkpoint of a manifest and its tensors, if a cascade can safely be built from it.
+    """Return the checkpoint of a manifest and its tensors, after checking that a cascade can be built from it.
 
     Raises:
         CheckpointError: a field or tensor is missing, unexpected or invalid.
@@ -170,17 +170,17 @@ def _checkpoint(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tens
 
 
 def from_state_dict(table: Mapping[str, torch.Tensor], where: str) -> Checkpoint:
-    """Return the checkpoint in a state dict: the tensors of a version, and its manifest as a tensor of bytes.
+    """Return the checkpoint in a state dict, which has the tensors of a version and the manifest as bytes.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the state dict has no manifest, or is damaged.
     """
     packed, advice, path = table.get(KEY), "use another checkpoint", Path(where)
     if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
         names = ", ".join(list(table)[:2]) or "nothing"
         raise CheckpointError(
-            f"{where}: this is not the state of a cascade: it has no {KEY}, but {names}. Load weights of the model "
-            "itself before you adapt it"
+            f"{where}: this is not the state of a cascade: it has no {KEY}, but {names}. To load weights of the model "
+            "itself, load them before you adapt it"
         )
     foreign = next((name for name in table if name != KEY and "/" not in name), None)
     if foreign is not None:  # for example, a weight of the model
@@ -200,12 +200,12 @@ def check_base(
     written: Collection[str] = (),
     advice: str = "load onto the weights that were adapted",
 ) -> None:
-    """Check that a model has the parameters of a checkpoint's base. Raises CheckpointError.
+    """Raise CheckpointError unless a model has the parameters of a checkpoint's base, with the same values.
 
-    Parameters trained in full may have other values, because the checkpoint contains their W0.
+    Parameters trained in full may have other values, because the checkpoint stores W0 of them.
 
     Args:
-        digests: fingerprints of the parameters' W0, if they are known.
+        digests: fingerprints of W0 of the parameters, by name. By default they are computed from `parameters`.
         written: names of further parameters that forward writes.
     """
     base: Mapping[str, str] = checkpoint.content.base
@@ -229,12 +229,12 @@ def check_digests(
     written: Collection[str],
     advice: str,
 ) -> None:
-    """Raise CheckpointError if the fingerprints of a model and a base differ.
+    """Raise CheckpointError if a model and a base have different parameters or fingerprints.
 
     Args:
         subject: the start of the message, before "another base".
         base: fingerprints of the base, by parameter name.
-        digests: fingerprints of the model, for parameters that the base has.
+        digests: fingerprints of the model's parameters that the base has too, by name.
         names: names of all parameters of the model.
         written: names of parameters to skip, because forward writes them.
     """
@@ -250,9 +250,9 @@ def check_digests(
 
 
 def check_ties(checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise CheckpointError if a site of a checkpoint's plan has other ties in the model.
+    """Raise CheckpointError if a site in the checkpoint's plan is tied to other parameters than in the model.
 
-    `matrices` has all names of each weight matrix, by its first name.
+    `matrices` is {first name of a weight matrix: all its names}.
     """
     for site in checkpoint.plan.sites:
         if (site.weight, *site.aliases) != (names := matrices.get(site.weight, ())):
@@ -265,7 +265,7 @@ def check_ties(checkpoint: Checkpoint, matrices: Mapping[str, tuple[str, ...]]) 
 
 
 def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
-    """Restore the plan and the state of a checkpoint in a cascade with the same sites, as part of a transaction."""
+    """Restore plan and state of a checkpoint in a cascade with the same sites, as part of a transaction."""
     state = checkpoint.decoded()
     with checkpoint.refusing():
         install(run, state.on(run.slow), undo)
@@ -276,7 +276,7 @@ def restore(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
 
 
 def take_over(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
-    """Replace state and pending gradients of a cascade by a checkpoint of the same base, spec and sites."""
+    """Replace the state and the gradients of a cascade by a checkpoint of the same base, spec and sites."""
     advice = "adapt a model with the same weights as the saved run"
     check_base(checkpoint, run.parameters_by_name(), run.fingerprints(), run.written_parameters(), advice)
     ours, theirs = run.plan.spec.to_dict(), checkpoint.plan.spec.to_dict()
@@ -303,7 +303,7 @@ def take_over(run: Run, checkpoint: Checkpoint, undo: Undo) -> None:
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-"""A function from W0 to the folded weight, with the same shape, dtype and device."""
+"""A function that takes W0 and returns the folded weight, in the same shape and dtype, on the same device."""
 
 
 @dataclass(frozen=True)
@@ -313,11 +313,11 @@ class FoldedWeights:
     Args:
         where: the run or checkpoint, for messages.
         base: fingerprint of each base parameter, by its first name.
-        changes: a function for each changed parameter, by its first name.
+        changes: {first name of a changed parameter: function from W0 to the folded value}.
         full: folded values of the parameters trained in full, by first name. They do not depend on the base.
         buffers: current buffers of the model, by name.
-        aliases: all names of a tied parameter, by each of its names.
-        running: number of the running stage if it has trained and therefore counts as ended, otherwise None.
+        aliases: {name of a tied parameter: all names of this parameter}.
+        running: number of the running stage if it has trained, and so counts as ended. Otherwise None.
     """
 
     where: str
@@ -371,7 +371,7 @@ def folded_checkpoint(checkpoint: Checkpoint, view: ViewName) -> FoldedWeights:
                 check_finite(learner, plan.stage)
 
     def folded(name: str, base: torch.Tensor) -> torch.Tensor:
-        # A checkpoint has no W0, so take it from the caller, for this weight only.
+        # A checkpoint does not store W0, so the caller gives it, for this weight only.
         weight = slow.states[name]
         single = replace(slow, states={name: weight if weight.full else weight.on_base(base)})
         if has_trained:
@@ -394,7 +394,7 @@ def _cast(value: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 class RunSource:
-    """A run that the user gives to `merge` or to a bank: a cascade's run or a checkpoint folder.
+    """A run that the user gives to `merge` or to a bank, as a cascade or as a checkpoint folder.
 
     Args:
         source: the run, or the folder.
@@ -402,11 +402,12 @@ class RunSource:
         call: name of the user's call, for messages.
 
     Attributes:
-        run: the run, or the checkpoint that was read.
+        run: the run of the cascade, or the checkpoint that was read.
         plan, frontend: the plan of the run, and the front end that captured its model.
-        base: fingerprints of its base by parameter name.
-        written: names of tensors to skip in a comparison with the base: buffers, and parameters that forward writes.
-        changed_buffers: names of these tensors that differ from the base.
+        base: fingerprints of the base, by parameter name.
+        written: names of tensors to leave out of a comparison with the base: buffers, and parameters that forward
+            writes.
+        changed_buffers: names of the tensors in `written` that differ from the base.
     """
 
     def __init__(self, source: Run | str | PathLike[str], name: str, call: str) -> None:
@@ -433,10 +434,10 @@ class RunSource:
         check_digests(f"{call}: {self.name}, is of", self.base, digests, digests, self.written, advice)
 
     def part(self, bases: Mapping[str, torch.Tensor]) -> Part:
-        """Return the run as one summand. A running stage that has trained counts as ended, as in `release`.
+        """Return the run as one part of a sum. A running stage that has trained counts as ended, as in `release`.
 
         Args:
-            bases: W0 by name. Required if the source is a checkpoint in the middle of a stage.
+            bases: W0 by weight name. Required for a checkpoint in the middle of a stage.
 
         Raises:
             StateError: the checkpoint is in the middle of a stage, and W0 of a weight is missing.
@@ -451,8 +452,8 @@ class RunSource:
         if slow.moved(learners):
             if slow.states.keys() - bases.keys():
                 raise StateError(
-                    f"{self.name}, is in the middle of stage {state.plan.stage}. To end the stage, the weights of the "
-                    "base are needed: give the model too",
+                    f"{self.name}, is in the middle of stage {state.plan.stage}. Ending the stage needs the weights of "
+                    "the base: give the model too",
                     code="stage-not-ended",
                 )
             states = {key: weight.on_base(host(bases[key])) for key, weight in slow.states.items()}
@@ -475,7 +476,7 @@ def write_version(
 ) -> Path:
     """Write a new version into `root`, and delete all but the last `keep` versions. See `lorasc_fx.save`.
 
-    Every rank of the group calls this. Each rank writes its shards. The first one also writes everything else.
+    Every rank of the group calls this. Each rank writes its shards. The first rank also writes everything else.
     """
     if not is_integer(keep, 1):
         raise SpecError(f"save: keep is {keep!r}; give the number of versions to keep, an integer of 1 or more")
@@ -505,7 +506,7 @@ def write_version(
                 if is_first:
                     make_folder(root)
                     if stack.enter_context(one_writer(root)):
-                        for path in root.iterdir():  # delete what killed writers have left
+                        for path in root.iterdir():  # delete temporary folders of killed writers
                             if _TEMPORARY.fullmatch(path.name):
                                 remove(path)
                     version = root / next_name(root)
@@ -541,7 +542,7 @@ def write_version(
 
 
 def check_between_steps(run: Run, call: str) -> None:
-    """Raise StateError if gradients wait for a step, because each rank may have different ones."""
+    """Raise StateError if gradients wait for a step, because each rank may have different gradients."""
     waiting = run.pending.waiting(run.trainable())
     if waiting:
         raise StateError(
@@ -552,7 +553,7 @@ def check_between_steps(run: Run, call: str) -> None:
 
 
 def check_run_finite(run: Run) -> None:
-    """Raise if the state has inf or nan: `load` would reject such a checkpoint, and older versions are deleted.
+    """Raise if a branch holds inf or nan, because `load` would reject the checkpoint after older ones are deleted.
 
     Raises:
         NonFiniteBranch: a branch holds inf or nan.
@@ -568,7 +569,7 @@ def check_run_finite(run: Run) -> None:
 
 
 def contents(content: Content, run: Run) -> tuple[Tensors, dict[str, Any]]:
-    """Return copies of the tensors of a version, and its manifest. Of a sharded tensor, the local shard is copied."""
+    """Return the tensors of a version by name, as copies of this rank's shards, and the manifest."""
     try:
         for owner in content.optimizers:
             check_numbers(owner.state, "optimizer")
@@ -596,7 +597,7 @@ def contents(content: Content, run: Run) -> tuple[Tensors, dict[str, Any]]:
 
 
 def to_state_dict(run: Run) -> dict[str, torch.Tensor]:
-    """Return copies of the state of a cascade, without optimizer and scheduler, as tensors by name.
+    """Return the state of a cascade, without optimizer and scheduler, as copies of tensors by name.
 
     Raises:
         NonFiniteBranch: a branch holds inf or nan.
@@ -627,12 +628,12 @@ def _write_manifest(manifest: dict[str, object], folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder. Files that cannot be deleted stay."""
+    """Delete a folder. Ignore files that cannot be deleted."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _drop(version: Path) -> None:
-    """Delete a version, or the temporary folder of a failed save. If it is busy, a later save deletes it."""
+    """Delete a version, or the temporary folder of a failed save. If this fails, a later save deletes the folder."""
     with contextlib.suppress(OSError):
         if not _TEMPORARY.fullmatch(version.name):
             version = version.rename(version.with_name(f"{_DELETING}{uuid.uuid4().hex}"))
@@ -640,8 +641,8 @@ def _drop(version: Path) -> None:
 
 
 def _replaces(manifest: Mapping[str, Any], version: Path) -> bool:
-    """Return whether an older version is of the same run: it has the same base and spec."""
-    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # damaged, or not a manifest
+    """Return whether an older version is of the same run, which means that it has the same base and spec."""
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # the file is damaged, or is not a manifest
         old, new = json.loads((version / MANIFEST).read_bytes())["content"], manifest["content"]
         return bool(old["base"] == new["base"] and old["plan"]["spec"] == new["plan"]["spec"])
     return False

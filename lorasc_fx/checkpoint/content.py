@@ -1,8 +1,8 @@
-"""The content of a checkpoint, as one dataclass. `Content.of` makes it; `install` and `resume` restore it in a run.
+"""The content of a checkpoint, as the dataclass `Content`, and the functions that restore it in a run.
 
-Folders of one or several ranks, state dicts, and folds of saved runs all use it. `files.pack` converts it to JSON and
-tensors, and `util.decode` checks the types of all fields on the way back. A digest tells damage, so values are checked
-no further, except by `WeightState.faults` and where they must fit the model.
+Checkpoint folders of one or several ranks, state dicts, and folds of saved runs all use `Content`. `files.pack`
+converts it to JSON and tensors. `util.decode` converts it back, and checks the types of all fields. Because digests
+detect damage, values are only checked by `WeightState.faults`, and against the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorasc_fx.util.undo import Undo, commit
 T = TypeVar("T")
 
 _OTHER_SHAPES = ("Adafactor", "LBFGS", "SparseAdam")
-"""Optimizers of torch whose state has other shapes than the parameter."""
+"""Optimizers of torch whose state tensors differ in shape from the parameter."""
 
 
 class Stateful(Protocol):
@@ -51,7 +51,7 @@ class Stateful(Protocol):
 
 
 def several(scheduler: Stateful | Sequence[Stateful] | None) -> tuple[Stateful, ...]:
-    """Return the schedulers of an argument `scheduler`, which is one scheduler, several, or None."""
+    """Return the argument `scheduler` (one scheduler, several, or None) as a tuple."""
     if scheduler is None:
         return ()
     return tuple(scheduler) if isinstance(scheduler, Sequence) else (scheduler,)
@@ -64,8 +64,8 @@ class Owner:
     Args:
         kind: name of its class.
         state: its state dict.
-        host: tensors of an optimizer on the CPU whose parameters were elsewhere, as `INDEX/NAME`. torch would move them
-            in `load_state_dict`.
+        host: `INDEX/NAME` of the optimizer's tensors on the CPU whose parameters were on another device. torch would
+            move these tensors in `load_state_dict`.
     """
 
     kind: str
@@ -89,7 +89,7 @@ class Owner:
 
 
 def matched(path: object, part: str, owners: Sequence[T], saved: Sequence[Owner]) -> list[tuple[T, Owner]]:
-    """Return each optimizer or scheduler (`part`) with a copy of its saved state. Raises CheckpointError."""
+    """Pair optimizers or schedulers with copies of their saved states. Raises CheckpointError if they do not match."""
     if not owners:
         return []
     if not saved:
@@ -116,7 +116,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Check that a saved state fits the optimizer's parameters, and shard its tensors like them. Raises ValueError."""
+    """Raise ValueError unless a saved state fits the optimizer. Shard its tensors like the parameters, in place."""
     groups, parameters = optimizer.state_dict()["param_groups"], parameters_of(optimizer)
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("the optimizer has other parameter groups than the saved one")
@@ -147,10 +147,11 @@ def keep_as_saved(
     host: Collection[str],
     dtypes: Mapping[nn.Parameter, torch.dtype],
 ) -> None:
-    """Restore the saved dtypes of the tensors in the state that an optimizer has loaded, and move tensors to the CPU.
+    """Restore the saved dtypes in the state that an optimizer has loaded, and move the `host` tensors to the CPU.
 
     `Optimizer.load_state_dict` converts each tensor, except `step`, to the dtype and device of the parameter. This is
-    right only if the tensor was saved in the dtype of its parameter (`dtypes`), and the parameter now has another one.
+    right only for a tensor that was saved in the parameter's old dtype (`dtypes`), if the parameter has another one
+    now.
     """
     table = optimizer.state
     for index, parameter in enumerate(parameters_of(optimizer)):
@@ -162,7 +163,7 @@ def keep_as_saved(
 
 
 def _as_saved(loaded: object, saved: object, converted: torch.dtype | None, on_host: bool) -> object:
-    """Return loaded values in their saved dtypes. Tensors with the saved dtype `converted` keep their new dtype."""
+    """Return loaded values in their saved dtypes. Tensors whose saved dtype is `converted` keep the loaded dtype."""
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor) and loaded.shape == saved.shape:
         dtype = loaded.dtype if saved.dtype == converted else saved.dtype
         device = torch.device("cpu") if on_host else loaded.device
@@ -179,11 +180,11 @@ def _as_saved(loaded: object, saved: object, converted: torch.dtype | None, on_h
 
 
 def random_state() -> Tensors:
-    """Return the states of all random generators that may have been used, as bytes by the name of the generator."""
+    """Return {name of a random generator: its state as bytes}, for all generators that may have been used."""
     others: dict[str, Any] = {"python": random.getstate()}
     if "numpy.random" in sys.modules:  # otherwise nothing was drawn from it
         numpy = sys.modules["numpy.random"]
-        if numpy.get_state(legacy=False)["bit_generator"] == "MT19937":  # the default, and the only one with a tuple
+        if numpy.get_state(legacy=False)["bit_generator"] == "MT19937":  # the default; others have no tuple
             name, key, *gaussian = numpy.get_state()
             others["numpy"] = name, key.tolist(), *gaussian
     texts = {name: json.dumps(state).encode() for name, state in others.items()}
@@ -203,7 +204,7 @@ def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def gathered_random_states(group: ProcessGroup, call: str) -> tuple[Tensors, ...]:
-    """Return the `random_state` of each rank. Every rank must call this."""
+    """Return the `random_state` of each rank, in order. Every rank must call this."""
     if group.is_alone:
         return (random_state(),)
     plain = {name: state.tolist() for name, state in random_state().items()}
@@ -212,7 +213,7 @@ def gathered_random_states(group: ProcessGroup, call: str) -> tuple[Tensors, ...
 
 
 def set_rank_random_state(ranks: Sequence[Tensors], group: ProcessGroup, stage: int) -> None:
-    """Restore the state of this rank, or derive one from the first rank's state if the number of ranks has changed."""
+    """Restore this rank's random state. If the number of ranks has changed, derive one from the first rank."""
     if len(ranks) == group.size:
         set_random_state(ranks[group.rank])
         return
@@ -223,7 +224,7 @@ def set_rank_random_state(ranks: Sequence[Tensors], group: ProcessGroup, stage: 
 
 @dataclass(frozen=True)
 class Stored:
-    """The slow state of a weight without W0, which the model has. See `WeightState` for the other fields.
+    """The slow state of a weight, without W0 unless it is trained in full. Its other fields are as in `WeightState`.
 
     Args:
         base: W0 of a parameter trained in full.
@@ -246,7 +247,7 @@ class Stored:
         return cls(**values, base=base)
 
     def on(self, bare: WeightState, history: History) -> WeightState:
-        """Return the state of a weight without changes (`bare`) with these changes. `history` belongs to the weight."""
+        """Return the state `bare` of a weight, which has no changes, with these changes and this history."""
         values = {name: getattr(self, name) for name in _STATE_FIELDS}
         return replace(bare, **values, history=history)
 
@@ -259,19 +260,19 @@ class Content:
     """Everything that a version stores.
 
     Args:
-        plan: the plan in the running stage, as `Plan.to_json` writes it.
+        plan: the plan of the running stage, as `Plan.to_json` writes it.
         frontend: the front end that the user has chosen.
         versions: versions of libraries.
         base: fingerprint of each parameter of the base.
         slow: the slow state of each weight.
-        branch: parameters of the running branches, by weight and name.
+        branch: {weight name: {name: parameter of the running branch}}.
         value: current values of the parameters trained in full.
-        buffer: buffers of the model (perhaps None), and parameters that forward writes.
-        changed_buffers: names of these that differ from the base.
+        buffer: buffers of the model (tensors or None), and parameters that forward writes.
+        changed_buffers: names of the entries of `buffer` that differ from the base.
         idle, history: see `SlowWeights`.
         gradient: gradients of trained parameters.
         pending: names of the gradients that no optimizer step has consumed.
-        rng: the random generators of each rank (`random_state`).
+        rng: states of the random generators on each rank (`random_state`).
         optimizers, schedulers: their states.
         extra: values of the user.
     """
@@ -305,7 +306,7 @@ class Content:
     ) -> Self:
         """Return the content of a checkpoint of a run. Its tensors are not copied.
 
-        `rng` has the generators of each rank. The default is this process alone.
+        `rng` is the result of `gathered_random_states`. By default it has only the state of this process.
         """
         state, slow, trainable = RunState.of(run), run.slow, run.trainable()
         return cls(
@@ -320,7 +321,7 @@ class Content:
             changed_buffers=tuple(run.changed_buffers()),
             idle=slow.idle,
             history=slow.history.ends,
-            # So a run that is saved between backward and step, or while it accumulates gradients, loses none.
+            # A run that is saved before an optimizer step, or while it accumulates gradients, keeps its gradients.
             gradient={name: value.grad.detach() for name, value in trainable.items() if value.grad is not None},
             pending=tuple(run.pending.waiting(trainable)),
             rng=(random_state(),) if rng is None else rng,
@@ -330,7 +331,7 @@ class Content:
         )
 
     def axes(self, slow: SlowWeights) -> dict[int, int]:
-        """Return the axis along which each sharded tensor is sharded, by the id of the tensor."""
+        """Return {id of a sharded tensor: the axis along which it is sharded}."""
         axes: dict[int, int | None] = {}
         for state in slow.states.values():
 
@@ -350,10 +351,10 @@ class RunState:
     """The part of a run that training changes, without optimizers and generators.
 
     Args:
-        plan, slow: the plan in the running stage, and the slow state.
-        branches: parameters of the running branches, by weight and name.
+        plan, slow: the plan of the running stage, and the slow state.
+        branches: {weight name: {name: parameter of the running branch}}.
         values: current values of the parameters trained in full, by name.
-        buffers: buffers of the model (or None), and parameters that forward writes, by name.
+        buffers: buffers of the model (tensors or None), and parameters that forward writes, by name.
     """
 
     plan: Plan
@@ -375,7 +376,7 @@ class RunState:
         return cls(run.plan, run.slow, branches, values, {**buffers, **run.written_parameters()})
 
     def learners(self) -> dict[str, Learner]:
-        """Return the learners of the running stage by weight: branches, and values of parameters trained in full."""
+        """Return {weight name: new branch, or value of a parameter trained in full} of the running stage."""
         branches: dict[str, Branch] = {}
         for site in self.plan.sites:
             factors = self.branches[site.weight]
@@ -386,7 +387,7 @@ class RunState:
         return {**branches, **self.values}
 
     def on(self, slow: SlowWeights) -> Self:
-        """Return this state on the W0 and the grids of another state. A parameter trained in full keeps its own W0."""
+        """Return this state with W0 from another state. Parameters trained in full keep their own W0."""
         if odd := sorted(slow.states.keys() ^ self.slow.states.keys()):
             raise ValueError(f"the slow state and the cascade disagree about {odd[0]}")
         states = {
@@ -397,9 +398,9 @@ class RunState:
 
 
 def is_saved(holder: Holder) -> bool:
-    """Return whether a buffer belongs to a checkpoint.
+    """Return whether a checkpoint stores a buffer.
 
-    A buffer that safetensors cannot store does not, if it is not persistent: building the model gives it its value.
+    A non-persistent buffer that safetensors cannot store is left out, because building the model sets its value.
     """
     is_persistent = holder.leaf not in holder.module._non_persistent_buffers_set
     return holder.value is None or is_persistent or is_storable(holder.value)
@@ -409,7 +410,7 @@ def is_saved(holder: Holder) -> bool:
 
 
 def decoded(content: Content, plan: Plan) -> RunState:
-    """Return the state in a checkpoint. W0 is on the meta device, except of parameters trained in full.
+    """Return the state in a checkpoint. Except for parameters trained in full, W0 is on the meta device.
 
     Raises:
         ValueError, CheckpointError: weights are missing or unexpected, or the slow state of a weight is invalid.
@@ -435,12 +436,12 @@ def decoded(content: Content, plan: Plan) -> RunState:
     for name, value in content.value.items():
         start = slow.started(name).dense_in("fast")
         if start is not None and not slow.moved({name: value}):
-            values[name] = start  # the value only differs by rounding: the cascade was saved in another dtype
+            values[name] = start  # only a cast has rounded the value, so use the exact start
     return RunState(plan, slow, content.branch, values, content.buffer)
 
 
 def check_branches(content: Content, plan: Plan) -> None:
-    """Check that branches have the shapes in the plan. So the plan cannot request more memory than the file has."""
+    """Check that branches have the shapes in the plan, so that the plan requests no more memory than the file has."""
     shapes = {(site.weight, name): shape for site in plan.sites for name, shape in site.parameter_shapes.items()}
     tensors = {(weight, name): value for weight, factors in content.branch.items() for name, value in factors.items()}
     if odd := sorted(tensors.keys() ^ shapes.keys()):
@@ -457,13 +458,13 @@ def check_branches(content: Content, plan: Plan) -> None:
 
 
 def install(run: Run, state: RunState, undo: Undo) -> None:
-    """Restore a decoded state in a cascade with the same sites, as part of a transaction, with its plan.
+    """Restore a decoded state and its plan in a cascade with the same sites, as part of a transaction.
 
     Raises:
         ValueError, CheckpointError: the buffers do not fit the model. The cascade is unchanged.
     """
     tensors, buffers = _model_state(run, state.buffers)
-    # A rollback can restore untrained parameters from their start, so they need no copy. In `load`, all are untrained.
+    # A rollback restores untrained parameters from their start, so they need no copy. In `load`, all are untrained.
     parameters = run.parameters_by_name()
     untrained = {
         name: start
@@ -480,7 +481,7 @@ def install(run: Run, state: RunState, undo: Undo) -> None:
 def _model_state(
     run: Run, saved: Mapping[str, torch.Tensor | None]
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[Holder, torch.Tensor | None]]]:
-    """Return the tensors of the model that get new values in place, and the buffers that are replaced.
+    """Return the model's tensors to write in place, as (tensor, value), and the buffers to replace, as (place, value).
 
     Buffers whose shape and ties are unchanged, and parameters that forward writes, are written in place. Any other
     buffer is replaced by the tensor from the file, or by None. Its shape is not checked, because the tensor cannot be
@@ -522,7 +523,7 @@ def _model_state(
 
 
 def gradients_of(run: Run, content: Content) -> Planned:
-    """Return a commit that restores the gradients of a checkpoint, for a cascade that already has its state.
+    """Return a commit that restores the gradients of a checkpoint whose state the cascade already has.
 
     Raises:
         ValueError: a gradient belongs to no trained parameter.
@@ -544,12 +545,12 @@ def resume(
 ) -> dict[str, Any]:
     """Restore optimizers, schedulers, gradients and random generators in one transaction, and return `extra`.
 
-    `group` has the ranks that resume. Each rank gets separate random generators.
+    `group` has the ranks that resume. Each rank gets its own state of the random generators.
 
     Raises:
-        CheckpointError: the checkpoint has no state of an optimizer or scheduler, or it is from another class. Nothing
+        CheckpointError: the checkpoint has no state of an optimizer or scheduler, or a state of another class. Nothing
             is changed.
-        StateError: the optimizers do not have the branches' parameters.
+        StateError: an optimizer lacks a trained parameter, or two have the same one.
     """
     # Check everything before anything is changed.
     installed, same_way = versions(), "build optimizer and scheduler the same way"
@@ -586,7 +587,7 @@ def resume(
             if missing := sorted(current.keys() - saved.state.keys()):
                 raise ValueError(f"scheduler: {missing[0]} is missing")
             tables = {name: value for name, value in current.items() if isinstance(value, dict)}
-            # Restore the types of tables, such as the Counter of MultiStepLR.
+            # Restore the types of dicts, such as the Counter of MultiStepLR.
             restored = {name: type(value)(saved.state[name]) for name, value in tables.items() if name in saved.state}
             scheduler.load_state_dict(saved.state | restored)
         undo(partial(set_random_state, random_state()))
@@ -601,7 +602,7 @@ def resume(
 
 
 def _saved_dtypes(run: Run, content: Content) -> dict[nn.Parameter, torch.dtype]:
-    """Return the dtype that each trained parameter had when the checkpoint was written."""
+    """Return {trained parameter: its dtype when the checkpoint was written}."""
     saved = {
         parameter: content.branch[weight][name]
         for weight, branch in run.branches_by_weight().items()

@@ -1,20 +1,19 @@
-"""Defines the files of a checkpoint, reads and writes their bytes, and reports damage.
+"""The files of a checkpoint: their names and formats, reads that report damage, and atomic writes.
 
 A checkpoint folder contains versions. Each version is a folder with a manifest and the tensors. The tensors are in one
-file, or in one file per rank if the weights are sharded. Then each file has the shards of its rank, and the first one
+file, or in one file per rank if the weights are sharded. The file of a rank has the shards of this rank. The first file
 also has everything else.
 
-W0 is not saved, except for parameters trained in full. The manifest has a fingerprint of each base parameter, so that a
-wrong base is an error that names the parameter. Loading runs no code from a file.
+W0 is not saved, except for parameters trained in full. The manifest has a fingerprint of each base parameter, so that
+an error about a wrong base names the parameter. Loading runs no code from a file.
 
 Each file is opened once and read into memory, and the digest is computed from these bytes. A file that is memory-mapped
-or opened a second time could change after its digest was computed. If a mapped file is truncated, the process is
-killed.
+or opened a second time could change after its digest was computed. If another process truncates a mapped file, the
+system kills the process that reads it.
 
-`pack` converts nested values to JSON and tensors: dataclasses, dicts with any keys, tuples, tensors, inf and nan. JSON
-has no such values, so each is an object with one key: `{"$tensor": NAME}`, `{"$tuple": [...]}`,
-`{"$dict": [[key, value], ...]}` or `{"$float": "nan"}`. A tensor is named by its path. A tensor that occurs several
-times is stored once, and is one object again after the load.
+`pack` converts nested values to JSON and tensors. Values that JSON cannot represent become an object with one key:
+`{"$tensor": NAME}`, `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}` or `{"$float": "nan"}`. A tensor is named by
+its path. A tensor that occurs several times is stored once. After the load it is one object again.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 KEY = "lorasc_fx.manifest"
-"""Name of the tensor with the manifest, in a state dict."""
+"""Key of the manifest in a state dict. Its value is a tensor of bytes."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -61,20 +60,20 @@ DTYPES: Mapping[str, torch.dtype] = {
 """Dtypes by their names in a safetensors file. A tensor with another dtype can only be copied as bytes."""
 
 _NAME = re.compile(r"version-([0-9]{8,})")
-"""Name of a version. The number counts the saves into the folder."""
+"""Names of versions. The number increases with each save into the folder."""
 _FILE = re.compile(rf"{re.escape(MANIFEST)}|state(-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 @contextmanager
 def refusing(where: object, advice: str, *, code: str | None = None) -> Iterator[None]:
-    """Convert exceptions that the content of a file causes inside the block to CheckpointError.
+    """Context manager: convert exceptions that the content of a file causes to CheckpointError.
 
-    The message is `WHERE: REASON; ADVICE`. Other errors of this package, and too little memory, are not converted.
+    The message is `WHERE: REASON; ADVICE`. Other errors of this package, and out-of-memory errors, are not converted.
 
     Args:
         where: the file or folder.
         advice: what the user can do.
-        code: the code of errors that have none.
+        code: the code of the new error, unless the original is a CheckpointError or an error of the file system.
     """
     try:
         yield
@@ -97,12 +96,12 @@ def file_names(count: int) -> list[str]:
 
 
 def canonical(manifest: Mapping[str, object]) -> str:
-    """Return the text from which the digest of a manifest is computed: all fields except the digest."""
+    """Return the text whose digest a manifest stores: all fields except `digest`, as sorted JSON."""
     return json.dumps({key: value for key, value in manifest.items() if key != "digest"}, sort_keys=True)
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the names and fingerprints of tensors."""
+    """Return one SHA-256 over the names and fingerprints of these tensors."""
     return text_digest(json.dumps({name: fingerprint(tensors[name]) for name in sorted(tensors)}))
 
 
@@ -126,7 +125,7 @@ def next_name(root: Path) -> str:
 
 
 def recovery_advice(version: Path) -> str:
-    """Return advice for a version that cannot be loaded: use the previous version, if there is one."""
+    """Return advice for a version that cannot be loaded: use the previous version, or start again."""
     earlier = [path.name for path in list_versions(version.parent) if _number(path) < _number(version)]
     if not earlier:
         return "there is no earlier version: start again, and keep several versions with save(..., keep=N)"
@@ -140,7 +139,7 @@ def _number(path: Path) -> int:
 
 
 def sanitized(name: object, max_length: int = 80) -> str:
-    """Return a name from a file in a form that is safe in a message: short, without control characters."""
+    """Return a name from a file in a form that is safe in messages: shortened, with control characters escaped."""
     text = name if isinstance(name, str) and name.isprintable() else repr(name)
     return text if len(text) <= max_length else f"{text[:max_length]}... ({len(text)} characters)"
 
@@ -156,9 +155,9 @@ class Manifest:
 
     Args:
         format: number of the format.
-        content: the content without tensors (`pack`).
-        shards: axis of each sharded tensor, by name.
-        files: digest of each tensor file, by name.
+        content: the packed content, with names instead of tensors (`pack`).
+        shards: {name of a sharded tensor: the axis along which it is sharded}.
+        files: {name of a tensor file: its digest}.
         digest: digest of all other fields.
     """
 
@@ -170,7 +169,7 @@ class Manifest:
 
     @classmethod
     def of(cls, data: bytes, path: Path, advice: str) -> Self:
-        """Return the manifest of the version at a path, from the bytes of the file. Raises CheckpointError."""
+        """Return the manifest of the version at a path, given the bytes of its file. Raises CheckpointError."""
         with refusing(path / MANIFEST, advice, code="unreadable-file"):
             manifest = json.loads(data)
         with refusing(path / MANIFEST, advice):
@@ -187,7 +186,7 @@ class Manifest:
 
 
 def packed(manifest: dict[str, object], digest: str) -> torch.Tensor:
-    """Add the digest of the tensors (`digest_of`) to a manifest, and return its bytes as a tensor."""
+    """Add the digest of the tensors (`digest_of`) to a manifest, and return the manifest as a tensor of bytes."""
     manifest["files"] = dict.fromkeys(file_names(1), digest)
     manifest["digest"] = text_digest(canonical(manifest))
     text = json.dumps(manifest, allow_nan=False).encode()
@@ -199,15 +198,15 @@ _STORABLE = frozenset(DTYPES.values())
 
 
 def is_storable(tensor: torch.Tensor) -> bool:
-    """Return whether safetensors can store this tensor without conversion. Of a DTensor, the local shard counts."""
+    """Return whether safetensors can store a tensor without conversion. For a DTensor, the local shard decides."""
     shard = local(tensor)
     return type(shard) in (torch.Tensor, nn.Parameter) and shard.layout is torch.strided and shard.dtype in _STORABLE
 
 
 def pack(value: object) -> tuple[Any, Tensors]:
-    """Return a value as JSON, and its tensors by name, which are not copied.
+    """Return a value as JSON data, and {name: tensor}. The tensors are not copied.
 
-    Tuples that are fields of a dataclass become lists, because `util.decode` restores the types of its fields.
+    Tuples in fields of a dataclass become lists, because `util.decode` restores the types of fields.
 
     Raises:
         TypeError: safetensors cannot store a tensor.
@@ -248,7 +247,7 @@ def pack(value: object) -> tuple[Any, Tensors]:
 
 
 def unpack(plain: object, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the value that was packed. Dataclasses are dicts: `util.decode.decode` converts and checks them."""
+    """Return the value that was packed, with dicts instead of dataclasses. `util.decode.decode` converts these."""
     special: dict[str, Callable[[Any], Any]] = {
         "$tensor": tensors.__getitem__,
         "$float": float,
@@ -278,7 +277,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(root: Path) -> None:
-    """Create a folder and its missing parents, and sync all folders that get a new entry."""
+    """Create a folder and its missing parents, and sync each folder that gets a new entry."""
     created = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)
     for folder in reversed(created):
@@ -286,7 +285,7 @@ def make_folder(root: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the permissions of the umask. safetensors would let only the owner read it."""
+    """Write a safetensors file with the permissions of the umask. safetensors would allow only the owner to read it."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(tensors), path, metadata)
@@ -295,9 +294,9 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dic
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[bool]:
-    """Context manager: lock the file `.lock` of a folder, so that no other process writes into the folder.
+    """Context manager: lock the file `.lock` of a folder, so that no other process saves into the folder.
 
-    Yields whether the lock is held. It is not held if the file system does not support locks. The operating system
+    Yields whether the lock is held, which is False if the file system does not support locks. The operating system
     releases the lock if the process dies.
 
     Raises:
