@@ -1,4 +1,4 @@
-"""Branches: trainable modules that adapt one weight each, with their deltas and the noise. Independent of graphs."""
+"""Branches: trainable modules that adapt one weight each. Also deltas of weights, and noise. Uses no graphs."""
 
 from lorasc_fx.branch.contract import (
     Branch,

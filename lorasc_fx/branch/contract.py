@@ -1,7 +1,7 @@
 """The base class of branches: trainable modules that add a delta to one weight during a stage.
 
-Engine, optimizer groups, checkpoints, sharding, passes and exports use only the methods of `Branch`. So an adapter
-method is one subclass, and one row of `methods.METHODS` (CONTRIBUTING.md, "Add an adapter method").
+The rest of the package uses only the methods of `Branch`. So an adapter method is one subclass, and one row of
+`methods.METHODS` (CONTRIBUTING.md, "Add an adapter method").
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lorasc_fx.util.decode import Check
 from lorasc_fx.util.torch_private import disable_dynamo
 
 Reshard = Callable[[torch.Tensor, Side], torch.Tensor]
-"""Returns this rank's slice of a tensor of a side, or gathers the full tensor from the slices."""
+"""A function of (tensor, side) that slices a full tensor for this rank, or gathers the full tensor from the slices."""
 
 
 class StartWeight(Protocol):
@@ -67,7 +67,7 @@ class StartWeight(Protocol):
 
 @dataclass(frozen=True)
 class _InPlace:
-    """A weight that is in place, as a `StartWeight`."""
+    """Implements `StartWeight` for the unsharded weight of a forward."""
 
     weight: torch.Tensor
     shard: ShardSpec
@@ -88,8 +88,8 @@ class _InPlace:
 def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generator:
     """Return a new CPU generator whose random stream depends only on the four arguments.
 
-    The random numbers of a weight depend neither on other weights, nor on the number of processes, nor on earlier
-    draws. Global generators are not used. See docs/algorithm.md, "Facts that hold exactly".
+    Other weights, the number of processes and earlier draws do not change the numbers. Global generators are not used.
+    See docs/algorithm.md, "Facts that hold exactly".
     """
     digest = hashlib.sha256(f"{seed}\0{stage}\0{purpose}\0{weight}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -97,13 +97,13 @@ def generator(seed: int, stage: int, purpose: str, weight: str) -> torch.Generat
 
 @dataclass(frozen=True)
 class Declared:
-    """A parameter of a branch, as a row of `Branch.table`.
+    """Declares one parameter of a branch, as a value of `Branch.table`.
 
     Args:
-        shape: its shape at the site.
-        initial: the value of all entries at the start of a stage. Or a function of (seed, stage, name, name of the
-            weight, shape) that returns the values in fp32, such as `lora.random_factor`.
-        trained: whether it is trained. A frozen parameter keeps its initial values, or the values of `values_from`.
+        shape: shape of the parameter.
+        initial: a number for all entries at the start of a stage. Or a function of (seed, stage, parameter name, weight
+            name, shape) that returns a tensor in fp32, such as `lora.random_factor`.
+        trained: whether the parameter is trained. A frozen one keeps its initial values (or `values_from`).
     """
 
     shape: tuple[int, ...]
@@ -118,7 +118,7 @@ class Branch(nn.Module, abc.ABC):
 
     Args:
         site: the site, from the plan.
-        seed, stage: key of the random initial values, together with the name of the weight.
+        seed, stage: together with the name of the weight, the key of the random initial values.
         like: tensor with the device and dtype of the weight. Parameters are fp64 for an fp64 weight, otherwise fp32.
     """
 
@@ -141,9 +141,9 @@ class Branch(nn.Module, abc.ABC):
     """Fields of CascadeSpec in `spec.METHOD_OPTIONS` that the method supports."""
 
     magnitude: ClassVar[str] = ""
-    """Name of the parameter with a trained norm for each row of the weight (`gain`), or "" if there is none.
+    """Name of the parameter with a trained norm for each row of the weight (see `gain`), or "".
 
-    With it, the slow weights are not only a sum of deltas.
+    With such a parameter, the slow weights are not a sum of deltas, because rows are scaled.
     """
 
     beside_quantized: ClassVar[bool] = False
@@ -178,7 +178,7 @@ class Branch(nn.Module, abc.ABC):
                     "Give another name"
                 )
             setattr(self, name, nn.Parameter(value, requires_grad=name in self._trainable))
-        filled = not like.is_meta and any(like.stride())  # a checkpoint gives one zero, expanded to the shape
+        filled = not like.is_meta and any(like.stride())  # a checkpoint passes one zero, expanded to the shape
         if self.grid and filled and not rounded(self.grid, dense(like), like, self.kind == "stacked").isfinite().all():
             raise SpecError(
                 f"grid={self.grid!r} makes {site.weight} inf or nan. Exclude it (exclude=({site.weight!r},)), or give "
@@ -191,18 +191,18 @@ class Branch(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def table(cls, site: Site) -> Mapping[str, Declared]:
-        """Return the parameters of the branch of a site, by name."""
+        """Return {parameter name: declaration} for a branch at a site."""
 
     @classmethod
     def shapes(cls, site: Site) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters, by name. Checkpoints store every parameter."""
+        """Return {parameter name: shape}. Checkpoints store every parameter."""
         return {name: row.shape for name, row in cls.table(site).items()}
 
     @classmethod
     def values_like(cls, like: torch.Tensor, site: Site, seed: int, stage: int) -> dict[str, torch.Tensor]:
-        """Return the initial values of a stage on the device of a tensor, in fp64 if it is fp64 and otherwise in fp32.
+        """Return {parameter name: initial value in a stage} on the device of `like`, in fp32 or (like `like`) fp64.
 
-        Values are drawn in fp32 in host memory. `values_from` replaces those that depend on the weight.
+        Values are drawn in fp32 in host memory. `values_from` replaces the values that depend on the weight.
         """
         dtype, values = torch.float64 if like.dtype == torch.float64 else torch.float32, {}
         for name, row in cls.table(site).items():
@@ -215,7 +215,7 @@ class Branch(nn.Module, abc.ABC):
 
     @classmethod
     def options_at(cls, site: Site) -> dict[str, float]:
-        """Return the options of this method at a site, with defaults for missing ones."""
+        """Return {option of this method: value} at a site, with defaults for missing options."""
         return {**cls.defaults, **dict(site.options.adapter_options)}
 
     @classmethod
@@ -225,10 +225,9 @@ class Branch(nn.Module, abc.ABC):
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return what a stage computes from its weight: fields of `InitialFactors`, or "weight" for anything else.
+        """Return which fields of `InitialFactors` a stage computes from its weight. "weight" means other values.
 
-        An empty tuple means that `values_from` does not need the weight. An idle stage, after the last transition, is
-        not `running`.
+        An empty tuple means that no initial value depends on the weight. `running` is False for an idle stage.
         """
         return () if cls.values_from is Branch.values_from else ("weight",)
 
@@ -240,7 +239,7 @@ class Branch(nn.Module, abc.ABC):
         return parameters
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
-        """Return the learning rate of a parameter, given that of the other parameters. LoRA+ has another one for B."""
+        """Return the learning rate of a parameter. `lr` is the general rate, which LoRA+ multiplies for B."""
         return lr
 
     # ---- Stages
@@ -252,17 +251,17 @@ class Branch(nn.Module, abc.ABC):
     def kept_values(
         self, values: Mapping[str, torch.Tensor], spec: CascadeSpec, pairs: bool
     ) -> Mapping[str, torch.Tensor]:
-        """Return the full values of the parameters that the spec keeps for the next stage (`restart_factors`).
+        """Return {name: full value} of the parameters that do not restart at a transition (`restart_factors`).
 
         `values` are the initial values of the next stage. `pairs` says whether both factors are kept. The slow weights
-        include their delta already, so the caller subtracts it.
+        already include the delta of a kept pair, so the caller subtracts it.
         """
         return {}
 
     def values_from(
         self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight
     ) -> Mapping[str, torch.Tensor]:
-        """Return the full values of the parameters that the method computes from the weight of the next stage.
+        """Return {name: full value} of the parameters that depend on the weight of the next stage.
 
         `site` and `values` are the site and the other values of that stage.
         """
@@ -270,34 +269,33 @@ class Branch(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def delta(self, weight: torch.Tensor | None = None) -> Factors | torch.Tensor:
-        """Return the delta, in the layout of the weight and differentiable: factors, or a tensor of its shape.
+        """Return the differentiable delta in the layout of the weight: factors, or a tensor in the shape of the weight.
 
         Args:
             weight: the weight at the start of the stage. None if `uses_weight` is False.
         """
 
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
-        """Return the factor [out] of each row of weight plus delta, for the rows on this rank. None means 1."""
+        """Return the factor of each row of weight plus delta, [out] for the rows on this rank, or None for 1."""
         return None
 
     @property
     def earlier(self) -> Sequence[Factors]:
-        """The deltas of earlier stages that the branch of a quantized weight computes, one for each stage."""
+        """The deltas of earlier stages that the branch of a quantized weight computes, one per stage."""
         return ()
 
     def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
         """Whether training has changed the slice of the delta on this rank since the start of the stage.
 
-        `initial` are initial factors and magnitudes of this slice, and `cut` returns this rank's slice of a tensor.
+        `initial` has the initial factors and magnitudes of this slice. `cut` returns this rank's slice of a tensor.
         """
         return any(bool(local(self.get_parameter(name)).any()) for name in self.zeros)
 
     def set_unmerged(self, pair: Factors | None, ranks: Sequence[int]) -> None:
         """Set the delta of earlier stages, which cannot be merged into a quantized weight. None removes it.
 
-        `ranks` has the rank of each stage in the pair, in order.
-
-        The branch then adds it to its output too. Only for methods with `beside_quantized`.
+        `ranks` has the rank of each stage in the pair, in order. The branch adds this delta to the output too. Only for
+        methods with `beside_quantized`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not adapt quantized weights")
 
@@ -313,7 +311,7 @@ class Branch(nn.Module, abc.ABC):
     ) -> torch.Tensor:
         """Compute one placement. Graph nodes call this.
 
-        `tensors` and `scale` replace the parameters and the scale of the branch (see `computed_with`).
+        If `tensors` is given, it replaces the parameters, and `scale` the scale of the branch (see `computed_with`).
         """
         first_input: Any = args[0] if args else None
         if isinstance(first_input, fx.Proxy):  # symbolic_trace keeps a branch as one node
@@ -329,7 +327,7 @@ class Branch(nn.Module, abc.ABC):
         return output
 
     def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
-        """Return the function for a placement. `entries` is the larger number of entries of input and output."""
+        """Return the function for a placement. `entries` is the size of the larger one of input and output."""
         if self.grid:
             return self.on_grid if at is Placement.WEIGHT else partial(Branch.merged, self)
         functions: dict[Placement, Callable[..., Any]] = {
@@ -354,7 +352,7 @@ class Branch(nn.Module, abc.ABC):
             return weight
         return self._quantized_on_grid(weight) if self.quantized else self._on_grid(weight)
 
-    @disable_dynamo  # which takes a quantized weight for a plain tensor
+    @disable_dynamo  # dynamo treats a quantized weight as a plain tensor
     def _quantized_on_grid(self, weight: torch.Tensor) -> torch.Tensor:
         return self._on_grid(weight)
 
@@ -383,7 +381,7 @@ class Branch(nn.Module, abc.ABC):
     def merged(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, op: str, **options: object
     ) -> torch.Tensor:
-        """Return the output of the op with the adapted weight, and its bias.
+        """Return the output of the op, computed with the adapted weight and with the bias of the op.
 
         `op` is a key of `products.PRODUCTS`, or `conv` with the fields of a `ConvCall` as options.
         """
@@ -393,7 +391,7 @@ class Branch(nn.Module, abc.ABC):
     def product_with(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, op: str, **options: Any
     ) -> torch.Tensor:
-        """Return the output of an op with any weight. The arguments are as in `merged`."""
+        """Return the output of an op, computed with `weight`. The arguments are as in `merged`."""
         if op != "conv":
             return PRODUCTS[op](x, weight, bias)
         call = ConvCall(**options)
@@ -402,10 +400,10 @@ class Branch(nn.Module, abc.ABC):
     # ---- Parameters that are inputs of the graph (passes.AdapterInputs)
 
     def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
-        """Return the values of all parameters in the order of `shapes`, padded with zeros to a rank.
+        """Return {parameter name: value padded with zeros to a rank}, in the order of `shapes`.
 
         Raises:
-            PassError: the rank of the site is larger, or padding would change the delta of this method.
+            PassError: the rank of the site is larger, padding would change the delta, or the site has a grid.
         """
         if self.grid:
             raise PassError(
@@ -433,7 +431,7 @@ class Branch(nn.Module, abc.ABC):
         return {name: pad_to(value, padded_shapes[name]) for name, value in values.items()}
 
     def without_values(self) -> Branch:
-        """Return a copy without parameters, which gets parameters and scale as arguments of its calls."""
+        """Return a copy without parameters. Its calls get parameters and scale as arguments."""
         empty = shallow(self)
         assert isinstance(empty, Branch)
         empty._parameters = dict.fromkeys(self._parameters)
@@ -448,7 +446,7 @@ class Branch(nn.Module, abc.ABC):
         at: Placement,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute a placement with given parameters, on a copy from `without_values`. Uses plain operations.
+        """Compute a placement with given parameters, in plain operations. Called on a copy from `without_values`.
 
         Args:
             tensors: values of the parameters by name. They may be padded with zeros.
@@ -462,7 +460,7 @@ class Branch(nn.Module, abc.ABC):
         return self.product_with(args[0], changed, args[2] if len(args) > 2 else None, **options)
 
     def adapted(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return `weight + scale * delta`, on a copy from `without_values`, whose own scale is 1."""
+        """Return `weight + scale * delta`. Called on a copy from `without_values`, whose own scale is 1."""
         return weight + (self.dense_delta(weight) * scale).to(weight.dtype)
 
     # ---- Helpers
@@ -473,7 +471,7 @@ class Branch(nn.Module, abc.ABC):
         return (delta.b @ delta.a).view(self.weight_shape) if isinstance(delta, Factors) else delta
 
     def whole(self) -> Branch:
-        """Return the branch itself, or a copy with plain tensors if it is sharded. Then every rank must call this."""
+        """Return the branch. If it is sharded, return a copy with full tensors, for which every rank must call this."""
         if not any(hasattr(value, "to_local") for value in self.parameters()):
             return self
         parameters = {
@@ -488,7 +486,7 @@ class Branch(nn.Module, abc.ABC):
         return flat.mT if self.transposed else flat
 
     def with_values(self, values: Mapping[str, torch.Tensor]) -> Branch:
-        """Return a copy with the full values of another stage."""
+        """Return a copy with these full values of its parameters."""
         started = copy.deepcopy(self.whole())
         for name, value in values.items():
             fill(started.get_parameter(name), value)
@@ -499,7 +497,7 @@ class Branch(nn.Module, abc.ABC):
         return all(bool(torch.isfinite(local(value)).all()) for value in self.parameters())
 
     def shard_axes(self, weight: torch.Tensor, parts: int) -> dict[str, int]:
-        """Return the axes along which FSDP shards parameters over `parts` ranks, by name, if they differ from axis 0.
+        """Return {name: axis} for parameters that FSDP shards over `parts` ranks along another axis than 0.
 
         The key "weight" is the adapted weight itself.
         """
@@ -512,7 +510,7 @@ class Branch(nn.Module, abc.ABC):
 
 
 def pad_to(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Pad a tensor with zeros at the end of each axis."""
+    """Return a tensor padded with zeros at the end of each axis."""
     pairs = [(0, size - old) for size, old in zip(shape, value.shape, strict=True)]
     return F.pad(value, [count for pair in reversed(pairs) for count in pair])
 
@@ -529,7 +527,7 @@ class Decided:
 
     Args:
         plan: the plan.
-        branches: branches by their key (`Site.key`).
+        branches: {`Site.key`: branch}.
         refusals: weights without a branch, with reasons.
         unreached: names of weights that no graph has used so far.
     """

@@ -8,8 +8,8 @@ block. Every step is in place, because autocast does not change the dtype of in-
 Training on a grid (`CascadeSpec.grid`) computes with the weights that a fold will store. In each forward, a branch adds
 its delta to the weight. It rounds the sum to the dtype of the weight (`step`), and then to the grid (`rounded`). The
 gradient passes through both roundings unchanged (straight-through estimator, 1308.3432). A fold applies the deltas of
-all stages to W0 one after another, with the same function `step`, and rounds the result to the grid. So the running
-model and the folded one have the same bits.
+all stages to W0 one after another, with the same function `step`, and rounds the result to the grid. So the weights of
+the running and of the folded model have the same bits.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lorasc_fx.util.undo import Block, isolated
 
 
 class Side(Enum):
-    """Which axes of a weight [rows, columns] the axes of a tensor match. This decides how the tensor is sharded.
+    """The kind of a tensor that belongs to a weight [rows, columns]: which axes of the weight the tensor also has.
 
-    Stacked matrices have the axis of the stack first, in the weight and in the tensor, except `OUT`.
+    Stacked matrices have the axis of the stack first, in the weight and in all tensors except `OUT`.
     """
 
     WEIGHT = "[rows, columns]"
@@ -42,7 +42,7 @@ class Side(Enum):
     OUT = "[out]"
 
     def axis(self, along: int, stacked: bool, transposed: bool) -> int | None:
-        """Return the axis along which a tensor is sharded if its weight is sharded along an axis, or None for none."""
+        """Return the axis of the tensor that is sharded if the weight is sharded along axis `along`, or None."""
         lead = 1 if stacked else 0
         if self is Side.OUT:
             return 0 if along == lead + transposed else None
@@ -80,15 +80,15 @@ class Tree:
             )
 
         mapped: Self = rebuild(self)
-        done.clear()  # the two functions refer to each other, and would keep the tensors until a garbage collection
+        done.clear()  # free the tensors now: the two functions are a reference cycle
         return mapped
 
 
 @dataclass(frozen=True)
 class Factors(Tree):
-    """A low-rank delta `b @ a` in the layout of the weight: `b` [rows, r] includes the scale, and `a` is [r, columns].
+    """A low-rank delta `b @ a` in the layout of the weight, with `b` [rows, r] and `a` [r, columns].
 
-    For stacked matrices, both have the axis of the stack first.
+    The scale of the delta is part of `b`. For stacked matrices, both have the axis of the stack first.
     """
 
     b: torch.Tensor = field(metadata={Side: Side.LEFT})
@@ -121,7 +121,7 @@ class Delta(Tree):
     Args:
         factors: the low-rank term, or None.
         dense: the dense term in the shape of the weight, or None.
-        gain: factor of each row [out] (DoRA), in fp64 in host memory. None means 1.
+        gain: factor of each output row [out] (DoRA), in fp64 in host memory. None means 1.
     """
 
     factors: Factors | None = None
@@ -131,10 +131,10 @@ class Delta(Tree):
 
 @dataclass(frozen=True)
 class InitialFactors(Tree):
-    """Initial values of a branch whose delta was not zero at the start of a stage, in fp64 in host memory.
+    """Initial factors and magnitudes of a branch in a stage, in fp64 in host memory.
 
     Args:
-        factors: the delta that was subtracted from the weight (PiSSA), or None.
+        factors: the delta at the start of the stage, which was subtracted from the weight (PiSSA), or None for zero.
         magnitude: the initial row norms [out] of DoRA, or None.
     """
 
@@ -146,7 +146,7 @@ class InitialFactors(Tree):
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights of a dtype are computed: fp64 and complex dtypes unchanged, otherwise fp32."""
+    """Return the dtype for computing weights of a dtype: fp64 and complex dtypes are unchanged, others become fp32."""
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
@@ -191,9 +191,9 @@ DEVICE_BLOCK = 1 << 26
 
 
 class Scratch:
-    """A scratch buffer in the dtype of the arithmetic, reused from weight to weight.
+    """A scratch buffer that is reused from weight to weight.
 
-    The page faults of a new buffer take longer than the arithmetic.
+    Page faults of a new buffer would take longer than the computation.
     """
 
     _buffer: torch.Tensor | None = None
@@ -225,7 +225,7 @@ def accumulate(
             the axis of the stack first.
         stacked: whether the first axis counts matrices.
     """
-    # Step 1: find an order of axes in which the weight is contiguous, so that its rows are rows of a matrix.
+    # Step 1: find an order of axes in which the weight is contiguous, to view it as a matrix.
     lead = 2 if stacked else 1
     order = [*range(lead), *sorted(range(lead, out.dim()), key=out.stride, reverse=True)]
     if not out.permute(order).is_contiguous():
@@ -239,7 +239,7 @@ def accumulate(
             columns = pair[1].view(*pair[1].shape[:lead], *out.shape[lead:])
             pair = pair[0], columns.permute(order).reshape(pair[1].shape)
         out = out.permute(order)
-    # Step 2: choose the number of rows of a block. If one matrix of a stack exceeds a block, fold each of them alone.
+    # Step 2: choose the number of rows of a block. If one matrix of a stack exceeds a block, fold each matrix alone.
     size = (BLOCK * torch.get_num_threads() if out.device.type == "cpu" else DEVICE_BLOCK) // dtype.itemsize
     entries = math.prod(out.shape[1:])
     if stacked and entries > size:
@@ -260,7 +260,7 @@ def accumulate(
             # `copy_` casts before it transfers. A narrow weight is transferred first, because it has fewer bytes.
             total.copy_(source.to(target.device) if source.dtype.itemsize < total.dtype.itemsize else source)
             if dense is not None:
-                total.add_(dense.to(total.device))  # not cast first, so that only the sum is rounded
+                total.add_(dense.to(total.device))  # in its own dtype, so that only the sum is rounded
             if pair is not None and stacked:
                 total.view(*total.shape[:2], math.prod(total.shape[2:])).baddbmm_(pair[0][block], pair[1][block])
             elif pair is not None:
@@ -270,7 +270,7 @@ def accumulate(
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the tensor in a dtype on a device. A transfer from or to the host casts on the host.
+    """Return the tensor in a dtype on a device. For a transfer from or to the host, cast on the host.
 
     Some accelerators (MPS) have no fp64.
     """
@@ -278,9 +278,9 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torc
 
 
 def summing(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the dense delta of a weight: fp64, or fp32 for weights narrower than fp32.
+    """Return the dtype of the dense delta of a weight: fp32 if the weight is narrower than fp32, otherwise fp64.
 
-    Every stage adds to the dense delta. It is wider than the weight, so that only the sum of all stages is rounded.
+    Every stage adds to the dense delta. The delta is wider than the weight, so that only the sum is rounded.
     """
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
 
@@ -291,8 +291,8 @@ def summing(dtype: torch.dtype) -> torch.dtype:
 def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: torch.device) -> Factors:
     """Return the sum of `c * b @ a` over (c, factors) pairs as one pair of the summed rank.
 
-    Its `b` [rows, sum of r] has all `c b` as columns, its `a` [sum of r, columns] all `a` as rows. A single pair is not
-    copied if possible. Both results have the strides of new tensors: BLAS rounds the product of a transposed factor
+    Its `b` [rows, sum of r] has the columns of all `c b`. Its `a` [sum of r, columns] has the rows of all `a`. A single
+    pair is not copied if possible. Both factors are contiguous: BLAS rounds the product of a transposed factor
     differently, and a checkpoint does not store strides.
     """
     if len(pairs) == 1:
@@ -317,9 +317,9 @@ def sum_of(pairs: Sequence[tuple[float, Factors]], dtype: torch.dtype, device: t
 
 
 def shortest_pair(pair: Factors, floor: float = 0.0) -> Factors:
-    """Return the pair of the smallest rank with the same product `b @ a`, up to rounding.
+    """Return a pair with the same product `b @ a`, up to rounding, and the smallest rank.
 
-    Singular values up to `floor`, and those that are zero up to rounding, are dropped.
+    Singular values that are at most `floor`, or zero up to rounding, are dropped.
     """
     u, values, vh = svd_of(pair)
     smallest = max(floor, float(values.norm()) * torch.finfo(values.dtype).eps * max(len(u), vh.shape[-1]))
@@ -329,8 +329,8 @@ def shortest_pair(pair: Factors, floor: float = 0.0) -> Factors:
 def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the SVD of `b @ a`, or of a stack of products: U [rows, k], singular values [k] and V^H [k, columns].
 
-    k is min(r, rows, columns). `b @ a` is never computed: with `b = Q_b R_b` and `a^T = Q_a R_a`, it is enough to
-    decompose the core `R_b R_a^T`.
+    k is min(r, rows, columns). `b @ a` is never computed. With `b = Q_b R_b` and `a^T = Q_a R_a`, only the small core
+    `R_b R_a^T` is decomposed.
     """
     q_b, r_b = torch.linalg.qr(pair.b)
     q_a, r_a = torch.linalg.qr(pair.a.mT)
@@ -339,9 +339,9 @@ def svd_of(pair: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def truncated(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int, scale: float = 1.0) -> Factors:
-    """Return b and a such that `scale * b @ a` has the `rank` largest singular values of an SVD.
+    """Return factors b and a such that `scale * b @ a` is the sum of the `rank` largest terms of an SVD.
 
-    Each factor gets the square root of values / scale.
+    Each factor is multiplied by the square root of values / scale.
     """
     root = (values[..., :rank] / scale).sqrt()
     return Factors(u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :])
@@ -379,10 +379,10 @@ def step(
     if gain is not None:
         total = scale_rows(gain, total, transposed)
     if pair is not None:
-        # BLAS rounds the product of a transposed factor differently.
+        # Make both contiguous: BLAS rounds the product of a transposed factor differently.
         b, a = (factor.to(total, copy=True, memory_format=torch.contiguous_format) for factor in pair)
         with exact_products(total):
-            # Stacked matrices are multiplied one by one, so that one that is read alone has the same bits.
+            # Multiply stacked matrices one by one: a matrix that is computed alone must have the same bits.
             parts = zip(total, b, a, strict=True) if b.dim() == 3 else [(total, b, a)]
             for part, up, down in parts:
                 part.view(len(up), -1).addmm_(up, down)
@@ -390,12 +390,12 @@ def step(
 
 
 def rounded(grid: str, value: torch.Tensor, weight: torch.Tensor, stacked: bool = False) -> torch.Tensor:
-    """Return a value on a grid, in its own shape and dtype.
+    """Return a value rounded to a grid, in the same shape and dtype.
 
     Args:
-        grid: a name in `GRIDS`, or "own" for the grid of a quantized weight. "" for no grid.
-        value: [out, ...], or [matrices, out, ...] if `stacked`: each matrix is rounded alone.
-        weight: the weight whose grid is "own".
+        grid: a name in `GRIDS`, "own" for the grid of a quantized weight, or "" for no grid.
+        value: tensor [out, ...]. If `stacked`, tensor [matrices, out, ...], and each matrix is rounded alone.
+        weight: the quantized weight that defines the grid "own".
 
     Raises:
         SpecError: the function of the grid returns another shape or dtype.
@@ -425,9 +425,9 @@ def step_on_grid(
     weight: torch.Tensor,
     stacked: bool,
 ) -> torch.Tensor:
-    """Return `rounded(step(...))`, with the arguments of both, as one op for compilers.
+    """Return `rounded(step(...))` with the arguments of both functions, as one custom op.
 
-    The op takes no quantized weights. Exported programs have plain operations, because other tools lack the op.
+    Quantized weights and exported programs use plain operations: the op takes plain tensors, and other tools lack it.
     """
     if is_quantized(weight) or torch.compiler.is_exporting():
         return rounded(grid, step(value, pair, dense, gain, transposed), weight, stacked)
@@ -447,7 +447,7 @@ def _opaque_step(
     grid: str,
     stacked: bool,
 ) -> torch.Tensor:
-    """Compute `step_on_grid`. Inductor would skip casts to a narrow dtype and back, and so the rounding."""
+    """Compute `step_on_grid` as an opaque op, because Inductor would remove casts to a narrow dtype and back."""
     pair = None if b is None or a is None else (b, a)
     return rounded(grid, step(value, pair, dense, gain, transposed), value, stacked)
 
@@ -458,12 +458,12 @@ def _(value: torch.Tensor, *others: object) -> torch.Tensor:
 
 
 def _laid_out(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with the strides of another one, because kernels are chosen by them."""
+    """Return `value` with the strides of `like`, because torch chooses kernels by strides."""
     return value if value.stride() == like.stride() else torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 class Through(torch.autograd.Function):
-    """Returns a value, and passes its gradient to the delta that the value was rounded from."""
+    """Returns `value`, and passes the gradient of `value` to `delta`, from which `value` was rounded."""
 
     @staticmethod
     def forward(delta: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """LoRA (2106.09685), the base class of all methods whose delta is a low-rank product `s B A`, and DoRA (2402.09353).
 
 A is [rank, in] and B [out, rank], for a weight [out, in/groups, *kernel] as the matrix [out, in] (docs/algorithm.md,
-rows "branch" and "training"). With stacked matrices, A and B have the axis of the stack first. The delta of a weight
-that is stored as [in, out] is transposed.
+rows "branch" and "training"). With stacked matrices, A and B have the axis of the stack first. For a weight that is
+stored as [in, out], the delta is transposed.
 
 In DoRA, a low-rank pair changes the direction of each row, and a trained magnitude sets its norm:
-`W' = diag(g) (W + s B A)` with `g = m / |W + s B A|`. The norms are taken over rows [out], and as in peft they are
-constants in the backward. The branch replaces its op, so that the product is scaled but the bias is not:
+`W' = diag(g) (W + s B A)` with `g = m / |W + s B A|`. There is one norm per row [out]. As in peft, norms are constants
+in the backward. The branch replaces the op, so that the product is scaled but not the bias:
 `y = g (x W^T + s B A x) + b`. Source: DoRA, equation 5 and section 4.3.
 """
 
@@ -46,11 +46,11 @@ DOWN, UP = "lora_A", "lora_B"
 
 
 class LowRankBranch(Branch):
-    """A branch whose delta is `s B A`. A subclass defines its parameters, and A and B as functions of them.
+    """A branch whose delta is `s B A`. A subclass defines parameters, and computes A and B from them.
 
     Attributes:
-        unmerged_A, unmerged_B: factors of the delta of earlier stages beside a quantized weight, with the scale in B.
-            None if there is none.
+        unmerged_A, unmerged_B: factors of the delta of earlier stages at a quantized weight, with the scale in B. None
+            if there is no such delta.
     """
 
     placements = frozenset({"beside", "merged", "weight"})
@@ -67,12 +67,12 @@ class LowRankBranch(Branch):
     @property
     @abc.abstractmethod
     def down(self) -> torch.Tensor:
-        """A [rank, in]. [matrices, rank, in] for stacked matrices."""
+        """The factor A [rank, in], or [matrices, rank, in] for stacked matrices."""
 
     @property
     @abc.abstractmethod
     def up(self) -> torch.Tensor:
-        """B [out, rank]. [matrices, out, rank] for stacked matrices."""
+        """The factor B [out, rank], or [matrices, out, rank] for stacked matrices."""
 
     @property
     def drops(self) -> bool:
@@ -82,7 +82,7 @@ class LowRankBranch(Branch):
     def dropout_seed(self) -> int | None:
         """Draw a seed for the dropout mask of this call. None without dropout.
 
-        torch's generator draws it, so that dropout follows manual_seed and activation checkpointing.
+        torch's default generator draws the seed, so that dropout works with manual_seed and activation checkpointing.
         """
         return int(torch.randint(2**62, ()).item()) if self.drops else None
 
@@ -114,7 +114,7 @@ class LowRankBranch(Branch):
 
     @property
     def earlier(self) -> Sequence[Factors]:
-        """The deltas of earlier stages, one for each."""
+        """The deltas of earlier stages, one per stage."""
         if self.unmerged_A is None or self.unmerged_B is None:
             return ()
         parts = zip(
@@ -123,7 +123,7 @@ class LowRankBranch(Branch):
         return [Factors(b, a) for b, a in parts]
 
     def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
-        """Return the function for a placement. It is another one for small tensors, see `MatrixOps.beside_small`."""
+        """Return the function for a placement. Small tensors have another one; see `MatrixOps.beside_small`."""
         if self.grid:
             return super().function_at(at)
         if at is Placement.ADAPTED:
@@ -142,7 +142,7 @@ class LowRankBranch(Branch):
         return partial(functions[at], self)
 
     def padded(self, site: Site, rank: int) -> dict[str, torch.Tensor]:
-        """Return the padded values of all parameters, see `Branch.padded`."""
+        """Return {parameter name: padded value}; see `Branch.padded`."""
         if self.unmerged_A is not None:
             raise PassError(
                 f"{self.weight_name} is quantized, and its branch also adds the delta of earlier stages, which cannot "
@@ -161,7 +161,7 @@ class LowRankBranch(Branch):
     ) -> torch.Tensor:
         """Compute a placement with given parameters, see `Branch.computed_with`. There is no dropout.
 
-        Each row of the batch has its own factors if they are [rows, rank, in] and [rows, out, rank], with scale [rows].
+        If A is [rows, rank, in], B [rows, out, rank] and scale [rows], each row of the batch has its own factors.
         """
         if at is Placement.WEIGHT:
             return super().computed_with(tensors, scale, *args, at=at, **options)
@@ -169,7 +169,7 @@ class LowRankBranch(Branch):
         if at is Placement.MERGED:
             x, weight, *bias = args
             op = options.pop("op")
-            # Compute beside the op instead: factors that are inputs are never merged.
+            # Compute beside the op instead, because factors that are inputs are never merged.
             args = (self.product_with(x, weight, bias[0] if bias else None, op, **options), x)
         if self.kind == "conv":
             output, x = args
@@ -209,27 +209,27 @@ class LoraBranch(LowRankBranch):
 
     @classmethod
     def table(cls, site: Site) -> Mapping[str, Declared]:
-        """Return A, which is random and frozen if train_A is False, and B, which is zero."""
+        """Return A, which starts random and is frozen if train_A is False, and B, which starts at zero."""
         a, b = site.factor_shapes
         return {"lora_A": Declared(a, random_factor, site.options.train_A), "lora_B": Declared(b)}
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return `factors` if the start of the spec computes them from the weight."""
+        """Return `factors` if the spec computes initial factors from the weight (PiSSA)."""
         return ("factors",) if running and spec.start == "pissa" else ()
 
     def learning_rate(self, name: str, lr: float, spec: CascadeSpec) -> float:
-        """Return the learning rate of a factor: for B, multiplied by `lr_ratio` (LoRA+, 2402.12354)."""
+        """Return the learning rate of a factor: `lr`, times `lr_ratio` for B (LoRA+, 2402.12354)."""
         return lr * spec.lr_ratio if name == "lora_B" else lr
 
     @property
     def down(self) -> torch.Tensor:
-        """A."""
+        """The factor A."""
         return self.lora_A
 
     @property
     def up(self) -> torch.Tensor:
-        """B."""
+        """The factor B."""
         return self.lora_B
 
     def factors_from(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,16 +237,13 @@ class LoraBranch(LowRankBranch):
         return tensors["lora_A"], tensors["lora_B"]
 
     def restarts(self, spec: CascadeSpec) -> bool:
-        """Whether a factor restarts (`restart_factors`)."""
+        """Whether at least one factor restarts (`restart_factors`)."""
         return spec.restart_factors != "none"
 
     def kept_values(
         self, values: Mapping[str, torch.Tensor], spec: CascadeSpec, pairs: bool
     ) -> Mapping[str, torch.Tensor]:
-        """Return both factors, or A if restart_factors="B".
-
-        A restarts if it has become inf or nan.
-        """
+        """Return both factors if `pairs`, or A if restart_factors="B". If A has inf or nan, return its new value."""
         if pairs:
             return {DOWN: full_tensor(self.lora_A.detach()), UP: full_tensor(self.lora_B.detach())}
         if spec.restart_factors != "B":
@@ -255,14 +252,14 @@ class LoraBranch(LowRankBranch):
         return {DOWN: torch.where(torch.isfinite(a).all(), a, values[DOWN])}
 
     def exact_factors(self, values: Mapping[str, torch.Tensor] | None = None, scale: float | None = None) -> Factors:
-        """Return the full factors, or the ones of another stage, in fp64 in host memory. The left one has the scale."""
+        """Return the full factors, or factors from `values`, in fp64 in host memory. `b` includes the scale."""
         up, down = (self.lora_B, self.lora_A) if values is None else (values[UP], values[DOWN])
         with torch.no_grad():
             b, a = map(full_tensor, self.oriented(up, down))
             return Factors(b.cpu().double() * (self.scale if scale is None else scale), a.cpu().double().clone())
 
     def moved(self, initial: InitialFactors | None, cut: Reshard) -> bool:
-        """Whether B is nonzero, or if the stage started from other factors, whether they have changed."""
+        """Whether B is nonzero. If the stage started from initial factors, whether a factor has changed."""
         if initial is None or initial.factors is None:
             return super().moved(initial, cut)
         current, start, dtype = self.exact_factors().map(cut), initial.factors, self.lora_A.dtype
@@ -275,10 +272,10 @@ class LoraBranch(LowRankBranch):
         )
 
     def shard_axes(self, weight: torch.Tensor, parts: int) -> dict[str, int]:
-        """Return axes whose length is a multiple of the number of ranks.
+        """Return {name: axis} with axes whose length is a multiple of the number of ranks.
 
-        FSDP pads other axes. A [rank, in] is sharded along the inputs if its rank is not a multiple. Stacked matrices
-        [matrices, out, rank] are sharded along `out` if their number is not a multiple.
+        FSDP would pad other axes. If the rank is not a multiple, A [rank, in] is sharded along the inputs. If the
+        number of stacked matrices is not a multiple, weight and B [matrices, out, rank] are sharded along axis 1.
         """
         stacked, inputs = self.lora_A.dim() == 3, self.lora_A.dim() - 1
         if self.lora_A.shape[0] % parts == 0:
@@ -291,7 +288,7 @@ class LoraBranch(LowRankBranch):
 
 
 def ops_of(kind: str) -> type[MatrixOps | ConvOps]:
-    """Return the class with the placements of low-rank branches, for a kind of weights."""
+    """Return the class with the placements of low-rank branches at weights of a kind."""
     return ConvOps if kind == "conv" else MatrixOps
 
 
@@ -306,7 +303,7 @@ def random_factor(seed: int, stage: int, purpose: str, weight: str, shape: tuple
     return draw.mul_(2 * bound).sub_(bound)
 
 
-@fx.wrap  # one node in a trace of torch.fx, which would record neither no_grad nor autocast
+@fx.wrap  # one node in a torch.fx trace, because a trace records neither no_grad nor autocast
 def row_norms(
     weight: torch.Tensor,
     b: torch.Tensor,
@@ -317,7 +314,7 @@ def row_norms(
 ) -> torch.Tensor:
     """Return the norms of `W + scale * b @ a` over an axis, without gradients. A norm of 0 is replaced by 1.
 
-    `total_of` sums a tensor over all ranks, if this axis is sharded.
+    If the axis is sharded, `total_of` sums a tensor over all ranks.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         matrix = weight.detach().to(b.dtype).reshape(b.shape[0], a.shape[1])
@@ -329,7 +326,7 @@ def row_norms(
 
 
 class DoraBranch(LoraBranch):
-    """LoRA with a trained magnitude for each row. Replaces a product or a convolution.
+    """LoRA with a trained magnitude for each row (DoRA). The branch replaces its product or convolution.
 
     Attributes:
         lora_magnitude_vector: m [out]. It starts at the row norms of the weight at the start of the stage.
@@ -349,7 +346,7 @@ class DoraBranch(LoraBranch):
 
     @classmethod
     def starts_from(cls, spec: CascadeSpec, running: bool) -> tuple[str, ...]:
-        """Return what LoRA needs, and `magnitude`. An idle stage needs it too, because m must fit its weight."""
+        """Return the result of LoRA and `magnitude`, also for an idle stage, because m must fit the weight in place."""
         return (*super().starts_from(spec, running), "magnitude")
 
     def values_from(
@@ -361,7 +358,7 @@ class DoraBranch(LoraBranch):
         return {self.magnitude: weight.whole(norms, Side.OUT)}
 
     def gain(self, weight: StartWeight) -> torch.Tensor | None:
-        """Return `g = m / |W + s B A|` [out], with the noise in W, as during training."""
+        """Return `g = m / |W + s B A|` [out], where W has noise, as during training."""
         magnitude = weight.cut(full_tensor(self.lora_magnitude_vector), Side.OUT)
         return magnitude / self.norms(weight.noisy(), weight.shard)
 
@@ -376,7 +373,7 @@ class DoraBranch(LoraBranch):
     def norms(self, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) -> torch.Tensor:
         """Return `|W + s B A|` for each row [out] of this rank's slice, without gradients. 0 is replaced by 1.
 
-        All-reduces if the weight is sharded within rows.
+        All-reduces the norms if the rows themselves are split over ranks.
         """
         b, a = self.oriented(self.up, self.down)
         if shard.axis is not None:
@@ -386,14 +383,14 @@ class DoraBranch(LoraBranch):
     def _norms(
         self, weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], scale: float, shard: ShardSpec
     ) -> torch.Tensor:
-        """Return the norms with other full factors, in the layout of the weight, and another scale."""
+        """Return the norms for given full factors, in the layout of the weight, and a given scale."""
         axis = 0 if self.transposed else 1
         b, a = factors
         b, a = (shard.take(b), a) if shard.axis == 0 else (b, shard.take(a))
         return row_norms(weight, b, a, scale, axis, shard.group.sum_tensor if shard.axis == axis else None)
 
     def function_at(self, at: Placement, entries: float = math.inf) -> Callable[..., Any]:
-        """Return the method for a placement. A DoRA branch can only replace its op (`merged`).
+        """Return the method for a placement. Without a grid, a DoRA branch can only replace its op (`merged`).
 
         Raises:
             StateError: the node has another placement.
@@ -413,7 +410,7 @@ class DoraBranch(LoraBranch):
         return Branch.computed_with(self, tensors, scale, *args, at=at, **options)
 
     def adapted(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return `g (W + scale B A)`. For scale 0 return W, with any magnitudes."""
+        """Return `g (W + scale B A)`. If scale is 0, return W, whatever the magnitudes are."""
         total = weight.to(self.lora_A.dtype) + self.product() * scale
         axis, broadcast_shape = (0, (1, -1)) if self.transposed else (1, (-1, *(1 for _ in self.weight_shape[1:])))
         norms = total.detach().reshape(total.shape if self.transposed else (total.shape[0], -1)).norm(dim=axis)
@@ -425,8 +422,8 @@ class DoraBranch(LoraBranch):
     ) -> torch.Tensor:
         """Return `g (op(x, W) + s B A x) + bias`. The arguments are as in `Branch.merged`.
 
-        Computed as `y + (g - 1) (y - bias) + g s B A x` with the output y of the op, which stays the same, bit for bit,
-        while g is 1 and B is 0.
+        With the output y of the op, this is `y + (g - 1) (y - bias) + g s B A x`. It equals y, bit for bit, while g is
+        1 and B is 0.
         """
         output = self.product_with(x, weight, bias, op, **options)
         if not self.scale:  # inside `cascade.weights(...)`, branches change nothing

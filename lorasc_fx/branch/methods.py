@@ -1,7 +1,7 @@
 """The adapter methods besides LoRA and DoRA, the table of all methods, and the registration of user-defined ones.
 
-A method declares its parameters in `table`. Its delta is a product of factors A and B (`down` and `up` of a
-`LowRankBranch`) or a tensor (`delta` of a `Branch`).
+A method declares its parameters in `table`. It computes its delta as factors A and B (`down` and `up` of a
+`LowRankBranch`), or as a tensor (`delta` of a `Branch`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class LoraXsBranch(LowRankBranch):
     """LoRA-XS (2405.17604, section 3): `delta = s B R A`, with a trained R between two frozen factors of the weight.
 
     With the SVD `W = U diag(v) V^T` of the weight at the start of the stage, `B = U_r diag(v_r)` and `A = V_r^T`. R
-    starts at zero, so the delta is zero too, but the gradient of R is not. The code of the authors initializes R from
+    starts at zero, so the delta starts at zero, but the gradient of R is not zero. The authors' code initializes R from
     N(0, 1e-5).
 
     Attributes:
-        xs_R: R [rank, rank]. [matrices, rank, rank] for stacked matrices.
+        xs_R: R [rank, rank], or [matrices, rank, rank] for stacked matrices.
         xs_A, xs_B: frozen factors A [rank, in] and B [out, rank].
     """
 
@@ -71,7 +71,7 @@ class LoraXsBranch(LowRankBranch):
     def values_from(
         self, site: Site, values: Mapping[str, torch.Tensor], weight: StartWeight
     ) -> Mapping[str, torch.Tensor]:
-        """Return A and B of the SVD of the weight. If the rank exceeds the sides of the matrix, the rest is zero.
+        """Return A and B from the SVD of the weight. Ranks beyond the sides of the matrix are zero.
 
         Raises:
             SpecError: the weight contains inf or nan.
@@ -88,7 +88,7 @@ class LoraXsBranch(LowRankBranch):
         up, down = torch.zeros_like(values["xs_B"]), torch.zeros_like(values["xs_A"])
         up[..., :count] = u[..., :count] * singular[..., None, :count]
         down[..., :count, :] = vh[..., :count, :]
-        # Broadcast the factors, because a decomposition does not have the same bits on all machines.
+        # Broadcast the factors, because a decomposition may have other bits on other machines.
         return {"xs_A": weight.shard.group.broadcast(down), "xs_B": weight.shard.group.broadcast(up)}
 
 
@@ -96,7 +96,7 @@ class VeraBranch(LowRankBranch):
     """VeRA (2310.11454, equation 2): `delta = diag(b) B diag(d) A`, with trained b and d, and frozen random A and B.
 
     All sites with the same number of inputs share A, and all sites with the same number of outputs share B. `VeraModel`
-    of peft slices one large pair instead.
+    of peft uses slices of one large pair instead.
 
     Attributes:
         vera_lambda_b: vector b [out].
@@ -122,7 +122,7 @@ class VeraBranch(LowRankBranch):
 
     @classmethod
     def table(cls, site: Site) -> Table:
-        """Return b and d. A and B are no parameters: they are drawn again when a run is loaded."""
+        """Return b and d. A and B are not parameters, but drawn again when a run is loaded."""
         d_initial = cls.options_at(site)["d_initial"]
         return {"vera_lambda_b": Declared(site.matrix_shape[:1]), "vera_lambda_d": Declared((site.rank,), d_initial)}
 
@@ -140,7 +140,7 @@ class VeraBranch(LowRankBranch):
 class SharedTensor:
     """A random tensor that is determined by its key. All branches with the same key refer to the same object.
 
-    It is not a parameter: it is not trained and not saved in checkpoints, but drawn again when a run is loaded.
+    It is not a parameter. It is neither trained nor saved, and drawn again when a run is loaded.
 
     Args:
         seed, purpose, shape: the key.
@@ -204,7 +204,7 @@ class MissBranch(LowRankBranch):
 
     @classmethod
     def fault(cls, site: Site) -> str:
-        """Return why a rank larger than the number of inputs is refused, or "". Some rows of D would have no input."""
+        """Return why a rank larger than the number of inputs is refused, or "". Such a rank leaves rows of D unused."""
         rank, inputs = site.rank, site.matrix_shape[1]
         if rank <= inputs:
             return ""
@@ -225,14 +225,14 @@ class MissBranch(LowRankBranch):
 
 
 MIN_NORM = 1e-4
-"""Lower limit for the norms of a_i and b_i in DeLoRA, as in peft. B is zero at the start of a stage."""
+"""Lower limit for the norms of a_i and b_i in DeLoRA, as in peft, because B is zero at the start of a stage."""
 
 
 class DeloraBranch(LowRankBranch):
     """DeLoRA (2503.18225, equation 8): a sum of normalized rank-1 terms, so that the norm of the delta is bounded.
 
-    `delta = B diag(lambda / (r |a_i| |b_i|)) A diag(w)` with rows a_i of A, columns b_i of B, and the column norms w of
-    the weight at the start of the stage. The scale is 1.
+    `delta = B diag(lambda / (r |a_i| |b_i|)) A diag(w)`, with rows a_i of A and columns b_i of B. w are the column
+    norms of the weight at the start of the stage. The scale is 1.
 
     Attributes:
         delora_A, delora_B: factors A [rank, in] and B [out, rank].
@@ -283,11 +283,11 @@ class DeloraBranch(LowRankBranch):
 
 
 class TokensBranch(LowRankBranch):
-    """Trains the rows of an embedding, and of a head tied to it, that a rule names: `Rule(pattern, tokens=...)`.
+    """Trains only some rows of an embedding, and of a head tied to it: `Rule(pattern, tokens=...)`.
 
-    `delta = E D`, with D trained from zero, and E [out, count] the columns of the identity matrix for these rows. Other
-    rows keep their bits. Source: `trainable_token_indices` of peft (`tuners/trainable_tokens`), which trains the rows
-    themselves instead of their delta. The gradients are the same.
+    `delta = E D`. D is trained and starts at zero. E [out, count] has the columns of the identity matrix that belong to
+    these rows. Other rows keep their bits. Source: `trainable_token_indices` of peft (`tuners/trainable_tokens`), which
+    trains the rows themselves instead of their delta. The gradients are the same.
 
     Attributes:
         token_deltas: D [count, in].
@@ -364,13 +364,13 @@ class HiraBranch(Branch):
 class ShiraBranch(Branch):
     """SHiRA (2406.13175, "SHiRA-Rand"): trained values at fixed random positions of the weight.
 
-    There are as many values as LoRA has parameters. The positions are drawn without replacement and depend only on the
-    seed and the name of the weight, so all stages have the same ones. Values start at zero.
+    There are as many values as LoRA has parameters, and they start at zero. Positions are drawn without replacement.
+    They depend only on the seed and the name of the weight, so they are the same in all stages.
 
     Attributes:
         shira_values: trained values [count], with `count = min(rank * (in + out), in * out)`.
-        positions: a random permutation [in * out] of the indices of the flattened matrix [out, in]. The values belong
-            to its first entries.
+        positions: a random permutation of the indices of the flattened matrix, [in * out]. Its first `count` entries
+            are the positions of the values.
     """
 
     shira_values: nn.Parameter
@@ -404,9 +404,9 @@ class OftBranch(Branch):
     """OFT (2306.07280, section 3): `W' = W R^T` with a trained block-diagonal rotation R of the inputs.
 
     Each block is the Cayley transform `R = (I + Q)(I - Q)^-1` of a trained skew-symmetric matrix Q. By default, as in
-    peft, it is the start of its Neumann series, `I + 2 Q + 2 Q^2 + ... + Q^n` (OFTv2, 2506.19847). Q starts at zero.
-    `rank` is the size of a block. If it does not divide the number of inputs, the nearest size that does is used, as in
-    peft. (peft may choose size 1, which has no parameters.) The scale is 1.
+    peft, R is computed by the start of a Neumann series, `I + 2 Q + 2 Q^2 + ... + Q^n` (OFTv2, 2506.19847). Q starts at
+    zero. `rank` is the size of a block. If it does not divide the number of inputs, the nearest divisor is used, as in
+    peft. Unlike peft, size 1 is not used, because it has no parameters. The scale is 1.
 
     Attributes:
         oft_R: entries of each Q above the diagonal, [blocks, size * (size - 1) / 2].
@@ -477,8 +477,8 @@ class OftBranch(Branch):
     ) -> torch.Tensor:
         """Return the output of the op with the adapted weight.
 
-        For a product, compute with the rotated input `x R` instead, so that the backward needs no gradient of the full
-        weight. Not if x is not contiguous: torch multiplies `x R`, which is contiguous, with another rounding.
+        For a product, rotate the input instead (`x R`), so that the backward needs no gradient of the full weight. A
+        non-contiguous x is not rotated: `x R` would be contiguous, and its product rounded differently.
         """
         if op == "conv" or not self.scale or (is_eager(x) and not x.is_contiguous()):
             return super().merged(x, weight, bias, op=op, **options)
@@ -490,7 +490,7 @@ class OftBranch(Branch):
 def block_size(columns: int, size: int) -> int:
     """Return the divisor of `columns` that is nearest to `size`, the smaller one in a tie.
 
-    Size 1 is returned only for a single input, because such a block has no parameters.
+    Size 1 is returned only if `columns` is 1, because a block of size 1 has no parameters.
     """
     if size >= columns:
         return columns
@@ -502,8 +502,8 @@ def block_size(columns: int, size: int) -> int:
 class LokrBranch(Branch):
     """LoKr (2309.14859, LyCORIS, section 3): `delta = s w1 (x) w2`, a Kronecker product of two trained factors.
 
-    The numbers of outputs and inputs are each split into two factors that are as equal as possible, or as the option
-    `decompose_factor` says. w1 has the smaller factors, and w2 the larger ones and the kernel of a convolution. If r is
+    The numbers of outputs and inputs are each split into two factors, by the option `decompose_factor` or as equally as
+    possible. By default, w1 has the smaller factors. w2 has the other ones, and the kernel of a convolution. If r is
     less than half the longer side of w2, then w2 is itself a product of rank r. w1 starts at zero, and w2 at random
     values, as in `LoKrModel` of peft with decompose_both=False.
 
@@ -555,8 +555,8 @@ def _random_kernel(seed: int, stage: int, purpose: str, weight: str, shape: tupl
 def factors(dimension: int, factor: int) -> tuple[int, int]:
     """Split a dimension into two factors, like peft.
 
-    If the given factor divides the dimension, return it and the quotient. Otherwise return the two most equal factors,
-    the smaller one first. The smaller one is at most the given factor, unless this is -1.
+    If `factor` divides the dimension, return `factor` and the quotient. Otherwise return the two most equal factors,
+    the smaller one first. Unless `factor` is -1, it is an upper limit for the smaller one.
     """
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
@@ -579,7 +579,7 @@ METHODS: dict[str, type[Branch]] = {
 }
 """Branch classes by the value of `CascadeSpec.adapter`.
 
-`tokens` is missing here, because only a rule that names rows can select it, and not a spec.
+`tokens` is not in this table, because only a rule that names rows selects it, and not a spec.
 """
 
 ADAPTERS.update(METHODS, tokens=TokensBranch)
@@ -590,9 +590,9 @@ BUILT_IN = frozenset(ADAPTERS.values())
 def register_branch(name: str, cls: type[Branch]) -> None:
     """Register an adapter method, so that `CascadeSpec(adapter=name)` accepts it.
 
-    A process that loads a checkpoint of such a run must register the class first. See examples/own_branch.py. The
-    branches are checked when they are created. `adapt` raises SpecError if one has parameters that it does not declare,
-    if its delta has another shape than the weight, or if the delta is not zero before training.
+    A process that loads a checkpoint of such a run must register the class first. See examples/own_branch.py. `adapt`
+    checks each new branch. It raises SpecError if a parameter is not declared, or if the delta has a wrong shape or is
+    not zero before training.
 
     Args:
         name: name of the method.
@@ -616,11 +616,11 @@ def register_branch(name: str, cls: type[Branch]) -> None:
 
 
 def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tensor]) -> None:
-    """Check a new branch of a registered class, which is none of `BUILT_IN`.
+    """Check a new branch of a class that the user has registered.
 
     Args:
         branch: the branch with its initial values.
-        weight: returns the weight at the start of the stage. Called only if the delta depends on it.
+        weight: function that returns the weight at the start of the stage. Called only if the delta depends on it.
 
     Raises:
         SpecError: the class declares other parameters, the delta has another shape than the weight, or it is not zero
@@ -643,7 +643,7 @@ def check_registered(branch: Branch, site: Site, weight: Callable[[], torch.Tens
             code="wrong-function-result",
         )
     value = weight() if branch.uses_weight else None
-    # The other parameters may have any values, so the delta must be zero with other ones too.
+    # The delta must be zero for all values of the other parameters, so check it with changed values too.
     trained = copy.deepcopy(branch)
     with torch.no_grad():
         for name, parameter in trained.trainable().items():

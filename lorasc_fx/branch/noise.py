@@ -3,10 +3,9 @@
 Formulas (docs/algorithm.md, row "noise"): `N = strength * std(W) * U(-1/2, 1/2)` as in NoisyTune (2202.12024), or a
 normal distribution of the same variance.
 
-Each random number is a function of (seed, stage, weight name, position), so a sharded rank computes only the numbers of
-its slice. A weight is divided into blocks with two keys each. The number at position p of a block is a hash
-of the two keys and of entry p of a fixed table. Uniform numbers are computed with integers, so all devices have the
-same bits.
+Each random number is a function of (seed, stage, weight name, position), so each rank computes only the numbers of its
+slice. A weight is divided into blocks, each with two keys. The number at position p of a block is a hash of the two
+keys and of entry p of a fixed table. Uniform numbers are computed with integers, so all devices compute the same bits.
 
 Sources: Philox (Salmon et al., 2011) for random numbers from counters instead of a generator state, and lowbias32
 (Wellons, 2018) for the constants of the hash.
@@ -26,7 +25,7 @@ from lorasc_fx.shards import UNSHARDED, ShardSpec
 from lorasc_fx.spec import Noise
 
 BLOCK, MAX_AXIS = 32768, 1024
-"""Maximum number of entries of a block, and of one of its axes. Other values would change the noise of a seed."""
+"""Maximum number of entries of a block, and maximum length of its axes. Other values would change all noise."""
 
 PIECE, WORKSPACE = 1 << 21, 40
 """Number of entries that an accelerator draws at a time, and bytes of temporary memory per entry.
@@ -37,13 +36,13 @@ The CPU draws one block at a time, which fits in its cache.
 CPU = torch.device("cpu")
 
 Region = tuple[slice, ...]
-"""Position of a piece of noise in the local slice of a weight, as an index."""
+"""Index of a piece of noise in this rank's slice of a weight."""
 
 
 def amplitude(noise: Noise, weight: torch.Tensor, shard: ShardSpec = UNSHARDED) -> float:
     """Return `strength * std(W)`, or 0 for a weight with fewer than two entries.
 
-    If the weight is sharded, this all-reduces, and every rank must call it at the same point.
+    All-reduces if the weight is sharded: every rank must call this at the same point.
     """
     if noise.strength == 0:
         return 0.0
@@ -63,16 +62,16 @@ def draw(
     shard: ShardSpec = UNSHARDED,
     device: torch.device = CPU,
 ) -> Iterator[tuple[Region, torch.Tensor]]:
-    """Yield the unscaled noise of a weight, or of this rank's slice, piece by piece: (region, fp32 numbers).
+    """Yield (region, fp32 numbers): the unscaled noise of a weight, or of this rank's slice, piece by piece.
 
-    The pieces may share memory. Use each piece before you request the next one.
+    Pieces may share memory, so use each one before you request the next.
 
     Args:
         noise: options of the noise. Only the distribution is used.
         seed, stage, name: key of the random numbers: seed of the spec, number of the stage, name of the weight.
         shape: shape of this rank's slice of the weight.
         shard: which slice of the full weight this is. The numbers are the same as in a draw of the full weight.
-        device: device that computes. All devices draw the same uniform numbers. Normal ones may differ in the last
+        device: device that computes. Uniform numbers are the same on all devices. Normal numbers may differ in the last
             bits.
     """
     full = shard.full_shape(shape)
@@ -88,7 +87,7 @@ def draw(
 
 
 def _normal(numbers: torch.Tensor) -> torch.Tensor:
-    """Convert fp32 numbers that are uniform in [-1/2, 1/2] to normal ones of variance 1/12, in place."""
+    """Convert fp32 numbers that are uniform in [-1/2, 1/2] to normal numbers of variance 1/12, in place."""
     # Slightly less than 2, because erfinv is infinite at -1 and 1.
     return numbers.mul_(2 - 2**-23).erfinv_().mul_(2**0.5).mul_(12**-0.5)
 
@@ -102,7 +101,7 @@ def add_noise(out: torch.Tensor, pieces: Iterable[tuple[Region, torch.Tensor]], 
 class _UniformNumbers:
     """The uniform random numbers of all entries of a full weight, computed on request.
 
-    `source` draws the keys of the blocks. It is seeded by the key of the weight.
+    `source` is a generator for this weight and stage, which draws the keys of the blocks.
     """
 
     def __init__(self, source: torch.Generator, shape: torch.Size, device: torch.device) -> None:
@@ -145,7 +144,7 @@ class _UniformNumbers:
         return hashed.mul_(factor).view(sizes), scratch.view(sizes)
 
     def _hash_box(self, bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like `_hash_block`, for a box that overlaps any number of blocks. Uses few large operations."""
+        """Return the same as `_hash_block`, for a box in any number of blocks, with few large operations."""
         block_index, position = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
         for axis, ((start, end), size, count) in enumerate(zip(bounds, self.block, self.grid, strict=True)):
             index = torch.arange(start, end, device=self.device).view(-1, *(1 for _ in bounds[axis + 1 :]))
@@ -162,7 +161,7 @@ def _table(device: torch.device) -> torch.Tensor:
 
 
 def _block_regions(offsets: list[int], shape: torch.Size, block: tuple[int, ...]) -> Iterator[Region]:
-    """Yield the intersections of all blocks with a slice of the weight, which starts at `offsets` in the full one."""
+    """Yield the intersections of all blocks with a slice that starts at `offsets` in the full weight."""
     axes = []
     for offset, length, size in zip(offsets, shape, block, strict=True):
         ends = [*range((offset // size + 1) * size, offset + length, size), offset + length]
@@ -171,7 +170,7 @@ def _block_regions(offsets: list[int], shape: torch.Size, block: tuple[int, ...]
 
 
 def _large_regions(shape: torch.Size) -> Iterator[Region]:
-    """Yield regions of at most PIECE entries that cover a shape. A longer last axis is split too."""
+    """Yield regions of at most PIECE entries that together cover a tensor of this shape."""
     entries = math.prod(shape[1:])
     if len(shape) > 1 and entries > PIECE:
         for index in range(shape[0]):

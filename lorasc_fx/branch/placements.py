@@ -1,12 +1,12 @@
-"""What the node of a branch computes: beside or merged into a product or a convolution, or on the weight.
+"""The placements of branches: what a branch node computes beside an op, instead of an op, or from a weight.
 
-In a convolution without groups, A has the kernel size of the weight and `rank` output channels. B is a 1x1
-convolution, as in peft. With groups, the delta `B A` [out, in/groups * kernel] is used as the kernel of a grouped
-convolution. This is exact, and for depthwise convolutions cheaper than `rank` channels per group.
+In a convolution without groups, A has the kernel size of the weight and `rank` output channels. B is a 1x1 convolution,
+as in peft. With groups, the delta `B A` [out, in/groups * kernel] is used as the kernel of a grouped convolution. This
+is exact. For depthwise convolutions it is cheaper than `rank` channels per group.
 
-Factors that are inputs of the graph are one pair for the whole batch, or one pair per row of it. Their functions use
-plain operations, so that torch.export, ONNX and torch.compile work. The scale is a tensor that multiplies A x, the
-smallest operand. With zero factors or a scale of 0, the output equals `output`, bit for bit.
+If factors are inputs of the graph, there is one pair for the whole batch, or one pair per row of the batch. Their
+functions use plain operations, so that torch.export, ONNX and torch.compile work. The scale is a tensor that multiplies
+A x, the smallest operand. With zero factors or scale 0, they return the output of the op, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ if TYPE_CHECKING:
 
 
 class Placement(enum.StrEnum):
-    """What a branch node computes: the value of its option `at`. docs/algorithm.md, "Placements"."""
+    """What a branch node computes, given as its option `at` (docs/algorithm.md, "Placements")."""
 
     BESIDE = "beside"
     """Adds the term of the branch to the output of an op."""
     LOOKUP = "lookup"
-    """The same beside the lookup of an embedding."""
+    """Adds the term to the output of the lookup of an embedding."""
     GROUPED = "grouped"
-    """The same beside a grouped product with sorted rows."""
+    """Adds the term to the output of a grouped product with sorted rows."""
     MERGED = "merged"
-    """Replaces the op by the op with the adapted weight."""
+    """Computes the op with the adapted weight, instead of the op itself."""
     WEIGHT = "weight"
     """Returns the adapted weight."""
     ADAPTED = "adapted"
-    """The same with a scale that is an input of the graph. Only `Branch.computed_with` uses it."""
+    """Returns the adapted weight, with a scale that is an input of the graph. Only for `Branch.computed_with`."""
     FACTORS = "factors"
-    """Returns A and B. Only `LowRankBranch.computed_with` uses it."""
+    """Returns A and B. Only for `LowRankBranch.computed_with`."""
 
     def __repr__(self) -> str:
         return repr(self.value)
 
 
 _ALIGNED = 8
-"""torch's grouped matmul needs strides that are multiples of 16 bytes: 8 entries of 2 bytes."""
+"""Pad the rank to multiples of 8: torch's grouped matmul needs strides of multiples of 16 bytes."""
 
 SMALL = 1 << 15
 """Maximum number of entries of input and output for which plain operations are faster than an autograd.Function."""
 
 
 class MatrixOps:
-    """The placements of a low-rank branch (docs/algorithm.md, "Placements"), as functions of the branch.
+    """The placements of a low-rank branch at a matrix (docs/algorithm.md, "Placements"), as functions of the branch.
 
-    All compute `W_t x + s B A x` (docs/algorithm.md, row "training").
+    Together with the op, all compute `W_t x + s B A x` (docs/algorithm.md, row "training").
     """
 
     @staticmethod
@@ -90,7 +90,7 @@ class MatrixOps:
 
     @staticmethod
     def beside_small(branch: LowRankBranch, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return what `beside` returns for small tensors, for which plain operations take less time. No dropout."""
+        """Return the same as `beside`, without dropout. Plain operations take less time for small tensors."""
         if branch.unmerged_A is not None:
             return MatrixOps.beside(branch, output, x)
         a, b = branch.down, branch.up
@@ -139,16 +139,16 @@ class MatrixOps:
         by: str,
         weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `output + s B_e (A_e x)` for the rows x of each stacked matrix e, beside a grouped product.
+        """Return `output + s B_e (A_e x)` beside a grouped product, with the factors of the matrix e of each row x.
 
-        Rows after the last end in `offs` belong to no matrix. They are not read, in forward and backward, and their
-        output is undefined, as for the op.
+        Rows after the last end in `offs` belong to no matrix. They are never read, and their output is undefined, as in
+        the op.
 
         Args:
             output: output of the grouped product, [rows, out].
-            x, offs: rows [rows, in] sorted by matrix, and the end of the rows of each matrix.
-            by: qualified name of the op in `torch.ops` that computes grouped products, such as `aten::_grouped_mm`.
-            weight: frozen weight [matrices, in, out] of an op whose own backward would compute its gradient.
+            x, offs: rows [rows, in] sorted by matrix, and the index after the last row of each matrix.
+            by: qualified name in `torch.ops` of the op for grouped products, such as `aten::_grouped_mm`.
+            weight: frozen weight [matrices, in, out], if the backward of the op would compute a gradient of it.
         """
         space, _, name = by.partition("::")
         product: Any = getattr(getattr(torch.ops, space), name)
@@ -168,7 +168,7 @@ class MatrixOps:
 
     @staticmethod
     def _beside(branch: LowRankBranch, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        # Tracers must not compare sizes, which would specialize the graph on them.
+        # Check for tracers first: they must not compare sizes, which would specialize the graph.
         if allows_custom_backward(output, x) and max(output.numel(), x.numel()) > SMALL:
             a, b, seed = branch.down.to(output.dtype), branch.up.to(output.dtype), branch.dropout_seed()
             return apply(Beside, output, x.to(output.dtype), a, b, branch.scale, branch.dropout, seed)
@@ -199,19 +199,19 @@ class ConvCall(NamedTuple):
     pad_mode: str = "constant"
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input as the module pads it before the convolution."""
+        """Return the input, padded like the module does before the convolution."""
         return x if self.pad is None else F.pad(x, list(self.pad), mode=self.pad_mode)
 
     def conv(self, axes: int, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return the convolution of a padded input with a kernel [out, in/groups, *kernel].
 
-        The number of spatial axes is an argument, because the Proxy of torch.fx.symbolic_trace has no shape.
+        The number of spatial `axes` is an argument, because a Proxy of torch.fx.symbolic_trace has no shape.
         """
         convolve: Callable[..., torch.Tensor] = CONV[axes]
         return convolve(x, kernel, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def geometry(self, x: torch.Tensor, kernel: Sequence[int]) -> ConvGeometry | None:
-        """Return the geometry for the autograd functions.
+        """Return the stride, padding, dilation and groups for the autograd functions, one number per spatial axis.
 
         None for an input without a batch axis, or if `padding="same"` pads the two sides of an axis differently.
         """
@@ -299,12 +299,12 @@ def low_rank_conv(branch: LowRankBranch, image: torch.Tensor, call: ConvCall) ->
 
 
 class GivenFactors(NamedTuple):
-    """The factors of a site.
+    """The factors of a site, as inputs of the graph.
 
     Args:
-        down: A [rank, in], or [matrices, rank, in]. With a pair for each row of the batch, [rows, rank, in].
-        up: B [out, rank], or [matrices, out, rank]. With a pair for each row of the batch, [rows, out, rank].
-        scale: scale of the delta, [], or [rows] with a pair for each row.
+        down: A [rank, in], or [matrices, rank, in] if stacked. With a pair per row of the batch: [rows, rank, in].
+        up: B [out, rank], or [matrices, out, rank] if stacked. With a pair per row of the batch: [rows, out, rank].
+        scale: scale of the delta, a scalar tensor. With a pair per row of the batch: [rows].
     """
 
     down: torch.Tensor
@@ -320,7 +320,7 @@ def beside(output: torch.Tensor, x: torch.Tensor, pair: GivenFactors) -> torch.T
         up = pair.up.to(low.dtype)
         if (
             not output.is_contiguous()
-        ):  # keep the strides of output, because later ops may sum in another order otherwise
+        ):  # keep the strides of output, because later ops may choose their order of sums by strides
             return output + F.linear(low, up)
         flat, low = output.view(-1, output.shape[-1]), low.reshape(-1, low.shape[-1])
         add = flat.addmm_ if _is_scratch(output, low) else partial(torch.addmm, flat)
@@ -352,7 +352,7 @@ def grouped(
     by: str,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `output + scale B_e (A_e x)` for the rows x of each matrix e; see `MatrixOps.grouped`."""
+    """Return `output + scale B_e (A_e x)`; see `MatrixOps.grouped`."""
     space, _, name = by.partition("::")
     product: Any = getattr(getattr(torch.ops, space), name)
     a, b = pair.down.to(x.dtype), pair.up.to(x.dtype)
@@ -369,7 +369,7 @@ BESIDE: dict[Placement, Callable[..., torch.Tensor]] = {
     Placement.LOOKUP: at_lookup,
     Placement.GROUPED: grouped,
 }
-"""Functions for the placements of matrices. Their arguments are (output, x, pair) and the options of the node."""
+"""Functions for the placements at matrices. Their arguments are (output, x, pair) and the options of the node."""
 
 
 def beside_conv(
@@ -377,8 +377,8 @@ def beside_conv(
 ) -> torch.Tensor:
     """Return `output + scale B (A * x)` for output [batch, out, *out_space] and x [batch, in, *space].
 
-    With a pair for each row of the batch, all rows are computed by one convolution with a group per row. If the op
-    itself has groups, the delta B A is used as the kernel.
+    With a pair per row of the batch, one convolution computes all rows, with one group per row. If the op itself has
+    groups, the delta B A is the kernel.
 
     Args:
         output, x, pair: as for `beside`.
@@ -418,9 +418,9 @@ def _plus_rows(output: torch.Tensor, low: torch.Tensor, up: torch.Tensor, scale:
 
 
 def _is_scratch(output: torch.Tensor, low: torch.Tensor) -> bool:
-    """Whether `output` can be overwritten to save a copy: in eager mode without gradients.
+    """Whether `output` may be overwritten to save a copy: in eager mode without gradients.
 
-    `output` is the output of an op, and nothing except the branch of the op reads it.
+    This is safe because only the branch of an op reads the output of the op.
     """
     plain = type(output) is type(low) is torch.Tensor and output.dtype == low.dtype
     return plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or functorch_is_active())

@@ -1,23 +1,23 @@
-"""Matrix products in the memory layouts and libraries in which they are fast, in forward and backward.
+"""Matrix products for forward and backward, in the memory layouts and libraries in which they are fast.
 
 Products with low-rank factors are memory bound. Two layouts make them faster than plain matmuls:
 
 1. Rows [tokens, features] are viewed as chunks [chunks, tokens/chunks, features]. A batched product of a few chunks
-   uses all cores, and a single product with a small rank does not.
-2. The factor [rank, features] is the left operand, so that the large operand is read in the order of its memory.
+uses all cores, but a single product with a small rank does not. 2. The factor [rank, features] is the left operand, so
+that the large operand is read in the order of its memory.
 
-A 1x1 convolution is a product too: of each image if its memory is channels-first, and of all pixels if it is
+A 1x1 convolution is one product per image if the memory is channels-first, and one product of all pixels if it is
 channels-last. Other kernels use torch's convolution with `rank` channels. These choices come from CPU timings on the
 shapes of a ResNet-50.
 
 Large fp32 products on the CPU use oneDNN instead of torch's BLAS. torch computes them with MKL, which uses AVX-512 only
-on processors of Intel. oneDNN uses AVX-512 on all processors. The results are equal up to rounding. So cascades use it
-only if gradients are enabled: without gradients, they compute the same bits as the ops of the model. Banks always use
-it.
+on processors of Intel. oneDNN uses AVX-512 on all processors. The results are equal up to rounding. So cascades use
+oneDNN only if gradients are enabled: without gradients, they compute the same bits as the ops of the model. Banks
+always use oneDNN.
 
-The autograd functions of branches, beside an op and merged into an op, compute the formulas of docs/algorithm.md (rows
-"training" and "Conv"). One fused product adds the term of the branch to the output of the op. They save only A x, and x
-if lora_A needs a gradient. Dropout saves no mask: the backward draws it again from a seed.
+The autograd functions of branches compute the formulas of docs/algorithm.md (rows "training" and "Conv"). Beside an op,
+one fused product adds the term of the branch to the output of the op. Only A x is saved for the backward, and x if
+lora_A needs a gradient. Dropout saves no mask: the backward draws it again from a seed.
 
 Names: `low` is A x, and `back` the gradient of `low` without the scale. `grad_rows` is the gradient of the output as
 rows [tokens, features]. da, db, dx, dw are gradients of lora_A, lora_B, x and the weight.
@@ -44,7 +44,7 @@ _MIN_CHUNK = 64
 def allows_custom_backward(*tensors: torch.Tensor) -> bool:
     """Whether an autograd.Function may compute with these tensors: eager mode, gradients enabled, no transforms.
 
-    Otherwise use plain operations. Compilers plan the backward themselves, and function transforms, forward-mode
+    If not, callers use plain operations. Compilers plan the backward themselves. Function transforms, forward-mode
     autograd, tracers and tensor subclasses only have rules for plain operations.
     """
     if not torch.is_grad_enabled() or not is_eager(*tensors):
@@ -67,7 +67,7 @@ def apply(function: type[torch.autograd.Function], *args: object) -> torch.Tenso
 
 
 def detached(output: torch.Tensor) -> torch.Tensor:
-    """Return the output of an autograd.Function so that it is not a view of an input. The next op may write to it."""
+    """Return the output of an autograd.Function as a tensor that the next op may write to, even if it is a view."""
     return output.detach()
 
 
@@ -83,9 +83,9 @@ def plus(output: torch.Tensor, term: torch.Tensor, scale: float) -> torch.Tensor
 
 
 def merged_matrix(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `weight + scale * b @ a` [rows, columns], with the memory order of the weight.
+    """Return `weight + scale * b @ a` [rows, columns] in the memory order of the weight.
 
-    A product chooses its algorithm by the order.
+    torch chooses the algorithm of a product by the memory order of its operands.
     """
     if weight.is_contiguous() or not weight.t().is_contiguous():
         return torch.addmm(weight, b, a, alpha=scale)
@@ -93,10 +93,10 @@ def merged_matrix(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale:
 
 
 def with_strides(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return an adapted weight with the strides of the weight, if both are contiguous and it runs eagerly.
+    """Return an adapted weight with the strides of the weight. Under tracers, or if not contiguous, return `total`.
 
-    A 1x1 kernel has the strides of channels-first or channels-last memory, which differ only along axes of length 1. A
-    convolution chooses its algorithm by them.
+    For a 1x1 kernel, channels-first and channels-last strides differ only along axes of length 1. But a convolution
+    chooses its algorithm by strides.
     """
     if total.stride() == weight.stride() or not (total.is_contiguous() and weight.is_contiguous()):
         return total
@@ -104,14 +104,14 @@ def with_strides(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a product of x is computed: the dtype of autocast if it is enabled, or of x."""
+    """Return the dtype in which a product of x is computed: the autocast dtype if autocast applies, else x.dtype."""
     kind = x.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if cast and x.dtype != torch.float64 else x.dtype
 
 
 def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate forward or backward of an autograd.Function: disable autocast inside, so that dtypes stay as given."""
+    """Decorate forward or backward of an autograd.Function, to run it with autocast disabled."""
 
     @wraps(method)
     def call(ctx: Any, tensor: torch.Tensor, *args: object) -> Any:
@@ -144,7 +144,7 @@ def down(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def up(rows: torch.Tensor | None, low: torch.Tensor, factor: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return `rows + scale * low^T @ factor` for chunked rows (None for zeros) and `low` from `down`."""
+    """Return `rows + scale * low^T @ factor` for chunked rows and `low` from `down`. None for `rows` means zeros."""
     factor = factor.expand(low.shape[0], -1, -1)
     if rows is None:
         return torch.bmm(low.transpose(1, 2), factor).mul_(scale)
@@ -163,7 +163,7 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Stride, padding and dilation of a convolution, with one number per spatial axis, and its groups."""
+    """Stride, padding and dilation of a convolution, each with one number per spatial axis, and the groups."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -175,7 +175,7 @@ class ConvGeometry:
         return all(size == 1 for size in (*kernel, *self.stride)) and not any(self.padding) and self.groups == 1
 
     def dense(self, x: torch.Tensor, kernel: Sequence[int]) -> tuple[torch.Tensor, ConvGeometry]:
-        """Return an input and a geometry with the same result. If a 1x1 kernel skips pixels, omit them from the input.
+        """Return (x, geometry) with the same output. If a 1x1 kernel skips pixels, remove these pixels from x.
 
         The gradient of the smaller input and `spread` together cost half of torch's gradient of x.
         """
@@ -205,7 +205,7 @@ class ConvGeometry:
     def gradients(
         self, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: tuple[bool, bool, bool]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the gradients of x, weight and bias, given the gradient of the output. None where `mask` is False."""
+        """Return the gradients of x, weight and bias, given the gradient of the output, or None by `mask`."""
         gradients: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
         gradients = torch.ops.aten.convolution_backward(
             gradient,
@@ -229,7 +229,7 @@ def _in_rows(x: torch.Tensor) -> bool:
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
-    """Return x [batch, channels, h, w] as rows [batch * h * w, channels]. A view if x is channels-last."""
+    """Return x [batch, channels, h, w] as rows [batch * h * w, channels], which are a view if x is channels-last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
@@ -275,7 +275,7 @@ def conv_factor_gradient(low: torch.Tensor, values: torch.Tensor, scale: float) 
 def conv_kernel_gradient(
     back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, geometry: ConvGeometry, scale: float
 ) -> torch.Tensor:
-    """Return the gradient of lora_A [rank, in, *kernel], given the gradient `back` [batch, rank, *space] of A x."""
+    """Return the gradient of lora_A [rank, in, *kernel]. `back` [batch, rank, *space] is the gradient of A x."""
     if geometry.is_product(a.shape[2:]):
         return conv_factor_gradient(back, x, scale).view(a.shape)
     gradient = geometry.gradients(back, x, a, (False, True, False))[1]
@@ -286,7 +286,7 @@ def conv_kernel_gradient(
 def conv_input_gradient(
     back: torch.Tensor, x: torch.Tensor, a: torch.Tensor, geometry: ConvGeometry, scale: float
 ) -> torch.Tensor:
-    """Return the gradient of x from the branch, given the gradient `back` [batch, rank, *space] of A x."""
+    """Return the gradient of x from the branch. `back` [batch, rank, *space] is the gradient of A x."""
     if not geometry.is_product(a.shape[2:]):
         gradient = geometry.gradients(back, x, a, (True, False, False))[0]
         assert gradient is not None
@@ -298,7 +298,7 @@ def conv_input_gradient(
 
 
 MIN_WORK = 1 << 24
-"""Minimum number of multiply-adds. For smaller products, the overhead of the call exceeds the gain."""
+"""Minimum number of multiply-adds for oneDNN. For smaller products, the overhead of the call exceeds the gain."""
 
 PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
     "linear": F.linear,
@@ -306,7 +306,7 @@ PRODUCTS: dict[str, Callable[..., torch.Tensor]] = {
     "mm": lambda x, w, bias: torch.mm(x, w),
     "matmul": lambda x, w, bias: torch.matmul(x, w),
 }
-"""The ops whose weight can be merged, as functions of (x, weight, bias), by name."""
+"""{name of an op whose weight can be merged: function of (x, weight, bias)}."""
 
 
 @cache
@@ -333,8 +333,8 @@ def product(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def grouped(op: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """Return the grouped product [rows, out], with oneDNN if it is faster. For use in an autograd.Function.
 
-    x is [rows, in], sorted by matrix, and weight [matrices, in, out]. `offs` [matrices] has the end of the rows of each
-    matrix. The output is zero for rows after the last end.
+    x is [rows, in], sorted by matrix, and weight [matrices, in, out]. `offs` [matrices] has the index after the last
+    row of each matrix. For rows after the last index, the output is zero.
     """
     if not len(weight) or not _uses_onednn(x, weight[0].t(), None):
         return op(x, weight, offs)
@@ -351,7 +351,7 @@ def _is_large(x: torch.Tensor, rows: torch.Tensor) -> bool:
 
 
 def _uses_onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether to compute `x rows^T + bias` with oneDNN: large plain tensors, without autograd, transforms or modes."""
+    """Whether to use oneDNN for `x rows^T + bias`: for large plain tensors without autograd, transforms and modes."""
     return (
         _is_large(x, rows)
         and onednn_is_faster()
@@ -365,7 +365,7 @@ def _uses_onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None)
 
 
 def _onednn(x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return `x rows^T + bias`."""
+    """Return `x rows^T + bias`, computed by oneDNN."""
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
     return output
 
@@ -394,7 +394,7 @@ class FrozenProduct(torch.autograd.Function):
 def _frozen(
     op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, same_bits: bool = True
 ) -> torch.Tensor:
-    """Return `op(x, weight, bias)`, with oneDNN in forward and backward if weight and bias are frozen and large."""
+    """Return `op(x, weight, bias)`. For a large product of a frozen weight, use oneDNN, also in backward."""
     if not (same_bits or torch.is_grad_enabled()):
         return product(op, x, weight, bias)
     large = _is_large(x, weight if op == "linear" else weight.t())
@@ -405,7 +405,7 @@ def _frozen(
 
 
 class FrozenGrouped(torch.autograd.Function):
-    """Identity on `output`, the grouped product of x and a frozen weight, with a backward for x only.
+    """Returns `output`, the grouped product of x and a frozen weight. The backward computes only the gradient of x.
 
     The backward of the op itself would compute the gradient of the frozen weight too.
     """
@@ -450,9 +450,9 @@ _FROZEN: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def for_frozen(target: object, same_bits: bool = True) -> Callable[..., torch.Tensor] | None:
-    """Return a faster function with the arguments of a node's target, whose weights are usually frozen, or None.
+    """Return a function that replaces the target of a node and is faster for frozen weights, or None.
 
-    Only graphs that run eagerly use it. With `same_bits` it computes the bits of the target if gradients are disabled.
+    For graphs that run eagerly. With `same_bits`, the results have the same bits if gradients are disabled.
     """
     is_op = isinstance(target, OpOverload) or target is F.linear
     if not is_op or not onednn_is_faster():
@@ -537,10 +537,10 @@ def differentiable_gradients(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of x, lora_A and lora_B with an autograd graph, for a double backward.
+    """Return the gradients of x, lora_A and lora_B as differentiable tensors, for a double backward.
 
-    `term` computes the term of the branch from them. Raises StateError if forward did not save x, because lora_A is
-    frozen.
+    `term` computes the output of the branch from x, lora_A and lora_B. Raises StateError if forward did not save x,
+    because lora_A is frozen.
     """
     if x is None:
         raise StateError(
@@ -559,7 +559,7 @@ def merge(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, 
 
 
 class MergedProduct(torch.autograd.Function):
-    """`op(x, weight + scale * B A, bias)`: replaces a product by the product with the merged weight.
+    """`op(x, weight + scale * B A, bias)`: the product with the merged weight, instead of the product itself.
 
     Arguments: x [..., in], weight, bias [out] or None, lora_A [rank, in], lora_B [out, rank], scale, op. The weight is
     [out, in] for the op `linear` and [in, out] for the others. x and bias have the dtype of the result. Under autocast,
@@ -588,7 +588,7 @@ class MergedProduct(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of all tensors. None for a weight or bias that does not need one."""
+        """Return the gradients of all tensors, but None for a weight or bias that needs no gradient."""
         x, weight, a, b = ctx.saved_tensors
         transposed, needs = ctx.op != "linear", ctx.needs_input_grad
         rows, grad_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
@@ -609,8 +609,8 @@ def _merged_gradients(
 ) -> Gradients:
     """Return the gradients of rows, lora_A and lora_B.
 
-    dx needs the merged weight. With many rows it is computed again, which costs less than saving it; with few rows, the
-    low-rank term is added to dx instead. Forward saves only its inputs, so a double backward works.
+    dx needs the merged weight. With many rows, it is computed again, which costs less than saving it. With few rows,
+    the low-rank term is added to dx instead. Only inputs of forward are saved, so a double backward works.
     """
     x_chunks, grad_chunks = chunked(rows), chunked(grad_rows)
     factor = a.to(rows.dtype)
@@ -713,7 +713,7 @@ class BesideConv(torch.autograd.Function):
 
 
 class MergedConv(torch.autograd.Function):
-    """`conv(x, weight + scale * B A, bias)`: replaces a convolution by the one with the merged kernel.
+    """`conv(x, weight + scale * B A, bias)`: the convolution with the merged kernel, instead of the convolution itself.
 
     Arguments: x [batch, in, *space], weight [out, in/groups, *kernel], bias [out] or None, lora_A
     [rank, in/groups, *kernel], lora_B [out, rank], geometry, scale. With groups, the backward computes the dense
@@ -736,13 +736,13 @@ class MergedConv(torch.autograd.Function):
         """Return the convolution with the merged kernel."""
         ctx.geometry, ctx.scale = geometry, scale
         ctx.save_for_backward(x, weight, a, b)
-        # Not with `dense`: the convolution of fewer pixels may be rounded in another way.
+        # Without `ConvGeometry.dense`, because the convolution of fewer pixels may be rounded differently.
         return geometry.conv(x, merged_kernel(weight, a, b, scale, x.dtype), bias)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        """Return the gradients of all tensors. None for a weight or bias that does not need one."""
+        """Return the gradients of all tensors, but None for a weight or bias that needs no gradient."""
         x, weight, a, b = ctx.saved_tensors
         (image, geometry), needs = ctx.geometry.dense(x, weight.shape[2:]), ctx.needs_input_grad
         projects = geometry.groups > 1 or needs[1]
