@@ -1,1 +1,1 @@
-"""Utilities that all packages use: transactions, files, fingerprints, argument checks, optional imports."""
+"""Utilities for all packages: transactions, fingerprints, argument checks, optional imports, private names of torch."""

@@ -1,4 +1,4 @@
-"""Convert plain data (JSON, TOML, arguments) to dataclasses, and check their fields against their annotations.
+"""Convert plain data (JSON, TOML, arguments) to dataclasses, and check that each field has its annotated type.
 
 A condition that a type cannot express is a `Check` in an `Annotated` type:
 
@@ -56,8 +56,8 @@ class Check(NamedTuple):
 
     Args:
         accepts: returns whether the value is valid.
-        remedy: what to give instead, for the error message.
-        names: valid names if the value is a name, for a suggestion in the error message.
+        remedy: advice what to give instead, as a clause for the error message.
+        names: the valid names if the value is a name. The error message suggests the nearest one.
     """
 
     accepts: Callable[[Any], Any]
@@ -65,18 +65,18 @@ class Check(NamedTuple):
     names: Collection[str] = ()
 
     def __hash__(self) -> int:
-        """Hash without `names`, which may be a dict. Annotations must be hashable."""
+        """Return a hash without `names`, which may be a dict. Annotations must be hashable."""
         return hash((self.accepts, self.remedy))
 
 
 class Conflict(NamedTuple):
-    """Values of several fields that are valid alone but cannot be combined.
+    """Fields whose values may be valid alone, but cannot be combined.
 
     Args:
         fields: names of the fields. `noise.keep` is the field `keep` of the field `noise`.
-        holds: takes the values of these fields, and returns whether they are in conflict.
+        holds: function of the values of these fields that returns whether they are in conflict.
         why: the reason, as a clause for the error message.
-        remedy: what to set instead, as a sentence for the error message.
+        remedy: advice what to set instead, as a sentence for the error message.
     """
 
     fields: tuple[str, ...]
@@ -97,7 +97,7 @@ def decode(hint: object, value: Any, path: FieldPath = ()) -> Any:
     Args:
         hint: the type, perhaps `Annotated` with checks.
         value: plain data.
-        path: where the value comes from, for error messages: field names and list indices.
+        path: position of the value in the data, for error messages: field names and list indices.
 
     Raises:
         SpecError: the value, or a value inside it, has the wrong type or is invalid.
@@ -129,7 +129,7 @@ def check(instance: object, *path: str, conflicts: Iterable[Conflict] = ()) -> N
 
     Args:
         instance: the dataclass. Its fields are replaced by their decoded values.
-        path: where the instance comes from, for error messages.
+        path: position of the instance in the data, for error messages.
         conflicts: combinations of values that are refused.
 
     Raises:
@@ -151,10 +151,10 @@ def check(instance: object, *path: str, conflicts: Iterable[Conflict] = ()) -> N
 
 
 def check_names(cls: object, names: Iterable[object], path: FieldPath) -> None:
-    """Check that all names are fields of a class. `cls.OTHER_NAMES` maps names in other libraries to our fields.
+    """Check that all names are fields of a class. `cls.OTHER_NAMES` is {name in another library: our field}.
 
     Raises:
-        SpecError: lists all unknown names, each with our name for it or the nearest field.
+        SpecError: some names are unknown. The message lists each one with our name for it, or with the nearest field.
     """
     field_names, other_names = list(_hints(cls)), getattr(cls, "OTHER_NAMES", {})
     if unknown := [name for name in names if name not in field_names][:20]:
@@ -171,7 +171,7 @@ def check_names(cls: object, names: Iterable[object], path: FieldPath) -> None:
 
 
 def checks_names(cls: type[T]) -> type[T]:
-    """Decorate a dataclass so that an unknown argument raises the SpecError of `check_names`, not a TypeError."""
+    """Decorate a dataclass, so that an unknown argument raises the SpecError of `check_names` and not a TypeError."""
     init: Callable[..., None] = cls.__init__
 
     @functools.wraps(init)
@@ -184,7 +184,7 @@ def checks_names(cls: type[T]) -> type[T]:
 
 
 def path_text(path: FieldPath) -> str:
-    """Format a path like `spec.rules[2].rank`."""
+    """Return a path as text, such as `spec.rules[2].rank`."""
     text = ""
     for part in path:
         is_name = isinstance(part, str) and len(part) <= _MAX_SHOWN and part.replace(".", "").isidentifier()
@@ -193,7 +193,7 @@ def path_text(path: FieldPath) -> str:
 
 
 def _split(hint: object) -> tuple[Any, list[Check]]:
-    """Split an annotation into its type and its checks."""
+    """Return the type in an annotation, and the checks."""
     if get_origin(hint) is Literal:
         return str, [choice(get_args(hint))]
     kind, *checks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
@@ -208,16 +208,16 @@ def _fits(hint: object, value: object) -> bool:
     kind = get_origin(kind) or kind
     if kind is tuple:
         return isinstance(value, (tuple, list))
-    if kind is float:  # an int is a number too, and inf and nan are not accepted
+    if kind is float:  # accept an int, but not inf or nan
         return is_number(value)
     if is_dataclass(kind) and isinstance(value, Mapping):
         return True
-    # A bool is an int in Python, but not for us.
+    # A bool is an int in Python, but is not accepted for one.
     return kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
 
 
 def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
-    """Convert a table to a dataclass, after checking that no key is unknown or missing."""
+    """Return a table converted to a dataclass. An unknown or missing key is an error."""
     check_names(cls, data, path)
     hints = _hints(cls)
     for field in fields(cls):
@@ -229,13 +229,13 @@ def _table(cls: Any, data: Mapping[Any, Any], path: FieldPath) -> Any:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """Return the types of the fields of a dataclass."""
+    """Return {field name: annotated type} of a dataclass."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def _remedy(hint: object) -> str:
-    """Return the remedy for a value of the wrong type."""
+    """Return the remedy for a value that does not have the annotated type."""
     kind, checks = _split(hint)
     if checks and get_origin(kind) not in (tuple, list):
         return checks[0].remedy
@@ -251,12 +251,12 @@ def _wrong(path: FieldPath, value: object, check: Check) -> SpecError:
 
 
 def _shown(value: object) -> str:
-    """Format a value for a message: its shortened repr, or "empty"."""
+    """Return a value as text for a message: its shortened repr, or "empty"."""
     return "empty" if isinstance(value, (str, tuple, list, dict)) and not value else _shortened(value)
 
 
 def _shortened(value: object) -> str:
-    """Return the repr of a value. A long one is cut, so that the message stays readable."""
+    """Return the repr of a value, cut to a length that is readable in a message."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
 

@@ -1,4 +1,4 @@
-"""The packages, the versions and the devices that the process runs with."""
+"""Packages, versions, accelerators and random generators of the process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def version() -> str:
 
 @cache
 def source_digest() -> str:
-    """Return the SHA-256 of the source code of this package, which differs between checkouts of the same version."""
+    """Return the SHA-256 of the source code of this package. It also distinguishes checkouts of one version."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode())
@@ -39,7 +39,7 @@ def source_digest() -> str:
 
 
 def module_of(extra: str, name: str) -> Any:
-    """Import a module of an optional package.
+    """Import and return a module of an optional package.
 
     Args:
         extra: name of the extra in pyproject.toml that installs the package.
@@ -58,12 +58,12 @@ def module_of(extra: str, name: str) -> Any:
 
 
 def missing(extra: str, package: str) -> MissingExtra:
-    """Return the error with the pip command."""
+    """Return the error for a missing package, with the pip command that installs it."""
     return MissingExtra(f"this needs the package {package!r}, which is not installed: pip install 'lorasc-fx[{extra}]'")
 
 
 def require(extra: str, *names: str) -> None:
-    """Check that the modules of an extra can be imported. Raises like `module_of`."""
+    """Raise MissingExtra unless the modules of an extra can be imported."""
     for name in names:
         module_of(extra, name)
 
@@ -80,11 +80,11 @@ def lazy_modules(package: str, modules: tuple[str, ...]) -> tuple[Callable[[str]
 
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-"""Exceptions for too little memory on the host and on a device. Callers that try something else must raise them."""
+"""Exceptions for too little memory on the host and on a device. Code that catches all errors must re-raise them."""
 
 
 def in_use() -> tuple[str, ModuleType] | None:
-    """Return type and module (such as `torch.cuda`) of the accelerator. None if this process has not used it."""
+    """Return the accelerator as (type, module such as `torch.cuda`). None if this process has not used it."""
     device = torch.accelerator.current_accelerator()
     if device is None:
         return None
@@ -94,7 +94,7 @@ def in_use() -> tuple[str, ModuleType] | None:
 
 
 def generator_states() -> dict[str, torch.Tensor]:
-    """Return the states of torch's default generators: `torch` of the CPU, and `cuda/0` of a device in use."""
+    """Return {name: state} of torch's default generators: `torch` for the CPU, `cuda/0` for a device in use."""
     states = {"torch": torch.get_rng_state()}
     if (accelerator := in_use()) is not None:
         kind, module = accelerator
@@ -103,7 +103,7 @@ def generator_states() -> dict[str, torch.Tensor]:
 
 
 def set_generator_states(states: Mapping[str, torch.Tensor]) -> None:
-    """Restore the result of `generator_states`. States of devices that do not exist in this process are ignored."""
+    """Restore the states from `generator_states`. States of devices that this process lacks are ignored."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         module = torch.get_device_module(device)
@@ -115,7 +115,7 @@ def set_generator_states(states: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Restore torch's default generators at the end of a block, on the host and on each device in use."""
+    """Context manager: restore torch's default generators at the end, on the host and on devices in use."""
     states = generator_states()
     try:
         yield

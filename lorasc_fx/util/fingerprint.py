@@ -1,4 +1,4 @@
-"""Digests of tensors and files, and checksums of weights."""
+"""Digests of tensors and files (SHA-256), and fast checksums of weights."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ MIN_BYTES_FOR_THREADS = 1 << 24
 def checksum(tensor: torch.Tensor) -> int:
     """Return a 64-bit checksum of the dtype, shape and bits of a tensor. Strides do not matter.
 
-    The bits are read once, without a large temporary copy. The checksum of a tensor subclass (DTensor, quantized
-    weight) combines the checksums of its local tensors.
+    The bits are read without a large temporary copy. For a DTensor, only the local shard counts. The checksum of a
+    quantized weight combines the checksums of the tensors in it.
     """
-    with _disable_current_modes():  # modes must not observe or replace these operations
+    with _disable_current_modes():  # active modes must not observe or replace these operations
         return _checksum(tensor)
 
 
@@ -63,9 +63,9 @@ def _checksum(tensor: torch.Tensor) -> int:
     for vector in _blocks(plain, HOST_BLOCK // plain.element_size()):
         block = vector.contiguous()
         data = data_of(block if block.data_ptr() % 8 == 0 else block.clone())
-        part = zlib.crc32(data[len(data) // 8 * 8 :])  # the last bytes, which fill no word
-        # Words of 64 bits are multiplied by odd keys and summed, as in `device_sum`. The highest bits of two words
-        # can cancel out, so there is a second sum of words that start four bytes later.
+        part = zlib.crc32(data[len(data) // 8 * 8 :])  # the last bytes, fewer than a word
+        # Multiply words of 64 bits by odd keys and sum them, as in `device_sum`. Changes of the highest bits of two
+        # words can cancel out, so compute a second sum, of words that start four bytes later.
         for start in (0, 4):
             if (count := (len(data) - start) // 8) > 0:
                 words = torch.frombuffer(data, dtype=torch.int64, count=count, offset=start)
@@ -94,7 +94,7 @@ def device_sum(tensor: torch.Tensor) -> int:
 
 
 def _blocks(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
-    """Yield the entries in logical order, in vectors of at most `limit` entries. Only the shape decides the split."""
+    """Yield the entries in logical order, as vectors of at most `limit` entries, split by the shape alone."""
     if tensor.numel() <= limit:
         yield tensor.reshape(-1)
         return
@@ -109,7 +109,7 @@ def _blocks(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
 
 
 def _words(block: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a vector as 32-bit integers, or as integers of the size of its entries if they do not fit."""
+    """Return the bits of a vector as 32-bit integers. If they fill no whole number of words, as smaller integers."""
     if block.stride(0) != 1 or block.storage_offset() * block.element_size() % 4:
         block = block.clone(memory_format=torch.contiguous_format)
     fallback = {1: torch.uint8, 2: torch.int16}.get(block.element_size(), torch.int32)
@@ -118,15 +118,15 @@ def _words(block: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _keys(count: int, device: torch.device) -> torch.Tensor:
-    """Return fixed random odd 64-bit integers."""
+    """Return [count] fixed random odd 64-bit integers."""
     source = torch.Generator("cpu").manual_seed(0)
     keys = torch.randint(-(1 << 63), (1 << 63) - 1, (count,), generator=source, dtype=torch.int64, device="cpu")
     return (keys | 1).to(device)
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
-    if is_traceable_wrapper_subclass(tensor):  # a quantized weight, or a tensor in one
+    """Return the SHA-256 of a tensor's dtype, shape and bytes, as hexadecimal text."""
+    if is_traceable_wrapper_subclass(tensor):  # a quantized weight, or a part of one
         names, how = tensor.__tensor_flatten__()
         return text_digest(f"{type(tensor).__name__}{how}{[fingerprint(getattr(tensor, name)) for name in names]}")
     plain = tensor.detach().to("cpu").contiguous()
@@ -136,7 +136,7 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 def _map_tensors(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torch.Tensor]) -> dict[str, T]:
-    """Return the digest of each tensor, by name. Uses as many threads as torch if the tensors are large."""
+    """Return {name: digest of the tensor}. For large tensors, use as many threads as torch."""
     threads = torch.get_num_threads()
     with _disable_current_modes():  # for all tensors at once
         if threads == 1 or sum(tensor.nbytes for tensor in tensors.values()) < MIN_BYTES_FOR_THREADS:
@@ -146,10 +146,10 @@ def _map_tensors(digest: Callable[[torch.Tensor], T], tensors: Mapping[str, torc
 
 
 fingerprints: Callable[[Mapping[str, torch.Tensor]], dict[str, str]] = partial(_map_tensors, fingerprint)
-"""Returns the fingerprint of each tensor, by name."""
+"""Takes {name: tensor}, and returns {name: fingerprint}."""
 
 checksums: Callable[[Mapping[str, torch.Tensor]], dict[str, int]] = partial(_map_tensors, _checksum)
-"""Returns the checksum of each tensor, by name."""
+"""Takes {name: tensor}, and returns {name: checksum}."""
 
 
 def data_of(plain: torch.Tensor) -> Buffer:

@@ -1,7 +1,7 @@
-"""Transactions: either all changes of a block remain, or none.
+"""Transactions: all changes of a block remain, or none.
 
 - `AllOrNothing`: for a long block. Any exception rolls it back, including KeyboardInterrupt.
-- `commit`: for a short block that writes. SIGINT (Ctrl-C) is deferred to the end of the block, and then rolls it back.
+- `commit`: for a short block that writes. SIGINT (Ctrl-C) is deferred to the end, and then rolls the block back.
 - `isolated`: for changes that are always undone at the end of a block. SIGINT is deferred while they are made.
 
 SIGINT is also deferred during a rollback. Handlers of other signals run immediately.
@@ -23,7 +23,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 Undo = Callable[[Callable[[], object]], None]
-"""Function that registers a step which undoes a write. It is called before the write."""
+"""Function that registers a step. The step undoes a write, and must be registered before the write."""
 
 
 class Block:
@@ -53,7 +53,7 @@ class Block:
                 the first exception of a step is raised at the end.
         """
         if isinstance(fault, (MemoryError, RuntimeError)):
-            # Its frames refer to tensors, whose memory the steps may need.
+            # The frames of the traceback refer to tensors, whose memory the steps may need.
             traceback.clear_frames(fault.__traceback__)
         raised = fault
         with interrupts_deferred():
@@ -98,7 +98,7 @@ def interrupts_deferred() -> Iterator[Callable[[], None]]:
     """Context manager: defer SIGINT to the end of the block.
 
     Yields a function that calls the handler of a deferred SIGINT immediately. Only the main thread receives signals, so
-    this does nothing in other threads. In a nested block, the handler is the one of the outer block, which defers
+    this does nothing in other threads. A nested block calls the handler of the outer block, which defers the signal
     again.
     """
     handler = signal.getsignal(signal.SIGINT)
@@ -120,10 +120,10 @@ def interrupts_deferred() -> Iterator[Callable[[], None]]:
 
 
 def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractContextManager[T]]:
-    """Decorate a function that changes state, so that it returns a context manager that restores the state.
+    """Decorate a function that changes state: it becomes a context manager that restores the state at the end.
 
-    The first argument of the function is a `Block`. The function calls `undo(step)` before each change, and returns the
-    value for `with ... as`.
+    The first argument of the function is a `Block`, named `undo`. The function calls `undo(step)` before each change,
+    and returns the value for `with ... as`.
     """
 
     @contextmanager
@@ -133,7 +133,7 @@ def isolated(setup: Callable[Concatenate[Block, P], T]) -> Callable[P, AbstractC
             with interrupts_deferred():
                 value = setup(undo, *args, **kwargs)
             yield value
-            undo.roll_back()  # inside the block, so that an interrupt before its first step rolls back as well
+            undo.roll_back()  # inside the `with`, so that an interrupt before the first step rolls back as well
 
     return block
 
@@ -151,5 +151,5 @@ class Lock(_thread.RLock):  # type: ignore[misc]  # not final at runtime
 PROCESS = Lock()
 """Held while a capture changes parameters of its model or state of the process, such as random generators.
 
-A thread that also needs the lock of a cascade must acquire this lock first.
+A thread that needs this lock and the lock of a cascade must acquire this lock first.
 """
