@@ -1,4 +1,4 @@
-"""Combinations of a spec and a learning rate schedule that were measured in docs/evidence.md.
+"""Combinations of a spec and a learning rate schedule, with the results of docs/evidence.md.
 
 `make evidence` repeats the measurements.
 """
@@ -21,7 +21,7 @@ from lorasc_fx.util.decode import check_names, is_integer
 __all__ = ["Recipe", "lora", "lora_cycles", "small_data"]
 
 WARMUP = 5
-"""Optimizer steps of each learning rate warm-up, as in the measurements."""
+"""Number of optimizer steps of a learning rate warm-up, as in the measurements."""
 
 
 class Recipe(NamedTuple):
@@ -35,8 +35,8 @@ class Recipe(NamedTuple):
             ...  # 100 steps
 
     Args:
-        spec: for `adapt`.
-        schedule: function that creates the learning rate scheduler for an optimizer and a cascade.
+        spec: the argument `spec` of `adapt`.
+        schedule: function of (optimizer, cascade) that returns a new learning rate scheduler.
     """
 
     spec: CascadeSpec
@@ -66,8 +66,8 @@ def lora(steps: int, adapter: str = "lora", **options: object) -> Recipe:
 def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
     """LoRA whose rate decays to 0 in each of several cycles; the slow weights are the mean of the ends of the cycles.
 
-    Each cycle is a stage, and no pair of factors restarts at its end. Weights of the cycles as in snapshot ensembles
-    (1704.00109), averaged as in stochastic weight averaging (1803.05407).
+    Each cycle is a stage, and factors do not restart at the end of a stage. The cycles are as in snapshot ensembles
+    (1704.00109), and the mean of their weights as in stochastic weight averaging (1803.05407).
 
     Evidence (docs/evidence.md, `lora-cycles`): points of test accuracy over LoRA in as many steps, 500 examples, 10
     seeds, where it was the best method on the validation examples: topics of texts +3.29 [2.00, 5.05] and a fifth of
@@ -77,10 +77,10 @@ def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
     Args:
         steps: optimizer steps of the training.
         stages: number of cycles, of `steps / stages` steps each.
-        options: other fields of the CascadeSpec.
+        options: other fields of CascadeSpec.
 
     Raises:
-        SpecError: an option that the recipe sets, or a value that the spec refuses.
+        SpecError: an option is set by the recipe, or has an invalid value.
     """
     fixed = {"pace": "mean", "restart": "fast", "restart_factors": "none"}
     return _recipe("lora_cycles", fixed, "lora", options, steps, stages, decays=True)

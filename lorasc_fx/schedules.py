@@ -19,19 +19,19 @@ __all__ = ["StageSchedule"]
 class StageSchedule(LRScheduler):
     """A learning rate scheduler that restarts at each stage: linear warm-up, then decay to a floor.
 
-    Call `step` once per optimizer step. In step k = 0, 1, ... of a stage, the learning rate of each group is::
+    Call `step` once per optimizer step. In step k (from 0) of a stage, the learning rate of each group is::
 
         full * min(1, (k + 1) / (warmup + 1)) * (floor + (1 - floor) * d(k / steps))
 
-    where d falls from 1 to 0 as a half cosine, and stays 0 after `steps`. `full` is the initial learning rate of the
+    where d decreases from 1 to 0 like half a cosine, and is 0 after `steps`. `full` is the initial learning rate of the
     group. Without `steps` there is no decay, which is the "jagged" schedule of ReLoRA (2307.05695, section 3). After a
     transition or a rewind of the cascade, the schedule restarts before the next optimizer step.
 
     Args:
         optimizer: the optimizer.
         cascade: cascade whose stages restart the schedule.
-        steps: number of optimizer steps of a stage, or a sequence for stage 1, 2, ...; its last entry repeats. None
-            (default): no decay.
+        steps: number of optimizer steps of a stage, or a sequence with one number per stage, whose last entry repeats.
+            None (default) means no decay.
         warmup: number of warm-up steps, 0 or more. Default: 0.
         floor: share of the full rate at the end of the decay, in [0, 1]. 1 means no decay. Default: 0.0.
 
@@ -63,7 +63,7 @@ class StageSchedule(LRScheduler):
         optimizer.register_step_pre_hook(self._before_step)
 
     def factor(self, stage: int, step: int) -> float:
-        """Return the share of the full learning rate in a step of a stage. Steps count from 0, and stages from 1."""
+        """Return the share of the full learning rate in a step of a stage. Steps start at 0, and stages at 1."""
         warm = min(1.0, (step + 1) / (self.warmup + 1))
         if not self.steps:
             return warm
@@ -72,14 +72,14 @@ class StageSchedule(LRScheduler):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the learning rate of each group for the next optimizer step."""
-        # The full rate of a group that was added later is its current one.
+        # The full rate of a group that was added later is its current rate.
         self.base_lrs += _rates(self.optimizer)[len(self.base_lrs) :]
         factor = self.factor(self.stage, self.since)
         return [rate * factor for rate in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one optimizer step. Call it after `optimizer.step()`."""
-        if not self._is_initial:  # torch's constructor calls this once
+        if not self._is_initial:  # the constructor of torch calls `step` once
             self.since += 1
             self._follow()
         super().step(epoch)
@@ -96,7 +96,7 @@ class StageSchedule(LRScheduler):
         return changed
 
     def _before_step(self, _optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        """Restart the schedule if the stage changed after the last `step`. A hook of the optimizer."""
+        """Restart the schedule if the stage changed after the last `step`. The optimizer calls this."""
         if self._follow():
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
                 if isinstance(group["lr"], torch.Tensor):

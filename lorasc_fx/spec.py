@@ -29,8 +29,8 @@ def scale_of(rank: int, lora_alpha: float, use_rslora: bool) -> float:
 ADAPTERS: dict[str, type[Any]] = {}
 """Subclasses of `lorasc_fx.branch.Branch` by the value of `CascadeSpec.adapter`.
 
-`lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is here because the spec
-checks names before the branches, which need the spec, can be imported.
+`lorasc_fx.branch.methods` fills this table, and `lorasc_fx.register_branch` adds to it. It is in this file because
+`branch` imports this file, so this file cannot import `branch`.
 """
 
 
@@ -38,24 +38,24 @@ GRIDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     str(dtype).removeprefix("torch."): lambda weight, dtype=dtype: weight.to(dtype).to(weight.dtype)  # type: ignore[misc]
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 }
-"""Functions that round a weight in its stored layout, or a kernel [out, in, ...], by `CascadeSpec.grid`."""
+"""{value of `CascadeSpec.grid`: function that rounds a weight}. See `register_grid` for the functions."""
 
 OWN_GRID = "own"
-"""The value of `CascadeSpec.grid` for the grid of each quantized weight."""
+"""The value of `CascadeSpec.grid` that selects, for each quantized weight, its own grid."""
 
 
 def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Give a grid a name, for `CascadeSpec(grid=name)`. A checkpoint stores the name, so register it before `load`.
+    """Register a rounding function for `CascadeSpec(grid=name)`. To load a checkpoint with it, register it first.
 
     Args:
-        name: the name. For a function in `CascadeSpec.grid` it is the qualified name of the function.
+        name: name of the grid. For `CascadeSpec(grid=function)`, it is the qualified name of the function.
         function: rounds its argument to the nearest values of a grid, in the same shape and dtype. The argument is a
             weight in its stored layout [out, in] (transformers' Conv1D: [in, out]), the kernel of a convolution
-            [out, in/groups, *kernel], or one matrix of a stack. The function must compute the same in each call, and
-            must not write to its argument.
+            [out, in/groups, *kernel], or one matrix of a stack. The function must be deterministic, and must not write
+            to its argument.
 
     Raises:
-        SpecError: the name is empty, or has another function already.
+        SpecError: the name is empty, or already belongs to another function.
     """
     is_taken = name == OWN_GRID or not _same_function(GRIDS.get(name, function), function)
     if not name or is_taken:
@@ -67,7 +67,7 @@ def register_grid(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _same_function(one: object, other: object) -> bool:
-    """Whether two functions compute the same: they are one, or the cell of a notebook that defines it ran again."""
+    """Whether two functions are the same, or one is the other one defined again (by a notebook cell that ran twice)."""
     if one is other:
         return True
     names = ("__code__", "__closure__", "__defaults__", "__kwdefaults__")
@@ -98,7 +98,7 @@ PEFT_OPTIONS = {
     "task_type": "nothing: pass it to export.peft",
     "inference_mode": "nothing: call release() for inference",
 }
-"""The counterpart of each option of peft's LoraConfig, for the error about an unknown option."""
+"""{option of peft's LoraConfig: our counterpart}, for the error about an unknown option."""
 
 RULE_CONFLICTS = tuple(
     Conflict(
@@ -120,7 +120,7 @@ METHOD_OPTIONS: dict[str, Any] = {
     "lr_ratio": 1.0,
     "dropout": 0.0,
 }
-"""Default values of the options that only some adapter methods support (see `Branch.options`)."""
+"""{option that only some adapter methods support (see `Branch.options`): default value}."""
 
 GRID_VALUES: dict[str, tuple[Any, ...]] = {
     "placement": ("auto", "weight"),
@@ -129,7 +129,7 @@ GRID_VALUES: dict[str, tuple[Any, ...]] = {
     "restart_factors": ("both", "B"),
     "noise.keep": (False,),
 }
-"""Values of other options that can be combined with a grid."""
+"""{option: the values of it that can be combined with a grid}."""
 
 CONFLICTS = (
     Conflict(
@@ -201,7 +201,7 @@ CONFLICTS = (
         for option, default in METHOD_OPTIONS.items()
     ),
 )
-"""Conflicts between options of `CascadeSpec`. The value of each field has been checked before."""
+"""Conflicts between options of `CascadeSpec`. They are checked after the value of each field."""
 
 
 def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) -> None:
@@ -225,7 +225,7 @@ def check_adapter_options(adapter: str, options: Iterable[tuple[str, float]]) ->
 
 
 KINDS = ("linear", "conv", "embedding", "recurrent", "stacked")
-"""Kinds of weights. A target with any other text is a glob on weight names."""
+"""Kinds of weights. Any other text in `CascadeSpec.targets` is a glob on weight names."""
 
 PLACEMENTS = ("beside", "merged", "weight")
 """Values of `Site.placement`: where a branch computes (docs/algorithm.md, "Placements")."""
@@ -284,7 +284,7 @@ class Noise:
     Args:
         strength: lambda in docs/algorithm.md, relative to the standard deviation of the weight. 0 (default) turns noise
             off. NoisyTune (2202.12024) uses 0.15.
-        distribution: `uniform` (default) as above, the form of NoisyTune, or `normal`, N(0, 1/12) of the same variance.
+        distribution: `uniform` (default), as above and in NoisyTune, or `normal`: N(0, 1/12), the same variance.
         keep: if True, the noise of each stage stays in the slow weights. If False (default), the fold removes it
             exactly.
         where: `sites` (default) for the adapted weights only, or `all` for every weight matrix except those trained
@@ -302,21 +302,21 @@ class Noise:
         check(self, "noise")
 
     def on_others(self, names: Iterable[str]) -> list[str]:
-        """Return which of these weights without a branch get noise: all if `where` is "all", otherwise none."""
+        """Return which of these names of weights without a branch get noise: all if `where` is "all", else none."""
         return list(names) if self.strength and self.where == "all" else []
 
 
 @checks_names
 @dataclass(frozen=True)
 class Rule:
-    """Options for the weights that a pattern matches, instead of the options of the spec. The first match counts.
+    """Options for the weights that match a pattern. They replace options of the spec. The first matching rule counts.
 
     Args:
         pattern: one of KINDS, or a glob on weight names.
         rank: rank of these branches. None (default): `CascadeSpec.rank`.
         lora_alpha: numerator of the scale of these branches. None (default): `CascadeSpec.lora_alpha`.
         tokens: indices of rows to train directly, such as new tokens of an embedding, without a branch of
-            `CascadeSpec.adapter`. If the weight is tied, all its names get the same rows. As peft's
+            `CascadeSpec.adapter`. For a tied weight, this applies to all its names. Like peft's
             `trainable_token_indices`.
     """
 
@@ -354,12 +354,12 @@ class SiteOptions:
     grid: str = ""
 
     def grid_of(self, weight: torch.Tensor) -> str:
-        """Return the grid of a weight. "" if there is none: only quantized weights have an own grid."""
+        """Return the grid of a weight, or "" for none. With "own", only quantized weights have a grid."""
         return self.grid if self.grid != OWN_GRID or is_quantized(weight) else ""
 
     @property
     def scale(self) -> float:
-        """Factor s of the delta: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` under rsLoRA.
+        """The scale s of the delta: `lora_alpha / rank`, or `lora_alpha / sqrt(rank)` with `use_rslora`.
 
         1 for adapter methods without the option `lora_alpha`.
         """
@@ -384,13 +384,13 @@ class CascadeSpec:
     Args:
         targets: which weights get a branch: kinds (linear, conv, embedding, recurrent, stacked), or globs on weight
             names. A glob that matches a module name selects all weights of the module. Default: all kinds.
-        exclude: globs on names of weights that must not be changed, whatever targets says. Default: none.
-        train: globs on names of parameters to train in full, such as a new head or norms. As peft's modules_to_save.
+        exclude: globs on names of weights that must not be changed, even if they match targets. Default: none.
+        train: globs on names of parameters to train in full, such as a new head or norms. Like peft's modules_to_save.
             Default: none.
         untie: globs on names of tied parameters, such as a head that shares its weight with the embedding. They become
-            separate parameters, and stay separate after `Cascade.release`. Default: none.
-        rules: other ranks or lora_alpha, or rows to train, by pattern (see Rule). The first match counts. Default:
-            none.
+            separate parameters, also after `Cascade.release`. Default: none.
+        rules: other ranks, other lora_alpha, or rows to train, for weights that match a pattern (see Rule). The first
+            match counts. Default: none.
         adapter: adapter method: `lora` (default), `dora` (2402.09353), another row of docs/method.md, or a name given
             to `register_branch`.
         adapter_options: options of the adapter method by name (docs/method.md), as a mapping. Stored as sorted pairs.
@@ -398,36 +398,36 @@ class CascadeSpec:
         rank: rank r of the branches. Default: 8.
         lora_alpha: numerator of the scale `s = lora_alpha / rank`. Default: 8.0.
         use_rslora: divide by `sqrt(rank)` instead of rank (rsLoRA, 2312.03732). Default: False.
-        dropout: probability that an entry of a branch's input is set to zero in train mode, as peft's lora_dropout.
+        dropout: probability that an entry of a branch's input is set to zero in train mode, like peft's lora_dropout.
             Default: 0.0.
-        train_A: whether A is trained. If False, only the product A x is saved for the backward (LoRA-FA, 2308.03303).
-            Default: True.
+        train_A: whether A is trained. If False, A keeps its initial values in a stage, and only A x is saved for the
+            backward (LoRA-FA, 2308.03303). Default: True.
         lr_ratio: learning rate of B divided by the learning rate of A (LoRA+, 2402.12354, which suggests about 16).
             Default: 1.0.
         average: keep the mean of the slow weights at the ends of stages (SWA, 1803.05407), for
             `Cascade.weights("averaged")`. Default: False.
         placement: where branches compute: `beside` the op, `merged` into it, on the `weight`, or `auto` (default) to
-            let a cost model choose. A site whose op does not allow the placement gets another one. The `auto` choice
-            is made at the first capture. See docs/algorithm.md, "Placements".
+            let a cost model choose. If the op of a site does not allow the placement, the site gets another one. The
+            choice of `auto` is made at the first capture. See docs/algorithm.md, "Placements".
         pace: share of the fast weights that a transition merges into the slow ones, in (0, 1]; alpha in the paper.
             A sequence has one share per stage; its last entry repeats. 1.0 merges whole stages (COLA, 2401.04151).
             `mean` is 1/n for the n-th of the stages that the slow weights are made of (n = t without a rewind): with
             restart="fast", the slow weights are then the mean of the weights at the ends of these stages. Default: 0.5.
         restart: whether the next stage starts from the `slow` (default) or the `fast` weights.
         noise: noise on the frozen weights (see Noise). Default: off.
-        restart_factors: which factors restart at a transition: `both` (default), `B` alone, or `none`: A and B continue
-            to train with their optimizer state, whatever `optimizer_state` says, and a stage only ends a cycle of the
-            slow rule.
-        start: factors at the start of a stage. `lora` (default): A random, and B = 0. `pissa` (2404.02948): the largest
+        restart_factors: which factors restart at a transition: `both` (default), `B` alone, or `none`: in the next
+            stage of a loop, A and B continue to train with their optimizer state, whatever `optimizer_state` says. A
+            transition only applies the slow rule then.
+        start: factors at the start of a stage. `lora` (default): random A, and B = 0. `pissa` (2404.02948): the largest
             singular triplets of the weight W, which holds the residual `W - s B A` while the stage trains.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
-        slow_train: whether parameters under `train` follow the slow rule too (docs/algorithm.md). Default: True.
+        slow_train: whether parameters in `train` also follow the slow rule (docs/algorithm.md). Default: True.
         grid: train with the weights that a fold will store, rounded to a grid: `bfloat16`, `float16`, `float8_e4m3fn`,
             `own` for the grid of each quantized weight, or a function that rounds a weight (see `register_grid`).
             Forward computes with the rounded `W + s B A`, and gradients pass through the rounding. Default: None.
-        seed: seed of initial values and noise. `torch.manual_seed` and the seed of a trainer do not change them, so
-            give another seed to each repetition of an experiment. Default: 0.
+        seed: seed of initial values and noise. `torch.manual_seed` and the seed of a trainer do not affect them, so
+            give each repetition of an experiment another seed. Default: 0.
 
     Raises:
         SpecError: a value has the wrong type or is out of range, or options cannot be combined.
@@ -468,7 +468,7 @@ class CascadeSpec:
             # Pairs in sorted order: a spec must be hashable, and equal specs must compare equal.
             object.__setattr__(self, "adapter_options", tuple(sorted(self.adapter_options.items())))
         if callable(self.grid):
-            named = hasattr(self.grid, "__qualname__")  # a functools.partial or a module has no name
+            named = hasattr(self.grid, "__qualname__")  # a functools.partial or a module has none
             name = f"{self.grid.__module__}.{self.grid.__qualname__}" if named else ""
             register_grid(name, self.grid)
             object.__setattr__(self, "grid", name)
@@ -492,7 +492,7 @@ class CascadeSpec:
         return ADAPTERS[self.adapter]
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to lists, dictionaries and numbers, for JSON and TOML. Fields that are None are left out."""
+        """Return {field: plain data}, for JSON and TOML. Fields that are None are left out."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         return {name: _plain(value) for name, value in values.items() if value is not None}
 
@@ -501,7 +501,7 @@ class CascadeSpec:
         """Build a spec from plain data.
 
         Raises:
-            SpecError: a key is unknown (the message has the nearest known one), or a value is invalid.
+            SpecError: a key is unknown (the message suggests the nearest known key), or a value is invalid.
         """
         spec: CascadeSpec = decode(cls, data, ("spec",))
         return spec
