@@ -652,7 +652,7 @@ def kept_by(state: WeightState, view: Summed = "slow") -> Kept | None:
 
 
 def loss_of(shares: Mapping[str, Kept]) -> str:
-    """Return a sentence about the weight that keeps the least, if that is less than `ENOUGH`. Otherwise ""."""
+    """Return a message about the weight that keeps the smallest share, or "" if this share is at least `ENOUGH`."""
     name, kept = min(shares.items(), key=lambda item: item[1].share)
     if kept.share >= ENOUGH:
         return ""
