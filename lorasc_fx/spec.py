@@ -422,7 +422,8 @@ class CascadeSpec:
             singular triplets of the weight W, which holds the residual `W - s B A` while the stage trains.
         optimizer_state: optimizer state of the branches at a transition: `reset` (default), `kept`, or the share in
             (0, 1) of the smallest entries of each moment that are set to zero (ReLoRA, 2307.05695).
-        slow_train: whether parameters in `train` also follow the slow rule (docs/algorithm.md). Default: True.
+        slow_train: whether the share `pace` of the change of parameters in `train` is kept too, or all of it
+            (docs/algorithm.md, "slow update"). Default: True.
         grid: train with the weights that a fold will store, rounded to a grid: `bfloat16`, `float16`, `float8_e4m3fn`,
             `own` for the grid of each quantized weight, or a function that rounds a weight (see `register_grid`).
             Forward computes with the rounded `W + s B A`, and gradients pass through the rounding. Default: None.
