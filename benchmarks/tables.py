@@ -126,7 +126,7 @@ def _without_grouped() -> Iterator[None]:
 def kernels(work: Work, rounds: int) -> Rows:
     """Compare steps with and without each kernel."""
     model, batch, turns = work.build(), work.batch(), dict[str, Turn]()
-    left_out = {"with all": nullcontext, "without oneDNN": _without_onednn, "without grouped": _without_grouped}
+    left_out = {"with both": nullcontext, "without oneDNN": _without_onednn, "without grouped": _without_grouped}
 
     def step(rival: Rival, without: Callable[[], AbstractContextManager[None]]) -> None:
         with without():
@@ -137,7 +137,7 @@ def kernels(work: Work, rounds: int) -> Rows:
             rival = make("ours", work, copy.deepcopy(model), batch)
         turns[name] = Turn(rival.prepare, partial(step, rival, without))
     seconds = alternate(turns, rounds)
-    yield {"model": work.title, **ratios(seconds, [(name, "with all") for name in list(left_out)[1:]])}
+    yield {"model": work.title, **ratios(seconds, [(name, "with both") for name in list(left_out)[1:]])}
 
 
 @_table(

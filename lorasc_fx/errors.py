@@ -86,7 +86,7 @@ CODES = {
     "optimizer-lacks-parameters": "the optimizer does not contain all trained parameters",
     "other-versions": "(warning) a checkpoint was written with other library versions",
     "pass-order": "passes cannot be sorted by their requirements",
-    "path-in-the-way": "the path to write exists and is something else",
+    "path-in-the-way": "the path to write exists, and lorasc-fx does not replace it",
     "quantized-left-out": "(warning) quantized weights cannot be adapted and are not changed",
     "quantized-not-supported": "a quantized weight cannot store the result, or was not re-quantized",
     "rank-failed": "another rank raised an error or has ended",

@@ -47,7 +47,7 @@ def is_opaque_leaf(value: object) -> bool:
 def register_cache_pytrees(model: nn.Module) -> None:
     """Register the key-value caches of transformers as pytrees, if transformers is imported and has such a function."""
     if "transformers.cache_utils" in sys.modules and importlib.util.find_spec("transformers.exporters") is not None:
-        exporter = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - our own name
+        exporter = importlib.import_module("transformers.exporters.exporter_dynamo")  # noqa: TID251 - not a name from a file
         exporter.register_cache_pytrees_for_model(model)
 
 
@@ -170,7 +170,7 @@ class Calls:
 
     Args:
         signature: signature of the forward of the model.
-        one_key: whether all calls have the same key, because the model itself is a GraphModule.
+        one_key: True if the model itself is a GraphModule. All calls then run one graph, so they have one key.
     """
 
     def __init__(self, signature: inspect.Signature, one_key: bool = False) -> None:

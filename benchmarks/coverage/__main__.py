@@ -91,7 +91,7 @@ def coverage(libraries: dict[str, list[dict[str, Any]]]) -> str:
             lists[title].append(_name(model) if title else _row(model))
         rows = lists.pop("", [])
         lines += ["", f"### {library}", ""]
-        lines += [line for title, names in lists.items() for line in (f"{title}: {', '.join(names)}.", "")]
+        lines += [line for title, names in lists.items() for line in (f"{title}. Models: {', '.join(names)}.", "")]
         lines += [HEAD, *rows]
     return "\n".join(lines) + "\n"
 

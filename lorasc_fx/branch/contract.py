@@ -46,7 +46,7 @@ Reshard = Callable[[torch.Tensor, Side], torch.Tensor]
 
 
 class StartWeight(Protocol):
-    """The weight of a branch at the start of a stage (`state.stage.StageWeight`), for methods that need it."""
+    """The weight at the start of a stage, from which some methods compute their first parameters (a protocol)."""
 
     @property
     def shard(self) -> ShardSpec:
@@ -67,7 +67,7 @@ class StartWeight(Protocol):
 
 @dataclass(frozen=True)
 class _InPlace:
-    """Implements `StartWeight` for the unsharded weight of a forward."""
+    """`StartWeight` for a whole weight that a graph reads in its forward."""
 
     weight: torch.Tensor
     shard: ShardSpec

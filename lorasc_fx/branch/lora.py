@@ -1,4 +1,4 @@
-"""LoRA (2106.09685), the base class of all methods whose delta is a low-rank product `s B A`, and DoRA (2402.09353).
+"""LoRA (2106.09685) and DoRA (2402.09353). LoRA is the base class of all methods whose delta is a product `s B A`.
 
 A is [rank, in] and B [out, rank], for a weight [out, in/groups, *kernel] as the matrix [out, in] (docs/algorithm.md,
 rows "branch" and "training"). With stacked matrices, A and B have the axis of the stack first. For a weight that is

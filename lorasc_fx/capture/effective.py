@@ -196,7 +196,7 @@ class _Parameters(dict[str, Any]):
         return self._read(leaf, super().__getitem__(leaf))
 
     def __setitem__(self, leaf: str, value: object) -> None:
-        """Set a parameter. If the value is an effective weight, set the parameter from which it was computed.
+        """Store a parameter under its name. If `value` is an effective weight, store the parameter that it came from.
 
         `functional_call` sets effective weights: it reads all parameters, replaces them, and writes back what it read.
         """

@@ -569,7 +569,7 @@ class Run:
     def loss_if_dropped(self) -> str | None:
         """Return a text that says what is lost if the cascade is garbage collected now, or None.
 
-        The text has "{model}" for the class of the model. Reads only counters and flags, no tensors.
+        The text contains the placeholder {model} for the class of the model. Reads only counters and flags, no tensors.
         """
         if self.released:
             return None

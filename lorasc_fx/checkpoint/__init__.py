@@ -119,7 +119,7 @@ class Checkpoint:
             return decoded(self.content, self.plan)
 
     def with_learners(self) -> tuple[RunState, dict[str, Learner]]:
-        """Return the state in this checkpoint, and {weight name: learner} of the running stage. Needs no model."""
+        """Return the stored state, and {weight name: branch, or parameter trained in full} of the running stage."""
         state = self.decoded()
         with self.refusing():
             return state, state.learners()

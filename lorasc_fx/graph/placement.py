@@ -36,7 +36,7 @@ def by_shape(site: Site, nodes: Sequence[fx.Node]) -> str:
         read, written = shape_of(x), shape_of(node)
         if not read or not written or len(site.shape) not in (2, len(read)):
             return "beside"
-        # Multiply-adds of the op, and entries that a branch with placement `beside` reads and writes again.
+        # Multiply-adds of the op, and entries that a branch with placement `beside` reads and writes beside the op.
         work = math.prod(written) * (read[-1] if len(site.shape) == 2 else math.prod(site.shape[1:]))
         moved = math.prod(read) + math.prod(written)
         if work < MIN_WORK or moved < MIN_RATIO * math.prod(site.shape):

@@ -26,7 +26,7 @@ from lorasc_fx.util.fingerprint import fingerprint
 
 _TRAINED_IN_FULL = "it was trained in full; adapt it with factors (targets=...), or remove it from train=..."
 _SCALES_ROWS = "its rows are scaled (DoRA), which factors cannot express"
-_BUFFER = "the training has changed this buffer; train in eval mode, or give a base that has its values"
+_BUFFER = "training has changed this buffer; train in eval mode, or give a base whose buffer has the trained values"
 
 
 @dataclass(frozen=True)

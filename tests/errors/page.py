@@ -17,7 +17,7 @@ every error of this page; `error.code` is its code.
 Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). Each is given once per cascade, at the
 line of your program.
 
-Classes, and other classes as which they can be caught:
+Classes, and the other classes by which `except` also catches them:
 """
 
 CLASSES = (
