@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from tests.kit.errors import raises
@@ -107,29 +106,6 @@ def test_slow_and_fast_weights_are_the_formula(name: str, rank: int, noise: floa
             assert_weights(cascade.model, ends[2])
 
 
-@pytest.mark.parametrize("pace", [0.4, 1.0])
-def test_a_weight_stored_as_in_out_is_the_transpose(pace: float) -> None:
-    """A Conv1D of transformers [in, out] trains and folds as the Linear [out, in] of the same weight."""
-    torch.manual_seed(5)
-    linear, transposed = nn.Linear(6, 5).double(), Conv1D(5, 6).double()
-    with torch.no_grad():
-        transposed.weight.copy_(linear.weight.T)
-        transposed.bias.copy_(linear.bias)
-    calls = batches(3, 4, 6)
-    kept: list[torch.Tensor] = []
-    for model in (linear, transposed):
-        cascade = adapted(nn.Sequential(model, nn.Tanh()), calls[0], rank=1, pace=pace)
-        optimizer = optimizer_of(cascade, "sgd")
-        for _ in range(2):
-            train(cascade, optimizer, calls)
-            cascade.transition(optimizer)
-        before = weights(cascade.model)["0.weight"]
-        train(cascade, optimizer, calls)
-        kept.append(cascade.release()[0].weight.detach().clone())
-        assert (kept[-1] - before).abs().max() > 1e-4
-    torch.testing.assert_close(kept[1].T, kept[0], rtol=0, atol=1e-12)
-
-
 def test_a_stage_that_trains_only_magnitudes() -> None:
     """B = 0, but m has changed: a stage without an expert, whose rows are scaled nevertheless."""
     model, (x,) = mlp(), batches(1, 4, 5)
@@ -145,25 +121,6 @@ def test_a_stage_that_trains_only_magnitudes() -> None:
     cascade.transition(None)
     expected = {name: (0.5 + 0.5 * scales[name]) * value for name, value in base.items()}
     assert_weights(cascade.release(), expected, atol=1e-14)
-
-
-def test_only_magnitudes_over_a_dense_delta() -> None:
-    """The rows of an earlier, collapsed delta are scaled too, immediately and after another stage."""
-    model, calls = mlp(), batches(4, 4, 5)
-    cascade = adapted(model, calls[0], rank=4, lora_alpha=4 * SCALE)
-    optimizer = optimizer_of(cascade, "sgd")
-    train(cascade, optimizer, calls)
-    cascade.transition(optimizer)
-    assert all(state.is_dense for state in weight_states(cascade).values())
-    slow = weights(cascade.model)
-    with torch.no_grad():
-        for branch in branches(cascade).values():
-            branch.lora_magnitude_vector.mul_(1.5)
-    cascade.transition(optimizer)
-    assert_weights(cascade.model, {name: 1.5 * value for name, value in slow.items()}, atol=1e-13)
-    train(cascade, optimizer, calls)
-    fast = {name: trained(cascade, name, 1.5 * value) for name, value in slow.items()}
-    assert_weights(cascade.release(), fast, atol=1e-13)
 
 
 def test_with_a_start_from_the_weight() -> None:
