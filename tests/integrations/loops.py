@@ -31,7 +31,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "mean": {"pace": "mean", "restart": "fast"},
     "pissa, average": {"start": "pissa", "average": True},
 }
-STOPS = (4, 5, 6, 7)
+STOPS = (4, 5, 6)
 """After how many batches of `Steps`, or steps of another loop, a run is saved: also between two batches of a step."""
 END = 14
 

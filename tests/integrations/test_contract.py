@@ -14,10 +14,10 @@ from tests.integrations.kit import net
 from tests.integrations.loops import END, LOOPS, SPECS, STOPS, Accelerated, AcceleratedHalf, Steps, data
 from tests.kit.models import lora_of, trainable_parameters
 
-QUICK = [("plain", "noise, A kept"), ("plain", "pissa, average"), ("accelerate", "noise"), ("accelerate, bf16", "fast")]
+QUICK = [("plain", "noise, A kept"), ("accelerate, bf16", "fast")]
 QUICK += [("timm", "noise"), ("trainer, epochs", "noise")]
-SLOW = [("accelerate", "noise, A kept"), ("trainer, bf16", "fast")]
-SLOW += [(loop, spec) for loop in ("plain", "trainer") for spec in SPECS if (loop, spec) not in QUICK]
+SLOW = [("trainer, bf16", "fast")]
+SLOW += [("plain", spec) for spec in SPECS if ("plain", spec) not in QUICK] + [("trainer", "pairs")]
 SLOW += [(loop, "noise") for loop in LOOPS if (loop, "noise") not in QUICK + SLOW]
 
 

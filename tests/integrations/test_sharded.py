@@ -1,30 +1,20 @@
-"""`generate` with weights sharded over two processes equals one process, and a Trainer refuses shards."""
+"""`generate` with weights sharded over two processes gives the tokens of one process."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import PartialState
 from torch import Tensor
-from transformers import Trainer
 
 import lorasc_fx as lx
-from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.parallel import fsdp
-from tests.integrations.kit import adapted, arguments, llama
-from tests.integrations.test_processes import SPEC, as_torchrun, free_port
-from tests.kit.errors import raises
+from tests.integrations.kit import llama
 from tests.parallel.ranks import on_ranks
 from tests.parallel.sharding import Peak
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-LIMIT = 500.0
-"""Seconds; a Trainer is slow to import."""
-
 
 PROMPTS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -56,12 +46,12 @@ def generated(rank: int, count: int) -> dict[str, Tensor]:
             cascade(input_ids=PROMPTS, attention_mask=torch.ones_like(PROMPTS), labels=PROMPTS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            for number in ranks:
-                tokens[f"{number}/fast"] = sampled(cascade, prompt(number))
-                with cascade.weights("slow"):
-                    tokens[f"{number}/slow"] = sampled(cascade, prompt(number), use_cache=False)
-                with torch.inference_mode():
-                    tokens[f"{number}/in inference mode"] = sampled(cascade, prompt(number)).clone()
+        for number in ranks:
+            tokens[f"{number}/fast"] = sampled(cascade, prompt(number))
+            with cascade.weights("slow"):
+                tokens[f"{number}/slow"] = sampled(cascade, prompt(number), use_cache=False)
+            with torch.inference_mode():
+                tokens[f"{number}/in inference mode"] = sampled(cascade, prompt(number)).clone()
     if count > 1:
         with Peak(cascade) as peak:
             sampled(cascade, prompt(rank))
@@ -78,21 +68,8 @@ def generated(rank: int, count: int) -> dict[str, Tensor]:
 
 def test_generate_gives_the_tokens_of_one_process() -> None:
     (one,) = on_ranks(1, generated)
-    for rank, sampled_by_rank in enumerate(on_ranks(2, generated, limit=LIMIT)):
+    for rank, sampled_by_rank in enumerate(on_ranks(2, generated, limit=500.0)):
         assert sampled_by_rank.keys() == {name for name in one if name.startswith(f"{rank}/")}
         for name, tokens in sampled_by_rank.items():
             assert torch.equal(tokens, one[name]), name
     assert not torch.equal(one["0/before"], one["0/fast"])
-
-
-def refused(rank: int, count: int, port: int, folder: str) -> None:
-    """A Trainer raises one error before anything is changed."""
-    as_torchrun(rank, count, port)
-    PartialState(cpu=True)  # which makes the process group
-    cascade = fsdp.shard(adapted(SPEC, 0.0, torch.float64))
-    with raises(lx.SpecError, "trainer-not-supported", "sharded", "parallel.fsdp.shard"):
-        Trainer(model=cascade, args=arguments(Path(folder)), callbacks=[CascadeCallback(cascade)])
-
-
-def test_sharding_by_other_libraries_is_refused(tmp_path: Path) -> None:
-    on_ranks(2, refused, free_port(), str(tmp_path), group=False, limit=LIMIT)

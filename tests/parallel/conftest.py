@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def two(folder: Path) -> list[dict[str, Tensor]]:
     """The results of `together.on_two`, by rank."""
-    sharding.saved(0, 1, "fresh", str(folder / "one process"), 10)
+    sharding.saved(0, 1, "fresh", str(folder / "one process"), 5)
     return on_ranks(2, together.on_two, str(folder), limit=900)
 
 
@@ -40,7 +40,7 @@ def killed(folder: Path) -> tuple[RankFailed, float, str]:
     """A run under DDP whose last process dies: the error, the seconds, and the folder of its checkpoint."""
     run, began = str(folder / "killed"), time.monotonic()
     with pytest.raises(RankFailed) as caught:
-        on_ranks(2, training.saved_then_killed, "fast", run, 4, "dies", limit=40, timeout=5)
+        on_ranks(2, training.saved_then_killed, "fast", run, 3, limit=40, timeout=5)
     return caught.value, time.monotonic() - began, run
 
 

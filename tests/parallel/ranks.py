@@ -79,12 +79,13 @@ def on_ranks(
 
 
 def processes(work: Callable[..., Any]) -> Any:
-    """The context that starts processes: forks of a server that has imported torch and this package.
+    """The context that starts processes: forks of a server that has imported torch, this package and the Trainer.
 
     The module of the work comes along, if it is the first one: the server lives until the test run ends.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "lorasc_fx", work.__module__])
+    modules = ["torch._dynamo", "torch.distributed.tensor", "lorasc_fx", "transformers.trainer", work.__module__]
+    context.set_forkserver_preload(modules)
     return context
 
 

@@ -89,18 +89,18 @@ class Blocks(nn.Module):
         return self.head(x) + F.linear(x, self.table.weight)[:, :4]
 
 
-def blocks(**sizes: int) -> Blocks:
+def blocks() -> Blocks:
     torch.manual_seed(1)
-    return Blocks(**sizes).double()
+    return Blocks().double()
 
 
 def example() -> Tensor:
     return torch.stack([tokens for tokens, _ in data()[:3]])
 
 
-def adapted(name: str, **sizes: int) -> lx.Cascade:
+def adapted(name: str) -> lx.Cascade:
     spec = lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("*norm*",), "seed": 5, **SPECS[name]})
-    return lx.adapt(blocks(**sizes), args=(example(),), spec=spec)
+    return lx.adapt(blocks(), args=(example(),), spec=spec)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ def values(cascade: lx.Cascade) -> dict[str, Tensor]:
 
 
 @functools.cache
-def alone(name: str, **sizes: int) -> dict[str, Tensor]:
-    cascade = adapted(name, **sizes)
+def alone(name: str) -> dict[str, Tensor]:
+    cascade = adapted(name)
     optimizer = optimizer_of(cascade)
     run(cascade, optimizer, 0, STAGES * STEPS, (0, 1))
     tensors = values(cascade)
@@ -273,9 +273,9 @@ def drawn_anew(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def resumed(rank: int, count: int, folder: str, **sizes: int) -> dict[str, Tensor]:
+def resumed(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     """Resume from a checkpoint, sharded if there are several ranks."""
-    cascade = lx.load(folder, drawn_anew(blocks(**sizes), rank), args=(example(),))
+    cascade = lx.load(folder, drawn_anew(blocks(), rank), args=(example(),))
     if count > 1:
         fsdp.shard(cascade)
     optimizer = optimizer_of(cascade)

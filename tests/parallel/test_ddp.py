@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,16 +66,6 @@ def test_a_run_is_resumed_after_a_process_died(
         assert len({tuple(numbers.tolist()) for numbers in drawn}) == count
         for rank, numbers in enumerate(drawn if count == 2 else ()):  # two ranks saved their generators
             assert torch.equal(numbers, torch.rand(3, generator=torch.Generator().manual_seed(rank)))
-
-
-@pytest.mark.slow
-def test_a_run_is_resumed_after_a_process_stood_still(tmp_path: Path) -> None:
-    folder, began = str(tmp_path / "run"), time.monotonic()
-    with pytest.raises(RankFailed) as caught:
-        on_ranks(2, training.saved_then_killed, "fresh", folder, 6, "stands still", limit=40, timeout=5)
-    check_lost(caught.value, time.monotonic() - began)
-    (values,) = on_ranks(1, training.resumed, "fresh", folder, together.UNTIL)
-    close(values, training.alone("fresh", together.UNTIL))
 
 
 LATE = ("wrapper-not-supported", "branches.second/weight.lora_A", "branches.second/weight.lora_B")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +15,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lorasc_fx as lx
+from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.parallel import fsdp
 from tests.errors.inject import EVERY, LineAt, in_turn, sigint
 from tests.errors.models import Late
+from tests.integrations.kit import arguments
 from tests.kit.errors import raises
 from tests.kit.models import Breaking, train
 from tests.kit.state import canonical, file_digest, text_digest
-from tests.parallel import elastic, sharding
+from tests.parallel import sharding
 from tests.parallel.conftest import part
 from tests.parallel.ranks import on_ranks
 from tests.parallel.test_ddp import close
-
-ROOT = Path(__file__).parents[2]
-
 
 LATER = ("folded/", "first/", "back/")
 """Parts of the results of an uninterrupted run that a resumed one does not have."""
@@ -294,31 +290,11 @@ def test_an_interrupted_shard_changes_nothing() -> None:
     torch.testing.assert_close(cascade(x), expected, rtol=1e-5, atol=1e-6)  # the size of the noise is summed in fp64
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_torchrun_restarts_killed_ranks(tmp_path: Path) -> None:
-    """Killed in a save, a transition and a step. The final checkpoint equals the one of an uninterrupted run."""
-    name, count, kills = "fresh", 2, 3
-    for folder in ("whole", "killed"):
-        (tmp_path / folder).mkdir()
-    expected, *_ = on_ranks(count, elastic.train, str(tmp_path / "whole"), name, limit=300)
-    for rank in range(count):
-        (tmp_path / "whole" / elastic.CALLS.format(rank)).rename(tmp_path / "killed" / elastic.CALLS.format(rank))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--monitor-interval", "0.1"]
-    command += ["--nproc-per-node", str(count), "--max-restarts", str(kills), "-m", "tests.parallel.elastic"]
-    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or gloo looks for ranks of before the restart (torch 2.13)
-    done = subprocess.run(
-        [*command, str(tmp_path / "killed"), name, str(kills)],
-        cwd=ROOT, env=os.environ | apart, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    killed_in = (tmp_path / "killed" / "journal").read_text(encoding="utf-8").split()
-    assert killed_in == list(elastic.PARTS)
-    values = load_file(tmp_path / "killed" / "result.safetensors")
-    assert values.keys() == expected.keys()
-    assert [key for key, value in values.items() if not torch.equal(value, expected[key])] == []
-    assert [path.name[:8] for path in (tmp_path / "killed" / "run").iterdir()] == ["version-"]
+@pytest.mark.usefixtures("group")
+def test_a_trainer_refuses_a_sharded_cascade(tmp_path: Path) -> None:
+    cascade = fsdp.shard(small({}))
+    with raises(lx.SpecError, "trainer-not-supported", "sharded", "parallel.fsdp.shard"):
+        CascadeCallback(cascade).on_init_end(arguments(tmp_path), None, None, model=cascade)
 
 
 @pytest.mark.usefixtures("group")

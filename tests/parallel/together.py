@@ -8,7 +8,7 @@ from tests.parallel import sharding, training
 
 SAVED = ("fresh", "fast", "averaged", "dora, pissa")
 """The cascades that two ranks save. With rank 1, lora_A is sharded along its inputs."""
-UNTIL = 10
+UNTIL = 6
 """Number of steps of a resumed run under DDP."""
 
 
@@ -21,7 +21,7 @@ def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
         "ddp": training.under_ddp(rank, count, training.SPECS),
     }
     for name in SAVED:
-        sharding.saved(rank, count, name, f"{folder}/{name}", 10)
+        sharding.saved(rank, count, name, f"{folder}/{name}", 5)
     for name in ("fresh", "one process"):
         results[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
     sharding.unlike(rank, count)
