@@ -285,9 +285,6 @@ def content(change: Edit) -> Edit:
 
 EDITED: dict[str, Edit] = {
     "stage": content(lambda edited: edited["plan"].update(stage=9)),
-    "pace": content(lambda edited: edited["plan"]["spec"].update(pace=0.9)),
-    "base": content(lambda edited: edited["base"].update({"body.weight": "0" * 64})),
-    "idle": content(lambda edited: edited.update(idle=True)),
     "a field more": lambda edited: edited.update(more=1),
     "another digest": lambda edited: edited.update(digest="0" * 64),
     "no digest": lambda edited: edited.pop("digest"),

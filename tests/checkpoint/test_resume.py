@@ -99,7 +99,7 @@ def test_bits_for_every_layout(kind: tuple[Any, ...], setting: str, tmp_path: Pa
     """A checkpoint does not store strides, but BLAS rounds the product of a transposed factor differently."""
     dtype = getattr(torch, setting, torch.float32)
     base, x = Product(*kind).to(dtype), product_input(*kind).to(dtype)
-    for rank in (1, 2, 3):
+    for rank in (1, 3):
         model, spec = (
             deepcopy(base),
             lx.CascadeSpec(rank=rank, pace=0.4, adapter="dora" if setting == "dora" and len(kind) == 3 else "lora"),
@@ -260,31 +260,8 @@ def test_optimizers(name: str, how: Any, tmp_path: Path) -> None:
     assert_resumes(run, THREE_STAGES, (2, 4, 9), tmp_path)
 
 
-class Narrow(torch.optim.Optimizer):
-    """An optimizer with momentum in int8, a separate scale in fp64, and a list of tensors."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if not (state := self.state[parameter]):
-                    state["moment"] = torch.zeros(parameter.shape, dtype=torch.int8)
-                    state["more"] = [torch.ones((), dtype=torch.float64), torch.zeros(2, dtype=torch.int16)]
-                moment = state["moment"] * state["more"][0] * 0.9 + parameter.grad.double()
-                state["more"][0] = moment.abs().max().clamp_min(1e-12) / 127
-                state["moment"] = (moment / state["more"][0]).round().to(torch.int8)
-                parameter.sub_((group["lr"] * state["moment"] * state["more"][0]).to(parameter.dtype))
-
-
 @pytest.mark.filterwarnings("ignore:.*the rounding of mix.weight keeps:lorasc_fx.errors.LorascWarning")  # in bf16
-@pytest.mark.parametrize(
-    ("make", "dtype"), [(torch.optim.NAdam, torch.float64), (torch.optim.ASGD, torch.bfloat16), (Narrow, torch.float32)]
-)
+@pytest.mark.parametrize(("make", "dtype"), [(torch.optim.NAdam, torch.float64), (torch.optim.ASGD, torch.bfloat16)])
 def test_states_of_another_dtype_than_their_parameter(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     """torch's load_state_dict would convert them to the dtype of the parameter."""
     x = inputs(5, 3, 4, 4).to(dtype)
@@ -325,14 +302,7 @@ def test_a_scheduler_gets_the_saved_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "spec"),
-    [
-        (torch.bfloat16, "noise"),
-        (torch.bfloat16, "train"),
-        (torch.bfloat16, "dense collapse, fast"),
-        (torch.float16, "noise"),
-        (torch.float64, "train"),
-        (torch.float64, "dense collapse, fast"),
-    ],
+    [(torch.bfloat16, "dense collapse, fast"), (torch.float16, "noise"), (torch.float64, "train")],
 )
 def test_dtypes(dtype: torch.dtype, spec: str, tmp_path: Path) -> None:
     run = Run(SPECS[spec], build=lambda: Net().to(dtype), x=inputs(5, 3, 4, 4).to(dtype))
