@@ -270,8 +270,7 @@ class Budget(TorchDispatchMode):
         self.remaining += size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("keep", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_transition_in_a_memory_that_stays_full(keep: bool, dtype: torch.dtype) -> None:
     """Restoring values needs memory too. The weights grow, so that a later one fails after earlier ones are written."""
     layers = nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 9, bias=False), nn.Linear(9, 11)

@@ -355,29 +355,6 @@ def test_a_planned_weight_that_another_mode_writes_to() -> None:
     assert cascade.release() is model
 
 
-class Picky(nn.Module):
-    """A linear; in eval mode it refuses gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and torch.is_grad_enabled():
-            raise ValueError("no gradients here")
-        return self.proj(x)
-
-
-def test_a_new_signature_that_the_model_refuses() -> None:
-    cascade = lx.adapt(Picky(), args=(X,), spec=SPEC)
-    optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.05))
-    cascade.eval()
-    with unchanged(cascade, optimizer), pytest.raises(ValueError, match="no gradients here"):
-        cascade(X)
-    cascade.train()
-    step(cascade, optimizer)
-
-
 # ---- paths
 
 

@@ -179,13 +179,6 @@ def test_a_spec_is_read_again(options: dict[str, Any], tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.toml").spec == spec
 
 
-def test_a_wrong_key_of_a_rule(tmp_path: Path) -> None:
-    text = '[spec]\n\n[[spec.rules]]\npattern = "head.*"\nlora_rank = 1\n'
-    (tmp_path / "config.toml").write_text(text)
-    with raises(lx.SpecError, "unknown-name", "config.toml", "spec.rules[0]", "lora_rank"):
-        load_config(tmp_path / "config.toml")
-
-
 def test_the_page_has_the_conflicts() -> None:
     """`python -m tests.options.page` writes it."""
     assert page.PAGE.read_text(encoding="utf-8") == page.page()

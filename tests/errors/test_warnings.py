@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import lorasc_fx as lx
-from tests.errors.models import Late
 from tests.kit.errors import lacking
 from tests.kit.models import Breaking, train
 from tests.kit.state import forget_warnings
@@ -226,15 +225,6 @@ def test_copies_pickles_and_tracers_of_the_model() -> None:
         assert torch.equal(torch.fx.symbolic_trace(model)(X), expected)
         assert torch.equal(torch.export.export(model, (X,)).module()(X), expected)
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
-
-
-def test_a_site_that_comes_after_the_optimizer() -> None:
-    cascade = lx.adapt(Late().eval(), (X,), spec=QUIET)
-    with silent():
-        optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
-        step(cascade, optimizer)
-    with warns("late-sites", "second.weight"):
-        cascade.train()(X)
 
 
 class Detector(nn.Module):
