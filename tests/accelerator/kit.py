@@ -69,10 +69,6 @@ def llama() -> nn.Module:
     return tiny.llama(vocab_size=VOCABULARY, hidden_size=24)
 
 
-def gpt2() -> nn.Module:
-    return tiny.gpt2(vocab_size=VOCABULARY, n_embd=24)
-
-
 def _rows(*shape: int) -> Callable[[], Inputs]:
     return lambda: ((torch.randn(BATCH, *shape),), {})
 
@@ -88,7 +84,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "tied": (lambda: Tied(VOCABULARY, 16), lambda: ((torch.randint(VOCABULARY, (BATCH, 6)),), {})),
     "bert": (bert, _ids()),
     "llama": (llama, _ids(use_cache=False)),
-    "gpt2": (gpt2, _ids(use_cache=False)),
     "dropout": (
         lambda: nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Dropout(0.3), nn.Linear(20, CLASSES)),
         _rows(12),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS
-from tests.accelerator.kit import DEVICE, MODELS, OTHER, Side, assert_same, compare, tensors, two_devices
+from tests.accelerator.kit import DEVICE, OTHER, Side, assert_same, compare, tensors, two_devices
 
 SPECS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -210,23 +210,3 @@ def test_moves(spec: str) -> None:
 
 def test_exported_graphs(tmp_path: Path) -> None:
     compare("mlp", lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), middle, graphs, folder=tmp_path)
-
-
-RUNS = [name for name in MODELS if name != "dropout"]
-LARGE = ("bert", "gpt2", "llama")
-
-
-def flow(side: Side) -> None:
-    side.show("stage 1", tensors(side.cascade))
-    for stage in side.cascade.stages(3, side.optimizer):
-        side.step()
-        side.show(f"stage {stage.number}", tensors(side.cascade))
-        for view in ("slow", "fast", "base"):
-            with side.cascade.weights(view), torch.no_grad():
-                side.show(f"stage {stage.number}, {view} weights", side.call())
-    side.show("released", tensors(side.cascade.release()))
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in RUNS])
-def test_a_run(name: str) -> None:
-    compare(name, lx.CascadeSpec(rank=2, noise=lx.Noise(0.1)), flow)
