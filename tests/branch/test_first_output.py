@@ -67,12 +67,7 @@ class Both(nn.Module):
         return [*self.single(x, image, indices), *self.narrow(x, image, indices)]
 
 
-ROWS = [
-    (name, placement)
-    for name, method in METHODS.items()
-    for placement in ("auto", "beside", "merged", "weight")
-    if placement in {"auto", *method.placements}
-]
+ROWS = [(name, placement) for name, method in METHODS.items() for placement in sorted(method.placements)]
 NO_PRODUCT = ("*.table.*", "*.cell.*")
 EXCLUDED = {"dora": (*NO_PRODUCT, "*.up.*", "*.stored"), "lokr": NO_PRODUCT}
 

@@ -197,34 +197,3 @@ def test_no_more_graphs_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
             cascade(x, scale=scale)
     with warns("too-many-variants", "4"):
         assert torch.equal(cascade(x)["logits"], expected)
-
-
-class Counts(nn.Module):
-    """Counts its calls in a buffer, in place or by a new tensor."""
-
-    def __init__(self, in_place: bool) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.in_place = in_place
-        self.body = nn.Linear(5, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.in_place:
-            self.calls.add_(1)
-        else:
-            self.calls = self.calls + 1
-        return self.body(x)
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_buffer_that_counts_calls(in_place: bool) -> None:
-    """The graph writes a buffer that Python code changes in place or assigns. The capture leaves it unchanged."""
-    model, x = Counts(in_place).double(), batches(1, 4, 5)[0]
-    calls = model.calls
-    cascade = lx.adapt(model, (x,))
-    assert model.calls is calls
-    assert int(calls) == 0
-    assert cascade.frontend == "export"
-    for count in (1, 2, 3):
-        cascade(x)
-        assert int(model.calls) == count

@@ -69,30 +69,6 @@ def test_weights_inside_torchscript_are_refused(compiler: str, name: str) -> Non
     assert all(branch.lora_B.grad.any() for branch in branches(cascade).values())
 
 
-def test_mamba_is_one_graph_with_its_cache() -> None:
-    """For an export, transformers registers the cache of Mamba with torch's pytree."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=1, state_size=4, vocab_size=50)
-    model = transformers.MambaForCausalLM(config).double().eval()
-    ids = torch.randint(3, 40, (2, 6))
-    cascade = lx.adapt(model, kwargs={"input_ids": ids}, spec=SPEC)
-    assert cascade.frontend == "export"
-    assert {site.kind for site in cascade.sites} == {"embedding", "conv", "linear"}
-    randomize(cascade, 1)
-    computed = cascade(input_ids=ids)
-    assert type(computed) is type(model(input_ids=ids))
-    loss_of(computed.logits).backward()
-    assert all(parameter.grad is not None for parameter in cascade.branches.parameters())
-    for parameter in cascade.parameters():
-        parameter.grad = None
-    with cascade.weights("fast"):
-        torch.testing.assert_close(model(input_ids=ids).logits, computed.logits, rtol=0, atol=1e-12)
-    again = cascade(input_ids=ids[:, :3], cache_params=computed.cache_params)  # the cache as an input
-    assert again.logits.shape[1] == 3
-
-
 class Padded(nn.Module):
     """Pads by an amount that Python computes from the size, like the padding `SAME` of TensorFlow."""
 
