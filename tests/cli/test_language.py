@@ -110,4 +110,3 @@ def test_mistakes_with_language_models(language: Path, fails: Callable[..., None
     fails([*train, "model.path=plain"], "Cannot use chat template functions because tokenizer.chat_template is not set")
     given = ["train.chat_template_path=llama/chat_template.jinja", "train.max_steps=2", "output=templated"]
     assert main([*train, "model.path=plain", *given]) == 0
-    assert main([*train, "data.path=pairs.jsonl", "data.max_length=4", "train.max_steps=2", "output=cut"]) == 0

@@ -83,7 +83,7 @@ def test_a_run_and_its_folder(workspace: Path, capsys: Capture, fails: Callable[
     assert same(weights("second"), weights("runs/tiny"))
 
 
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_stopped_run_resumes_with_the_same_bits(
     workspace: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
@@ -129,11 +129,10 @@ def test_options_of_the_trainer(workspace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["tiny", "language"])
-def test_two_processes_give_the_losses_of_one(language: Path, name: str) -> None:
+def test_two_processes_give_the_losses_of_one(language: Path) -> None:
     """The batches divide the examples: otherwise, accelerate repeats examples so that all processes have as many."""
     sizes = ["train.max_steps=12", "data.train=40", "data.validation=8", "data.test=8"]
-    common = ["-m", "lorasc_fx", "train", f"{name}.toml", *sizes]
+    common = ["-m", "lorasc_fx", "train", "language.toml", *sizes]
     one = run_alone(*common, "output=one", "train.per_device_eval_batch_size=8", cwd=language)
     assert one.returncode == 0, one.stderr
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -36,19 +36,13 @@ def program(page: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = program(page.read_text(encoding="utf-8"))
-    if not code.strip():
-        return  # prose only
+    if not code.strip() or page.name == "README.md":
+        return  # prose only; or run by the test of what it prints
     script = tmp_path / f"{page.stem}.py"
     script.write_text(code, encoding="utf-8")
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     runpy.run_path(str(script), run_name="__main__")
-
-
-def test_lines_of_a_program_are_those_of_its_page() -> None:
-    page = "# title\n\n```python\na = 1\n```\ntext\n```python\nb = 2\n```\n"
-    assert program(page).splitlines()[3] == "a = 1"
-    assert program(page).splitlines()[7] == "b = 2"
 
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")

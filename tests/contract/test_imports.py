@@ -65,7 +65,8 @@ def module_name(path: Path) -> str:
 
 
 def test_modules_import_without_the_extras() -> None:
-    """All modules except cli and integrations import if no package of an extra can be imported."""
+    """All modules except cli and integrations import if no package of an extra can be imported. The package itself
+    leaves to later what takes longer to import than all its modules; torch may import that."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     wanted = {canonicalize_name(Requirement(line).name) for lines in extras.values() for line in lines}
     wanted -= {"numpy", "packaging", "lorasc-fx"}  # torch imports the first two if they are installed
@@ -74,16 +75,11 @@ def test_modules_import_without_the_extras() -> None:
     assert {"peft", "transformers"} <= set(blocked)
     edges = ("lorasc_fx.__main__", "lorasc_fx.cli", "lorasc_fx.integrations")
     modules = [name for name in map(module_name, sources()) if not name.startswith(edges)]
-    done = python(f"import sys, torch\nsys.modules.update(dict.fromkeys({blocked}))\nimport {', '.join(modules)}")
-    assert done.returncode == 0, done.stderr
-
-
-def test_import_leaves_to_later_what_takes_long_to_import() -> None:
-    """Each of these takes longer to import than all modules of the package. torch itself may import it."""
-    names = ["networkx", "sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"]
+    slow = ["networkx", "sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"]
     done = python(
-        f"import sys, json, torch\nabsent = [name for name in {names} if name not in sys.modules]\n"
-        "import lorasc_fx\nprint(json.dumps([absent, [name for name in absent if name in sys.modules]]))"
+        f"import sys, json, torch\nsys.modules.update(dict.fromkeys({blocked}))\n"
+        f"absent = [name for name in {slow} if name not in sys.modules]\nimport lorasc_fx\n"
+        f"print(json.dumps([absent, [name for name in absent if name in sys.modules]]))\nimport {', '.join(modules)}"
     )
     assert done.returncode == 0, done.stderr
     absent, imported = json.loads(done.stdout)
