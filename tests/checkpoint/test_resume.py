@@ -232,15 +232,26 @@ class Bfgs(torch.optim.LBFGS):
         return super().step(lambda: torch.ones(()))
 
 
+class Narrow(torch.optim.SGD):
+    """Keeps a list of tensors in int8 and fp64 for each parameter."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in [parameter for group in self.param_groups for parameter in group["params"]]:
+            kept = self.state[parameter].setdefault("kept", [])
+            kept += [torch.ones(3, dtype=torch.int8), torch.tensor(1 / 3, dtype=torch.float64)]
+        return super().step(closure)
+
+
 def over(make: Any, **options: Any) -> Callable[[lx.Cascade], torch.optim.Optimizer]:
     """An optimizer over the groups of a cascade."""
     return lambda cascade: make(cascade.param_groups(**options), **options)
 
 
 OPTIMIZERS: dict[str, Any] = {
-    "lbfgs": Bfgs,
+    "a list": over(Narrow, lr=0.05),
     "adamw, fused": over(torch.optim.AdamW, lr=0.02, fused=True),
     "adamw, lr a tensor": over(torch.optim.AdamW, lr=torch.tensor(0.02)),
+    "lbfgs": Bfgs,
     "adamw, fused, lr a tensor": over(torch.optim.AdamW, lr=torch.tensor(0.02), fused=True),
     "inf and None in a group": lambda cascade: torch.optim.SGD(
         [{**group, "ceiling": float("inf"), "note": None} for group in cascade.param_groups(lr=0.05)]
