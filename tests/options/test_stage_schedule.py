@@ -73,8 +73,7 @@ def test_every_loop_over_stages_and_every_rewind_is_a_restart() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 4)
 
 
-@pytest.mark.parametrize("stop", [5, 7])
-def test_a_resumed_run_has_the_same_rates(stop: int, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_rates(tmp_path: Path) -> None:
     def schedule(optimizer: torch.optim.Optimizer, cascade: lx.Cascade) -> lx.StageSchedule:
         return lx.StageSchedule(optimizer, cascade, (5, 4), warmup=WARMUP)
 
@@ -91,7 +90,7 @@ def test_a_resumed_run_has_the_same_rates(stop: int, tmp_path: Path) -> None:
         scheduler.step()
         if number % 5 == 0:
             cascade.transition(optimizer)
-        if number == stop:
+        if number in (5, 7):
             lx.save(cascade, tmp_path, optimizer=optimizer, scheduler=scheduler)
             cascade = lx.load(tmp_path, mlp(), (X,))
             optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.1))

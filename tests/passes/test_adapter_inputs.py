@@ -77,7 +77,7 @@ def test_lift(case: Case) -> None:
     assert again.graph_module is lifted
 
 
-@pytest.mark.parametrize(("name", "kind"), ROWS)
+@pytest.mark.parametrize(("name", "kind"), [row for row in ROWS if row[1] in ("linear", "conv", "embedding")])
 def test_every_method(name: str, kind: str) -> None:
     model, cascade, x = adapted(name, kind)
     train(cascade)
