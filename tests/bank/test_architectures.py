@@ -26,13 +26,13 @@ OPERATOR_ROWS = [
     for case in OPERATORS
     if False in case.modes and case.has_graph
     if case.name != "encoder"  # eager mode writes zeros where the input is padding, and its graph does not
-]
-QUICK = ("resnet18", "gpt2", "llama", "mixtral", "vit_tiny_patch16_224")
+][::2]
+QUICK = ("resnet18", "llama", "vit_tiny_patch16_224")
 MORE = (
-    *("swin_tiny_patch4_window7_224", "convnext_atto", "mobilenetv3_small_050", "tv_fcn", "hf_patchtst", "bert", "t5"),
-    *("albert", "deberta_v2", "mamba", "falcon", "opt", "clip"),
+    *("gpt2", "mixtral", "convnext_atto", "mobilenetv3_small_050", "tv_fcn", "hf_patchtst", "bert", "t5"),
+    *("deberta_v2", "mamba", "clip"),
 )
-NOT_EVERY_KIND = ("gpt2", "mixtral", "bert", "albert", "deberta_v2", "mamba", "t5")
+NOT_EVERY_KIND = ("gpt2", "mixtral", "bert", "deberta_v2", "mamba", "t5")
 """Models with embeddings of positions, stacked matrices, or weights that are read outside of products."""
 SLOW = [name for name in ZOO if name in MORE]
 
@@ -75,7 +75,7 @@ def check(
     return mixes
 
 
-@pytest.mark.parametrize("case", OPERATOR_ROWS, ids=[case.name for case in OPERATOR_ROWS])
+@pytest.mark.parametrize("case", OPERATOR_ROWS, ids=lambda case: case.name)
 def test_operators(case: Case) -> None:
     args, kwargs = case.call()
     check(case.model, args, kwargs, max(case.tolerance, 1e-12), rows=False)

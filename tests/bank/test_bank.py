@@ -234,10 +234,9 @@ def test_compiled_once_for_all_adapters_and_mixes() -> None:
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
-def test_generate(make: Any) -> None:
+def test_generate() -> None:
     torch.manual_seed(0)
-    model = make().double().eval()
+    model = tiny.llama().double().eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     ids = torch.randint(3, 40, (3, 5))
     bank = lx.AdapterBank(copy.deepcopy(model), kwargs={"input_ids": ids}, targets=("*attn*", "*mlp*"), max_rank=2)
@@ -346,13 +345,6 @@ def test_refusals() -> None:
     ):
         with raises(lx.SpecError, "invalid-value", text):
             bank.start("b", **options)  # type: ignore[arg-type]
-    for name in (None, "", 3):
-        for call in (bank.start, lambda name: bank.add(name, pairs(1))):
-            with raises(lx.SpecError, "invalid-value", f"the name of an adapter is {name!r}; give a string"):
-                call(name)
-        for call in (bank.remove, bank.parameters_of, bank.pairs):
-            with raises(lx.StateError, "unknown-name", f"no adapter {name!r}"):
-                call(name)
     for factor, value in (("a", torch.nan), ("b", torch.inf), ("b", 1e300)):
         single, broken = lx.AdapterBank(mlp().float(), {"a": pairs(1)}, args=(X.float(),)), pairs(2)
         getattr(broken["2.weight"], factor)[0, 0] = value
@@ -498,8 +490,7 @@ def test_a_later_batch_shows_the_rows() -> None:
             assert distance(bank(x, value, adapter=["a", "b"]), bank(x, value, adapter=name), row, 2) < 1e-13
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_positions_have_no_rows(dtype: torch.dtype) -> None:
+def test_positions_have_no_rows() -> None:
     """The positions [T] of a learned embedding have as many entries as the batch has rows."""
 
     class Positions(nn.Module):
@@ -514,7 +505,7 @@ def test_positions_have_no_rows(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     ids = torch.randint(20, (4, 4))
     for targets in (("linear", "tokens.weight"), ("linear", "embedding")):
-        bank = lx.AdapterBank(Positions().to(dtype).eval(), args=(ids,), targets=targets, max_rank=2)
+        bank = lx.AdapterBank(Positions().double().eval(), args=(ids,), targets=targets, max_rank=2)
         fill(bank, size=3.0)
         if "embedding" in targets:
             with raises(lx.StateError, "rows-not-independent"):
@@ -522,7 +513,7 @@ def test_positions_have_no_rows(dtype: torch.dtype) -> None:
         else:
             mixed = bank(ids, adapter=[*"abba"])
             for row, name in enumerate("abba"):
-                assert distance(mixed, bank(ids, adapter=name), row, 4) < (1e-12 if dtype is torch.float64 else 0.03)
+                assert distance(mixed, bank(ids, adapter=name), row, 4) < 1e-12
 
 
 def test_a_batch_without_rows() -> None:
@@ -530,25 +521,6 @@ def test_a_batch_without_rows() -> None:
     assert bank(X[:0], adapter=[]).shape == (0, 4)
     with raises(lx.StateError, "rows-differ", "1 rows, and the batch has 0"):
         bank(X[:0], adapter=["a"])
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_a_call_keeps_an_adapter_that_is_removed_during_the_call() -> None:
-    bank = filled("a")
-    right = bank(X, adapter="a")
-
-    def replace(graph: torch.fx.GraphModule, _: Any) -> Any:
-        def run(*args: Any) -> Any:
-            if "a" in bank.names:
-                bank.remove("a")
-                bank.add("b", random_pairs(bank.sites, 2, 3))
-            return graph.forward(*args)
-
-        return run
-
-    bank.compile(backend=replace)
-    assert distance(bank(X, adapter="a"), right) < 1e-13
-    assert bank.names == ("b",)
 
 
 def test_backward_after_the_adapter_was_removed() -> None:

@@ -18,7 +18,7 @@ from experiments.evidence import page, tasks, train
 from experiments.evidence import runs as runner
 from experiments.evidence.methods import METHODS
 from experiments.evidence.runs import Cell, Results
-from experiments.evidence.tasks import IGNORED, Part, Tail, Task, measure, part_of
+from experiments.evidence.tasks import Part, Tail, Task, measure, part_of
 from tests.kit import tiny
 
 PROTOCOL: dict[str, Any] = tomllib.loads(runner.PROTOCOL.read_text(encoding="utf-8"))
@@ -74,14 +74,6 @@ def test_exact_match_is_what_greedy_decoding_gives() -> None:
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         expected.append(nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
     assert measure(tail, part)["loss"] == pytest.approx(float(sum(expected)) / 13, rel=1e-5)
-
-
-def test_joined_parts_are_padded() -> None:
-    one = Part((torch.ones(2, 3, 4),), torch.zeros(2, 2, dtype=torch.long))
-    both = one.and_(Part((torch.ones(1, 5, 4),), torch.zeros(1, 3, dtype=torch.long)))
-    assert both.inputs[0].shape == (3, 5, 4)
-    assert both.inputs[0].sum() == 2 * 12 + 20
-    assert (both.labels == IGNORED).sum() == 2
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -200,11 +192,6 @@ def test_the_archive_has_the_numbers_of_the_second_edition() -> None:
     tables = "\n".join(page.second_edition())
     assert "| lm-extract | 200 | lm-long | 68.50 | 68.10 | 64.40 | 68.70 | 70.90 |" in tables
     assert "| lm-extract | 200 | lm-long | 0.10 | 0.10 | 0.05 | 0.20 | 0.13 |" in tables
-
-
-def test_processes_can_import_what_they_run() -> None:
-    """A process of multiprocessing does not import the `__main__` of a package."""
-    assert runner._made.__module__ == "experiments.evidence.runs"
 
 
 def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:

@@ -48,29 +48,28 @@ def note_call(calls: Counter[int], count: int, frame: object, event: str, argume
     calls[count] += "call" in event
 
 
-def model_of(dtype: torch.dtype) -> nn.Module:
+def model_of() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
-def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbours of this dtype at each value: 2^e eps."""
-    return torch.exp2(value.abs().clamp_min(1e-30).log2().floor()) * torch.finfo(dtype).eps
+def spacing(value: Tensor) -> Tensor:
+    """The distance between neighbours in fp32 at each value: 2^e eps."""
+    return torch.exp2(value.abs().clamp_min(1e-30).log2().floor()) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_thousand_transitions(dtype: torch.dtype) -> None:
+def test_two_thousand_transitions() -> None:
     """Each stage trains one step; the reference adds pace * s * B A in fp64 from the factors that were trained."""
-    x = inputs(4, 5, seed=3).to(dtype)
-    cascade = lx.adapt(model_of(dtype), (x,), spec=SPEC)
+    x = inputs(4, 5, seed=3)
+    cascade = lx.adapt(model_of(), (x,), spec=SPEC)
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.3))
     branches = {site.weight: cascade.branches[site.key] for site in cascade.sites}
     parameters = dict(cascade.model.named_parameters())
-    exact = {name: parameter.detach().double() for name, parameter in model_of(dtype).named_parameters()}
+    exact = {name: parameter.detach().double() for name, parameter in model_of().named_parameters()}
     census, calls = Census(), Counter[int]()
     for count in range(1, TRANSITIONS + 1):
-        loss_of(cascade(x).float()).backward()
+        loss_of(cascade(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
         for name, branch in branches.items():
@@ -93,8 +92,7 @@ def test_two_thousand_transitions(dtype: torch.dtype) -> None:
     with cascade.weights("slow"):
         slow = {name: parameter.detach().double() for name, parameter in parameters.items()}
     for name in branches:
-        moved = (exact[name] - model_of(dtype).get_parameter(name).double()).abs().mean()
+        moved = (exact[name] - model_of().get_parameter(name).double()).abs().mean()
         assert moved > 0.01  # the stages did something
-        off = (slow[name] - exact[name]).abs() / spacing(exact[name], dtype)
-        print(f"{dtype} {name}: off by {off.max():.3f} of the spacing, moved {moved:.3f}")
+        off = (slow[name] - exact[name]).abs() / spacing(exact[name])
         assert off.max() <= 1.0

@@ -182,14 +182,6 @@ def test_a_bank_serves_adapters_on_a_quantized_base(case: str, tmp_path: Path) -
     assert all(torch.equal(value, before[name]) for name, value in numbers(bank.model).items())
 
 
-def test_release_of_an_untrained_cascade_keeps_the_weights() -> None:
-    model = net("torchao int8")
-    before = dict(model.named_parameters())
-    cascade = lx.adapt(model, (inputs(),), spec=SPEC)
-    cascade.release()
-    assert all(value is before[name] for name, value in model.named_parameters())
-
-
 @pytest.mark.parametrize(
     ("options", "names"),
     [({"start": "pissa"}, ("start", "pissa")), ({"noise": lx.Noise(0.1)}, ("noise.strength", "0.1"))],

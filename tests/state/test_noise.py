@@ -193,7 +193,7 @@ def test_noise_has_the_spectrum_of_independent_entries() -> None:
     """Singular values of a matrix, and correlations of blocks with different keys, fit independent random entries."""
     rows, columns = 1024, 2048
     matrix_1, matrix_2 = (noise_drawn(lx.Noise(0.1), 3, stage, "w", (rows, columns)) for stage in (1, 2))
-    for matrix in (matrix_1, matrix_1 + matrix_2, matrix_1 - matrix_2, matrix_1 * matrix_2 * 12**0.5):
+    for matrix in (matrix_1, matrix_1 * matrix_2 * 12**0.5):
         values = torch.linalg.svdvals(matrix / matrix.std())
         assert values[0] == pytest.approx(rows**0.5 + columns**0.5, rel=0.01)  # Bai and Yin, 1993
         assert values[-1] == pytest.approx(columns**0.5 - rows**0.5, rel=0.02)
