@@ -56,13 +56,13 @@ asks for it."""
 
 
 SAMPLED = {
-    "bank/test_architectures.py::test_operators": 4,
+    "bank/test_architectures.py::test_operators": 3,
     "checkpoint/test_resume.py::test_after_stages_have_ended": 4,
     "compose/test_inlined.py::test_an_operator": 3,
     "errors/test_all_or_nothing.py::test_a_call_that_fails": 4,
     "checkpoint/test_resume.py::test_bits_for_every_layout": 3,
     "checkpoint/test_resume.py::test_optimizers": 3,
-    "checkpoint/test_resume.py::test_three_stages": 3,
+    "checkpoint/test_resume.py::test_three_stages": 4,
     "errors/test_dropped.py::test_lost_training_and_noise": 5,
     "errors/test_dropped.py::test_what_was_kept_is_not_lost": 4,
     "forms/test_calls.py::test_kinds_of_models": 3,
@@ -119,34 +119,49 @@ SAMPLED = {
     "cascade/test_transition_cost.py::test_accumulate_is_the_sum_rounded_once": 4,
     "passes/test_insert_branches.py::test_nodes_and_branches": 3,
     "passes/test_match_sites.py::test_match": 3,
-    "branch/test_first_output.py::test_no_output_changes_before_training": 5,
+    "branch/test_first_output.py::test_no_output_changes_before_training": 6,
     "branch/test_contract.py::test_stages_follow_the_formula_and_a_resumed_run_has_the_same_bits": 5,
     "branch/test_contract.py::test_every_placement_computes_the_same": 4,
     "branch/test_methods.py::test_it_trains_as_peft_does": 3,
     "numerics/test_extremes.py::test_a_batch_of_none": 3,
     "branch/test_functions.py::test_a_sparse_lookup_trains_as_a_dense_one": 2,
     "peft/test_dora.py::test_slow_and_fast_weights_are_the_formula": 3,
+    "options/test_grid.py::test_language_models": 2,
+    "options/test_restart_pairs.py::test_a_trajectory_is_that_of_the_formula": 2,
+    "peft/test_export.py::test_all_stages_become_one_adapter": 2,
+    "peft/test_import.py::test_an_imported_adapter_is_exported_unchanged": 2,
+    "peft/test_lora_config.py::test_the_same_weights_as_in_peft_are_adapted": 2,
+    "evidence/test_evidence.py::test_every_method_learns_a_sequence": 3,
 }
 """Tests with many rows that together take long: one row of so many is in `make test`, the others are slow."""
 
 SLOW = {
     *(
         f"contract/test_docs.py::test_page_runs[docs/{page}.md]"
-        for page in ("adapt", "export", "from-peft", "llm", "method", "passes")
+        for page in ("adapt", "export", "from-peft", "llm", "method", "passes", "recipes")
     ),
     "cli/test_app.py::test_a_new_process",
+    "cli/test_classifiers.py::test_an_encoder_with_mean_pooling",
+    "cli/test_compare.py::test_a_diverged_run",
     "cli/test_language.py::test_a_model_learns_to_count[chat]",
     "cli/test_language.py::test_a_model_learns_to_count[pairs]",
+    "cli/test_language.py::test_a_model_learns_to_count[plain]",
     "cli/test_language.py::test_the_loss_is_that_of_the_completion[chat]",
     "cli/test_language.py::test_the_loss_is_that_of_the_completion[plain]",
+    "cli/test_language.py::test_files_of_a_language_model",
     "cli/test_language.py::test_stop_packing_and_checkpointing",
+    "cli/test_train.py::test_options_of_the_trainer",
+    "evidence/test_evidence.py::test_exact_match_is_what_greedy_decoding_gives",
+    "peft/test_lora_config.py::test_only_parameters_are_targets",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[hf_patchtst]",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[gpt2]",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[mixtral]",
     "forms/test_forms.py::test_the_model_is_its_own_oracle[tv_fcn]",
     "compile/test_compiled.py::test_dynamo_knows_functions_that_adapt_replaces_for_a_while",
     "compose/test_table.py::test_before[decompositions]",
+    "compose/test_table.py::test_after[decompositions]",
     "compose/test_table.py::test_between[decompositions]",
+    "compose/test_table.py::test_inlined[decompositions]",
     "accelerator/test_operations.py::test_exported_graphs",
     "durability/test_kills.py::test_a_training_outlives_a_full_disk",
     "export/test_adapter_inputs.py::test_adapters_are_exchanged_without_lorasc_fx[stated]",

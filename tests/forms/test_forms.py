@@ -56,8 +56,8 @@ def test_without_a_graph(case: Case) -> None:
     check(case, "eager")
 
 
-SAMPLE = [name for entries in LIBRARIES.values() for name in [entry.name for entry in entries][::10]]
-"""One architecture of ten of each library."""
+SAMPLE = [name for entries in LIBRARIES.values() for name in [entry.name for entry in entries][::16]]
+"""One architecture of sixteen of each library."""
 ARCHITECTURES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE if name not in QUICK)]
 
 
