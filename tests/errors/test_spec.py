@@ -18,7 +18,7 @@ from lorasc_fx.cli.config import Config, load_config, write_config
 from lorasc_fx.plan import SiteOptions
 from lorasc_fx.spec import CONFLICTS
 from tests.kit.errors import raises
-from tests.options import page
+from tests.spec import page
 
 INVALID: dict[str, tuple[Any, ...]] = {
     "rank": (0, True, 2.0, "8", 2**31, (4, 2)),
@@ -180,5 +180,5 @@ def test_a_spec_is_read_again(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_conflicts() -> None:
-    """`python -m tests.options.page` writes it."""
+    """`python -m tests.spec.page` writes it."""
     assert page.PAGE.read_text(encoding="utf-8") == page.page()

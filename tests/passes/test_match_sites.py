@@ -375,6 +375,6 @@ def test_a_spec_that_matches_nothing(
 
 def test_the_cases_cover_every_reason() -> None:
     covered = {Reason.NOT_TARGETED, Reason.QUANTIZED}  # by the tests above and the tests of quantized weights
-    elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/numerics, tests/graph/test_shared_memory.py
+    elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/state, tests/graph/test_shared_memory.py
     assert {reason for case in CASES for reason in case.refusals.values()} | covered | elsewhere == set(Reason)
     assert any(case.row.unreached for case in CASES)

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 import lorasc_fx as lx
 from lorasc_fx.passes import AdapterInputs, adapter_inputs, adapter_values
+from tests.cascade.methods import DELTAS
+from tests.cascade.nets import Build, Net, inputs, loss_of
+from tests.cascade.plain import Law, Plain
 from tests.kit.errors import raises
 from tests.kit.state import graphs_of
-from tests.property.methods import DELTAS
-from tests.property.nets import Build, Net, inputs, loss_of
-from tests.property.plain import Law, Plain
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 ROUNDED = {"rtol": 1e-5, "atol": 1e-5}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tests.property.methods import DELTAS, ZEROS, Tensors
-from tests.property.nets import loss_of
+from tests.cascade.methods import DELTAS, ZEROS, Tensors
+from tests.cascade.nets import loss_of
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m tests.options.page` writes the conflicts of options in docs/method.md from those of the spec."""
+"""`python -m tests.spec.page` writes the conflicts of options in docs/method.md from those of the spec."""
 
 from __future__ import annotations
 
