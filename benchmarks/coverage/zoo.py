@@ -17,4 +17,4 @@ LIBRARIES: dict[str, tuple[Entry, ...]] = {
 ZOO: dict[str, Entry] = {entry.name: entry for entries in LIBRARIES.values() for entry in entries}
 
 QUICK = ("vit_tiny_patch16_224", "resnet18", "tv_fcn", "gpt2", "llama", "mixtral", "hf_patchtst")
-"""Architectures that `make test` examines. `make ci-slow` examines a tenth of the others."""
+"""Architectures that `make test` examines. `make ci-slow` examines a sixteenth of the others."""
