@@ -62,8 +62,7 @@ def _command(arguments: list[str]) -> int:
     import tyro
 
     function = pkgutil.resolve_name(f"lorasc_fx.cli.{COMMANDS[name][0]}")
-    config = (tyro.conf.FlagCreatePairsOff,)
-    return int(tyro.cli(function, prog=f"lorasc-fx {name}", args=arguments[1:], config=config))
+    return int(tyro.cli(function, prog=f"lorasc-fx {name}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,)))
 
 
 def load(run: str | PathLike[str]) -> Cascade:
