@@ -240,8 +240,8 @@ def _prompt(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     "Seconds, ours / peft's, for the same task; on a CPU the sum over all threads. `transition` is compared"
     " with `merge_and_unload`, `get_peft_model` and a new optimizer; `fold` (`folded_state_dict`) with a copy of the"
     " state dict between `merge_adapter` and `unmerge_adapter`; `release` with `merge_and_unload`; `save` with"
-    ' `save_pretrained`; `load` with `from_pretrained`; `weights` (into `weights("slow")` and back) with'
-    " `merge_adapter` and `unmerge_adapter`; `generate` makes eight tokens.",
+    " `save_pretrained`; `load`, which here captures the graph, with `from_pretrained`; `weights` (into"
+    ' `weights("slow")` and back) with `merge_adapter` and `unmerge_adapter`; `generate` makes eight tokens.',
     devices=("cpu", "cuda"),
 )
 def costs(work: Work, rounds: int) -> Rows:

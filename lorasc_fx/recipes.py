@@ -1,7 +1,4 @@
-"""Combinations of a spec and a learning rate schedule, with the results of docs/evidence.md.
-
-`make evidence` repeats the measurements.
-"""
+"""Combinations of a spec and a learning rate schedule, with the results of the second edition of docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -69,10 +66,10 @@ def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
     Each cycle is a stage, and factors do not restart at the end of a stage. The cycles are as in snapshot ensembles
     (1704.00109), and the mean of their weights as in stochastic weight averaging (1803.05407).
 
-    Evidence (docs/evidence.md, `lora-cycles`): points of test accuracy over LoRA in as many steps, 500 examples, 10
-    seeds, where it was the best method on the validation examples: topics of texts +3.29 [2.00, 5.05] and a fifth of
-    the labels wrong +2.75 [1.55, 3.83] in 60 steps; characters of tales +0.49 [0.33, 0.66] and +0.50 [0.39, 0.61] in
-    60 and 300 steps.
+    Evidence (`python -m experiments.evidence archive`, `lora-cycles`): points of test accuracy over LoRA in as many
+    steps, 500 examples, 10 seeds, where it was the best method on the validation examples: topics of texts +3.29
+    [2.00, 5.05] and a fifth of the labels wrong +2.75 [1.55, 3.83] in 60 steps; characters of tales +0.49 [0.33, 0.66]
+    and +0.50 [0.39, 0.61] in 60 and 300 steps. On images it is less accurate than LoRA.
 
     Args:
         steps: optimizer steps of the training.
@@ -91,14 +88,14 @@ def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: ob
 
     The learning rate is constant after a warm-up.
 
-    Evidence (docs/evidence.md, `paper`): test accuracy minus that of LoRA, in points, with 500 examples, 3 stages and
-    10 seeds, after 60 and after 300 steps. R8 +2.3 and +1.2, 20 Newsgroups +3.7 and +2.8, authors of tweets -0.1 and
-    +3.0, Rotten Tomatoes -0.3 and -0.5, IMDB -1.2 and -0.4, characters of tales +0.2 and +0.1, MNIST -2.4 and -2.1,
-    digits -1.8 and -2.6, a synthetic teacher of rank 4 +0.6 and +1.5. The interquartile mean over these nine tasks is
-    +0.13 [-0.43, 0.61] and +0.22 [-0.04, 0.47], which does not decide the sign. On a language model with 200 examples
-    it is -1.80 [-3.93, 0.03] in 40 steps (six tasks) and -4.45 [-5.90, -2.95] in 100 (four tasks). With adapter="shira"
-    it is +2.97 [1.00, 5.50] and +1.00 [-0.45, 2.35]. It forgets less than LoRA there: the loss on general text rises by
-    0.02 to 0.22 and by 0.05 to 0.27 (LoRA: 0.17 to 6.17 and 0.10 to 0.64).
+    Evidence (`python -m experiments.evidence archive`, `paper`): test accuracy minus that of LoRA, in points, with 500
+    examples, 3 stages and 10 seeds, after 60 and after 300 steps. R8 +2.3 and +1.2, 20 Newsgroups +3.7 and +2.8,
+    authors of tweets -0.1 and +3.0, Rotten Tomatoes -0.3 and -0.5, IMDB -1.2 and -0.4, characters of tales +0.2 and
+    +0.1, MNIST -2.4 and -2.1, digits -1.8 and -2.6, a synthetic teacher of rank 4 +0.6 and +1.5. The interquartile mean
+    over these nine tasks is +0.13 [-0.43, 0.61] and +0.22 [-0.04, 0.47], which does not decide the sign. On a language
+    model with 200 examples it is -1.80 [-3.93, 0.03] in 40 steps (six tasks) and -4.45 [-5.90, -2.95] in 100 (four
+    tasks). With adapter="shira" it is +2.97 [1.00, 5.50] and +1.00 [-0.45, 2.35]. It forgets less than LoRA there: the
+    loss on general text rises by 0.02 to 0.22 and by 0.05 to 0.27 (LoRA: 0.17 to 6.17 and 0.10 to 0.64).
 
     Args:
         steps: optimizer steps of the training.

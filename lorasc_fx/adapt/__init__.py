@@ -63,7 +63,7 @@ def adapt(
             constants of the first graph. The model runs on them at least once, and is compared with its graph. These
             runs do not change it.
         spec: a `CascadeSpec`, or a configuration of peft (`peft.LoraConfig`, `peft.HiraConfig`, ...). For a peft
-            configuration, the other options have the defaults of `CascadeSpec`.
+            configuration, the other options have the defaults of `CascadeSpec`, such as pace 0.5.
         frontend: `export` for a graph of torch.export, `eager` to run the model itself, or `auto` for the first one
             that works.
         base_memory: where the original values W0 of the adapted weights are stored:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lorasc_fx as lx
 from tests.integrations.kit import WORDS, llama, losses, tokenizer
+from tests.kit.errors import raises
 from tests.kit.models import take_start
 from tests.kit.state import branches_of, variant_count
 
@@ -138,6 +139,14 @@ def test_the_losses_are_those_of_peft(checkpointing: str, packing: bool, tmp_pat
     assert losses(ours) == pytest.approx(losses(theirs), abs=2e-5)
     for name in ("entropy", "mean_token_accuracy", "grad_norm"):
         assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=2e-3), name
+
+
+def test_a_configuration_of_peft_belongs_to_adapt(tmp_path: Path) -> None:
+    """With `peft_config`, TRL would train a PeftModel around the cascade."""
+    cascade, config = adapted(LORA), LoraConfig(r=2, target_modules=list(LAYERS))
+    usual = {"train_dataset": dataset(4), "processing_class": tokenizer(), "callbacks": [callback_of(cascade)]}
+    with raises(lx.StateError, "trainer-not-supported", "PeftModel"):
+        trl.SFTTrainer(cascade, trl.SFTConfig(output_dir=str(tmp_path), **PLAIN), **usual, peft_config=config)
 
 
 def test_stages_evaluation_and_the_saved_model(tmp_path: Path) -> None:
