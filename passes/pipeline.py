@@ -124,8 +124,8 @@ def _solved(passes: tuple[AnyPass, ...]) -> tuple[AnyPass, ...]:
     foreign = next((name_of(pass_) for pass_ in passes if not isinstance(pass_, CascadePass)), None)
     if foreign is not None:
         raise PassOrderError(
-            f"order='solved' needs contracts, but {foreign} is not a CascadePass. Give the passes in their order, or "
-            f"make {foreign} a CascadePass"
+            f"order='solved' reads what each pass requires and changes, but {foreign} is not a CascadePass. Give the "
+            f"passes in their order, or make {foreign} a CascadePass"
         )
     names = [pass_.name for pass_ in contracts]
     if len(set(names)) < len(names):

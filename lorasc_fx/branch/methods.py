@@ -53,7 +53,7 @@ class LoraXsBranch(LowRankBranch):
 
     @classmethod
     def table(cls, site: Site) -> Table:
-        """Return R, and the factors that `values_from` computes."""
+        """Return the trained R [rank, rank], and the frozen factors that `values_from` computes from the weight."""
         a, b = site.factor_shapes
         r = (*a[:-2], site.rank, site.rank)
         return {"xs_R": Declared(r), "xs_A": Declared(a, trained=False), "xs_B": Declared(b, trained=False)}

@@ -361,7 +361,7 @@ class EffectiveWeights:
         self._local.running = (*self.running, sequence_number())
 
     def end(self, running: tuple[int, ...]) -> None:
-        """End the calls that started after those in `running` (an earlier `self.running`). Remember their nodes."""
+        """End the calls that started after those in `running`, an earlier `self.running`. Keep their autograd nodes."""
         for begin in self.running[len(running) :]:
             self._remember(begin, sequence_number())
         self._local.running = running

@@ -92,7 +92,7 @@ def next_stage(
             seconds = time.monotonic() - start_time
             check_rounding(run, "transition", after)
             share = min(run.kept.values(), default=Kept(1.0, 0.0)).share
-            log.info("stage %d folded in %.2f s; at least %.3f of the change kept", plan.stage, seconds, share)
+            log.info("stage %d folded in %.2f s; rounding kept at least %.3f of the change", plan.stage, seconds, share)
             if not moved and (optimizers or before.moved(trained)):
                 run.warned.once(
                     "no-branch-moved",

@@ -231,7 +231,7 @@ def survey(graph_modules: Sequence[fx.GraphModule], record: Record, outside: Map
 
     Args:
         graph_modules: graphs of some uses of the weights.
-        record: the record so far.
+        record: what earlier graphs have found.
         outside: {weight that a run of the model used: kind of its site, or "" if it was used in an unknown way}.
     """
     owner = owner_of(graph_modules[0], record)

@@ -293,7 +293,7 @@ def test_settings_for_inputs_survive_a_fold() -> None:
 def test_the_model_of_a_cascade_is_not_on_the_grid_before_release() -> None:
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     cascade = lx.adapt(net, (x,), spec=lx.CascadeSpec(rank=2, grid="four bits"))
-    with pytest.warns(LorascWarning, match="not on their grid"):
+    with pytest.warns(LorascWarning, match="not rounded to their grid"):
         net.state_dict()
     with pytest.raises(lx.StateError, match=r"0\.weight trains on a grid.*float32"):
         cascade.to(torch.bfloat16)
