@@ -650,8 +650,8 @@ class UsageWatch(Fresh):
                 f"{event} inside stage {run.plan.stage}. It has the weights from the start of the stage"
                 f"{', with noise' if run.plan.spec.noise.strength > 0 else ''}"
                 f"{', not rounded to their grid' if run.plan.spec.grid else ''}, without the training of the stage. "
-                'Call the cascade instead. To call, save or copy the model, do it inside `with cascade.weights("slow"):` (or '
-                '"fast"), or after cascade.release()',
+                "Call the cascade instead. To call, save or copy the model, do it inside "
+                '`with cascade.weights("slow"):` (or "fast"), or after cascade.release()',
             )
 
 
