@@ -176,10 +176,6 @@ class CascadeModule(nn.Module):
             )
         return self._graphs.example
 
-    def _inputs(self, args: Sequence[object] | None, kwargs: Mapping[str, object] | None) -> Example:
-        """Return these inputs as (args, kwargs), or the example inputs if both are None."""
-        return self.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
-
     @property
     def frontend(self) -> str:
         """Name of the front end that captured the model, or "" until the first call after a `load` without inputs."""
@@ -389,22 +385,7 @@ class CascadeModule(nn.Module):
             StateError, SpecError, NonFiniteBranch: as for `release`.
             CaptureError: no front end can capture this kind of call.
         """
-        return self._folded(*self._inputs(args, kwargs), quantized, view)[0]
-
-    def _folded(
-        self, args: Sequence[object], kwargs: Mapping[str, object], quantized: Literal["dequantize"] | None, view: str
-    ) -> tuple[nn.Module, dict[Axis, int]]:
-        """Return the folded graph, and {axis: smallest accepted size} for axes that do not accept every size."""
-        check_view("folded_graph", view, self._run.plan.spec)
-        with self._run.exclusive("folded_graph", keeps=True):
-            state = folded_state(self._run, "folded_graph", quantized, view)
-        forget_new = self._graphs.variants.restorer()
-        try:
-            variant, call = self._graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
-            return self._graphs.compiler.fold(variant, self.model, self.stage, state, call.args, call.kwargs)
-        except BaseException:  # a call that raises adds no graph
-            forget_new()
-            raise
+        return fold_graph(self, *example_or(self, args, kwargs), quantized, view)[0]
 
     def release(self, quantized: Requantize = None, *, view: ViewName = "slow") -> nn.Module:
         """End the cascade and return the user's model with the slow weights, and with its original flags and modes.
@@ -513,6 +494,32 @@ def graphs_of(cascade: CascadeModule) -> Graphs:
 def flags_of(cascade: CascadeModule) -> Flags:
     """Return the flags that the user's model had before `adapt`."""
     return cascade._flags
+
+
+def example_or(cascade: CascadeModule, args: Sequence[object] | None, kwargs: Mapping[str, object] | None) -> Example:
+    """Return these inputs as (args, kwargs), or the example inputs of a cascade if both are None."""
+    return cascade.example if args is None and kwargs is None else (tuple(args or ()), dict(kwargs or {}))
+
+
+def fold_graph(
+    cascade: CascadeModule,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    quantized: Literal["dequantize"] | None,
+    view: str,
+) -> tuple[nn.Module, dict[Axis, int]]:
+    """Return the folded graph, and {axis: smallest accepted size} for axes that do not accept every size."""
+    run, graphs = run_of(cascade), graphs_of(cascade)
+    check_view("folded_graph", view, run.plan.spec)
+    with run.exclusive("folded_graph", keeps=True):
+        state = folded_state(run, "folded_graph", quantized, view)
+    forget_new = graphs.variants.restorer()
+    try:
+        variant, call = graphs.variant_of(args, kwargs, "folded_graph", dynamic=True)
+        return graphs.compiler.fold(variant, cascade.model, cascade.stage, state, call.args, call.kwargs)
+    except BaseException:  # a call that raises adds no graph
+        forget_new()
+        raise
 
 
 def watch_model(cascade: CascadeModule, undo: Undo) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorasc_fx.capture import least_sizes
-from lorasc_fx.cascade import graphs_of, run_of
+from lorasc_fx.cascade import example_or, fold_graph, graphs_of, run_of
 from lorasc_fx.check.process_state import quiet
 from lorasc_fx.checkpoint.files import replacing
 from lorasc_fx.compile import Axis, Call, Variant
@@ -189,7 +189,7 @@ def _program(
             )
     with run_of(cascade).exclusive(call, keeps=True):  # only the checks
         pass
-    inputs = cascade._inputs(args, kwargs)
+    inputs = example_or(cascade, args, kwargs)
     bound, named = bind(signature_of(cascade.model), *inputs)
     zeros: dict[str, torch.Tensor] = {}
     with _evaluating(cascade):
@@ -199,7 +199,7 @@ def _program(
         if rank is not None:
             module, zeros, least = _lifted(cascade, variant, captured_call, rank, call)
         elif folded or variant.universal:  # raises if the model has no graph
-            module, least = cascade._folded(bound, named, None, view)
+            module, least = fold_graph(cascade, bound, named, None, view)
         else:
             fold, model = graphs_of(cascade).compiler.fold, cascade.model
             _, least = fold(variant, model, cascade.stage, None, captured_call.args, captured_call.kwargs)

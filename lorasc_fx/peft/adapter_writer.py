@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lorasc_fx.cascade import run_of
+from lorasc_fx.cascade import example_or, run_of
 from lorasc_fx.cascade.run import Run
 from lorasc_fx.cascade.weights import check_view
 from lorasc_fx.checkpoint.files import replacing, write_tensors
@@ -158,7 +158,7 @@ def peft(
 
     # Find out where peft can adapt each weight, and let peft build the adapter on a copy of the model.
     sites = [site for site in run.plan.sites if site.weight in change.pairs]
-    targets, unreached = targets_of(model, sites, *cascade._inputs(args, kwargs))
+    targets, unreached = targets_of(model, sites, *example_or(cascade, args, kwargs))
     if max_rank is not None:
         change.limit_rank(max_rank)
     if uniform_rank:
