@@ -132,7 +132,7 @@ def requires_grad(leaves: Sequence[object]) -> tuple[bool, ...]:
     return tuple([isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves])
 
 
-def copy_inputs(args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def copy_inputs(args: Any, kwargs: Mapping[str, object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return copies of arguments, for a run that must not change the originals, such as a cache that grows in place."""
 
     def copy_leaf(leaf: object) -> Any:

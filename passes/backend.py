@@ -57,7 +57,7 @@ class Backend(nn.Module):
         compiler: Compiler = lookup_backend(self._inner)
         return compiler(graph_module, inputs)
 
-    def _adapted(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    def _adapted(self, graph_module: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
         """Return the graph with branches. If no graph has a site yet, return the graph unchanged."""
         graph = with_attributes(graph_module, inputs, {id(value): name for name, value in self._weights.items()})
         # The plan has the sites of all graphs, so each graph gets all weights and branches.
@@ -151,7 +151,7 @@ def backend(
     return compiler
 
 
-def _names(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[nn.Parameter, str]:
+def _names(graph_module: fx.GraphModule, inputs: Sequence[object]) -> dict[nn.Parameter, str]:
     """Return {Parameter: name in the model} for the inputs. Read from the expression that dynamo uses."""
     names: dict[nn.Parameter, str] = {}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]

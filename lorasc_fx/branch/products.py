@@ -110,7 +110,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if cast and x.dtype != torch.float64 else x.dtype
 
 
-def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(method: Callable[..., object]) -> Callable[..., object]:
     """Decorate forward or backward of an autograd.Function, to run it with autocast disabled."""
 
     @wraps(method)

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -64,8 +63,8 @@ FRONTENDS = (EXPORT.name, EAGER.name)
 
 def capture(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     frontend: str = "auto",
     dynamic: Collection[Axis] = (),
     trained: Collection[str] | None = None,
@@ -123,8 +122,8 @@ class _Example:
     """
 
     model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     dynamic: Collection[Axis]
     trained: Collection[str] | None
     rewrites: Sequence[Rewrite]

@@ -21,7 +21,7 @@ from lorasc_fx.signature import is_opaque_leaf
 
 
 def least_sizes(
-    graph: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    graph: fx.GraphModule, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[Axis, int]:
     """Return {dynamic axis: its smallest correct size, 1 or 2}. An axis that may also be 0 has no entry.
 

@@ -35,7 +35,7 @@ def isolation(
     undo: Block,
     model: nn.Module,
     args: object,
-    kwargs: Mapping[str, Any],
+    kwargs: Mapping[str, object],
     *observers: AbstractContextManager[Any],
     grad: bool = True,
     seeded: bool = True,
@@ -267,7 +267,7 @@ def has_values(model: nn.Module) -> bool:
 
 @isolated
 def with_fake_tensors(
-    undo: Block, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    undo: Block, model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Context manager: replace the tensors of a sharded model by fake full tensors, and return fake inputs.
 

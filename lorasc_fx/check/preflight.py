@@ -164,7 +164,7 @@ def run_preflight(
 
 
 def check_agrees(
-    graph: Callable[..., Any],
+    graph: Callable[..., object],
     preflight: Preflight,
     model: nn.Module,
     args: tuple[object, ...],
@@ -200,7 +200,9 @@ def check_agrees(
         raise Disagreement(difference)
 
 
-def agrees(graph: Callable[..., Any], model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+def agrees(
+    graph: Callable[..., object], model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> bool:
     """Whether a graph computes the same as its model on one call without gradients. True if the graph raises."""
     with trial(model, grad=False):
         computed, _ = attempt(observe, graph, model, args, kwargs)

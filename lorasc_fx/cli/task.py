@@ -152,7 +152,7 @@ class Task:
         )  # fmt: skip
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def _pixels(self, images: list[Any]) -> Batch:
+    def _pixels(self, images: list[object]) -> Batch:
         return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"]}
 
     def _prompt(self, prompt: object) -> str:

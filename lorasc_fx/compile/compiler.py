@@ -65,8 +65,8 @@ class Compiler:
         self,
         model: nn.Module,
         decided: Decided,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
         dynamic: Collection[Axis] = (),
         existing: Sequence[Variant] = (),
     ) -> NewVariant:

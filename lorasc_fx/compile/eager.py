@@ -61,8 +61,8 @@ def make_eager(
     captured: Captured,
     model: nn.Module,
     decided: Decided,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     earlier: EagerModel | None = None,
 ) -> NewVariant:
     """Adapt a model without a graph.

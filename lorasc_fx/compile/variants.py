@@ -229,7 +229,7 @@ class Variants:
         return len(self.entries)
 
 
-def _not_compiled(cascade: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _not_compiled(cascade: Any, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
     """Compute a call outside of torch.compile, because it has no variant yet.
 
     Raises:
