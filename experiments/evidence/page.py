@@ -64,6 +64,8 @@ def front(points: pd.DataFrame) -> Callable[[float], float]:
 
 def _differences(plane: pd.DataFrame, sequences: pd.DataFrame, method: str, measure: str) -> pd.Series[float]:
     """Return the differences from scaled LoRA (or LoRA in a sequence), by task and seed."""
+    if (sequences if measure == "sequence" else plane).empty:
+        return pd.Series(dtype=float)
     if measure == "sequence":
         by = (
             sequences[sequences["part"] == "sequences"]
@@ -148,7 +150,14 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     """Return the lines about the runs of the protocol."""
     plane, sequences = frames(results)
     lines = [f"{len(results.found)} runs of version {protocol['version']} are made."]
-    if plane.empty and sequences.empty:
+    verdicts = []
+    for claim in protocol["claims"]:
+        for method in claim["methods"]:
+            values = _differences(plane, sequences, method, claim["measure"])
+            if len(values):
+                verdict = _verdict(values, protocol["statistics"]["resamples"])
+                verdicts.append(f"| {claim['name']} | {method} | {verdict} |")
+    if not verdicts:
         return [*lines, "There is no verdict yet; until then the second edition below is what is known."]
     if not plane.empty:
         means = plane[plane["scale"] == 1.0].groupby("method")[["accuracy", "forgetting"]].mean()
@@ -164,14 +173,7 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     if not sequences.empty:
         by = sequences.groupby(["part", "method"])[["average", "backward", "last", "forgetting"]].mean()
         lines += ["", "## One task after another", "", _table(by)]
-    lines += ["", "## Verdicts", "", "| claim | method | difference |", "|---|---|---|"]
-    for claim in protocol["claims"]:
-        for method in claim["methods"]:
-            values = _differences(plane, sequences, method, claim["measure"])
-            if len(values):
-                verdict = _verdict(values, protocol["statistics"]["resamples"])
-                lines.append(f"| {claim['name']} | {method} | {verdict} |")
-    return lines
+    return [*lines, "", "## Verdicts", "", "| claim | method | difference |", "|---|---|---|", *verdicts]
 
 
 def archive(path: Path = HERE / "archive.jsonl") -> pd.DataFrame:
@@ -212,10 +214,9 @@ def second_edition() -> list[str]:
 
 def write(protocol: dict[str, Any], results: Any, page: Path = PAGE) -> None:
     """Write the page, whose text stays and whose tables go between their markers, and its picture."""
-    plane, _ = frames(results)
-    if not plane.empty:
-        page.with_name("plane.svg").write_text(picture(plane), encoding="utf-8")
     before, _, rest = page.read_text(encoding="utf-8").partition("<!-- third -->\n")
     lines = "\n".join(third_edition(protocol, results)).strip()
+    if "plane.svg" in lines:
+        page.with_name("plane.svg").write_text(picture(frames(results)[0]), encoding="utf-8")
     after = rest.partition("<!-- /third -->")[2]
     page.write_text(f"{before}<!-- third -->\n{lines}\n<!-- /third -->{after}", encoding="utf-8")

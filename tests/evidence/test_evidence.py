@@ -229,6 +229,25 @@ def test_a_front_is_the_best_scale_that_forgets_less() -> None:
     assert [front(at) for at in (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)] == pytest.approx([20.0, 40.0, 60.0, 80.0, 80.0, 80.0])
 
 
+def test_a_page_of_a_part_of_the_runs(tmp_path: Path) -> None:
+    """The plane has verdicts before the first sequence, and sequences before the plane; LoRA alone has none."""
+    point, loss = {"accuracy": 0.5, "loss": 1.0}, page.BASE_LOSS + 0.1
+    scaled = {"diverged": False, "after": [{"r8": point, "general": loss}], "scaled": [{**point, "general": loss}] * 5}
+    order = PROTOCOL["sequences"]["orders"][0]
+    after = {"diverged": False, "after": [dict.fromkeys(order, point) | {"general": loss}] * 3}
+    runs = {
+        "more accurate": {Cell("plane", ("r8",), name, (0.1,), 10): scaled for name in ("lora", "shira")},
+        "keeps more": {Cell("sequences", tuple(order), name, (0.1,) * 3, 20): after for name in ("lora", "shira")},
+    }
+    for claim, found in runs.items():
+        results = Results(tmp_path / "none.jsonl", PROTOCOL["version"])
+        results.found = found
+        lines = page.third_edition(PROTOCOL, results)
+        assert any(line.startswith(f"| {claim}") and "| shira | +0.00" in line for line in lines)
+        results.found = {cell: result for cell, result in found.items() if cell.method == "lora"}
+        assert len(page.third_edition(PROTOCOL, results)) == 2
+
+
 def test_the_picture_has_a_line_for_each_method() -> None:
     index = pd.MultiIndex.from_product([("lora", "shira"), (0.5, 1.0), (1, 2)], names=["method", "scale", "seed"])
     forgetting = [0.0, 0.2, 0.5, 0.5, 0.2, 0.2, 1.0, 1.0]
