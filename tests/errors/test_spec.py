@@ -120,6 +120,11 @@ def test_every_conflict_is_tested() -> None:
     assert list(CONFLICTING) == [", ".join(conflict.fields) for conflict in CONFLICTS]
 
 
+@pytest.mark.parametrize("options", [{"placement": "weight"}, {"restart_factors": "B"}], ids=str)
+def test_what_a_grid_can_be_combined_with(options: dict[str, Any]) -> None:
+    assert lx.CascadeSpec(grid="bfloat16", **options).grid == "bfloat16"
+
+
 def test_names_of_peft() -> None:
     """All unknown arguments are in one error, each with the field that it is here."""
     names = {"r": "rank", "target_modules": "targets", "lora_dropout": "dropout"}
