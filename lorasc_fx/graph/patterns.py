@@ -53,7 +53,8 @@ def check_patterns(
             modules = sorted({name.rpartition(".")[0] for name in names} - {""})
             kinds = KINDS if candidates is weights else ()
             hint = nearest(pattern.removesuffix(".*"), [*names, *modules, *kinds])
-            raise UnknownTarget(f"{field}: {pattern!r} matches no {noun}{hint or listed(names)}")
+            kinds_hint = f"; kinds: {', '.join(kinds)}" if kinds and pattern.isidentifier() else ""
+            raise UnknownTarget(f"{field}: {pattern!r} matches no {noun}{hint or listed(names)}{kinds_hint}")
 
 
 def trained_by(spec: CascadeSpec, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -313,7 +313,7 @@ def test_a_mask_with_as_many_rows_as_the_batch_is_not_cut(rows: int) -> None:
 
 def test_dropout_in_train_mode_is_one_pass() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Dropout(0.5), nn.Flatten(0)).double()
     bank = lx.AdapterBank(model.train(), args=(X,), targets=("linear",), max_rank=2)
     fill(bank)
     mix, outputs = ["a", "b", "b", None, "a"], {}

@@ -173,6 +173,26 @@ def test_nothing_is_fetched() -> None:
     assert seen[0].startswith("socket.__new__")
 
 
+def test_values_are_immutable_and_no_zip_drops_items() -> None:
+    """Five dataclasses collect what is found while a graph is read. A zip that may drop items is in this list."""
+    text = {where(path): path.read_text(encoding="utf-8") for path in sources()}
+    mutable = {file: count for file in text if (count := len(re.findall(r"@dataclass(?!\(frozen=True)", text[file])))}
+    loose = {file: count for file in text if (count := text[file].count("strict=False"))}
+    records = ("adapt/__init__", "check/preflight", "compile/variants", "graph/matching", "peft/change")
+    assert mutable == {f"lorasc_fx/{name}.py": 1 for name in records}
+    loose_in = (
+        "check/guards",
+        "check/isolation",
+        "capture/torch_export",
+        "export/graph_files",
+        "graph/flow",
+        "quantized",
+    )
+    assert loose == {f"lorasc_fx/{name}.py": 1 for name in loose_in} | {
+        "lorasc_fx/capture/captured.py": 2, "passes/weights_as_attributes.py": 1,
+    }  # fmt: skip
+
+
 def test_each_exception_tells_why() -> None:
     """A line with an exception of the linter for unsafe loading says why it is safe."""
     for path in [*(ROOT / "lorasc_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]:
