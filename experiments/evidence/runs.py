@@ -140,8 +140,14 @@ def _made(cell: Cell, protocol: Protocol) -> dict[str, Any]:
     return run(tasks, METHODS[cell.method], protocol["training"], cell.rates, cell.seed, scales, tested)
 
 
-def make(protocol: Protocol, results: Results, parts: list[str]) -> None:
-    """Make the runs that are missing, of all parts or of some."""
+def make(protocol: Protocol, results: Results, words: list[str]) -> None:
+    """Make the runs that are missing: all, or those of some parts and methods."""
+    from experiments.evidence.methods import METHODS
+
+    parts = {"rates", "plane", "sequences", "images"}
+    methods = set(words) - parts
+    if unknown := methods - METHODS.keys():
+        raise SpecError(f"run: no part or method is called {', '.join(sorted(unknown))}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
         running: dict[Future[dict[str, Any]], Cell] = {}
@@ -149,7 +155,8 @@ def make(protocol: Protocol, results: Results, parts: list[str]) -> None:
             busy = set(running.values())
             missing = (
                 cell for cell in cells(protocol, results)
-                if cell not in results.found and cell not in busy and (not parts or cell.part in parts)
+                if cell not in results.found and cell not in busy
+                and (parts.isdisjoint(words) or cell.part in words) and (not methods or cell.method in methods)
             )  # fmt: skip
             for cell in missing:
                 if len(running) == PROCESSES:
