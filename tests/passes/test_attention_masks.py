@@ -48,7 +48,7 @@ def attention(graph_module: Any) -> list[str]:
 
 
 class Masked(nn.Module):
-    """Attention with each of several masks, which functions compute from the module and its input [batch, length, 8]."""
+    """Attention with each mask that functions compute from the module and its input [batch, length, 8]."""
 
     def __init__(self, *masks: Callable[[Masked, Tensor], Tensor]) -> None:
         super().__init__()
@@ -107,7 +107,8 @@ ALWAYS: dict[str, tuple[Callable[[Masked, Tensor], Tensor], str]] = {
     "full": (lambda m, x: torch.full((x.shape[0], 1, 1, x.shape[1]), True), "none"),
     "positions": (lambda m, x: (steps(x) >= 0).expand(x.shape[0], 1, x.shape[1], -1), "none"),
     "below": (lambda m, x: (steps(x) > -1)[None, :], "none"),
-    "not": (lambda m, x: ~(steps(x)[None, :] < 0), "none"),
+    "not": (lambda m, x: ~(steps(x)[None, :] * -1 > 0), "none"),
+    "differences": (lambda m, x: torch.diff(torch.arange(x.shape[1] + 1))[None, :] == 1, "none"),
     "one sequence": (lambda m, x: torch.diff(steps(x) * 2 + 3, prepend=steps(x)[:1] * 2 + 1)[None, :] == 2, "none"),
     "zeros": (lambda m, x: square(x, dtype=torch.float64) * 0, "none"),
     "nothing filled": (lambda m, x: filled(steps(x)[None, :] < 0, -torch.inf), "none"),
