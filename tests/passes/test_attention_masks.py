@@ -108,6 +108,7 @@ ALWAYS: dict[str, tuple[Callable[[Masked, Tensor], Tensor], str]] = {
     "positions": (lambda m, x: (steps(x) >= 0).expand(x.shape[0], 1, x.shape[1], -1), "none"),
     "below": (lambda m, x: (steps(x) > -1)[None, :], "none"),
     "not": (lambda m, x: ~(steps(x)[None, :] * -1 > 0), "none"),
+    "itself": (lambda m, x: (steps(x) == steps(x))[None, :], "none"),
     "differences": (lambda m, x: torch.diff(torch.arange(x.shape[1] + 1))[None, :] == 1, "none"),
     "one sequence": (lambda m, x: torch.diff(steps(x) * 2 + 3, prepend=steps(x)[:1] * 2 + 1)[None, :] == 2, "none"),
     "zeros": (lambda m, x: square(x, dtype=torch.float64) * 0, "none"),
@@ -171,6 +172,8 @@ def test_redundant_masks_are_removed() -> None:
     expected = {name: kind for name, (_, kind) in ALWAYS.items()}
     assert dict(zip(ALWAYS, attention(captured.module), strict=True)) == expected
     assert captured.conditions.sizes == ((None, None, None),)
+    calls = [node.args[3:] for node in captured.module.graph.nodes if node.target is ATTENTION]
+    assert set(calls) == {(), (None, 0.0, True)}
     ops = [node.target for node in captured.module.graph.nodes if node.op == "call_function"]
     left = {ATTENTION: len(ALWAYS), aten.linear.default: 1, aten.chunk.default: 1, operator.getitem: 3}
     assert Counter(ops) == left | {aten.unsqueeze.default: 3}  # nothing that computes a mask or a size
