@@ -273,7 +273,7 @@ def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None
 def _slopes(value: torch.Tensor) -> list[float] | None:
     """Return the nonzero slopes if the entries are an affine function of their indices, otherwise None."""
     value, slopes = value.double(), list[float]()
-    for axis in range(value.dim() if (value != value.flatten()[0]).any() else 0):
+    for axis in range(value.dim()):
         steps = value.diff(dim=axis).unique().tolist()
         if len(steps) > 1:
             return None

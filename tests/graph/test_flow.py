@@ -1,4 +1,4 @@
-"""Which nodes of small graphs are constant, use a weight, and write into it."""
+"""Which nodes of small graphs are constant, use a weight, or write into it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lorasc_fx.graph.flow import constants, consumers, kind_of, mutates, uses_of
+from lorasc_fx.graph.flow import constants, kind_of, mutates, uses_of
 
 aten = torch.ops.aten
 
@@ -32,63 +31,29 @@ def test_constants() -> None:
     assert constants(graph) == {*sizes, *computed}
 
 
-def test_consumers() -> None:
-    graph = fx.Graph()
-    call, x, w = graph.call_function, graph.placeholder("x"), graph.get_attr("w")
-    turned, copied = call(aten.t.default, (w,)), call(aten.clone.default, (w,))
-    product, total = call(aten.mm.default, (x, turned)), call(aten.add.Tensor, (copied, x))
-    doubled, picked = call(aten.mul_.Tensor, (copied, 2)), call(aten.index.Tensor, (w, [x]))
-    written, unused = call(aten.mul_.Tensor, (turned, 2)), call(aten.neg.default, (w,))
-    gated, size = call(aten.mul.Tensor, (picked, x)), graph.call_method("size", (w, 0))
-    row = call(F.embedding, (w, call(torch.eye, (3,))))
-    output = graph.output((product, total, doubled, written, gated, size, row))
-    found = {consumer.node: (consumer.reads, consumer.aliases) for consumer in consumers(w, constants(graph))}
-    assert found == {
-        product: ((turned,), (turned,)),
-        written: ((turned,), (turned,)),
-        total: ((copied,), ()),
-        unused: ((w,), (w,)),
-        gated: ((picked,), ()),
-        row: ((w,), (w,)),
-        output: ((doubled,), ()),
-    }
-
-
 def test_mutates() -> None:
     graph = fx.Graph()
     call, method, w, x = graph.call_function, graph.call_method, graph.placeholder("w"), graph.placeholder("x")
     writing = [call(aten.add_.Tensor, (w, x)), call(aten.add.out, (x, x), {"out": w}), method("add_", (w, x))]
-    writing += [method("__iadd__", (w, x)), call(F.embedding, (x, w, None, 1.0))]
-    writing += [call(F.embedding, (x,), {"weight": w, "max_norm": 1.0})]
+    writing += [method("__iadd__", (w, x)), call(F.embedding, (x,), {"weight": w, "max_norm": 1.0})]
     reading = [call(aten.add.Tensor, (w, x)), call(torch.add, (w, x)), call(F.embedding, (x, w, None))]
     reading += [method("__add__", (w, x)), method("add", (w, x))]
     assert [mutates(node, w) for node in writing + reading] == [True] * len(writing) + [False] * len(reading)
     assert not any(mutates(node, x) for node in writing + reading)
 
 
-Uses = list[tuple[str, list[str], str | None]]
-RULES: list[tuple[Callable[..., Any], Uses]] = [
-    (
-        lambda x, w, c: F.linear(x, w.t()) + torch.einsum("ij,jk", w, c),
-        [("add", ["einsum"], None), ("linear", ["t"], "linear")],
-    ),
+RULES: list[tuple[Callable[..., Any], list[tuple[str, list[str], str | None]]]] = [
     (lambda x, w, c: F.linear(c, w) + x, [("linear", ["w"], "linear")]),
-    (lambda x, w, c: torch.einsum("ij,jk", w, c) + x, [("einsum", ["w"], "linear")]),
     (lambda x, w, c: F.linear(x, w * x), [("linear", ["mul"], "linear")]),
-    (lambda x, w, c: F.linear(w * x, c), [("mul", ["w"], None)]),
     (lambda x, w, c: F.linear(w * x, weight=c), [("mul", ["w"], None)]),
-    (lambda x, w, c: F.linear(w * x, w * c), [("linear", ["mul_1"], "linear"), ("mul", ["w"], None)]),
-    (lambda x, w, c: w[x] + x, [("getitem", ["w"], "embedding")]),
-    (lambda x, w, c: w[c] + x, [("add", ["getitem"], None)]),
     (lambda x, w, c: torch.index_select(w, 0, index=x) + c, [("index_select", ["w"], "embedding")]),
-    (lambda x, w, c: torch.addmm(w, x, c), [("addmm", ["w"], None)]),
 ]
 
 
-@pytest.mark.parametrize(("function", "expected"), RULES, ids=range(len(RULES)))
-def test_uses(function: Callable[..., Any], expected: Uses) -> None:
+def test_uses() -> None:
     """Consumers by the first rule of `uses_of` that gives a site, with the kind of the site."""
-    graph = fx.symbolic_trace(function).graph
-    _, weight, constant = graph.find_nodes(op="placeholder")
-    uses = uses_of(weight, constants(graph) | {weight, constant})
-    assert sorted((use.node.name, [read.name for read in use.reads], kind_of(use)) for use in uses) == expected
+    for function, expected in RULES:
+        graph = fx.symbolic_trace(function).graph
+        _, weight, constant = graph.find_nodes(op="placeholder")
+        uses = uses_of(weight, constants(graph) | {weight, constant})
+        assert [(use.node.name, [read.name for read in use.reads], kind_of(use)) for use in uses] == expected

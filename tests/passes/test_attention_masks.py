@@ -108,6 +108,7 @@ ALWAYS: dict[str, tuple[Callable[[Masked, Tensor], Tensor], str]] = {
     "positions": (lambda m, x: (steps(x) >= 0).expand(x.shape[0], 1, x.shape[1], -1), "none"),
     "below": (lambda m, x: (steps(x) > -1)[None, :], "none"),
     "not": (lambda m, x: ~(steps(x)[None, :] * -1 > 0), "none"),
+    "converted": (lambda m, x: square(x, dtype=torch.float64).to(torch.bool), "none"),
     "itself": (lambda m, x: (steps(x) == steps(x))[None, :], "none"),
     "differences": (lambda m, x: torch.diff(torch.arange(x.shape[1] + 1))[None, :] == 1, "none"),
     "one sequence": (lambda m, x: torch.diff(steps(x) * 2 + 3, prepend=steps(x)[:1] * 2 + 1)[None, :] == 2, "none"),

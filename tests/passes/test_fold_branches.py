@@ -13,7 +13,7 @@ from lorasc_fx.graph import branch_nodes, record_of, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn
-from tests.passes.cases import ADAPTABLE, BY_NAME, SPEC, Case
+from tests.passes.cases import ADAPTABLE, BY_NAME, Case
 from tests.passes.kit import (
     NEAR,
     Snapshot,
@@ -140,18 +140,6 @@ def test_a_nonfinite_branch_is_an_error(value: float, end: str) -> None:
     with raises(NonFiniteBranch, "non-finite", "0.2.weight", "stage 1"):
         ENDS[end](inserted)
     snapshot.assert_unchanged()
-
-
-def test_tied_weights_stay_tied() -> None:
-    for name, pair in (
-        ("aten_tied", ("first.weight", "second.weight")),
-        ("module_two_names", ("one.weight", "other.weight")),
-    ):
-        inserted = fill(insert(BY_NAME[name].own(), replace(SPEC, noise=Noise(0.4))))
-        folded = FoldBranches(view="slow")(inserted).graph_module
-        for graph_module in (inserted, folded):
-            assert graph_module.get_parameter(pair[0]) is graph_module.get_parameter(pair[1])
-            assert not same_bits(graph_module.get_parameter(pair[0]), BY_NAME[name].model.get_parameter(pair[0]))
 
 
 NOISES = {
