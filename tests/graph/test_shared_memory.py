@@ -130,12 +130,6 @@ def with_attribute(value: Callable[[torch.Tensor], object]) -> Net:
     return net
 
 
-def with_old_spectral_norm() -> Net:
-    net = Net()
-    nn.utils.spectral_norm(net.last)
-    return net
-
-
 SQUARE = (5, 5)
 ONE_AND_TWO = {"one.weight": "shares memory with two.weight", "two.weight": "shares memory with one.weight"}
 ONE_AND_LAST = {"one.weight": "shares memory with last.weight", "last.weight": "shares memory with one.weight"}
@@ -194,7 +188,9 @@ def test_overlaps_are_not_trained_in_full(case: str) -> None:
 @pytest.mark.parametrize("case", NEIGHBOURS)
 def test_neighbours_in_one_memory_are_sites(case: str) -> None:
     net = NEIGHBOURS[case]()
-    assert shared_memory(net) == shared_memory(with_old_spectral_norm()) == {}
+    normed = Net()
+    nn.utils.spectral_norm(normed.last)
+    assert shared_memory(net) == shared_memory(normed) == {}
     cascade = lx.adapt(net, (X,), spec=SPEC)
     assert [site.weight for site in cascade.sites] == ["one.weight", "two.weight", "last.weight"]
     randomize(cascade)

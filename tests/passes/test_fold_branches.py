@@ -10,7 +10,7 @@ from torch import fx
 
 from lorasc_fx import Noise, NonFiniteBranch, PassError, SpecError
 from lorasc_fx.graph import branch_nodes, record_of, text
-from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
+from lorasc_fx.passes import CascadePass, FoldBranches, InsertBranches, Pipeline, StageTransition
 from tests.kit.errors import raises
 from tests.kit.state import noise_drawn
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
@@ -121,24 +121,17 @@ def test_noise_at_a_fold(case: Case, keep: bool) -> None:
 
 # --- non-finite branches --------------------------------------------------------------------------------------------
 
-ENDS = {
-    "fold": FoldBranches(view="slow"),
-    "fold and insert": Pipeline([FoldBranches(view="slow"), InsertBranches()]),
-    "transition": StageTransition(),
-}
-"""Passes that end a stage."""
-
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("end", ENDS)
-def test_a_nonfinite_branch_is_an_error(value: float, end: str) -> None:
+@pytest.mark.parametrize("end", [FoldBranches(view="slow"), StageTransition()])
+def test_a_nonfinite_branch_is_an_error(value: float, end: CascadePass) -> None:
     case = BY_NAME["module_convs"]
     inserted = fill(insert(case.own(), case.spec))
     with torch.no_grad():
         branches_of(inserted)["0.2.weight"].lora_B[1, 2] = value
     snapshot = Snapshot(inserted)
     with raises(NonFiniteBranch, "non-finite", "0.2.weight", "stage 1"):
-        ENDS[end](inserted)
+        end(inserted)
     snapshot.assert_unchanged()
 
 
