@@ -111,7 +111,7 @@ def _replaceable(call: fx.Node) -> bool:
     """Whether an attention call has a mask, and the output would have the same shape without the mask."""
     arguments, query = _arguments(call), _shape(_arguments(call)["query"])
     is_masked = isinstance(arguments["attn_mask"], fx.Node) and arguments["is_causal"] is False
-    return is_masked and len(query) > 1 and _same_sizes(query[:-2], _shape(call)[:-2])
+    return is_masked and _same_sizes(query[:-2], _shape(call)[:-2])
 
 
 def _same_sizes(sizes_a: Sequence[Any], sizes_b: Sequence[Any]) -> bool:
@@ -273,7 +273,7 @@ def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None
 def _slopes(value: torch.Tensor) -> list[float] | None:
     """Return the nonzero slopes if the entries are an affine function of their indices, otherwise None."""
     value, slopes = value.double(), list[float]()
-    for axis in range(value.dim() if (value != value.flatten()[0]).any() else 0):
+    for axis in range(value.dim()):
         steps = value.diff(dim=axis).unique().tolist()
         if len(steps) > 1:
             return None

@@ -100,6 +100,7 @@ def test_dropout_is_applied() -> None:
         (nn.Linear(64, 64), (512, 64), torch.float32, "beside"),  # 2^21 multiply-adds
         (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 32, 32), torch.float32, "beside"),  # 1.78
         (nn.Conv2d(128, 128, 3, padding=1), (1, 128, 36, 36), torch.float32, "merged"),  # 2.25
+        (nn.Conv2d(128, 128, 3, padding=1), (128, 36, 36), torch.float32, "beside"),  # no axis of batches
     ],
 )
 def test_placement_by_shape(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, placement: str) -> None:

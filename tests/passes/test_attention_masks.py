@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,8 @@ from lorasc_fx.signature import leaves
 from tests.kit.compare import saved_storages
 from tests.kit.state import variant_for
 
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 
 
 def simplified(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Captured:
@@ -45,17 +48,17 @@ def attention(graph_module: Any) -> list[str]:
 
 
 class Masked(nn.Module):
-    """Attention with a mask that a function computes from the module and its input [batch, length, 8]."""
+    """Attention with each mask that functions compute from the module and its input [batch, length, 8]."""
 
-    def __init__(self, mask: Callable[[Masked, Tensor], Tensor]) -> None:
+    def __init__(self, *masks: Callable[[Masked, Tensor], Tensor]) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.body, self.mask = nn.Linear(8, 12), mask
+        self.body, self.masks = nn.Linear(8, 12), masks
         self.register_buffer("open", torch.ones((), dtype=torch.bool))
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (projection.unsqueeze(1) for projection in self.body(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask(self, x))
+    def forward(self, x: Tensor) -> list[Tensor]:
+        qkv = [projection.unsqueeze(1) for projection in self.body(x).chunk(3, -1)]
+        return [F.scaled_dot_product_attention(*qkv, attn_mask=mask(self, x)) for mask in self.masks]
 
 
 def square(x: Tensor, **options: Any) -> Tensor:
@@ -104,7 +107,10 @@ ALWAYS: dict[str, tuple[Callable[[Masked, Tensor], Tensor], str]] = {
     "full": (lambda m, x: torch.full((x.shape[0], 1, 1, x.shape[1]), True), "none"),
     "positions": (lambda m, x: (steps(x) >= 0).expand(x.shape[0], 1, x.shape[1], -1), "none"),
     "below": (lambda m, x: (steps(x) > -1)[None, :], "none"),
-    "not": (lambda m, x: ~(steps(x)[None, :] < 0), "none"),
+    "not": (lambda m, x: ~(steps(x)[None, :] * -1 > 0), "none"),
+    "converted": (lambda m, x: square(x, dtype=torch.float64).to(torch.bool), "none"),
+    "itself": (lambda m, x: (steps(x) == steps(x))[None, :], "none"),
+    "differences": (lambda m, x: torch.diff(torch.arange(x.shape[1] + 1))[None, :] == 1, "none"),
     "one sequence": (lambda m, x: torch.diff(steps(x) * 2 + 3, prepend=steps(x)[:1] * 2 + 1)[None, :] == 2, "none"),
     "zeros": (lambda m, x: square(x, dtype=torch.float64) * 0, "none"),
     "nothing filled": (lambda m, x: filled(steps(x)[None, :] < 0, -torch.inf), "none"),
@@ -157,40 +163,49 @@ def batch(size: int, length: int) -> Tensor:
     return torch.randn(size, length, 8, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
 
 
-def same(actual: Tensor, expected: Tensor) -> None:
+def same(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ALWAYS)
-def test_a_redundant_mask_is_removed(name: str) -> None:
-    mask, expected = ALWAYS[name]
-    model = Masked(mask).double()
+def test_redundant_masks_are_removed() -> None:
+    model = Masked(*(mask for mask, _ in ALWAYS.values())).double()
     captured = simplified(model, (batch(2, 5),))
-    assert attention(captured.module) == [expected]
+    expected = {name: kind for name, (_, kind) in ALWAYS.items()}
+    assert dict(zip(ALWAYS, attention(captured.module), strict=True)) == expected
     assert captured.conditions.sizes == ((None, None, None),)
+    calls = [node.args[3:] for node in captured.module.graph.nodes if node.target is ATTENTION]
+    assert set(calls) == {(), (None, 0.0, True)}
+    ops = [node.target for node in captured.module.graph.nodes if node.op == "call_function"]
+    left = {ATTENTION: len(ALWAYS), aten.linear.default: 1, aten.chunk.default: 1, operator.getitem: 3}
+    assert Counter(ops) == left | {aten.unsqueeze.default: 3}  # nothing that computes a mask or a size
     for size, length in ((2, 5), (3, 2), (1, 7), (4, 19)):
         same(captured.module(batch(size, length)), model(batch(size, length)))
 
 
-@pytest.mark.parametrize("name", SOMETIMES | NEVER)
-def test_a_mask_that_matters_at_some_size_is_kept(name: str) -> None:
-    model = Masked((SOMETIMES | NEVER)[name]).double()
+@pytest.mark.parametrize("masks", [SOMETIMES, NEVER], ids=["sometimes", "never"])
+def test_masks_that_matter_at_some_size_are_kept(masks: dict[str, Callable[[Masked, Tensor], Tensor]]) -> None:
+    model = Masked(*masks.values()).double()
     captured = simplified(model, (batch(2, 5).abs(),))
-    assert attention(captured.module) == ["mask"]
+    assert dict(zip(masks, attention(captured.module), strict=True)) == dict.fromkeys(masks, "mask")
     assert captured.conditions.sizes == ((None, None, None),)
     for length in (5, 9, 50):
-        same(captured.module(batch(2, length)), model(batch(2, length)))
-        same(captured.module(-batch(2, length)), model(-batch(2, length)))
+        for x in (batch(2, length), -batch(2, length)):
+            torch.manual_seed(0)
+            expected = model(x)
+            torch.manual_seed(0)
+            same(captured.module(x), expected)
 
 
-@pytest.mark.parametrize("name", SOMETIMES)
-def test_a_graph_of_one_size_has_the_values_of_its_mask(name: str) -> None:
-    model, x = Masked(SOMETIMES[name]).double(), batch(2, 5)
+def test_a_graph_of_one_size_has_the_values_of_its_masks() -> None:
+    model, x = Masked(*SOMETIMES.values()).double(), batch(2, 5)
     module = AttentionMasks()(capture_export(model, (x,), {})[0]).graph_module
-    mask = SOMETIMES[name](model, x)
-    no_mask = bool(mask.all() if mask.dtype is torch.bool else (mask == 0).all())
-    causal = mask.dtype is torch.bool and torch.equal(mask, torch.ones(5, 5).bool().tril())
-    assert attention(module) == ["none" if no_mask else "causal" if causal else "mask"]
+    expected = {}
+    for name, make in SOMETIMES.items():
+        mask = make(model, x)
+        no_mask = bool(mask.all() if mask.dtype is torch.bool else (mask == 0).all())
+        causal = mask.dtype is torch.bool and torch.equal(mask, torch.ones(5, 5).bool().tril())
+        expected[name] = "none" if no_mask else "causal" if causal else "mask"
+    assert dict(zip(SOMETIMES, attention(module), strict=True)) == expected
     same(module(x), model(x))
 
 
@@ -411,12 +426,12 @@ def written_after(x: Tensor) -> Tensor:
 
 
 def written_itself(x: Tensor) -> Tensor:
-    output = repeated(x)
+    output = repeated(x * 1)
     output[:, 1:].zero_()
     return output
 
 
-PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], bool]] = {
+PAIRS: dict[str, tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor], bool]] = {
     "both": (repeated, repeated, True),
     "computed before": (lambda k: repeated(k * 2), lambda v: repeated(v.sin()), True),
     "keys only": (repeated, lambda v: v.repeat(1, 3, 1, 1), False),
@@ -430,32 +445,36 @@ PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], b
     "one batch": (once, once, False),
     "written after": (written_after, repeated, False),
     "written itself": (repeated, written_itself, False),
+    "of an input": (None, repeated, False),
 }
 
 
 class Grouped(nn.Module):
-    """Attention with several query heads and two key and value heads, under a mask of ones."""
+    """Attention with several query heads and two key and value heads, under masks of ones, for each pair of rows."""
 
-    def __init__(self, keys: Any, values: Any, width: int = 4, value_width: int = 4, queries: int = 6) -> None:
+    def __init__(self, pairs: Collection[Any], width: int = 4, value_width: int = 4) -> None:
         super().__init__()
         torch.manual_seed(4)
-        self.keys, self.values, self.width, self.value_width = keys, values, width, value_width
-        self.q, self.k, self.v = nn.Linear(8, queries * width), nn.Linear(8, 2 * width), nn.Linear(8, 2 * value_width)
+        self.pairs, self.width, self.value_width = pairs, width, value_width
+        self.q, self.k, self.v = nn.Linear(8, 6 * width), nn.Linear(8, 2 * width), nn.Linear(8, 2 * value_width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         q, k = (project(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for project in (self.q, self.k))
-        key, value = self.keys(k), self.values(self.v(x).unflatten(-1, (-1, self.value_width)).transpose(1, 2))
-        mask = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool)
-        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=0.3)
+        v, outputs = self.v(x).unflatten(-1, (-1, self.value_width)).transpose(1, 2), []
+        for keys, values, _ in self.pairs:
+            key = keys(k) if keys is not None else repeated(x.unflatten(-1, (2, 4)).transpose(1, 2))
+            value = values(v)
+            mask = torch.ones(x.shape[1], key.shape[2], dtype=torch.bool)
+            outputs.append(F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=0.3))
+        return outputs
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_only_a_repetition_of_keys_and_values_is_removed(name: str) -> None:
-    keys, values, expected = PAIRS[name]
-    model = Grouped(keys, values).double()
+def test_only_repetitions_of_keys_and_values_are_removed() -> None:
+    model = Grouped(PAIRS.values()).double()
     captured = simplified(model, (batch(2, 5),))
-    assert attention(captured.module) == ["none"]
-    assert shared(captured.module) == [expected]
+    assert attention(captured.module) == ["none"] * len(PAIRS)
+    removed = dict(zip(PAIRS, shared(captured.module), strict=True))
+    assert removed == {name: expected for name, (*_, expected) in PAIRS.items()}
     for size, length in ((2, 5), (3, 9)):
         same(captured.module(batch(size, length)), model(batch(size, length)))
 
@@ -466,7 +485,8 @@ def test_heads_that_eager_mode_repeats_without_a_mask(width: int, value_width: i
     from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
 
     assert use_gqa_in_sdpa(None, torch.empty(1, 2, 3, width), torch.empty(1, 2, 3, value_width)) == expected
-    model = Grouped(repeated, repeated, width, value_width).double()
+    model = Grouped([PAIRS["both"]], width, value_width).double()
     captured = simplified(model, (batch(2, 5),))
     assert shared(captured.module) == [expected]
+    assert any(node.target in COPIES for node in captured.module.graph.nodes) == (not expected)
     same(captured.module(batch(3, 9)), model(batch(3, 9)))

@@ -16,10 +16,9 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lorasc_fx import CascadeSpec, Noise, PassError
-from lorasc_fx.branch import amplitude
 from lorasc_fx.capture import capture
 from lorasc_fx.errors import VerifyError
-from lorasc_fx.graph import branch_nodes, call_template, text
+from lorasc_fx.graph import branch_nodes, text
 from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from tests.kit.errors import raises
@@ -165,23 +164,6 @@ def test_noise_is_in_the_weights_of_a_graph_that_owns_them(case: Case, distribut
     folded = FoldBranches()(inserted).graph_module  # B = 0: the fold takes the noise away, bit for bit
     for name, value in weights_of(folded).items():
         assert same_bits(value, before[name])
-
-
-def test_noise_on_all_matrices() -> None:
-    case = BY_NAME["aten_encoder"]
-    spec = CascadeSpec(targets=("*.qkv",), train=("*.fc2",), rank=2, noise=Noise(0.2, where="all"), seed=3)
-    original = case.own()
-    inserted = insert(original, spec)
-    before, after = weights_of(original), weights_of(inserted)
-    noisy = {name for name in before if not same_bits(after[name], before[name])}
-    matrices = {name for name, value in before.items() if value.dim() > 1}
-    assert noisy == {name for name in matrices if "fc2" not in name}
-    for name in noisy:
-        size = amplitude(spec.noise, before[name].detach())
-        expected = before[name].detach() + noise_drawn(spec.noise, 3, 1, name, before[name].shape).double() * size
-        assert same_bits(after[name], expected)
-    folded = weights_of(FoldBranches()(inserted).graph_module)
-    assert all(same_bits(folded[name], before[name]) for name in before)
 
 
 # --- what is there already --------------------------------------------------------------------------------------------
@@ -330,46 +312,12 @@ def test_golden(case: Case) -> None:
     assert content == path.read_text(encoding="utf-8"), "run with EXPECTTEST_ACCEPT=1 and read what is written"
 
 
-MERGES = ("linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "conv3d")
-"""Ends of the names of the forms that a merged branch can replace."""
-
-
 def placed(case: Case, placement: str) -> CascadeSpec:
     """The case's spec with another placement."""
     return replace(case.spec, placement=placement)
-
-
-def mergeable(case: Case) -> list[str]:
-    """The nodes of a case that a merged branch can replace: a known form that reads the stored weight directly."""
-    graph = {node.name: node for node in case.own().graph.nodes}
-    names = []
-    for weight, uses in case.sites.items():
-        if case.kind(weight) == "embedding":  # a head tied to its table has one branch for both
-            continue
-        ties = {weight, *case.aliases.get(weight, ())}
-        for name, form in uses:
-            node = graph[name]
-            direct = node.op == "call_module" or any(
-                source.op == "get_attr" and source.target in ties for source in node.all_input_nodes
-            )
-            if form.rpartition(".")[2].lower() in MERGES and node.users and direct:
-                names.append(name)
-    return names
 
 
 @pytest.mark.parametrize(("case", "placement"), alternating(("auto",), PLACEMENTS), ids=str)
 def test_gradients_are_those_of_the_formula(case: Case, placement: str) -> None:
     if case.name != "module_in_place":  # which writes into its input
         assert_gradients(fill(insert(case.own(), placed(case, placement))), case)
-
-
-def test_a_merged_branch_replaces_its_op() -> None:
-    names = {case.name: mergeable(case) for case in ADAPTABLE}
-    assert sum(map(len, names.values())) > 20
-    for case in ADAPTABLE:
-        graph_module = insert(case.own(), placed(case, "merged"))
-        spelled = {call_template(node).name for node in branch_nodes(graph_module) if call_template(node) is not None}
-        remaining = {node.name for node in graph_module.graph.nodes}
-        assert not spelled & remaining, case.name  # the op itself is gone
-        missed = set(names[case.name]) - spelled
-        assert not missed, case.name

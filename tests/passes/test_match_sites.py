@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.func import functional_call
 
+import lorasc_fx as lx
 from lorasc_fx import CascadeSpec, PassError, Rule, SpecError, UnknownTarget
 from lorasc_fx.graph import FORMS, FunctionForm, record_of, text
 from lorasc_fx.graph.forms import ON_WEIGHT
@@ -315,15 +316,6 @@ def test_a_tied_weight_matches_by_each_of_its_names(pattern: str) -> None:
         assert parts(MatchSites(spec)(BY_NAME["aten_tied"].own()).graph_module)[0] == expected
 
 
-def test_exclude_and_train() -> None:
-    spec = CascadeSpec(exclude=("stem.0", "head.bias"), train=("head", "stem.0"))
-    inserted = insert(mixed(), spec)
-    sites = {"stem.1.weight", "body.up.weight", "body.down.weight"}
-    refused = {"stem.0.weight": Reason.EXCLUDED, "head.weight": Reason.TRAINED}
-    assert parts(inserted)[:2] == (sites, refused)
-    assert set(branches_of(inserted)) == sites
-
-
 def test_the_first_rule_that_matches_counts() -> None:
     rules = (
         Rule("body.up", rank=2),
@@ -373,8 +365,52 @@ def test_a_spec_that_matches_nothing(
     snapshot.assert_unchanged()
 
 
-def test_the_cases_cover_every_reason() -> None:
-    covered = {Reason.NOT_TARGETED, Reason.QUANTIZED}  # by the tests above and the tests of quantized weights
-    elsewhere = {Reason.EMPTY, Reason.SHARED_MEMORY}  # tests/state, tests/graph/test_shared_memory.py
-    assert {reason for case in CASES for reason in case.refusals.values()} | covered | elsewhere == set(Reason)
-    assert any(case.row.unreached for case in CASES)
+class Odd(nn.Module):
+    """One weight for each reason, and a linear layer with one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single, self.called, self.opaque = nn.Linear(5, 1), nn.Linear(5, 5), nn.Bilinear(5, 5, 5)
+        shapes = {"vector": (1, 5), "empty": (0, 5), "rows": (4, 5), "scale": (3, 5), "left": (4, 5), "all": (4, 5)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.phases = nn.Parameter(torch.randn(5, 5, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        y = self.called(x) * self.called.weight.sigmoid().sum() + self.opaque(x, x) + self.single(x)
+        y = y + torch.einsum("ij,kj->ik", x, self.vector) + F.linear(x, self.empty).sum()
+        y = y + F.embedding(index, self.rows, None, 1.0) * self.scale
+        y = y + F.linear(x, self.left).sum() + F.linear(x, self.all).sum()
+        return y + torch.matmul(x.to(torch.complex64), self.phases).real
+
+
+UNUSED = "uses it neither in a matrix product or convolution nor as an embedding table"
+ANYWHERE = {
+    "vector": ("", Reason.VECTOR, "its shape is (1, 5): only one axis is longer than 1"),
+    "empty": ("", Reason.EMPTY, "its shape is (0, 5), so it has no entries"),
+    "rows": ("", Reason.MUTATED, "forward writes into it"),
+    "scale": ("", Reason.NO_FORM, f"the model {UNUSED}"),
+    "left": ("", Reason.EXCLUDED, "excluded by the spec"),
+    "all": ("", Reason.TRAINED, "the spec trains it in full"),
+    "phases": ("", Reason.NOT_FLOATING, "its dtype is torch.complex64, but branches are real"),
+}
+IN_A_GRAPH = {
+    "rows": ("embedding", Reason.MUTATED, "node embedding (call_function torch.nn.functional.embedding) writes into it "
+        "while the model runs"),
+    "scale": ("mul_1", Reason.NO_FORM, f"node mul_1 (call_function _operator.mul) {UNUSED}"),
+    "called.weight": ("mul", Reason.MIXED_USES, "module called is called as one node, but node mul (call_function "
+        "_operator.mul) uses its weight too"),
+    "opaque.weight": ("opaque", Reason.OPAQUE, "module opaque is called as one node, which hides its ops; use another "
+        "front end to capture it"),
+}  # fmt: skip
+
+
+def test_refusals() -> None:
+    """In a graph that calls modules, and in a model that runs eagerly."""
+    spec, args = CascadeSpec(rank=2, exclude=("left",), train=("all",)), (torch.randn(3, 5), torch.tensor([0, 2, 3]))
+    graph = record_of(MatchSites(spec)(fx.symbolic_trace(Odd())).graph_module)
+    cascade = lx.adapt(Odd(), args, spec=spec, frontend="eager")
+    for found, expected in ((graph.refusals, ANYWHERE | IN_A_GRAPH), (cascade.refusals, ANYWHERE)):
+        assert {refusal.weight: (refusal.node, refusal.reason, refusal.sentence) for refusal in found} == expected
+    assert [site.weight for site in cascade.sites] == ["single.weight", "called.weight", "opaque.weight"]
+    assert [site.weight for site in graph.plan.sites] == ["single.weight"]
