@@ -446,10 +446,10 @@ class QuantizedLinear(nn.Linear):
         if not self.holds_layer:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        device, bias = self.weight.device, getattr(self.layer, "bias", None)
+        weight, bias = self.weight, getattr(self.layer, "bias", None)
         self.layer._apply(fn)
-        # After a move, refer to the new weight and bias of the layer.
-        if QuantizedWeight(self.layer).device != device:
+        # After a move or a cast, refer to the new weight and bias of the layer.
+        if ((moved := QuantizedWeight(self.layer)).device, moved.dtype) != (weight.device, weight.dtype):
             self.set_layer(self.layer)
         if (new_bias := getattr(self.layer, "bias", None)) is not bias:
             store: Any = self._parameters if "bias" in self._parameters else self._buffers

@@ -475,6 +475,23 @@ def test_a_quantized_weight_that_is_read_in_another_way_is_named() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer])
+def test_a_wrapped_layer_is_loaded_cast_and_moved(kind: Any) -> None:
+    layer, other, x = Packed(nn.Linear(8, 6)), Packed(nn.Linear(8, 6)), torch.randn(3, 8)
+    del layer.bias
+    layer.bias = kind(torch.zeros(6))
+    wrapper = QuantizedLinear(layer)
+    wrapper.load_state_dict(other.state_dict())
+    assert torch.equal(wrapper(x), other(x))
+    weight = wrapper.weight
+    assert wrapper.to("cpu").weight is weight
+    assert torch.equal(wrapper.bfloat16()(x.bfloat16()), other.bfloat16()(x.bfloat16()))
+    assert wrapper.weight.dtype == torch.bfloat16
+    assert wrapper.to("meta").weight.is_meta
+    assert wrapper.bias is layer.bias
+    assert wrapper.bias.is_meta
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_dense_weight_of_another_dtype_computes_as_the_layer_does(dtype: torch.dtype) -> None:
     """Layers cast their input to their dtype and their output back. So does the dense weight that replaces theirs."""
