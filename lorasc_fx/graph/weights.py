@@ -169,7 +169,7 @@ def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         hooks = module._forward_pre_hooks.values()
         computed = [getattr(hook, "name", None) for hook in hooks]  # hooks of torch.nn.utils have the attribute's name
         for name, value in vars(module).items():
-            if name in computed:
+            if name in ("_parameters", "_buffers", "_modules") or name in computed:
                 continue
             items = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
