@@ -121,6 +121,7 @@ MORE: dict[str, Callable[[Stateful], object]] = {
     "settings['nu'], settings['tau']": lambda model: model.settings.update(nu=model.settings.pop("tau")),
     "table, table[0]": lambda model: model.table.pop(),
     "layer.bias": lambda model: setattr(model.layer, "bias", nn.Parameter(torch.zeros(3))),
+    "layer._forward_hooks[1]": lambda model: model.layer.register_forward_hook(scaled(2.0)),
     "": lambda model: model.layer._forward_hooks.update({0: scaled(2.0)}),
 }
 
