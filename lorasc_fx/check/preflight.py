@@ -91,7 +91,7 @@ class Preflight:
 
 
 @isolated
-def trial(undo: Block, model: nn.Module, grad: bool = True) -> Attributes:
+def trial(undo: Block, model: nn.Module, grad: bool) -> Attributes:
     """Context manager: run the model eagerly, and restore model and process. Returns a snapshot of its attributes."""
     undo.enter(quiet(grad))
     undo.enter(eager())

@@ -51,16 +51,7 @@ class Items(TwoLayers):
         return self.head(hidden[order] * size)
 
 
-class Zipped(TwoLayers):
-    """Indexes by tuples of tensors."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(x.shape, dtype=torch.bool)
-        mask[tuple(zip(*[(index[0], index[1]) for index in (x > 0).nonzero()], strict=True))] = True
-        return self.head(torch.tanh(self.body(x * mask)))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {model.__name__: model for model in (Branchy, Items, Zipped)}
+MODELS: dict[str, Callable[[], nn.Module]] = {model.__name__: model for model in (Branchy, Items)}
 ALL = pytest.mark.parametrize("name", MODELS)
 
 
@@ -190,6 +181,25 @@ def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None
     twin = copy.deepcopy(model)
     twin.load_state_dict(merged(cascade), strict=False)
     torch.testing.assert_close(cascade(-x), twin(-x), rtol=0, atol=1e-12)
+
+
+class NoGradients(Addresses):
+    """Computes without gradients, so only outputs tell a wrong branch."""
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def test_a_model_without_gradients_gets_its_branches() -> None:
+    torch.manual_seed(17)
+    model, x = NoGradients().double(), inputs().abs()
+    cascade = lx.adapt(model, (x,), spec=SPEC)
+    assert (cascade.frontend, cascade.placements) == ("eager", {"body.weight": "beside", "head.weight": "beside"})
+    randomize(cascade)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(merged(cascade), strict=False)
+    torch.testing.assert_close(cascade(x), twin(x), rtol=0, atol=1e-12)
 
 
 def test_dropout_of_branches() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -138,20 +136,3 @@ def test_torch_fx_cannot_trace_a_cascade() -> None:
     with raises(lx.CaptureError, "not-available", "folded_graph"):
         fx.symbolic_trace(cascade)
     assert isinstance(fx.symbolic_trace(cascade.folded_graph()), fx.GraphModule)
-
-
-def test_dynamo_knows_functions_that_adapt_replaces_for_a_while() -> None:
-    """In a process that has compiled nothing before: adapt itself compiles the bodies of torch.cond."""
-    script = """
-import torch, lorasc_fx as lx
-class Either(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-    def forward(self, x):
-        return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
-cascade = lx.adapt(Either(), (torch.ones(2, 4),), spec=lx.CascadeSpec(rank=2))
-asks = torch.compile(lambda x: x + torch.is_grad_enabled(), backend="eager", fullgraph=True)
-assert asks(torch.ones(2)).tolist() == [2.0, 2.0]
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
