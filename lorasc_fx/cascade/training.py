@@ -35,14 +35,10 @@ class Warned(Fresh):
         return code in self._codes
 
     def once(self, code: str, message: str) -> None:
-        """Warn, unless a warning with this code was given or accepted before."""
+        """Warn, unless a warning with this code was given before."""
         if code not in self._codes:
             self._codes.add(code)
             warn(message, code)
-
-    def accept(self, code: str) -> None:
-        """Suppress warnings with this code, because they do not apply to this cascade."""
-        self._codes.add(code)
 
 
 class PendingWatch(Fresh):

@@ -385,9 +385,7 @@ def move(run: Run, graphs: Graphs, cascade: nn.Module, fn: Change, recurse: bool
 
 
 def _is_unchanged(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether `after` is the same tensor, or an equal copy of the same kind. `to("cpu:0")` makes such a copy."""
-    if after is before:
-        return True
+    """Whether `after` equals `before` and is of the same kind. `to("cpu:0")` makes an equal copy."""
     if is_traceable_wrapper_subclass(before) and type(after) is type(before):  # a quantized weight
         names, context = before.__tensor_flatten__()
         after_names, after_context = after.__tensor_flatten__()

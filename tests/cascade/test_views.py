@@ -10,6 +10,7 @@ from torch import nn
 
 import lorasc_fx as lx
 from tests.errors.state import unchanged
+from tests.kit.errors import raises
 from tests.kit.models import batches, branches, randomize
 
 
@@ -95,3 +96,55 @@ def test_slow_weights_after_a_cast_to_a_wider_dtype() -> None:
     assert torch.equal(slow.bfloat16().float(), start)
     assert not torch.equal(slow, start)
     assert torch.equal(slow, cascade.release().get_parameter("0.weight"))
+
+
+class Broken(nn.Flatten):
+    """A layer that cannot be moved."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise MemoryError("no more")
+
+
+def test_a_move_that_raises_changes_nothing() -> None:
+    """The layers before the one that raises have been cast already, with the gradient of the trained bias."""
+    x, y = batches(2, 4, 20)
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Linear(20, 6).double(), nn.BatchNorm1d(6).double(), Broken())
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, train=("0.bias",)))
+    cascade(x).square().mean().backward()
+    randomize(cascade, 1)
+    pointers = [value.data_ptr() for value in (*cascade.parameters(), *cascade.buffers())]
+    old = cascade(y)
+    with unchanged(cascade), pytest.raises(MemoryError, match="no more"):
+        cascade.float()
+    assert [value.data_ptr() for value in (*cascade.parameters(), *cascade.buffers())] == pointers
+    assert torch.equal(cascade(y), old)
+
+
+def test_the_names_of_views() -> None:
+    plain, averaged = (cascade_of(batches(1, 4, 20)[0], average=average) for average in (False, True))
+    assert plain.views == ("slow", "fast", "base")
+    assert averaged.views == ("slow", "fast", "base", "averaged")
+    assert averaged.kept("averaged").keys() == averaged.kept().keys() == branches(averaged).keys()
+    for view, code in (("averaged", "not-available"), ("fast", "unknown-name")):
+        with raises(lx.StateError, code, "kept"):
+            plain.kept(view)  # type: ignore[arg-type]  # what is tested
+
+
+def test_a_summary_names_eight_refusals_and_eight_unreached_weights() -> None:
+    (x,) = batches(1, 2, 4)
+    model = nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(9))).double()
+    model[0].unused = nn.ModuleList(nn.Linear(2, 3) for _ in range(9)).double()
+    cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=1, pace=0.25, noise=lx.Noise(0.5), train=("0.bias",)))
+    reason = "vector (its shape is (4, 1): only one axis is longer than 1)"
+    assert str(cascade).splitlines() == [
+        "Cascade of Sequential, captured by export",
+        "  stage 1, pace 0.25, noise 0.5, restart slow",
+        "  9 sites: 9 linear",
+        "  76 trainable of 297 parameters (25.59 %)",
+        "  placements: 9 weight",
+        "  9 refusals:",
+        *(f"    {index}.parametrizations.weight.original0: {reason}" for index in range(8)),
+        "    and 1 more, see cascade.refusals",
+        f"  9 unreached (in no graph yet): {', '.join(f'0.unused.{index}.weight' for index in range(8))}",
+    ]

@@ -105,6 +105,9 @@ def test_a_shard_of_the_state_is_the_state_of_the_shard(
         local = state.to_shard(shard).exact(view, torch.float64)
         assert local.shape == shard.take(weight).shape
         torch.testing.assert_close(local, shard.take(weight), rtol=1e-14, atol=1e-14)
+    narrow = torch.empty(shape)
+    state.write(narrow, view, torch.float64)
+    assert torch.equal(narrow, weight.float())  # kept noise is added before the rounding
 
 
 def through_a_file(plan: Plan, slow: SlowWeights, branch: Any, value: Any) -> WeightState:
@@ -174,3 +177,28 @@ def test_a_parameter_trained_in_full_keeps_its_values_through_stages_and_a_file(
         assert after is not None
         assert torch.equal(before.exact("slow", exact_dtype), after.exact("slow", exact_dtype))
     assert torch.equal(loaded.exact("fast", dtype), half.exact("fast", dtype))
+
+
+def test_faults_of_a_state_name_the_wrong_tensor() -> None:
+    state = full((6, 4))
+    first = state.experts[0]
+    factors = "has factors of shapes {} and {}, which do not fit a matrix of (6, 4)"
+    dtype = "has a tensor of the wrong dtype, torch."
+    cases: tuple[tuple[dict[str, Any], list[str]], ...] = (
+        ({"experts": (dataclasses.replace(first, stage=0),)}, []),
+        ({"experts": (dataclasses.replace(first, stage=4),)}, ["has an expert of stage 4, which has not ended"]),
+        ({"experts": (Expert(numbers(6, 2), numbers(1, 4), 1),)}, [factors.format((6, 2), (1, 4))]),
+        ({"experts": (Expert(numbers(6), numbers(4), 1),)}, [factors.format((6,), (4,))]),
+        ({"initial": InitialFactors(Factors(numbers(6, 2), numbers(2, 3)))}, [factors.format((6, 2), (2, 3))]),
+        ({"ends": {2: numbers(6)}}, ["has a dense delta of shape (6,), but its matrix is (6, 4)"]),
+        ({"initial": InitialFactors(magnitude=numbers(7))}, ["has row scales of shape (7,), but 6 rows"]),
+        ({"row_scale": torch.ones(6, dtype=torch.int64)}, [dtype + "int64"]),
+        ({"dense": {"slow": numbers(6, 4).to(torch.complex64)}}, [dtype + "complex64"]),
+        ({"dense": {"slow": numbers(6, 4) / 0}}, ["holds inf or nan"]),
+        ({"row_scale": numbers(6) / 0}, ["holds inf or nan"]),
+        ({"experts": (dataclasses.replace(first, origin=(1.0, float("nan"), 1.0)),)}, ["holds inf or nan"]),
+    )
+    for changes, sentences in cases:
+        assert dataclasses.replace(state, **changes).faults() == sentences
+    trained = WeightState("w", numbers(3), full=True, history=state.history)
+    assert trained.faults() == ["lacks a value at the end of a stage"]
