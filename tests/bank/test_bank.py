@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from lorasc_fx import Site
-from lorasc_fx.bank.adapters import Adapters
+from lorasc_fx.bank.rows import segments
 from lorasc_fx.branch import Factors
+from tests.errors.state import unchanged
 from tests.kit import tiny
 from tests.kit.compare import tensors
 from tests.kit.errors import raises
@@ -257,6 +259,22 @@ def test_generate() -> None:
         bank.generate(ids, adapter=["a", "b"], **options)
 
 
+class Generating(nn.Sequential):
+    generate = nn.Sequential.forward
+
+
+def test_generate_calls_lookups_convolutions_and_transposed_layers() -> None:
+    torch.manual_seed(0)
+    layers = nn.Embedding(9, 6, padding_idx=0), Conv1D(8, 6), nn.Conv1d(4, 4, 3, groups=2, padding=1)
+    model, ids = Generating(*layers).double().eval(), torch.tensor([[0, 3, 4, 1], [2, 8, 0, 5], [7, 7, 6, 0]])
+    bank = lx.AdapterBank(copy.deepcopy(model), args=(ids,), targets=("embedding", "linear", "conv"), max_rank=2)
+    bank.add("a", random_pairs(bank.sites, 2, 0, size=1.0))
+    right = folded(copy.deepcopy(model), bank.pairs("a"))(ids)
+    assert distance(bank.generate(ids, adapter="a"), right) < 1e-13
+    mixed = bank.generate(ids, adapter=["a", None, "a"])
+    assert_rows(mixed, ["a", None, "a"], lambda name: right if name else model(ids))
+
+
 def test_a_model_that_reads_a_weight_past_its_module_does_not_generate() -> None:
     class Past(type(tiny.llama())):  # type: ignore[misc]
         def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -283,11 +301,9 @@ def test_batch_norm_in_train_mode_is_refused_also_for_equal_rows(traced: bool) -
     bank = lx.AdapterBank(model, {"a": {"0.weight": pairs(1)["0.weight"]}}, args=(x,))
     mix = ["a", None, "a", None]
     assert distance(bank(x, adapter=mix), bank(x, adapter="a"), 2, 4) < 1e-13
-    before = copy.deepcopy(model.state_dict())
     model.train()
-    with raises(lx.StateError, "rows-not-independent", "1 is a BatchNorm1d in train mode"):
+    with unchanged(model), raises(lx.StateError, "rows-not-independent", "1 is a BatchNorm1d in train mode"):
         bank(x, adapter=mix)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class Masked(nn.Module):
@@ -331,9 +347,13 @@ def test_refusals() -> None:
         bank(X, adapter=["a", None])
     with raises(lx.StateError, "unknown-name", "an adapter 'a' already"):
         bank.add("a", pairs(1))
+    with raises(lx.SpecError, "invalid-value", "is None; give a string. None is the base, which a bank always has"):
+        bank.add(None, pairs(1))  # type: ignore[arg-type]
     with raises(lx.SpecError, "invalid-value", "'b' has None for 0.weight; give lorasc_fx.branch.Factors"):
         bank.add("b", {"0.weight": None})  # type: ignore[dict-item]
-    with raises(lx.SpecError, "adapter-does-not-fit", "'b' has b (8, 2) and a (2, 5) for 0.weight"):
+    with raises(
+        lx.SpecError, "adapter-does-not-fit", "'b' has b (8, 2) and a (2, 5) for 0.weight", "Give b (8, 2) and a (2, 6)"
+    ):
         bank.add("b", {"0.weight": Factors(torch.zeros(8, 2), torch.zeros(2, 5))})
     with raises(lx.SpecError, "sites-differ", "'b' changes 1.weight"):
         bank.add("b", {"1.weight": Factors(torch.zeros(8, 2), torch.zeros(2, 5))})
@@ -401,7 +421,7 @@ def filled(names: str) -> lx.AdapterBank:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convolutions", "windows"])
-def test_sorted_rows_share_factors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sorted_rows_share_factors(kind: str) -> None:
     torch.manual_seed(0)
     model: nn.Module = {
         "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)),
@@ -411,17 +431,9 @@ def test_sorted_rows_share_factors(kind: str, monkeypatch: pytest.MonkeyPatch) -
     x = torch.randn({"mlp": (6, 6), "convolutions": (6, 3, 7, 7), "windows": (6, 3, 6)}[kind]).double()
     bank = lx.AdapterBank(model.double().eval(), args=(x,), targets=("linear", "conv"), max_rank=2)
     fill(bank)
-    stacked: list[int] = []
-    factors = Adapters.factors
-
-    def counted(self: Adapters, chosen: Any) -> Any:
-        stacked.append(len(chosen) if isinstance(chosen, list) else 1)
-        return factors(self, chosen)
-
-    monkeypatch.setattr(Adapters, "factors", counted)
     for mix, count in ((["a", "a", "b", "b", None, None], 3), (["b", "b", "b", "b", "a", "a"], 3), ([*"abbbba"], 6)):
         mixed = bank(x, adapter=mix)
-        assert stacked.pop() == count
+        assert len(segments(mix)) == count
         assert_rows(mixed, mix, lambda name: bank(x, adapter=name), 1e-12)
 
 
@@ -486,8 +498,8 @@ def test_a_later_batch_shows_the_rows() -> None:
     with raises(lx.StateError, "rows-not-independent", "no effect on this batch"):
         bank(x, gate, adapter=["a", "b"])
     for value in (gate + 1, gate):
-        for row, name in enumerate("ab"):
-            assert distance(bank(x, value, adapter=["a", "b"]), bank(x, value, adapter=name), row, 2) < 1e-13
+        alone: dict[str | None, Tensor] = {name: bank(x, value, adapter=name) for name in "ab"}
+        assert_rows(bank(x, value, adapter=["a", "b"]), "ab", alone.__getitem__)
 
 
 def test_positions_have_no_rows() -> None:
@@ -512,8 +524,8 @@ def test_positions_have_no_rows() -> None:
                 bank(ids, adapter=[*"abba"])
         else:
             mixed = bank(ids, adapter=[*"abba"])
-            for row, name in enumerate("abba"):
-                assert distance(mixed, bank(ids, adapter=name), row, 4) < 1e-12
+            alone: dict[str | None, Tensor] = {name: bank(ids, adapter=name) for name in "ab"}
+            assert_rows(mixed, "abba", alone.__getitem__, 1e-12)
 
 
 def test_a_batch_without_rows() -> None:

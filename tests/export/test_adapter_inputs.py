@@ -273,6 +273,17 @@ def test_a_cascade_and_a_checkpoint(name: str, tmp_path: Path) -> None:
         assert handle.metadata() == {"format": "pt", "max_rank": "9"}
 
 
+def test_an_onnx_adapter_has_the_factors_without_the_scales(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    cascade, files = cascade_of("suffixes"), [tmp_path / f"a.{ending}" for ending in ("safetensors", "onnx_adapter")]
+    for file in files:
+        lx.export.adapter(cascade, file, max_rank=9)
+    expected = {name: value for name, value in load_file(files[0]).items() if not name.endswith("_scale")}
+    factors = onnxruntime.AdapterFormat.read_adapter(str(files[1])).get_parameters()
+    assert factors.keys() == expected.keys()
+    assert all((factors[name].numpy() == value.numpy()).all() for name, value in expected.items())
+
+
 def test_the_sites_of_the_exported_cascade(tmp_path: Path) -> None:
     """A run with fewer sites, a checkpoint in the middle of a stage, and an adapter of peft."""
     host, few = cascade_of("suffixes", stages=1), cascade_of("suffixes", targets=("lin", "1.lin"), pace=0.25)

@@ -108,22 +108,6 @@ def contents_of_shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-@pytest.mark.slow
-def test_names_with_a_prefix(tmp_path: Path) -> None:
-    """The model inside a model: its names lack the prefix that the files have."""
-    base = llama_base(tmp_path / "base", tied=True)
-    model = transformers.AutoModel.from_pretrained(base, dtype="auto").eval()
-    cascade = trained(model)
-    lx.save(cascade, tmp_path / "checkpoint")
-    out = tmp_path / "out"
-    assert main(["fold", str(tmp_path / "checkpoint"), "--base", str(base), "--output", str(out)]) == 0
-    loaded = transformers.AutoModel.from_pretrained(out, dtype="auto").eval()
-    language_model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-    expected = cascade.release()(input_ids=IDS).last_hidden_state
-    assert torch.equal(loaded(input_ids=IDS).last_hidden_state, expected)
-    assert torch.equal(language_model.model(input_ids=IDS).last_hidden_state, expected)
-
-
 X = batches(1, 6, 5)[0]
 
 
@@ -283,6 +267,27 @@ def test_what_cannot_be_folded_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
             index.write_text(text)
         with raises(lx.CheckpointError, "no-base" if text is None else "unreadable-file", "full"):
             lx.export.safetensors(cascade, tmp_path / "out", base=tmp_path / "full")
+
+
+def test_a_new_head_and_names_with_a_prefix_in_a_folder(tmp_path: Path) -> None:
+    """The head, which the files lack, is added to the last file and to the index."""
+    folder, index = tmp_path / "base", "model.safetensors.index.json"
+    folder.mkdir()
+    state = {f"net.{name}": value for name, value in mlp().state_dict().items() if not name.startswith("4")}
+    files = {name: f"{name[4]}.safetensors" for name in state}
+    for file in sorted({*files.values()}):
+        save_file({name: value for name, value in state.items() if files[name] == file}, folder / file)
+    (folder / index).write_text(json.dumps({"metadata": {"kept": 1}, "weight_map": files}))
+    cascade = stepped(small(targets=("0", "2"), train=("4",)), 1, running=True)
+    lx.export.safetensors(cascade, tmp_path / "out", base=folder)
+    folded, out = cascade.folded_state_dict(), tmp_path / "out"
+    expected = {name if name[0] == "4" else f"net.{name}": value for name, value in folded.items()}
+    written = {name: value for path in out.glob("*.safetensors") for name, value in load_file(path).items()}
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+    written_index = json.loads((out / index).read_text())
+    assert written_index["weight_map"] == files | dict.fromkeys(("4.weight", "4.bias"), "2.safetensors")
+    assert written_index["metadata"] == {"kept": 1, "total_size": sum(value.nbytes for value in expected.values())}
 
 
 def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from lorasc_fx.export import ExportError
+from tests.errors.state import unchanged
 from tests.kit.errors import raises, warns
 from tests.kit.models import Tied, randomize
 from tests.kit.seams import SEAMS
@@ -82,6 +85,7 @@ def test_the_task_is_the_models_unless_it_is_given(tmp_path: Path) -> None:
         pytest.param("gpt2", {}, marks=slow),
         ("words", {"adapter": "dora", "targets": ("up",)}),
         ("suffixes", {"start": "pissa"}),
+        ("suffixes", {"restart": "fast"}),
         ("bert", {"exclude": ("classifier",)}),  # whose head peft's class for the task would take from the adapter
     ],
 )
@@ -90,6 +94,8 @@ def test_all_stages_become_one_adapter(name: str, spec: dict[str, Any], tmp_path
     written = lx.export.peft(cascade, tmp_path / "adapter")
     expected = {site.weight: min(4, *site.matrix_shape) for site in cascade.sites}  # two experts of rank 2
     assert written.ranks == expected
+    low = "4" if min(expected.values()) == 4 else f"{min(expected.values())} to 4"
+    assert str(written).partition(";")[0] == f"{tmp_path}/adapter: {len(expected)} weights adapted, ranks {low}"
     assert_loads(cascade, name, tmp_path / "adapter")
     config = config_in(tmp_path / "adapter")
     assert config["r"] == config["lora_alpha"] == 4
@@ -99,37 +105,20 @@ def test_all_stages_become_one_adapter(name: str, spec: dict[str, Any], tmp_path
 
 def test_the_cascade_is_unchanged(tmp_path: Path) -> None:
     cascade = cascade_of("words", targets=("emb", "up"), train=("head",), noise=lx.Noise(0.2))
-    before = {name: value.clone() for name, value in cascade.state_dict().items()}
-    drawn = torch.get_rng_state()
-    lx.export.peft(cascade, tmp_path)
-    assert torch.equal(drawn, torch.get_rng_state())
-    after = cascade.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with unchanged(cascade):
+        lx.export.peft(cascade, tmp_path)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in cascade.model.modules())
     cascade.transition(None)  # and goes on
-
-
-@pytest.mark.parametrize("restart", ["slow", "fast"])
-def test_a_running_stage_counts_as_in_release(restart: str, tmp_path: Path) -> None:
-    cascade = cascade_of("suffixes", stages=3, restart=restart)
-    lx.export.peft(cascade, tmp_path)
-    args = INPUTS["suffixes"]()
-    theirs = seeded(loaded("suffixes", tmp_path), args)
-    close(theirs, seeded(cascade.release(), args))
 
 
 def test_ranks_by_exact_patterns(tmp_path: Path) -> None:
     rules = (lx.Rule("1.lin", rank=3), lx.Rule("lin.weight", rank=5))
     cascade = cascade_of("suffixes", stages=1, rules=rules, exclude=("deep",))
-    lx.export.peft(cascade, tmp_path)
+    written = lx.export.peft(cascade, tmp_path)
     assert_loads(cascade, "suffixes", tmp_path)
     config = config_in(tmp_path)
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"^1\.lin": 3, "^lin": 5}
-    theirs = loaded("suffixes", tmp_path)
-    ranks = {
-        name: module.r["default"] for name, module in theirs.base_model.model.named_modules() if hasattr(module, "r")
-    }
+    ranks = {name.removesuffix(".weight"): rank for name, rank in written.ranks.items()}
     assert ranks == {"1.lin": 3, "1.other": 2, "11.lin": 2, "11.other": 2, "lin": 5}
 
 
@@ -480,6 +469,29 @@ def test_an_adapted_head_of_a_classifier(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path / "other", task_type="SEQ_CLS")
 
 
+def test_the_name_of_the_base(tmp_path: Path) -> None:
+    """As timm loads it, as transformers has loaded it, or as it was given."""
+    model: Any = timm.layers.Mlp(6)
+    cascade = lx.adapt(model, (torch.randn(2, 6),), spec=lx.CascadeSpec(rank=2))
+    randomize(cascade)
+    hub = {"hf_hub_id": "timm/net", "file": "net.pt", "architecture": "net", "tag": None}
+    for config, name_or_path, inner, given, expected in (
+        (hub | {"source": "local-dir"}, "other", "inner", None, "local-dir:net.pt"),
+        (hub | {"source": "hf-hub"}, "other", "inner", None, "hf-hub:timm/net"),
+        (hub | {"tag": "in1k"}, "other", "inner", None, "net.in1k"),
+        (hub, "other", "inner", None, "net"),
+        (None, "other", "inner", None, "other"),
+        (None, None, "inner", None, "inner"),
+        (None, "", "", None, None),
+        (None, 3, "inner", None, None),
+        (hub, "other", "inner", "given", "given"),
+    ):
+        model.pretrained_cfg, model.name_or_path = config, name_or_path
+        model.config = SimpleNamespace(_name_or_path=inner)
+        lx.export.peft(cascade, tmp_path, base_model=given)
+        assert config_in(tmp_path)["base_model_name_or_path"] == expected
+
+
 def test_invalid_calls(tmp_path: Path) -> None:
     untrained = lx.adapt(made(Suffixes), (normal(3, 4, 6),), spec=lx.CascadeSpec(rank=2))
     with raises(lx.StateError, "not-available"):
@@ -489,6 +501,10 @@ def test_invalid_calls(tmp_path: Path) -> None:
         lx.export.peft(cascade, tmp_path, view="base")
     with raises(lx.SpecError, "invalid-value", "max_rank", "0"):
         lx.export.peft(cascade, tmp_path, max_rank=0)
+    options: Any
+    for options in ({"residual": 0}, {"residual": 1, "view": "fast"}, {"residual": 2.0}):
+        with raises(lx.SpecError, "invalid-value", f"residual is {options['residual']}"):
+            lx.export.peft(cascade, tmp_path, **options)
     with raises(lx.SpecError, "invalid-value", "dtype", "torch.int8"):
         lx.export.peft(cascade, tmp_path, dtype=torch.int8)
     (tmp_path / "file").write_text("x", encoding="utf-8")
