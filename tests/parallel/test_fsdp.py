@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import lorasc_fx as lx
 from lorasc_fx.integrations.transformers import CascadeCallback
 from lorasc_fx.parallel import fsdp
+from lorasc_fx.shards import ProcessGroup, ShardSpec, chunk_of
 from tests.errors.inject import EVERY, LineAt, in_turn, sigint
 from tests.errors.models import Late
 from tests.integrations.kit import arguments
@@ -175,6 +176,22 @@ def test_errors_without_a_process_group() -> None:
         fsdp.shard(cascade)
     with raises(lx.StateError, "not-available", "cascade.folded_state_dict()"):
         fsdp.folded_state_dict(cascade)
+
+
+@pytest.mark.usefixtures("group")
+def test_collectives_of_one_process() -> None:
+    group, full = ProcessGroup.of(), torch.arange(35.0).view(7, 5) + 100
+    assert [group.any(False), group.any(True), group.all(False), group.all(True)] == [False, True] * 2
+    assert [group.rank, group.size, group.max(-2.0), str(group.max(torch.nan))] == [0, 1, -2, "nan"]
+    assert all(torch.equal(collective(full.t()), full.t()) for collective in (group.sum_tensor, group.broadcast))
+    for axis, total in enumerate(full.shape):
+        shard = ShardSpec(0, total, total, group, axis)
+        assert torch.equal(shard.gather(full), full)
+        variances = [shard.std(rows) ** 2 for rows in (full[:1, :1], full[:1, :2], full)]
+        assert variances == pytest.approx([0, 0.5, 105], rel=1e-12)
+    for total, size in ((7, 3), (9, 4), (2, 4), (8, 2)):
+        expected = [(int(chunk[0]), len(chunk)) for chunk in torch.arange(total).chunk(size)]
+        assert [chunk_of(total, size, rank) for rank in range(size)] == expected + [(total, 0)] * (size - len(expected))
 
 
 @pytest.mark.usefixtures("group")
