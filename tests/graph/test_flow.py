@@ -45,7 +45,7 @@ def test_mutates() -> None:
 RULES: list[tuple[Callable[..., Any], list[tuple[str, list[str], str | None]]]] = [
     (lambda x, w, c: F.linear(c, w) + x, [("linear", ["w"], "linear")]),
     (lambda x, w, c: F.linear(x, w * x), [("linear", ["mul"], "linear")]),
-    (lambda x, w, c: F.linear(w * x, weight=c), [("mul", ["w"], None)]),
+    (lambda x, w, c: F.linear(w * x, weight=x), [("mul", ["w"], None)]),
     (lambda x, w, c: torch.index_select(w, 0, index=x) + c, [("index_select", ["w"], "embedding")]),
 ]
 

@@ -366,18 +366,18 @@ def test_a_spec_that_matches_nothing(
 
 
 class Odd(nn.Module):
-    """One weight for each reason, and a linear layer with one output."""
+    """One weight for each reason, and linear layers with one output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.single, self.called, self.opaque = nn.Linear(5, 1), nn.Linear(5, 5), nn.Bilinear(5, 5, 5)
+        self.single, self.called, self.opaque = nn.Linear(5, 1), nn.Linear(5, 1), nn.Bilinear(5, 5, 5)
         shapes = {"vector": (1, 5), "empty": (0, 5), "rows": (4, 5), "scale": (3, 5), "left": (4, 5), "all": (4, 5)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape)))
         self.phases = nn.Parameter(torch.randn(5, 5, dtype=torch.complex64))
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        y = self.called(x) * self.called.weight.sigmoid().sum() + self.opaque(x, x) + self.single(x)
+        y = self.called(x) * (x @ self.called.weight.detach().T) + self.opaque(x, x) + self.single(x)
         y = y + torch.einsum("ij,kj->ik", x, self.vector) + F.linear(x, self.empty).sum()
         y = y + F.embedding(index, self.rows, None, 1.0) * self.scale
         y = y + F.linear(x, self.left).sum() + F.linear(x, self.all).sum()
@@ -398,8 +398,8 @@ IN_A_GRAPH = {
     "rows": ("embedding", Reason.MUTATED, "node embedding (call_function torch.nn.functional.embedding) writes into it "
         "while the model runs"),
     "scale": ("mul_1", Reason.NO_FORM, f"node mul_1 (call_function _operator.mul) {UNUSED}"),
-    "called.weight": ("mul", Reason.MIXED_USES, "module called is called as one node, but node mul (call_function "
-        "_operator.mul) uses its weight too"),
+    "called.weight": ("matmul", Reason.MIXED_USES, "module called is called as one node, but node matmul "
+        "(call_function _operator.matmul) uses its weight too"),
     "opaque.weight": ("opaque", Reason.OPAQUE, "module opaque is called as one node, which hides its ops; use another "
         "front end to capture it"),
 }  # fmt: skip
