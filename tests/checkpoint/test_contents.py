@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorasc_fx as lx
+from lorasc_fx.checkpoint.content import random_state, set_random_state, set_rank_random_state
+from lorasc_fx.shards import ONE_PROCESS
 from tests.checkpoint.runs import Run, Training, X, adamw, interrupted, whole
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
@@ -223,6 +225,18 @@ def test_numpys_generator(tmp_path: Path) -> None:
     np.random.seed(99)
     run.resumed(tmp_path)
     assert [np.random.standard_normal(), np.random.rand(), np.random.randint(1 << 30)] == expected
+
+
+def test_random_states_for_another_number_of_ranks() -> None:
+    """torch's generator depends on the first rank and the stage. The others continue like those of the first rank."""
+    first, drawn = random_state(), []
+    for stage in (3, 3, 4):
+        set_rank_random_state([first, {}], ONE_PROCESS, stage)
+        drawn.append((torch.rand(()).item(), random.random()))
+    set_random_state(first)
+    assert drawn[0] == drawn[1]
+    assert drawn[0][1] == drawn[2][1] == random.random()
+    assert len({torch.rand(()).item(), drawn[0][0], drawn[2][0]}) == 3
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
