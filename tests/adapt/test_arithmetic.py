@@ -63,14 +63,17 @@ def run(
     settings: lx.CascadeSpec,
     seeds: Sequence[int],
     build: Callable[[], nn.Module] = base,
-    dtype: torch.dtype = torch.float64,
+    args: tuple[torch.Tensor] | None = None,
+    ends: bool = False,
 ) -> Run:
-    """A run whose last stage is still running."""
-    result = Run(lx.adapt(build(), call(dtype), spec=settings))
+    """A run whose last stage is still running, or has ended."""
+    result = Run(lx.adapt(build(), args or call(), spec=settings))
     for seed in seeds:
         if result.delta:
             result.cascade.transition(None)
         result.train(seed)
+    if ends:
+        result.cascade.transition(None)
     return result
 
 
@@ -160,13 +163,7 @@ def test_collapsed_deltas_are_summed_exactly() -> None:
     """Weights of 35 and 42 entries, which are fewer than the entries of the experts of two stages."""
     x = (torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64),)
     settings = lx.CascadeSpec(rank=2, lora_alpha=2.0, targets=("0.weight", "2.weight"), pace=0.5)
-    runs = []
-    for seeds in ((1, 2, 3), (4,)):
-        result = Run(lx.adapt(mlp(), x, spec=settings))
-        for seed in seeds:
-            result.train(seed)
-            result.cascade.transition(None)
-        runs.append(result)
+    runs = [run(settings, seeds, mlp, x, ends=True) for seeds in ((1, 2, 3), (4,))]
     dense = [weight_state(part.cascade, "0.weight").is_dense for part in runs]
     assert dense == [True, False]
     merged = lx.merge([part.cascade for part in runs], mlp(), x, weights=[0.3, 0.7])
@@ -174,10 +171,9 @@ def test_collapsed_deltas_are_summed_exactly() -> None:
 
 
 def test_kept_noise_is_summed_with_the_weight_of_its_run() -> None:
-    runs = [run(spec(noise=lx.Noise(0.4, keep=True), seed=seed), [seed]) for seed in (1, 2)]
+    runs = [run(spec(noise=lx.Noise(0.4, keep=True), seed=seed), [seed], ends=True) for seed in (1, 2)]
     released = []
     for part in runs:
-        part.cascade.transition(None)
         with part.cascade.weights("slow"):
             released.append({name: value.detach().clone() for name, value in part.cascade.model.named_parameters()})
     merged = lx.merge([part.cascade for part in runs], base(), call(), weights=[0.25, -1.5])
@@ -198,12 +194,8 @@ def test_a_quantized_base_carries_the_sum(tmp_path: Path) -> None:
         return model
 
     x = (torch.randn(6, 32, generator=torch.Generator().manual_seed(2)),)
-    runs = []
-    for seed in (1, 2):
-        result = Run(lx.adapt(build(), x, spec=lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)))
-        result.train(seed)
-        result.cascade.transition(None)
-        runs.append(result)
+    settings = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
+    runs = [run(settings, [seed], build, x, ends=True) for seed in (1, 2)]
     merged = lx.merge([runs[0].saved(tmp_path), runs[1].cascade], build(), x, weights=[0.5, 2.0])
     plain = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 16)).double()
     with torch.no_grad():
@@ -284,7 +276,7 @@ def test_runs_that_cannot_be_summed_are_refused_without_changes(tmp_path: Path) 
 def test_a_sum_beyond_the_dtype_of_a_weight_is_refused() -> None:
     single, runs = torch.float32, []
     for seed in (1, 2):
-        cascade = run(spec(train=("3.*",)), [seed], lambda: base(single), single).cascade
+        cascade = run(spec(train=("3.*",)), [seed], lambda: base(single), call(single)).cascade
         with torch.no_grad():
             cascade.model.get_parameter("3.weight").add_(0.1)
         cascade.transition(None)

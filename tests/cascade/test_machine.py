@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,9 @@ def scaling(spec: lx.CascadeSpec, name: str) -> tuple[int, float]:
 
 
 def law_of(spec: lx.CascadeSpec) -> Law:
-    return Law(
-        pace=spec.pace,
-        restart=spec.restart,
-        restart_factors=spec.restart_factors,
-        optimizer_state=spec.optimizer_state,
-        slow_train=spec.slow_train,
-        seed=spec.seed,
-        strength=spec.noise.strength,
-        distribution=spec.noise.distribution,
-        keep=spec.noise.keep,
-        adapter=spec.adapter,
-    )
+    """Take the fields of a law that a spec and its noise have too; the optimizer's are left at their defaults."""
+    given = vars(spec) | vars(spec.noise)
+    return Law(**{field.name: given[field.name] for field in fields(Law) if field.name in given})
 
 
 class Machine(RuleBasedStateMachine):

@@ -46,10 +46,6 @@ def with_weight_decay(model: nn.Module) -> None:
     weight.requires_grad_(False).grad = None
 
 
-def through_numpy(model: nn.Module) -> None:
-    model.get_parameter("2.weight").detach().numpy()[0, 0] += 1
-
-
 def replaced(model: nn.Module) -> None:
     model[2] = nn.Linear(7, 6, bias=False).double()
 
@@ -68,7 +64,7 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
     "permuted": partial(data, lambda weight: weight.copy_(weight[torch.arange(6).flip(0)])),
     "one bit": partial(data, lambda weight: weight.view(torch.int64)[1, 2].bitwise_xor_(1)),
     "assigned": assigned,
-    "numpy": through_numpy,
+    "numpy": partial(data, lambda weight: weight.numpy().fill(1)),
     "state dict": lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()} | {
         "0.weight": model.state_dict()["0.weight"], "4.weight": model.state_dict()["4.weight"]}),
     "weight decay": with_weight_decay,
@@ -108,15 +104,11 @@ def test_a_write_from_outside_is_refused(write: str, call: str, tmp_path: Path) 
     assert all(torch.equal(value, before[name]) for name, value in cascade.model.state_dict().items())
 
 
-def cast(model: nn.Module) -> None:
-    model.half()
-
-
 def assigned_by_state_dict(model: nn.Module) -> None:
     model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()}, assign=True)
 
 
-INSIDE = WRITES | {"cast": cast, "assigned by state dict": assigned_by_state_dict}
+INSIDE = WRITES | {"cast": nn.Module.half, "assigned by state dict": assigned_by_state_dict}
 
 
 @pytest.mark.parametrize("view", ["fast", "slow"])

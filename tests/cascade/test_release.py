@@ -12,6 +12,7 @@ from torch import nn
 import lorasc_fx as lx
 from tests.kit.models import batches, branches, randomize
 
+X = batches(1, 2, 3, 5, 4)[0]
 SPEC = lx.CascadeSpec(rank=2, pace=0.5, noise=lx.Noise(0.2))
 
 
@@ -41,9 +42,9 @@ def stated() -> Stated:
     return model
 
 
-def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cascade:
+def trained_cascade(model: nn.Module) -> lx.Cascade:
     """Return a cascade after two stages: one folded, and one that is running and has trained."""
-    cascade = lx.adapt(model, (x,), spec=SPEC, **options)
+    cascade = lx.adapt(model, (X,), spec=SPEC)
     randomize(cascade, 1)
     cascade.transition(None)
     randomize(cascade, 2)
@@ -52,7 +53,7 @@ def trained_cascade(model: nn.Module, x: torch.Tensor, **options: Any) -> lx.Cas
 
 def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make: Any) -> dict[str, torch.Tensor]:
     """Return W0 + pace * sum of the deltas, whose factors are read from another cascade with the same spec."""
-    twin = lx.adapt(make(), batches(1, 2, 3, 5, 4), spec=SPEC)
+    twin = lx.adapt(make(), (X,), spec=SPEC)
     expected = {name: value.clone() for name, value in state.items()}
     for seed in seeds:
         randomize(twin, seed)
@@ -63,7 +64,7 @@ def expected_state(state: dict[str, torch.Tensor], seeds: tuple[int, ...], make:
 
 
 def test_release_is_the_users_object() -> None:
-    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
+    model = stated()
     before = copy.deepcopy(model.state_dict())
     calls: list[int] = []
     model.drop.register_forward_hook(lambda _, args, output: calls.append(1) or output)
@@ -73,7 +74,7 @@ def test_release_is_the_users_object() -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
 
-    cascade = trained_cascade(model, x)
+    cascade = trained_cascade(model)
     cascade.eval()
     released = cascade.release()
 
@@ -89,7 +90,7 @@ def test_release_is_the_users_object() -> None:
     assert all(value.grad is None for value in model.parameters())
     assert not any(value._backward_hooks or value._post_accumulate_grad_hooks for value in model.parameters())
     calls.clear()
-    model(x)
+    model(X)
     assert calls == [1]
     state, expected = model.state_dict(), expected_state(before, (1, 2), stated)
     assert state.keys() == before.keys()
@@ -101,17 +102,16 @@ def test_release_is_the_users_object() -> None:
 
 def test_a_released_model_is_free() -> None:
     """It can be trained and adapted again, with its new weights as W0."""
-    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
-    cascade = trained_cascade(model, x)
+    cascade = trained_cascade(model := stated())
     optimizer = torch.optim.SGD(cascade.param_groups(lr=0.1))
     cascade.release()
     weight = model.head.weight.detach().clone()
-    model(x).sum().backward()
+    model(X).sum().backward()
     assert model.head.weight.grad is not None
     optimizer.step()  # holds branches of the past only
     assert torch.equal(model.head.weight, weight)
     assert model.head.weight.requires_grad
-    again = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2))
+    again = lx.adapt(model, (X,), spec=lx.CascadeSpec(rank=2))
     with again.weights("base"):
         assert torch.equal(model.head.weight, weight)
 
@@ -119,8 +119,7 @@ def test_a_released_model_is_free() -> None:
 # torch's own, of a copy of any exported graph
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_folded_state_dict_and_graph_are_the_release() -> None:
-    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
-    cascade = trained_cascade(model, x)
+    cascade = trained_cascade(model := stated())
     running = {name: value.clone() for name, value in model.state_dict().items()}
     state = cascade.folded_state_dict()
     cascade.eval()
@@ -146,27 +145,26 @@ def test_folded_state_dict_and_graph_are_the_release() -> None:
     with torch.no_grad():
         for value in graph.parameters():
             value.zero_()
-    assert torch.equal(copied(x), released(x))
-    assert not torch.equal(graph(x), released(x))
+    assert torch.equal(copied(X), released(X))
+    assert not torch.equal(graph(X), released(X))
     fresh = stated()
     fresh.load_state_dict(state, strict=True)
-    assert torch.equal(fresh.eval()(x), released(x))
+    assert torch.equal(fresh.eval()(X), released(X))
 
 
 def test_folded_graph_for_other_inputs() -> None:
     """The graph of another mode and of other arguments has the same weights."""
-    model, x = stated(), batches(1, 2, 3, 5, 4)[0]
-    cascade = trained_cascade(model, x).eval()
-    graph = cascade.folded_graph((x,))
-    by_name = cascade.folded_graph(kwargs={"x": x})
+    cascade = trained_cascade(model := stated()).eval()
+    graph = cascade.folded_graph((X,))
+    by_name = cascade.folded_graph(kwargs={"x": X})
     cascade.train()
-    training = cascade.folded_graph((x,))
+    training = cascade.folded_graph((X,))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(1)
-    trained_output = training(x)
+    trained_output = training(X)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     released = cascade.release().eval()
-    assert torch.equal(graph(x), released(x))
-    assert torch.equal(by_name(x), released(x))
+    assert torch.equal(graph(X), released(X))
+    assert torch.equal(by_name(X), released(X))
     torch.manual_seed(1)
-    assert torch.equal(trained_output, released.train()(x))
+    assert torch.equal(trained_output, released.train()(X))

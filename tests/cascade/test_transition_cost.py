@@ -10,16 +10,17 @@ import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorasc_fx as lx
 from lorasc_fx.branch.deltas import accumulate
 from lorasc_fx.branch.noise import BLOCK
+from tests.kit.compare import tensors
 from tests.kit.models import batches, branches, loss_of, mlp, optimizer_of, randomize, train
 from tests.kit.seams import SEAMS, lower, seam
 from tests.kit.state import variant_count
@@ -36,20 +37,15 @@ class Peak(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {tensor.untyped_storage()._cdata for tensor in pytree.tree_leaves((args, kwargs)) if is_tensor(tensor)}
+        inputs = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if is_tensor(tensor):
-                storage = tensor.untyped_storage()
-                if not tensor.is_meta and storage._cdata not in inputs and storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+        for tensor in tensors(result):
+            storage = tensor.untyped_storage()
+            if not tensor.is_meta and storage._cdata not in inputs and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
         self.most = max(self.most, sum(self.alive.values()))
         return result
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 class Wide(nn.Module):
@@ -120,19 +116,12 @@ def test_memory_beside_the_weights(dtype: torch.dtype, strength: float, options:
 
 def test_five_stages_replace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameter objects and addresses stay the same. No graph is captured, and the optimizer gets no new entry."""
-    captures = 0
-    real = seam("capture")
-
-    def counted(*args: Any, **options: Any) -> Any:
-        nonlocal captures
-        captures += 1
-        return real(*args, **options)
-
-    monkeypatch.setattr(*SEAMS["capture"], counted)
+    capture = mock.Mock(wraps=seam("capture"))
+    monkeypatch.setattr(*SEAMS["capture"], capture)
     spec = lx.CascadeSpec(rank=2, noise=lx.Noise(0.1), train=("conv.bias",))
     cascade = lx.adapt(Wide().eval(), (X,), spec=spec)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=1e-3))
-    assert captures == 1
+    assert capture.call_count == 1
 
     def places() -> list[tuple[str, int, int]]:
         return [(name, id(value), value.data_ptr()) for name, value in cascade.named_parameters()]
@@ -148,7 +137,7 @@ def test_five_stages_replace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert places() == before
     assert places() == before
     assert [id(parameter) for group in optimizer.param_groups for parameter in group["params"]] == optimized
-    assert (captures, variant_count(cascade)) == (1, variants)
+    assert (capture.call_count, variant_count(cascade)) == (1, variants)
     assert not any(itertools.starmap(torch.equal, itertools.pairwise(experts)))
 
 

@@ -69,12 +69,21 @@ class Training:
     losses: list[float] = field(default_factory=list)
 
     def step(self) -> None:
+        self.backward()
+        self.update()
+        self.zero()
+
+    def backward(self) -> None:
         shift = torch.rand(()) + random.random()  # data that depends on both generators
         loss = loss_of(self.cascade(self.run.x + shift.to(self.run.x.dtype)).float())
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.losses.append(loss.item())
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+    def zero(self) -> None:
+        self.optimizer.zero_grad()
 
     def fold(self) -> None:
         self.cascade.transition(self.optimizer)
@@ -88,8 +97,12 @@ class Training:
     def back(self) -> None:
         self.cascade.rewind(1, self.optimizer)
 
-    def eval(self) -> None:
-        self.cascade.eval()
+    def judge(self) -> None:
+        """Go on in eval mode, and train the branches of the sites that the first call in this mode adds."""
+        known = set(self.cascade.branches)
+        self.cascade.eval()(self.run.x)
+        for name in set(self.cascade.branches) - known:
+            self.optimizer.add_param_group({"params": list(self.cascade.branches[name].parameters())})
 
     def train(self) -> None:
         self.cascade.train()
@@ -132,6 +145,8 @@ def interrupted(run: Run, events: Sequence[str], stops: Sequence[int], folder: P
     for index, event in enumerate(events):
         if index in stops:
             training.save(folder)
+            mode = training.cascade.training
             training = run.resumed(folder)
+            training.cascade.train(mode)
         getattr(training, event)()
     return training.result()

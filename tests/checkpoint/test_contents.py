@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 import lorasc_fx as lx
 from lorasc_fx.checkpoint.content import random_state, set_random_state, set_rank_random_state
 from lorasc_fx.shards import ONE_PROCESS
-from tests.checkpoint.runs import Run, Training, X, adamw, interrupted, whole
+from tests.checkpoint.runs import Run, X, adamw, interrupted, whole
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_optimizer, of_slow, raw, unchanged
 from tests.kit.devices import pretend_accelerator
@@ -111,39 +110,16 @@ def test_a_run_that_was_rewound(tmp_path: Path) -> None:
 # ---- gradients that wait
 
 
-@dataclass
-class InHalves(Run):
-    """A run whose steps have two halves, so that it can stop between them."""
-
-    def started(self) -> Halves:
-        return Halves(**vars(super().started()))
-
-    def resumed(self, folder: Path) -> Halves:
-        return Halves(**vars(super().resumed(folder)))
-
-
-class Halves(Training):
-    def backward(self) -> None:
-        shift = torch.rand(()) + random.random()
-        loss_of(self.cascade(self.run.x + shift)).backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-
-    def zero(self) -> None:
-        self.optimizer.zero_grad()
-
-
 def test_saved_between_backward_and_step(tmp_path: Path) -> None:
     """Stop after each of two accumulated backwards, and with a used gradient that was not zeroed yet."""
     once = ("backward", "backward", "update", "zero")
     events = (*once, "fold", *once, "backward", "update", "fold", *once)
-    run = InHalves(TRAIN)
+    run = Run(TRAIN)
     assert_same(interrupted(run, events, range(1, len(events)), tmp_path), whole(run, events))
 
 
 def test_a_gradient_that_waited_still_waits(tmp_path: Path) -> None:
-    run = InHalves(TRAIN)
+    run = Run(TRAIN)
     training = run.started()
     training.backward()
     with unchanged(training.cascade, training.optimizer):

@@ -204,15 +204,11 @@ def with_digest(content: bytes) -> Edit:
     return edit
 
 
-NO_FILE = ("unreadable-file",)
 FILES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     **{
-        f"{name}, {what}": (instead(name, put_there), (*code, name))
+        f"{name}, {what}": (instead(name, put_there), ("unreadable-file", name))
         for name in (MANIFEST, TENSORS)
-        for what, put_there, code in (
-            ("missing", lambda path: None, ("unreadable-file",)),
-            ("a folder", os.mkdir, NO_FILE),
-        )
+        for what, put_there in (("missing", lambda path: None), ("a folder", os.mkdir))
     },
     **{f"tensors, cut at {share}": (cut(TENSORS, share), DIGEST) for share in (0.0, 0.9)},
     **{f"manifest, cut at {share}": (cut(MANIFEST, share), UNREADABLE) for share in (0.0, 0.9)},
@@ -285,7 +281,6 @@ def content(change: Edit) -> Edit:
 
 EDITED: dict[str, Edit] = {
     "stage": content(lambda edited: edited["plan"].update(stage=9)),
-    "a field more": lambda edited: edited.update(more=1),
     "another digest": lambda edited: edited.update(digest="0" * 64),
     "no digest": lambda edited: edited.pop("digest"),
 }
@@ -374,21 +369,18 @@ def told(fault: lx.CheckpointError, version: Path) -> None:
 
 def saved_again(version: Path, folder: Path) -> Any:
     """Load, resume and save a version, and return what was saved. None after an error, which must change nothing."""
-    model = small()
-    before = of(model)
+    things: tuple[Any, ...] = (small(),)
+    before = of(*things)
     try:
-        cascade = lx.load(version.parent, model)
-    except lx.CheckpointError as fault:
-        assert_same(of(model), before)
-        return told(fault, version)
-    optimizer, scheduler = optimizers(cascade)
-    before = of(cascade, optimizer)
-    try:
+        cascade = lx.load(version.parent, *things)
+        optimizer, scheduler = optimizers(cascade)
+        things = (cascade, optimizer)
+        before = of(*things)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LorascWarning)  # of versions
             extra = cascade.resume(optimizer, scheduler)
     except lx.CheckpointError as fault:
-        assert_same(of(cascade, optimizer), before)
+        assert_same(of(*things), before)
         return told(fault, version)
     lx.save(cascade, folder, optimizer=optimizer, scheduler=scheduler, extra=extra)
     return stored_values(folder)
@@ -432,8 +424,6 @@ def test_a_signed_edit(name: str, version: Path) -> None:
 
 BASES: list[tuple[Edit, str]] = [
     (lambda model: model.norm.weight[0].add_(1e-6), "differs in norm.weight"),
-    (lambda model: model.body.weight.add_(1), "differs in body.weight"),
-    (lambda model: model.norm.bias.add_(1), "differs in norm.bias"),
     (lambda model: model.half(), "differs in body.weight, body.bias, norm.weight and 4 more"),
     (lambda model: setattr(model, "body", nn.Linear(5, 6)), "differs in body.weight, body.bias"),
     (lambda model: delattr(model, "norm"), "lacks norm.weight, norm.bias"),

@@ -43,9 +43,7 @@ def test_the_state_has_neither_weights_of_the_base_nor_noise() -> None:
     assert of_cascade(loop.cascade) == before
     large = {tuple(value.shape) for name, value in loop.cascade.model.named_parameters() if value.dim() > 1}
     assert {name for name, value in state.items() if tuple(value.shape) in large} == set()
-    assert {name.split("/")[0] for name in state} == {
-        "branch", "slow", "value", "rng", "lorasc_fx.manifest",
-    }  # fmt: skip
+    assert {name.split("/")[0] for name in state} == {"branch", "slow", "value", "rng", "lorasc_fx.manifest"}
     memory = {value.data_ptr() for value in loop.cascade.parameters()}
     assert not any(value.data_ptr() in memory for value in state.values())
 

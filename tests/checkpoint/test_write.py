@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorasc_fx as lx
-from tests.checkpoint.runs import Run, X
+from tests.checkpoint.runs import Run, Training, X
 from tests.errors.models import Net
 from tests.errors.state import assert_same, of_slow, unchanged
 from tests.kit.errors import raises
@@ -34,6 +35,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 def version(number: int) -> list[str]:
     folder = f"version-{number:08d}"
     return [folder, f"{folder}/manifest.json", f"{folder}/state.safetensors"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Iterator[Training]:
+    """Return a training with one version, in the folder `run`. At the end of the test this is still the only version,
+    with the same bytes, and another one can be written.
+    """
+    training, folder = Run(SPEC).started(), tmp_path / "run"
+    training.step()
+    training.save(folder)
+    before, slow = contents(folder), of_slow(training.cascade)
+    yield training
+    assert contents(folder) == before
+    assert names(folder) == version(1)
+    assert_same(of_slow(lx.load(folder, Net(), args=(X,))), slow)
+    assert training.save(folder).name == "version-00000002"
+    assert names(folder) == version(2)
+    assert_same(of_slow(lx.load(folder, Net(), args=(X,))), of_slow(training.cascade))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -96,71 +115,52 @@ CIRCLE.append(CIRCLE)
         ({object: 1}, "Object of type type is not JSON serializable"),
     ],
 )
-def test_extra_that_json_cannot_hold(extra: Any, sentence: str, tmp_path: Path) -> None:
-    training = Run(SPEC).started()
-    training.save(tmp_path)
-    before = contents(tmp_path)
-    with unchanged(training.cascade, training.optimizer), raises(lx.CheckpointError, "not-serializable", sentence):
-        lx.save(training.cascade, tmp_path, optimizer=training.optimizer, extra=extra)
-    assert contents(tmp_path) == before
+def test_extra_that_json_cannot_hold(extra: Any, sentence: str, saved: Training, tmp_path: Path) -> None:
+    with unchanged(saved.cascade, saved.optimizer), raises(lx.CheckpointError, "not-serializable", sentence):
+        lx.save(saved.cascade, tmp_path / "run", optimizer=saved.optimizer, extra=extra)
     with pytest.raises(lx.CheckpointError):
-        lx.save(training.cascade, tmp_path / "new", extra=extra)
+        lx.save(saved.cascade, tmp_path / "new", extra=extra)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_branch_with_inf_or_nan_is_not_saved(tmp_path: Path) -> None:
+def test_a_branch_with_inf_or_nan_is_not_saved(saved: Training, tmp_path: Path) -> None:
     """A load would reject it, so the previous version is before."""
-    training = Run(SPEC).started()
-    training.step()
-    training.save(tmp_path)
-    saved, slow = contents(tmp_path), of_slow(training.cascade)
-    training.step()
-    branch = training.cascade.branches["body/weight"]
+    saved.step()
+    branch = saved.cascade.branches["body/weight"]
     for factor, value in ((branch.lora_A, float("inf")), (branch.lora_B, float("nan"))):
         before = factor.detach().clone()
         with torch.no_grad():
             factor[0, 0] = value
-        for folder in (tmp_path, tmp_path / "new"):
-            with unchanged(training.cascade, training.optimizer), raises(lx.NonFiniteBranch, "non-finite", "body"):
-                training.save(folder)
+        for name in ("run", "new"):
+            with unchanged(saved.cascade, saved.optimizer), raises(lx.NonFiniteBranch, "non-finite", "body"):
+                saved.save(tmp_path / name)
         with torch.no_grad():
             factor.copy_(before)
-    assert contents(tmp_path) == saved
-    assert names(tmp_path) == version(1)
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    assert training.save(tmp_path).name == "version-00000002"
 
 
-def test_moments_with_inf_or_nan_are_not_saved(tmp_path: Path) -> None:
-    training = Run(SPEC).started()
-    training.step()
-    training.save(tmp_path)
-    saved = contents(tmp_path)
-    state = training.optimizer.state[training.cascade.branches["body/weight"].lora_A]
-    for name, value, problem in (("exp_avg", float("nan"), "holds NaN"), ("exp_avg_sq", float("nan"), "holds NaN")):
+def test_moments_with_inf_or_nan_are_not_saved(saved: Training, tmp_path: Path) -> None:
+    state = saved.optimizer.state[saved.cascade.branches["body/weight"].lora_A]
+    for name in ("exp_avg", "exp_avg_sq"):
         before = state[name].clone()
-        state[name][0, 0] = value
-        with unchanged(training.cascade, training.optimizer), raises(lx.CheckpointError, "non-finite", name, problem):
-            training.save(tmp_path)
+        state[name][0, 0] = float("nan")
+        with unchanged(saved.cascade, saved.optimizer), raises(lx.CheckpointError, "non-finite", name, "holds NaN"):
+            saved.save(tmp_path / "run")
         state[name].copy_(before)
-    training.optimizer.param_groups[0]["lr"] = float("nan")
+    saved.optimizer.param_groups[0]["lr"] = float("nan")
     with raises(lx.CheckpointError, "non-finite", "optimizer.param_groups[0].lr"):
-        training.save(tmp_path)
-    training.optimizer.param_groups[0]["lr"] = 0.1
-    assert contents(tmp_path) == saved
+        saved.save(tmp_path / "run")
+    saved.optimizer.param_groups[0]["lr"] = 0.1
     state["exp_avg_sq"][0, 0] = float("inf")  # overflowed: the parameter stands still
-    training.save(tmp_path)
-    Run(SPEC).resumed(tmp_path)
+    saved.save(tmp_path / "new")
+    Run(SPEC).resumed(tmp_path / "new")
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int = 1) -> None:
     """Make one call of a function fail like a full or read-only disk."""
-    real, count = getattr(owner, name), 0
+    real, calls = getattr(owner, name), itertools.count(1)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == at:
+        if next(calls) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args, **kwargs)
 
@@ -183,23 +183,13 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.parametrize("where", FAILURES)
-def test_a_write_that_fails(where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    training = Run(SPEC).started()
-    training.step()
-    training.save(tmp_path)
-    saved, slow = contents(tmp_path), of_slow(training.cascade)
-    training.step()
-    training.fold()
-    with monkeypatch.context() as patch, unchanged(training.cascade, training.optimizer):
+def test_a_write_that_fails(where: str, monkeypatch: pytest.MonkeyPatch, saved: Training, tmp_path: Path) -> None:
+    saved.step()
+    saved.fold()
+    with monkeypatch.context() as patch, unchanged(saved.cascade, saved.optimizer):
         FAILURES[where](patch)
-        with raises(lx.CheckpointError, "write-failed", tmp_path, "No space left on device"):
-            training.save(tmp_path)
-    assert contents(tmp_path) == saved
-    assert names(tmp_path) == version(1)
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), slow)
-    assert training.save(tmp_path).name == "version-00000002"
-    assert names(tmp_path) == version(2)
-    assert_same(of_slow(lx.load(tmp_path, Net(), args=(X,))), of_slow(training.cascade))
+        with raises(lx.CheckpointError, "write-failed", tmp_path / "run", "No space left on device"):
+            saved.save(tmp_path / "run")
 
 
 def test_the_content_of_a_version(tmp_path: Path) -> None:

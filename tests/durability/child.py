@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 import lorasc_fx as lx
 from tests.errors.models import Net, inputs
 from tests.errors.state import of, of_optimizer, of_slow, raw
-from tests.kit.compare import Watch
+from tests.kit.compare import Watch, seed
 from tests.kit.data import batches_from
 from tests.kit.models import loss_of
 from tests.kit.seams import SEAMS, seam
@@ -40,18 +40,13 @@ def data() -> TensorDataset:
 
 def started(folder: Path) -> tuple[lx.Cascade, torch.optim.Optimizer, Any, int]:
     """Begin, or go on from the folder: the cascade, its optimizer and scheduler, and the number of batches done."""
-    seeds = random.SystemRandom().getrandbits(31)  # whatever generators a process begins with
-    torch.manual_seed(seeds)
-    random.seed(seeds)
-    np.random.seed(seeds)
+    seed(random.SystemRandom().getrandbits(31))  # whatever generators a process begins with
     on = any(folder.glob("version-*"))
     if on:
         cascade = lx.load(folder, Net(), args=(inputs(4, 3, 4, 4),))
     else:
         cascade = lx.adapt(Net(), args=(inputs(4, 3, 4, 4),), spec=SPEC)
-        torch.manual_seed(7)
-        random.seed(7)
-        np.random.seed(7)
+        seed(7)
     optimizer = torch.optim.AdamW(cascade.param_groups(lr=0.02))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     done = cascade.resume(optimizer, scheduler)["done"] if on else 0
@@ -127,25 +122,21 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def called(real: Any, *args: Any, **kwargs: Any) -> None:
+    real(*args, **kwargs)
+
+
 def around(
-    owner: Any, name: str, passing: int, counts: Callable[..., bool], before: Any = None, instead: Any = None
+    owner: Any, name: str, passing: int, counts: Callable[..., bool], before: bool = False, instead: Any = called
 ) -> None:
     """Die at a call of a function, when so many that `counts` accepts have passed: before it, in it, or after it."""
-    real, remaining = getattr(owner, name), passing
+    real, calls = getattr(owner, name), itertools.count()
 
     def patched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal remaining
-        if not counts(*args, **kwargs):
+        if not counts(*args, **kwargs) or next(calls) < passing:
             return real(*args, **kwargs)
-        remaining -= 1
-        if remaining >= 0:
-            return real(*args, **kwargs)
-        if before:
-            die()
-        if instead is not None:
+        if not before:
             instead(real, *args, **kwargs)
-        else:
-            real(*args, **kwargs)
         die()
 
     setattr(owner, name, patched)
@@ -209,13 +200,11 @@ MOMENTS: dict[str, Callable[[int], None]] = {
 
 def a_full_disk(folder: str, saves: int) -> str:
     """Train to the end on a disk that is full during some saves, which must raise; return the digest."""
-    real, count = seam("write tensors"), 0
+    real, calls = seam("write tensors"), itertools.count(1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000 if 2 < count <= 2 + saves else soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000 if 2 < next(calls) <= 2 + saves else soft, hard))
         try:
             real(*args)
         finally:

@@ -40,7 +40,7 @@ def killed(folder: Path) -> tuple[RankFailed, float, str]:
     """A run under DDP whose last process dies: the error, the seconds, and the folder of its checkpoint."""
     run, began = str(folder / "killed"), time.monotonic()
     with pytest.raises(RankFailed) as caught:
-        on_ranks(2, training.saved_then_killed, "fast", run, 3, limit=40, timeout=5)
+        on_ranks(2, training.saved_then_killed, "pissa", run, 3, limit=40, timeout=5)
     return caught.value, time.monotonic() - began, run
 
 

@@ -1,4 +1,4 @@
-"""A small network of blocks trained in fp64, sharded or not: the functions and measurements of each process."""
+"""The training of `training`, sharded or not: the functions and measurements of each process."""
 
 from __future__ import annotations
 
@@ -17,125 +17,27 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lorasc_fx as lx
-from lorasc_fx.branch import METHODS
 from lorasc_fx.parallel import fsdp
 from tests.kit.compare import Watch
 from tests.kit.errors import raises, warns
 from tests.kit.seams import SEAMS
-from tests.parallel.training import STAGES, STEPS, data, optimizer_of, run, step
-
-SPECS: dict[str, dict[str, Any]] = {
-    "fresh": {"noise": {"strength": 0.1, "keep": True}},  # its experts outgrow their weights, and are summed
-    "fast": {
-        "rank": 1,
-        "exclude": ("head.*", "table.*"),
-        "restart": "fast",
-        "restart_factors": "B",
-        "noise": {"strength": 0.1, "distribution": "normal", "where": "all"},
-    },
-    "averaged": {
-        "exclude": ("head.*",),
-        "optimizer_state": 0.5,
-        "average": True,
-        "noise": {"strength": 0.1, "distribution": "normal"},
-        "slow_train": False,
-    },
-    "dora": {"adapter": "dora", "exclude": ("table.*",), "noise": {"strength": 0.1}, "restart_factors": "B"},
-    "pairs": {"rank": 4, "restart_factors": "none", "noise": {"strength": 0.1}},
-    "tokens": {"rules": ({"pattern": "table.*", "tokens": (1, 4, 6)},), "noise": {"strength": 0.1}},
-    "pissa": {"start": "pissa", "noise": {"strength": 0.1}, "restart": "fast"},
-    "dora, pissa": {"adapter": "dora", "start": "pissa", "exclude": ("table.*",)},
-    "frozen A": {"train_A": False, "average": True},
-    "merged": {"placement": "merged", "pace": 1.0, "optimizer_state": "kept", "exclude": ("table.*",)},
-    **{
-        name: {"adapter": name, "noise": {"strength": 0.1}, "exclude": ("table.*",) if name == "lokr" else ()}
-        for name in METHODS
-        if name not in ("lora", "dora")
-    },
-    "delora": {"adapter": "delora", "adapter_options": [["bound", 1.0]], "noise": {"strength": 0.1}},
-}
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.mix = nn.Parameter(torch.randn(width, width + 1) / 4)  # stored [in, out]
-        self.back = nn.Conv1d(width + 1, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.down(F.gelu(self.up(self.norm(x))))
-        return x + self.back((x @ self.mix).transpose(1, 2)).transpose(1, 2)
-
-
-class Blocks(nn.Module):
-    """A model with an embedding that is tied to a part of the head, blocks, a head, and dropout."""
-
-    def __init__(self, depth: int = 2, width: int = 6, inner: int = 9) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, width)
-        self.start = nn.Parameter(torch.randn(1, 1, width))
-        self.layers = nn.ModuleList(Block(width, inner) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.table(tokens)
-        x = torch.cat([self.start.expand(x.shape[0], -1, -1), x], 1)
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x).mean(1)
-        return self.head(x) + F.linear(x, self.table.weight)[:, :4]
-
-
-def blocks() -> Blocks:
-    torch.manual_seed(1)
-    return Blocks().double()
-
-
-def example() -> Tensor:
-    return torch.stack([tokens for tokens, _ in data()[:3]])
-
-
-def adapted(name: str) -> lx.Cascade:
-    spec = lx.CascadeSpec.from_dict({"rank": 2, "pace": 0.6, "train": ("*norm*",), "seed": 5, **SPECS[name]})
-    return lx.adapt(blocks(), args=(example(),), spec=spec)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
-
-
-def full_parameters(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    return {f"{prefix}{name}": full(value.detach()).clone() for name, value in module.named_parameters()}
-
-
-def values(cascade: lx.Cascade) -> dict[str, Tensor]:
-    """Return factors, and parameters and outputs for each view of the weights, as full tensors."""
-    tokens = example()
-    tensors = full_parameters(cascade, "live/")
-    cascade.eval()
-    average = ("averaged",) if cascade.plan.spec.average else ()
-    for view in ("slow", "fast", "base", *average):
-        with cascade.weights(view), torch.no_grad():  # type: ignore[arg-type]
-            tensors[f"{view}/output"] = cascade(tokens)
-            tensors |= full_parameters(cascade.model, f"{view}/")
-    with torch.no_grad():
-        tensors["output"] = cascade(tokens)
-    cascade.train()
-    return tensors
+from tests.parallel.training import TOTAL, adapted, blocks, example, full_parameters, optimizer_of, run, step, values
 
 
 @functools.cache
 def alone(name: str) -> dict[str, Tensor]:
     cascade = adapted(name)
     optimizer = optimizer_of(cascade)
-    run(cascade, optimizer, 0, STAGES * STEPS, (0, 1))
+    run(cascade, optimizer, 0, TOTAL, (0, 1))
     tensors = values(cascade)
     cascade.transition(optimizer)
     tensors |= {f"folded/{key}": value for key, value in cascade.folded_state_dict().items()}
     return tensors | back(cascade, name)
+
+
+def trained(name: str) -> dict[str, Tensor]:
+    """Return the results of a run on one process that a resumed run has too."""
+    return {key: value for key, value in alone(name).items() if not key.startswith(("folded/", "first/", "back/"))}
 
 
 def back(cascade: lx.Cascade, name: str) -> dict[str, Tensor]:
@@ -178,7 +80,7 @@ def sharded(rank: int, count: int, names: Iterable[str]) -> dict[str, Tensor]:
         cascade = fsdp.shard(adapted(name))
         assert all(hasattr(parameter, "to_local") for parameter in cascade.parameters())
         optimizer = optimizer_of(cascade)
-        run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
+        run(cascade, optimizer, 0, TOTAL, (rank, count))
         results = values(cascade)
         with Gathered() as shapes:
             cascade.transition(optimizer)
@@ -243,7 +145,7 @@ def experts(rank: int, count: int, folder: str = "") -> dict[str, Tensor]:
             stacked = [parameter for parameter in cascade.parameters() if parameter.dim() == 3]
             assert all(count * parameter.to_local().numel() == parameter.numel() for parameter in stacked)  # type: ignore[operator]
         optimizer = optimizer_of(cascade)
-        run(cascade, optimizer, 0, STAGES * STEPS, (rank, count))
+        run(cascade, optimizer, 0, TOTAL, (rank, count))
         if count > 1:
             lx.save(cascade, f"{folder}/{number}", optimizer=optimizer)
         tensors |= {f"{number}/{key}": value for key, value in values(cascade).items()}
@@ -282,7 +184,7 @@ def resumed(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     extra = cascade.resume(optimizer)
     assert list(extra) == ["steps"]
     drawn = torch.rand(3)
-    run(cascade, optimizer, extra["steps"], STAGES * STEPS, (rank, count))
+    run(cascade, optimizer, extra["steps"], TOTAL, (rank, count))
     return {**values(cascade), "drawn": drawn}
 
 
@@ -297,7 +199,7 @@ def spoilt(rank: int, count: int) -> dict[str, Tensor]:
     if count > 1:
         fsdp.shard(cascade)
     optimizer = optimizer_of(cascade)
-    run(cascade, optimizer, 0, STEPS - 1, (rank, count))
+    step(cascade, optimizer, 0, (rank, count))
     optimizer.zero_grad()
     for spoils in (cascade.branches["layers/1/up/weight"].lora_B, cascade.model.get_parameter("norm.weight")):
         values_of_rank = spoils.to_local() if count > 1 else spoils.detach()  # type: ignore[operator]

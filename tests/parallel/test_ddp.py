@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lorasc_fx as lx
 from tests.errors.models import Late
 from tests.kit.errors import raises, warns
-from tests.parallel import together, training
+from tests.parallel import sharding, training
 from tests.parallel.conftest import part
 from tests.parallel.ranks import RankFailed, on_ranks
 
@@ -30,19 +30,15 @@ def close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.slow
 def test_the_weights_of_one_process(two: list[dict[str, Tensor]], four: list[dict[str, Tensor]]) -> None:
-    expected = {name: training.alone(name) for name in training.SPECS}
-    for ranks, names in ((two, list(training.SPECS)), (four, ["fast"])):
+    expected = {name: sharding.trained(name) for name in training.UNDER_DDP}
+    for ranks, names in ((two, training.UNDER_DDP), (four, ("pissa",))):
         for values in ranks:
             for name in names:
                 close(part(values, f"ddp/{name}"), expected[name])
             assert all(torch.equal(value, part(ranks[0], "ddp")[key]) for key, value in part(values, "ddp").items())
-    base = training.net().state_dict()
-    moved = [
-        key
-        for key, value in expected["fresh"].items()
-        if key.startswith("slow/") and not torch.equal(value, base[key[5:]])
-    ]
-    assert len(moved) == 7  # every matrix, and both parameters of the normalization
+    base, fresh = training.blocks().state_dict(), expected["fresh"]
+    moved = [name for name in base if not torch.equal(fresh[f"slow/{name}"], base[name])]
+    assert len(moved) == 16  # every matrix, and both parameters of each normalization
 
 
 def check_lost(fault: RankFailed, seconds: float) -> None:
@@ -57,7 +53,7 @@ def test_a_run_is_resumed_after_a_process_died(
     killed: tuple[RankFailed, float, str], four: list[dict[str, Tensor]]
 ) -> None:
     check_lost(*killed[:2])
-    expected = training.alone("fast", together.UNTIL)
+    expected = sharding.trained("pissa")
     for count in (4, 2):
         ranks = [part(values, f"ddp on {count}") for values in four[:count]]
         for values in ranks:
@@ -89,8 +85,8 @@ def test_a_site_that_comes_after_the_wrapper() -> None:
 def test_what_the_checkpoints_refuse(tmp_path: Path) -> None:
     cascade = training.adapted("fresh")
     wrapper, optimizer = DistributedDataParallel(cascade), training.optimizer_of(cascade)
-    for wrong in (training.net(), DistributedDataParallel(training.net())):
-        with raises(lx.StateError, "invalid-value", "Net"):
+    for wrong in (training.blocks(), DistributedDataParallel(training.blocks())):
+        with raises(lx.StateError, "invalid-value", "Blocks"):
             lx.save(wrong, tmp_path)
     tokens, labels = next(training.batches(0, 0, 1))
     nn.functional.cross_entropy(wrapper(tokens), labels).backward()
@@ -113,11 +109,10 @@ def fails_on_one(rank: int, count: int, folder: str) -> None:
     if rank == 0:
         lx.save(cascade, f"{folder}/there", optimizer=optimizer)  # of this process alone
     dist.barrier()
-    example = (training.data()[0][0][None],)
-    loaded = lx.load(f"{folder}/{'there' if rank else 'here'}", training.net(), args=example)
+    loaded = lx.load(f"{folder}/{'there' if rank else 'here'}", training.blocks(), args=(training.example(),))
     with raises(lx.StateError, "ranks-differ", "version-00000001", "version-00000002"):
         loaded.resume(training.optimizer_of(loaded))
-    loaded = lx.load(f"{folder}/here", training.net(), args=example)
+    loaded = lx.load(f"{folder}/here", training.blocks(), args=(training.example(),))
     optimizer_of_rank = torch.optim.SGD(loaded.param_groups(lr=0.1)) if rank else training.optimizer_of(loaded)
     expected = (lx.CheckpointError, "optimizer-differs", "SGD") if rank else (lx.StateError, "rank-failed", "rank 1")
     with raises(*expected):

@@ -8,17 +8,15 @@ from tests.parallel import sharding, training
 
 SAVED = ("fresh", "fast", "averaged", "dora, pissa")
 """The cascades that two ranks save. With rank 1, lora_A is sharded along its inputs."""
-UNTIL = 6
-"""Number of steps of a resumed run under DDP."""
 
 
 def on_two(rank: int, count: int, folder: str) -> dict[str, Tensor]:
     results = {
-        "trained": sharding.sharded(rank, count, sharding.SPECS),
+        "trained": sharding.sharded(rank, count, training.SPECS),
         "spoilt": sharding.spoilt(rank, count),
         "narrow": sharding.narrow(rank, count),
         "experts": sharding.experts(rank, count, f"{folder}/experts"),
-        "ddp": training.under_ddp(rank, count, training.SPECS),
+        "ddp": training.under_ddp(rank, count),
     }
     for name in SAVED:
         sharding.saved(rank, count, name, f"{folder}/{name}", 5)
@@ -33,12 +31,12 @@ def on_four(rank: int, count: int, folder: str, killed: str) -> dict[str, Tensor
     """Resume what two ranks have saved, and a run under DDP on all ranks and on the first two."""
     results = {
         "trained": sharding.sharded(rank, count, ("fast", "dora, pissa")),
-        "ddp": training.under_ddp(rank, count, ("fast",)),
+        "ddp": training.under_ddp(rank, count, ("pissa",)),
     }
     for name in ("fresh", "averaged", "dora, pissa"):
         results[f"resumed/{name}"] = sharding.resumed(rank, count, f"{folder}/{name}")
     for part in (4, 2):
-        results[f"ddp on {part}"] = training.resumed(rank, count, "fast", killed, UNTIL, part)
+        results[f"ddp on {part}"] = training.resumed(rank, killed, part)
     return by_part(results)
 
 

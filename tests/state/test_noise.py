@@ -6,11 +6,9 @@ function of the package computes the expected values.
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +17,8 @@ import lorasc_fx as lx
 from lorasc_fx.branch import noise
 from lorasc_fx.shards import ONE_PROCESS, ShardSpec
 from tests.errors.models import Late
+from tests.errors.state import unchanged
+from tests.kit import compare
 from tests.kit.models import batches, mlp, randomize, values
 from tests.kit.state import noise_drawn
 
@@ -121,25 +121,20 @@ def test_weights_without_spread_get_no_noise() -> None:
 def test_no_global_generator_is_read_or_advanced() -> None:
     """In adapt, transition, a new graph, weights and release. So results do not depend on global generators."""
     released = []
-    for seed in (1, 2):
+    for value in (1, 2):
         model = nn.Sequential(mlp(), nn.Dropout(0.0))
         x = batches(1, 4, 5)[0]
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
-        cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.3)))
-        randomize(cascade)
-        cascade.transition(torch.optim.SGD(cascade.param_groups(lr=0.1)))
-        cascade.eval()
-        cascade(x)
-        with cascade.weights("slow"):
+        compare.seed(value)
+        with unchanged():
+            cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, noise=lx.Noise(0.3)))
+            randomize(cascade)
+            cascade.transition(torch.optim.SGD(cascade.param_groups(lr=0.1)))
+            cascade.eval()
             cascade(x)
-        cascade.folded_graph()
-        released.append(values(cascade.release()))
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert random.getstate() == before[1]
-        assert (np.random.get_state()[1] == before[2]).all()
+            with cascade.weights("slow"):
+                cascade(x)
+            cascade.folded_graph()
+            released.append(values(cascade.release()))
     assert all(torch.equal(value, released[1][name]) for name, value in released[0].items())
 
 
