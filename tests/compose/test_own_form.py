@@ -21,6 +21,7 @@ from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
 from tests.kit.errors import raises
 from tests.kit.models import merged, randomize
 from tests.kit.state import weight_state
+from tests.passes.cases import tracer
 from tests.passes.kit import deltas, fill, weights_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0)
@@ -190,17 +191,10 @@ class OwnLinear(nn.Linear):
         return input @ self.weight.t() + self.bias
 
 
-class Tracer(fx.Tracer):
-    """Every module is a leaf module."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
 def test_a_form_of_a_module() -> None:
     torch.manual_seed(0)
     root, x = nn.Sequential(OwnLinear(4, 3)).double(), torch.randn(2, 4, dtype=torch.float64)
-    traced = fx.GraphModule(root, Tracer().trace(root))
+    traced = fx.GraphModule(root, tracer(("OwnLinear",)).trace(root))
     ours = Pipeline([MatchSites(SPEC), InsertBranches()])
     with pytest.raises(lx.passes.NoSites):
         ours(traced)
