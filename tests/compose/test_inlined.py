@@ -21,6 +21,7 @@ from lorasc_fx.passes import (
     Pipeline,
     StageTransition,
 )
+from tests.compose.models import traced
 from tests.kit.compare import loss_of
 from tests.kit.errors import raises
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
@@ -76,12 +77,8 @@ SPEC = lx.CascadeSpec(rank=2, seed=5, pace=0.5, targets=("linear", "conv", "embe
 
 
 def adapted(dialect: str = "aten", dtype: torch.dtype = torch.float64, **options: Any) -> fx.GraphModule:
-    model = Net().to(dtype).eval()
-    module: Any = fx.symbolic_trace(model)
-    if dialect == "aten":
-        module = torch.export.export(model, (IDS,)).module(check_guards=False)
-    spec = lx.CascadeSpec(**{**vars(SPEC), **options})
-    return fill(insert(module, spec))
+    module = traced(Net().to(dtype).eval(), dialect, IDS)
+    return fill(insert(module, lx.CascadeSpec(**{**vars(SPEC), **options})))
 
 
 @pytest.mark.parametrize("dialect", ["modules", "aten"])
