@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.compose.models import traced
+
 X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Make = Callable[[nn.Module], tuple[Any, list[Any]]]
 """Returns a graph module of a model, and the value of each placeholder."""
@@ -40,10 +42,7 @@ def functional(module: nn.Module) -> tuple[Any, list[Any]]:
 
 WITH_NAMES: dict[str, Make] = {
     "torch.fx.symbolic_trace(model)": lambda module: (fx.symbolic_trace(module), [X]),
-    "torch.export.export(...).module()": lambda module: (
-        torch.export.export(module, (X,)).module(check_guards=False),
-        [X],
-    ),
+    "torch.export.export(...).module()": lambda module: (traced(module, "aten", X), [X]),
     "torch.export.export(...).run_decompositions().module()": decomposed,
 }
 """Graphs that read the parameters as attributes, under the model's names."""

@@ -67,6 +67,13 @@ def exported(dtype: torch.dtype, model: nn.Module) -> fx.GraphModule:
     return module
 
 
+def traced(model: nn.Module, dialect: str, *args: Any) -> Any:
+    """A graph module of a model, called with these inputs: of torch.fx, or for `aten` of torch.export."""
+    return (
+        torch.export.export(model, args).module(check_guards=False) if dialect == "aten" else fx.symbolic_trace(model)
+    )
+
+
 @functools.cache
 def _program(dtype: torch.dtype) -> torch.export.ExportedProgram:
     return torch.export.export(eager(dtype), inputs(dtype))

@@ -20,7 +20,7 @@ from torch.fx.passes.split_module import split_module
 import lorasc_fx as lx
 from lorasc_fx.graph import branch_nodes, faults, text
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
-from tests.compose.models import calls, plainly
+from tests.compose.models import calls, plainly, traced
 from tests.kit.errors import raises
 from tests.kit.state import weight_state
 from tests.passes.kit import deltas, fill, insert
@@ -80,11 +80,9 @@ def make(model: type[nn.Module], dialect: str, placement: str = "beside") -> tup
     x = torch.randn(MODELS[model], dtype=torch.float64)
     module(x * 2 + 1)
     module.eval()
-    plain: Any = fx.symbolic_trace(module)
-    if dialect == "aten":
-        plain = plainly(torch.export.export(module, (x,)).module(check_guards=False))
+    plain = traced(module, dialect, x)
     spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0, seed=5, placement=placement)  # type: ignore[arg-type]
-    return fill(insert(plain, spec)), x
+    return fill(insert(plainly(plain) if dialect == "aten" else plain, spec)), x
 
 
 @dataclass(frozen=True)

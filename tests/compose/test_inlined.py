@@ -21,9 +21,11 @@ from lorasc_fx.passes import (
     Pipeline,
     StageTransition,
 )
+from tests.compose.models import traced
+from tests.kit.compare import loss_of
 from tests.kit.errors import raises
 from tests.passes.cases import ADAPTABLE, BY_NAME, Case
-from tests.passes.kit import assert_close, assert_differ, fill, insert, run, total
+from tests.passes.kit import assert_close, assert_differ, fill, insert, run
 
 # of torch's own use of pytree, in 2.13
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
@@ -75,18 +77,8 @@ SPEC = lx.CascadeSpec(rank=2, seed=5, pace=0.5, targets=("linear", "conv", "embe
 
 
 def adapted(dialect: str = "aten", dtype: torch.dtype = torch.float64, **options: Any) -> fx.GraphModule:
-    model = Net().to(dtype).eval()
-    module: Any = fx.symbolic_trace(model)
-    if dialect == "aten":
-        module = torch.export.export(model, (IDS,)).module(check_guards=False)
-    spec = lx.CascadeSpec(**{**vars(SPEC), **options})
-    inserted = insert(module, spec)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, value in inserted.named_parameters():
-            if name.startswith("branches"):
-                value.add_(torch.randn(value.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return inserted
+    module = traced(Net().to(dtype).eval(), dialect, IDS)
+    return fill(insert(module, lx.CascadeSpec(**{**vars(SPEC), **options})))
 
 
 @pytest.mark.parametrize("dialect", ["modules", "aten"])
@@ -100,7 +92,7 @@ def test_outputs_gradients_and_folds_are_the_same(dialect: str, options: dict[st
     for module in (inserted, plain):
         outputs.append(module(IDS))
         parameters = [value for value in module.parameters() if value.requires_grad]
-        gradients.append(torch.autograd.grad(total(outputs[-1]), parameters))
+        gradients.append(torch.autograd.grad(loss_of(outputs[-1]), parameters))
     assert_close(outputs[1], outputs[0])
     assert_close(gradients[1], gradients[0])
     assert all(map(operator.is_, inserted.parameters(), plain.parameters()))

@@ -17,11 +17,13 @@ import lorasc_fx as lx
 from examples import own_form, own_pass
 from lorasc_fx.graph import FunctionForm, ModuleForm, branch_nodes, register_form
 from lorasc_fx.graph.forms import REGISTERED
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline
+from lorasc_fx.passes import FoldBranches
+from tests.compose.models import traced
 from tests.kit.errors import raises
 from tests.kit.models import merged, randomize
 from tests.kit.state import weight_state
-from tests.passes.kit import deltas, fill, weights_of
+from tests.passes.cases import tracer
+from tests.passes.kit import deltas, fill, insert, weights_of
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=1.0)
 
@@ -135,9 +137,8 @@ def test_a_merged_branch_never_replaces_it() -> None:
 
 
 def test_a_graph_whose_form_was_removed_is_refused() -> None:
-    graph = torch.export.export(net(), (X,)).module(check_guards=False)
     with register_form(SKEWED):
-        inserted = Pipeline([MatchSites(SPEC), InsertBranches()])(graph).graph_module
+        inserted = insert(traced(net(), "aten", X), SPEC)
         name = next(node.name for node in inserted.graph.nodes if "skewed" in node.name)
     with raises(lx.passes.VerifyError, "graph-not-verified", name, "my.skewed"):
         FoldBranches()(inserted)
@@ -190,22 +191,14 @@ class OwnLinear(nn.Linear):
         return input @ self.weight.t() + self.bias
 
 
-class Tracer(fx.Tracer):
-    """Every module is a leaf module."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
 def test_a_form_of_a_module() -> None:
     torch.manual_seed(0)
     root, x = nn.Sequential(OwnLinear(4, 3)).double(), torch.randn(2, 4, dtype=torch.float64)
-    traced = fx.GraphModule(root, Tracer().trace(root))
-    ours = Pipeline([MatchSites(SPEC), InsertBranches()])
+    graph_module = fx.GraphModule(root, tracer(("OwnLinear",)).trace(root))
     with pytest.raises(lx.passes.NoSites):
-        ours(traced)
+        insert(graph_module, SPEC)
     with register_form(ModuleForm("my.OwnLinear", "linear", OwnLinear)), torch.no_grad():
-        inserted = fill(ours(traced).graph_module)
+        inserted = fill(insert(graph_module, SPEC))
         weight = root[0].weight + deltas(inserted)["0.weight"]
         torch.testing.assert_close(inserted(x), F.linear(x, weight, root[0].bias), rtol=0, atol=1e-12)
         torch.testing.assert_close(FoldBranches()(inserted).graph_module(x), inserted(x), rtol=0, atol=1e-12)

@@ -14,9 +14,10 @@ from torch import fx, nn
 
 import lorasc_fx as lx
 from lorasc_fx.graph import branch_nodes, faults, record_of
-from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, Pipeline, StageTransition
+from lorasc_fx.passes import FoldBranches, InsertBranches, Pipeline, StageTransition
+from tests.compose.models import traced
 from tests.kit.errors import raises
-from tests.passes.kit import branches_of, fill
+from tests.passes.kit import branches_of, fill, insert
 
 # of torch's own use of pytree, in 2.13
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
@@ -38,12 +39,8 @@ class Net(nn.Module):
 
 
 def adapted(dialect: str, placement: Any) -> fx.GraphModule:
-    model = Net().double()
-    module: Any = fx.symbolic_trace(model)
-    if dialect == "aten":
-        module = torch.export.export(model, (X,)).module(check_guards=False)
     spec = lx.CascadeSpec(rank=2, lora_alpha=3.0, seed=5, placement=placement)
-    return fill(Pipeline([MatchSites(spec), InsertBranches()])(module).graph_module)
+    return fill(insert(traced(Net().double(), dialect, X), spec))
 
 
 def saved(module: fx.GraphModule) -> fx.GraphModule:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,18 @@ from tests.kit.models import branches, delta, randomize
 from tests.kit.operators.case import Case
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5, seed=3)
+
+
+class Pair(NamedTuple):
+    output: torch.Tensor
+    extra: torch.Tensor | None
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+    hidden: list[torch.Tensor]
+    scale: float = 1.0
 
 
 def check(case: Case, frontend: str, modes: tuple[bool, ...] | None = None) -> lx.Cascade:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lorasc_fx.plan import Reason
-from tests.kit.operators.case import Case, linear, rand
+from tests.kit.operators.case import Case, linear, of, rand
 
 
 class Generator(nn.Module):
@@ -111,16 +111,9 @@ class Norms(nn.Module):
         return x
 
 
-class Raw(nn.Module):
-    """Reads the data of a weight, without autograd."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.body(x) * F.linear(x, self.body.weight.data).sigmoid()
-        return self.head(hidden) + hidden @ self.head.weight.detach().T
+def _data(x: Tensor, w0: Tensor, w1: Tensor) -> Tensor:
+    hidden = F.linear(x, w0) * F.linear(x, w0.data).sigmoid()
+    return F.linear(hidden, w1) + hidden @ w1.detach().T
 
 
 def convs(*names: str) -> dict[str, str]:
@@ -147,7 +140,7 @@ ODD: list[Case] = [
         "control_flow", ControlFlow, X, lin("either", "head") if TRAINS_COND else lin("head"), modes=(True,),
         has_graph=TRAINS_COND, unreached=() if TRAINS_COND else ("either.weight",),
     ),
-    Case("weight_data", Raw, X, lin("body", "head"), has_graph=False),
+    Case("weight_data", of(_data, (6, 5), (3, 6)), X, linear("w0", "w1"), has_graph=False),
     Case("droppers", Droppers, rand((3, 3, 4, 5)), convs("conv") | lin("head")),
     Case("norms", Norms, rand((4, 3, 6)), convs(*(f'convs.{index}' for index in range(4))),
         has_graph=False),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers.modeling_outputs import BaseModelOutput
 
 import lorasc_fx as lx
-from tests.forms.kit import SPEC, by_formula
+from tests.forms.kit import SPEC, Pair, Result, by_formula
 from tests.kit.compare import assert_same, loss_of, run, seed
 from tests.kit.models import branches, randomize
 
@@ -159,18 +158,6 @@ def test_wrapped_models(wrap: str) -> None:
     randomize(cascade, size=0.1)
     loss_of(cascade(*call)).backward()
     assert all(value.grad.any() for value in cascade.branches.parameters())
-
-
-class Pair(NamedTuple):
-    output: Tensor
-    extra: Tensor | None
-
-
-@dataclasses.dataclass
-class Result:
-    logits: Tensor
-    hidden: list[Tensor]
-    scale: float = 1.0
 
 
 RESULTS: dict[str, Callable[[Tensor], Any]] = {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorasc_fx as lx
-from tests.forms.kit import SPEC, by_formula
+from tests.forms.kit import SPEC, Pair, Result, by_formula
 from tests.kit.compare import assert_same, loss_of, run, seed
 from tests.kit.models import randomize
 
@@ -134,17 +133,6 @@ def test_gradients_of_inputs(frontend: str) -> None:
     assert_same(*gradients, 1e-10)
 
 
-class Pair(NamedTuple):
-    image: Tensor
-    ids: Tensor | None
-
-
-@dataclasses.dataclass
-class Batch:
-    image: Tensor
-    flags: tuple[bool, ...] = (True,)
-
-
 class Takes(nn.Module):
     """Reads tensors from a container by the function of the row."""
 
@@ -160,8 +148,8 @@ class Takes(nn.Module):
 CONTAINERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "dict": (lambda x: {"a": x, "b": {"c": 2 * x}}, lambda value: value["a"] + value["b"]["c"]),
     "list": (lambda x: [x, [2 * x]], lambda value: value[0] + value[1][0]),
-    "named": (lambda x: Pair(x, None), lambda value: value.image),
-    "dataclass": (Batch, lambda value: value.image),
+    "named": (lambda x: Pair(x, None), lambda value: value.output),
+    "dataclass": (lambda x: Result(x, [2 * x]), lambda value: value.logits + value.hidden[0]),
     "longer_list": (lambda x: [x] * 3, sum),
 }
 

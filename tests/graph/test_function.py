@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorasc_fx as lx
 from lorasc_fx.graph.function import as_function
-from tests.kit.models import batches, mlp, randomize
+from tests.kit.models import batches, mlp, randomize, seeded
 
 
 class ManyArguments(nn.Module):
@@ -37,11 +37,7 @@ def test_a_function_computes_what_its_graph_computes() -> None:
     traced = fx.symbolic_trace(model)
     exported = torch.export.export(model, (x, 3.0)).module()
     for module, args in ((traced, (x, 3.0)), (traced, (x,)), (exported, (x, 3.0))):
-        results = []
-        for call in (as_function(module), module):
-            torch.manual_seed(0)
-            results.append(call(*args))
-        actual, expected = results
+        actual, expected = (seeded(call, *args) for call in (as_function(module), module))
         torch.testing.assert_close(pytree.tree_leaves(actual), pytree.tree_leaves(expected), rtol=0, atol=0)
         assert pytree.tree_structure(actual) == pytree.tree_structure(expected)
 
@@ -83,11 +79,7 @@ def test_dropout_is_applied() -> None:
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(rank=2, dropout=0.5))
     randomize(cascade)
     module = cascade.train().graph_module
-    results = []
-    for call in (as_function(module), module):
-        torch.manual_seed(0)
-        results.append(call(x))
-    assert torch.equal(*results)
+    assert torch.equal(*(seeded(call, x) for call in (as_function(module), module)))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tests.kit.operators import OPERATORS
 from tests.kit.operators.case import Uses, kind_in, rand, row, sites_in
 from tests.kit.operators.graphs import Attention
 
-__all__ = ["ADAPTABLE", "BY_NAME", "CASES", "SPEC", "Case", "Encoder"]
+__all__ = ["ADAPTABLE", "BY_NAME", "CASES", "SPEC", "Case", "Encoder", "tracer"]
 
 # The scale is not a power of two, so that products with it are rounded.
 SPEC = CascadeSpec(rank=3, lora_alpha=5.0, pace=0.7, seed=11)
@@ -101,7 +101,7 @@ class Case:
     def _graph(self) -> fx.Graph:
         model = copy.deepcopy(self.model)
         if self.dialect != "aten":
-            return _tracer(self.row.leaves).trace(model)
+            return tracer(self.row.leaves).trace(model)
         graph = capture(model, self.args, {}, "export").module.graph
         retarget(graph, lambda node: str(node.target).removeprefix(f"{OWNER}."))
         return graph
@@ -127,7 +127,7 @@ class Case:
         return self.own() if mode == "own" else self.live()
 
 
-def _tracer(names: tuple[str, ...]) -> fx.Tracer:
+def tracer(names: tuple[str, ...]) -> fx.Tracer:
     """A tracer for which modules of these classes are leaf modules too."""
 
     class Tracer(fx.Tracer):

@@ -17,6 +17,7 @@ from lorasc_fx.graph.matching import uses_in
 from lorasc_fx.graph.weights import owner_of
 from lorasc_fx.passes import InsertBranches, MatchSites, Pipeline
 from tests.errors.state import assert_same, of_model
+from tests.kit.compare import loss_of
 from tests.kit.models import delta
 from tests.kit.state import branches_of
 from tests.passes.cases import Case
@@ -41,11 +42,11 @@ def sites_of(graph_module: fx.GraphModule) -> dict[str, Site]:
 
 
 def fill(graph_module: fx.GraphModule, seed: int = 1) -> fx.GraphModule:
-    """Set the factors of every branch to random values."""
+    """Set the parameters of every branch to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for branch in branches_of(graph_module).values():
-            for factor in (branch.lora_A, branch.lora_B):
+            for factor in branch.parameters():
                 factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64) * 0.3)
     return graph_module
 
@@ -104,26 +105,19 @@ def assert_gradients(inserted: fx.GraphModule, case: Case) -> None:
     for index in floating:
         mine[index].requires_grad_()
         theirs[index].requires_grad_()
-    total(inserted(*mine)).backward()
+    loss_of(inserted(*mine)).backward()
     branches, sites = branches_of(inserted), sites_of(inserted)
     a = {weight: branch.lora_A.detach().clone().requires_grad_() for weight, branch in branches.items()}
     b = {weight: branch.lora_B.detach().clone().requires_grad_() for weight, branch in branches.items()}
     model = copy.deepcopy(case.model)
     weights = dict(model.named_parameters())
     changed = {weight: weights[weight].detach() + delta(site, a[weight], b[weight]) for weight, site in sites.items()}
-    total(functional_call(model, changed, theirs, tie_weights=True)).backward()
+    loss_of(functional_call(model, changed, theirs, tie_weights=True)).backward()
     for weight, branch in branches.items():
         assert_close(branch.lora_A.grad, a[weight].grad)
         assert_close(branch.lora_B.grad, b[weight].grad)
     for index in floating:
         assert_close(mine[index].grad, theirs[index].grad)
-
-
-def total(output: Any) -> Tensor:
-    """A scalar that depends on every entry, with a different weight for each."""
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    ramps = [torch.linspace(1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape) for leaf in leaves]
-    return torch.stack([(leaf * ramp).sin().sum() for leaf, ramp in zip(leaves, ramps, strict=True)]).sum()
 
 
 def assert_differ(got: Any, expected: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import lorasc_fx as lx
@@ -39,11 +39,7 @@ def zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def net(**options: Any) -> fx.GraphModule:
     torch.manual_seed(0)
-    inserted = insert(fx.symbolic_trace(TwoLayers().double()), lx.CascadeSpec(rank=2, **options))
-    for branch in inserted.branches.children():
-        for parameter in branch.parameters():
-            nn.init.normal_(parameter)
-    return inserted
+    return fill(insert(fx.symbolic_trace(TwoLayers().double()), lx.CascadeSpec(rank=2, **options)))
 
 
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)

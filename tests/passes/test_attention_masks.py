@@ -23,6 +23,7 @@ from lorasc_fx.graph import text
 from lorasc_fx.passes import AttentionMasks
 from lorasc_fx.signature import leaves
 from tests.kit.compare import saved_storages
+from tests.kit.models import seeded
 from tests.kit.state import variant_for
 
 aten = torch.ops.aten
@@ -190,10 +191,7 @@ def test_masks_that_matter_at_some_size_are_kept(masks: dict[str, Callable[[Mask
     assert captured.conditions.sizes == ((None, None, None),)
     for length in (5, 9, 50):
         for x in (batch(2, length), -batch(2, length)):
-            torch.manual_seed(0)
-            expected = model(x)
-            torch.manual_seed(0)
-            same(captured.module(x), expected)
+            same(seeded(captured.module, x), seeded(model, x))
 
 
 def test_a_graph_of_one_size_has_the_values_of_its_masks() -> None:

@@ -24,6 +24,7 @@ from tests.errors.inject import EVERY, FailAt, LineAt, failing, python_answers, 
 from tests.kit.errors import raises
 from tests.passes.cases import BY_NAME
 from tests.passes.kit import Snapshot, fill, insert, run, same_bits
+from tests.passes.test_pipeline import nothing
 
 CASE = BY_NAME["module_two_names"]
 SPEC = replace(CASE.spec, noise=Noise(0.3))
@@ -45,11 +46,6 @@ def test_a_transition_before_a_foreign_pass_still_keeps_the_parameters() -> None
     case = BY_NAME["module_convs"]
     inserted, twin = fill(insert(case.own(), case.spec)), fill(insert(case.own(), case.spec))
     parameters = {name: value for name, value in inserted.named_parameters() if name.startswith("branches.")}
-
-    def nothing(graph_module: fx.GraphModule) -> None:
-        graph_module.graph.eliminate_dead_code()
-        graph_module.recompile()
-
     after = Pipeline([StageTransition(), nothing])(inserted).graph_module
     expected = StageTransition()(twin).graph_module
     current = dict(after.named_parameters())

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations import moe
 
 import lorasc_fx as lx
 from lorasc_fx.branch.lora import LoraBranch
 from lorasc_fx.capture import capture
 from lorasc_fx.graph import FORMS, FunctionForm
-from tests.kit.compare import Watch
+from tests.kit.compare import Watch, saved_storages
 from tests.kit.models import train
 from tests.passes.kit import branches_of, fill, insert, same_bits, sites_of, uses_of
 
@@ -160,20 +159,13 @@ def test_rows_without_an_expert_have_no_effect(op: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize(("op", "dtype"), OPS, ids=str)
 def test_only_x_and_a_x_are_saved_for_the_backward(op: str, dtype: torch.dtype) -> None:
-    lora, kept = branch(dtype), dict[int, tuple[int, ...]]()
-    x = rows(dtype).requires_grad_()
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())
-        if tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() and tensor.is_floating_point():
-            kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
-        return tensor.detach()
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        lora(torch.zeros(ENDS[-1], 24, dtype=dtype), x, at="grouped", offs=torch.tensor(ENDS, dtype=torch.int32), by=op)
+    lora, x = branch(dtype), rows(dtype).requires_grad_()
+    base, ends = torch.zeros(ENDS[-1], 24, dtype=dtype), torch.tensor(ENDS, dtype=torch.int32)
+    saved = saved_storages(lambda: lora(base, x, at="grouped", offs=ends, by=op))
+    for given in (x, ends):
+        saved.pop(given.untyped_storage().data_ptr(), None)
     rank = 8 if op.startswith("aten") else 3  # padded to strides of 16 bytes
-    assert sorted(kept.values()) == sorted([(3, 16, rank), (3, rank, 24), (ENDS[-1], rank)])
+    assert sorted(saved.values()) == [entries * rank * dtype.itemsize for entries in (ENDS[-1], 3 * 16, 3 * 24)]
 
 
 class Either(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lorasc_fx.graph.branch_calls import made_by
 from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, StageTransition
 from tests.kit.errors import raises
 from tests.kit.models import train, trainable_parameters
+from tests.kit.operators.case import Of
 from tests.kit.state import noise_drawn, weight_state
 from tests.passes.cases import ADAPTABLE, BY_NAME, CASES, SPEC, Case
 from tests.passes.kit import (
@@ -170,15 +172,8 @@ def test_noise_is_in_the_weights_of_a_graph_that_owns_them(case: Case, distribut
 
 
 def test_a_taken_node_name_is_not_reused() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.linear_lora = nn.Linear(5, 7), nn.Linear(7, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear_lora(torch.tanh(self.linear(x)))
-
-    graph_module = fx.symbolic_trace(Net().double())
+    model = nn.Sequential(OrderedDict(linear=nn.Linear(5, 7), linear_lora=nn.Linear(7, 6)))
+    graph_module = fx.symbolic_trace(model.double())
     inserted = insert(graph_module, SPEC)
     assert [node.name for node in inserted.graph.nodes if node.op == "call_module"] == [
         "linear",
@@ -192,35 +187,21 @@ def test_a_taken_node_name_is_not_reused() -> None:
 
 
 def test_a_submodule_named_branches_is_an_error() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.branches = nn.ModuleList([nn.Linear(5, 7), nn.Linear(7, 4)])
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.branches[1](self.branches[0](x))
-
-    graph_module = fx.symbolic_trace(Net().double())
+    model = nn.Sequential(OrderedDict(branches=nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4))))
+    graph_module = fx.symbolic_trace(model.double())
     with raises(PassError, "not-a-model", "'branches'"):
         insert(graph_module, SPEC)
     x = torch.randn(2, 5, dtype=torch.float64)
-    adapted = capture(
-        graph_module, (x,), {}
-    ).module  # a live model may have such a child, because the branches are outside of it
-    assert len(branch_nodes(insert(adapted, SPEC))) == 2
+    live = capture(graph_module, (x,), {}).module  # may have such a child, because the branches are outside of it
+    assert len(branch_nodes(insert(live, SPEC))) == 2
 
 
 def test_a_computed_size_is_passed_to_the_branch() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.w = nn.Conv1d(3, 4, 2), nn.Parameter(torch.randn(5, 4, 3))
+    def padded(x: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x = F.conv1d(x, v)
+        return F.conv1d(x, w, padding=x.shape[-1] - 5)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.conv(x)
-            return F.conv1d(x, self.w, padding=x.shape[-1] - 5)
-
-    model = Net().double()
+    model = Of(padded, (4, 3, 2), (5, 4, 3)).double()
     inserted = fill(insert(fx.symbolic_trace(model), SPEC))
     added = deltas(inserted)
     weights = {name: value.detach() + added.get(name, 0) for name, value in model.named_parameters()}

@@ -19,8 +19,9 @@ from lorasc_fx.passes import FoldBranches, InsertBranches, MatchSites, NoSites, 
 from lorasc_fx.plan import Reason
 from tests.kit.errors import raises
 from tests.kit.models import mlp
+from tests.kit.operators.case import Of
 from tests.kit.state import exact_slow, weight_states
-from tests.passes.cases import BY_NAME, CASES, Case
+from tests.passes.cases import BY_NAME, CASES, Case, tracer
 from tests.passes.kit import (
     Snapshot,
     assert_close,
@@ -130,28 +131,17 @@ def _subclass(model: nn.Module) -> None:
     ],
 )
 def test_a_module_that_computes_something_else_is_opaque(change: Any, opaque: set[str]) -> None:
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return isinstance(m, nn.Linear) or super().is_leaf_module(m, module_qualified_name)
-
     model = mlp()
     change(model)
-    matched = MatchSites()(fx.GraphModule(model, Tracer().trace(model))).graph_module
+    graph = tracer(("Standardized", "ParametrizedLinear")).trace(model)
+    matched = MatchSites()(fx.GraphModule(model, graph)).graph_module
     assert parts(matched)[1] == dict.fromkeys(opaque, Reason.OPAQUE)
 
 
 def test_a_weight_times_itself_has_its_branch_on_the_weight() -> None:
-    class Gram(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w, self.v = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(6, 5))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(F.linear(x, F.linear(self.w, self.w)), F.linear(self.v, self.w))
-
-    model = Gram().double()
+    model = Of(lambda x, w, v: F.linear(F.linear(x, F.linear(w, w)), F.linear(v, w)), (4, 5), (6, 5)).double()
     inserted = fill(insert(fx.symbolic_trace(model), CascadeSpec(rank=2)))
-    assert uses_of(inserted) == {"w": (("w", "on-weight"),), "v": (("v", "on-weight"),)}
+    assert uses_of(inserted) == {"w0": (("w0", "on-weight"),), "w1": (("w1", "on-weight"),)}
     weights = {name: value.detach() + deltas(inserted)[name] for name, value in model.named_parameters()}
     x = torch.randn(3, 4, dtype=torch.float64)
     assert_close(inserted(x).detach(), functional_call(model, weights, (x,)).detach())
@@ -180,18 +170,11 @@ def test_an_unreached_weight_becomes_a_site_when_a_graph_uses_it() -> None:
 
 @pytest.mark.parametrize(("row", "form"), [(None, "F.embedding"), (0, "F.embedding"), (-2, "on-weight")])
 def test_a_negative_padding_index_has_no_form(row: int | None, form: str) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(6, 4))
-
-        def forward(self, index: torch.Tensor) -> torch.Tensor:
-            return F.embedding(index, self.w, row)
-
-    inserted = fill(insert(fx.symbolic_trace(Net().double()), CascadeSpec(rank=2)))
+    model = Of(lambda index, w: F.embedding(index, w, row), (6, 4)).double()
+    inserted = fill(insert(fx.symbolic_trace(model), CascadeSpec(rank=2)))
     assert [name for uses in uses_of(inserted).values() for _, name in uses] == [form]
     inserted(torch.tensor([0, 4, 3])).sum().backward()
-    moved = branches_of(inserted)["w"].lora_B.grad.abs().sum(-1).nonzero().flatten().tolist()
+    moved = branches_of(inserted)["w0"].lora_B.grad.abs().sum(-1).nonzero().flatten().tolist()
     assert moved == [index for index in (0, 3, 4) if row is None or index != row % 6]
 
 

@@ -68,20 +68,6 @@ def encoder(**options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.TransformerEncoderLayer(6, 2, 10, **options)
 
 
-class Fused(nn.Module):
-    """One projection for queries, keys and values, and torch's scaled dot product attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(6, 18, bias=False), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
-        output = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0, is_causal=True)
-        return self.out(output.transpose(1, 2).reshape(batch, length, 6))
-
-
 def _called(x: Tensor, packed: Tensor, out: Tensor) -> Tensor:
     x = x.transpose(0, 1)
     return F.multi_head_attention_forward(x, x, x, 6, 2, packed, None, None, None, False, 0.0, out, None)[0]
@@ -117,6 +103,5 @@ ATTENTION = [
         lambda: (rand((3, 4, 6), (3, 5, 6))(), {"tgt_mask": CAUSAL}), layer_sites("", cross=True)),
     attention("transformer", lambda: nn.Transformer(6, 2, 1, 1, 10, batch_first=True), rand((3, 5, 6), (3, 4, 6)),
         layer_sites("encoder.layers.0.") | layer_sites("decoder.layers.0.", cross=True)),
-    Case("attention_fused", Fused, SEQUENCE, linear("qkv.weight", "out.weight")),
 ]
 # fmt: on

@@ -122,19 +122,6 @@ class Bags(nn.Module):
         return self.head(self.bag(ids, offsets, weights))
 
 
-class Positions(nn.Module):
-    """Tokens and positions by tables, one looked up, one sliced and added."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(9, 5, padding_idx=0), nn.Embedding(7, 5)
-        self.added, self.head = nn.Parameter(torch.randn(1, 7, 5)), nn.Linear(5, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return self.head(self.tokens(ids) + self.places(places) + self.added[:, : ids.shape[1]])
-
-
 def embedding(**options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Embedding(9, 5, **options), nn.Linear(5, 3))
 
@@ -155,9 +142,6 @@ EMBEDDINGS = [
     Case("indexed", of(lambda x, w: w[x], (9, 5)), ids(3, 4), LOOKUP),
     Case("index_select", of(lambda x, w: w.index_select(0, x), (9, 5)), ids(4), LOOKUP),
     Case("one_hot", of(lambda x, w: F.one_hot(x, 9).to(w.dtype) @ w, (9, 5)), ids(3, 4), linear("w0")),
-    Case("positions", Positions, ids(3, 4),
-        {"tokens.weight": "embedding", "places.weight": "embedding", "head.weight": "linear"},
-        {"added": Reason.NO_FORM}),
     Case("bag_mean", lambda: Bags("mean"), ids(3, 4), BAG),
     Case("bag_max", lambda: Bags("max", padding_idx=1), ids(3, 4), BAG),
     Case("bag_sum_weighted", lambda: Bags("sum", include_last_offset=True),

@@ -33,18 +33,6 @@ class Own(nn.Linear):
         return (self.weight @ x.unsqueeze(-1)).squeeze(-1) + self.bias
 
 
-class LowRank(nn.Module):
-    """The user's own low-rank layer beside a frozen one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Linear(5, 7)
-        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(7, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + 0.5 * (x @ self.down.T) @ self.up.T
-
-
 class Bilinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +54,6 @@ def _split(x: Tensor, w: Tensor) -> Tensor:
 # fmt: off
 PRODUCTS = [
     Case("own_forward", lambda: Own(5, 7), X, linear("weight")),
-    Case("low_rank", LowRank, X, linear("base.weight", "down", "up")),
     Case("conv1d_of_transformers", _conv1d, X3, linear("0.weight", "2.weight")),
     Case("linear_other_way", of(lambda x, w: F.linear(w, x), (7, 5)), X, ONE),
     Case("linear_four_axes", of(F.linear, (7, 5)), rand((2, 3, 4, 5)), ONE),
@@ -185,19 +172,6 @@ class Gathered(Routed):
         return (outputs * weights.unsqueeze(-1)).sum(1)
 
 
-class Listed(nn.Module):
-    """Experts in a list; the outputs of all are mixed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(5, 2)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = torch.stack([expert(x) for expert in self.experts], -1)
-        return (outputs * self.gate(x).softmax(-1).unsqueeze(1)).sum(-1)
-
-
 _ROUTED: dict[str, Any] = {"router.weight": "linear", "up": "stacked", "down": "stacked"}
 
 EXPERTS += [
@@ -206,10 +180,4 @@ EXPERTS += [
     Case("experts_sorted_turned", lambda: Sorted(transposed=True), rand((9, 5)), _ROUTED, shapes={"up": (3, 2, 5)}),
     Case("experts_routed", Routed, rand((9, 5)), _ROUTED),
     Case("experts_gathered", Gathered, rand((9, 5)), _ROUTED),
-    Case(
-        "experts_listed",
-        Listed,
-        rand((9, 5)),
-        linear("gate.weight", *(f"experts.{i}.{j}.weight" for i in range(2) for j in (0, 2))),
-    ),
 ]

@@ -52,17 +52,6 @@ class Normalized(nn.Module):
         return self.scale * F.linear(F.normalize(x), F.normalize(self.weight, dim=1))
 
 
-class Masked(nn.Linear):
-    """MADE: a mask that is a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__(5, 7)
-        self.register_buffer("mask", (torch.rand(7, 5) > 0.3).float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.mask * self.weight, self.bias)
-
-
 class Hyper(nn.Module):
     """A network whose weights are another network's output, for a learned code."""
 
@@ -80,19 +69,6 @@ class Dropped(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, F.dropout(self.weight, 0.4, self.training), self.bias)
-
-
-class Parts(nn.Module):
-    """One weight for queries, keys and values, its parts used for different inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.packed, self.bias = nn.Parameter(torch.randn(15, 5)), nn.Parameter(torch.randn(15))
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        q = F.linear(x, self.packed[:5], self.bias[:5])
-        k, v = F.linear(memory, self.packed[5:], self.bias[5:]).chunk(2, -1)
-        return F.scaled_dot_product_attention(q, k, v)
 
 
 def pruned() -> nn.Module:
@@ -129,9 +105,7 @@ COMPUTED = [
     row("symmetric", parametrized(symmetric, lambda: nn.Linear(5, 5)), X, original()),
     row("pruned", pruned, X, linear("0.weight_orig", "2.weight")),
     Case("normalized", Normalized, X, linear("weight")),
-    Case("masked", Masked, X, linear("weight")),
     Case("hyper", Hyper, X, linear("maker.weight"), {"latent": Reason.VECTOR}),
     Case("drop_connect", lambda: Dropped(5, 7), X, linear("weight")),
-    Case("parts", Parts, rand((2, 4, 5), (2, 3, 5)), linear("packed")),
 ]
 # fmt: on
