@@ -15,21 +15,9 @@ from transformers.pytorch_utils import Conv1D
 import lorasc_fx as lx
 from lorasc_fx.branch import METHODS, Branch, Declared, LowRankBranch, StartWeight
 from lorasc_fx.branch.lora import random_factor
-from tests.kit.models import branches
+from tests.kit.models import Tied, branches
 
 SEED = 5
-
-
-class Table(nn.Module):
-    """An embedding, and a head that is tied to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(9, 6)
-        self.middle = nn.Linear(6, 6)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        return torch.tanh(self.middle(self.table(indices))) @ self.table.weight.t()
 
 
 class Recurrent(nn.Module):
@@ -61,7 +49,7 @@ KINDS: dict[str, Any] = {
     ),
     "upsampling": lambda: (nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.Tanh()), torch.randn(2, 4, 5, 5)),
     "grouped": lambda: (nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Tanh()), torch.randn(2, 4, 9)),
-    "embedding": lambda: (Table(), torch.randint(0, 9, (3, 4))),
+    "embedding": lambda: (Tied(9, 6), torch.randint(0, 9, (3, 4))),
     "recurrent": lambda: (Recurrent(), torch.randn(2, 5, 6)),
 }
 DENSE = ("linear", "transposed", "conv", "dilated", "grouped")
@@ -94,13 +82,9 @@ def merged(model: nn.Module, cascade: lx.Cascade, share: float = 1.0) -> nn.Modu
             parameter = model.get_parameter(weight)
             total = branch.dense_delta(parameter)
             if METHODS["dora"] is type(branch):
-                rows = (
-                    (parameter + total).flatten(1).norm(dim=1)
-                    if not branch.transposed
-                    else (parameter + total).norm(dim=0)
-                )
-                gain = branch.get_parameter("lora_magnitude_vector") / rows
-                gain = gain.view(-1, *(1 for _ in parameter.shape[1:])) if not branch.transposed else gain
+                inner = (0,) if branch.transposed else tuple(range(1, parameter.dim()))
+                norms = torch.linalg.vector_norm(parameter + total, dim=inner, keepdim=True)
+                gain = branch.get_parameter("lora_magnitude_vector").view_as(norms) / norms
                 total = gain * (parameter + total) - parameter
             parameter.add_(share * total)
     return model
@@ -135,15 +119,11 @@ def test_stages_follow_the_formula_and_a_resumed_run_has_the_same_bits(name: str
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("placement", ["beside", "merged", "weight"])
 def test_every_placement_computes_the_same(name: str, placement: Any) -> None:
-    torch.manual_seed(SEED)
-    model, x = linear()
-    model, x = model.double(), x.double()
     if placement not in METHODS[name].placements:
         with pytest.raises(lx.SpecError, match="placement"):
             lx.CascadeSpec(adapter=name, placement=placement)
         return
-    spec = lx.CascadeSpec(adapter=name, rank=2, placement=placement)
-    cascade = lx.adapt(copy.deepcopy(model), (x,), spec=spec)
+    model, cascade, x = adapted(name, "linear", placement=placement)
     assert set(cascade.placements.values()) == {placement}
     train(cascade)
     torch.testing.assert_close(cascade(x), merged(model, cascade)(x), rtol=1e-11, atol=1e-11)

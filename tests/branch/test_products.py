@@ -18,6 +18,7 @@ from transformers import pytorch_utils
 import lorasc_fx as lx
 from lorasc_fx.branch import products
 from lorasc_fx.branch.products import FrozenGrouped, for_frozen, grouped
+from tests.kit.models import randomize
 from tests.kit.state import branches_of
 
 ROWS, WIDE = 160, 384
@@ -59,10 +60,7 @@ def net() -> Any:
 
 def adapted(model: nn.Module, x: Tensor, **options: object) -> lx.Cascade:
     cascade = lx.adapt(model, (x,), spec=lx.CascadeSpec(targets=("first", "second"), rank=4, **options))
-    for index, branch in enumerate(branches_of(cascade).values()):
-        generator = torch.Generator().manual_seed(index)
-        with torch.no_grad():
-            branch.lora_B.copy_(torch.randn(branch.lora_B.shape, generator=generator) * 0.05)
+    randomize(cascade, size=0.05)
     return cascade
 
 
