@@ -15,14 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorasc_fx as lx
-from tests.kit.models import (
-    TwoLayers,
-    assert_merged,
-    batches,
-    loss_of,
-    merged,
-    randomize,
-)
+from tests.kit.models import TwoLayers, assert_merged, batches, loss_of, merged, randomize
 from tests.kit.state import variant_count
 
 SPEC = lx.CascadeSpec(rank=2, lora_alpha=3.0, pace=0.5)
@@ -173,16 +166,6 @@ class Addresses(TwoLayers):
         return hidden @ copied.t()
 
 
-def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight() -> None:
-    torch.manual_seed(17)
-    model, x = Addresses().double(), inputs().abs()
-    cascade = lx.adapt(model, (x,), spec=SPEC)
-    randomize(cascade)
-    twin = copy.deepcopy(model)
-    twin.load_state_dict(merged(cascade), strict=False)
-    torch.testing.assert_close(cascade(-x), twin(-x), rtol=0, atol=1e-12)
-
-
 class NoGradients(Addresses):
     """Computes without gradients, so only outputs tell a wrong branch."""
 
@@ -191,15 +174,17 @@ class NoGradients(Addresses):
         return super().forward(x)
 
 
-def test_a_model_without_gradients_gets_its_branches() -> None:
+@pytest.mark.parametrize("kind", [Addresses, NoGradients])
+def test_code_that_reads_the_memory_of_a_weight_gets_the_merged_weight(kind: type[nn.Module]) -> None:
     torch.manual_seed(17)
-    model, x = NoGradients().double(), inputs().abs()
+    model, x = kind().double(), inputs().abs()
     cascade = lx.adapt(model, (x,), spec=SPEC)
     assert (cascade.frontend, cascade.placements) == ("eager", {"body.weight": "beside", "head.weight": "beside"})
     randomize(cascade)
     twin = copy.deepcopy(model)
     twin.load_state_dict(merged(cascade), strict=False)
-    torch.testing.assert_close(cascade(x), twin(x), rtol=0, atol=1e-12)
+    for sign in (1, -1):
+        torch.testing.assert_close(cascade(sign * x), twin(sign * x), rtol=0, atol=1e-12)
 
 
 def test_dropout_of_branches() -> None:

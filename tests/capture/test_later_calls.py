@@ -85,18 +85,6 @@ class Stateful(nn.Module):
         return y.to(self.kind)
 
 
-def _tensor_attribute(model: Stateful) -> None:
-    model.mask = torch.tensor([1.0, 0.0, 2.0])
-
-
-def _exchanged_module(model: Stateful) -> None:
-    model.offset = Larger()
-
-
-def _patched_forward(model: Stateful) -> None:
-    model.offset.forward = lambda x: x - 3
-
-
 CHANGES: dict[str, Callable[[Stateful], object]] = {  # {entries that guards report: change}
     "settings['tau']": lambda model: model.settings.update(tau=0.5),
     "steps, steps[0]": lambda model: model.steps.appendleft(3.0),
@@ -108,10 +96,10 @@ CHANGES: dict[str, Callable[[Stateful], object]] = {  # {entries that guards rep
     "act": lambda model: setattr(model, "act", torch.relu),
     "kind": lambda model: setattr(model, "kind", torch.float32),
     "table[0]": lambda model: model.table.__setitem__(0, 7.0),
-    "mask": _tensor_attribute,
+    "mask": lambda model: setattr(model, "mask", torch.tensor([1.0, 0.0, 2.0])),
     "mask in place": lambda model: model.mask.mul_(3.0),
-    "offset": _exchanged_module,
-    "offset.forward": _patched_forward,
+    "offset": lambda model: setattr(model, "offset", Larger()),
+    "offset.forward": lambda model: setattr(model.offset, "forward", lambda x: x - 3),
     "offset._forward_hooks[1]": lambda model: model.offset.register_forward_hook(lambda _, args, output: 2 * output),
     "offset._forward_pre_hooks[1]": lambda model: model.offset.register_forward_pre_hook(
         lambda _, args: (args[0] + 1,)

@@ -22,10 +22,8 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.norm, self.drop, self.head = (
-            *(nn.Linear(6, 8), nn.BatchNorm1d(8)),
-            *(nn.Dropout(0.3), nn.Linear(8, 3)),
-        )
+        self.layer, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(8, 3)
 
     def forward(self, x: Tensor, labels: Tensor | None = None, scale: float | None = None, **unused: Any) -> Any:
         y = self.drop(self.norm(self.layer(x)))
@@ -45,23 +43,29 @@ class Branches(nn.Module):
         return self.how(self.training, self.layer(x))
 
 
+def adapted(model: nn.Module, *args: Any) -> tuple[lx.Cascade, nn.Module]:
+    """Return a cascade, and a copy of the model as it was before."""
+    eager = copy.deepcopy(model)
+    return lx.adapt(model, args, spec=SPEC), eager
+
+
 def assert_same(cascade: lx.Cascade, eager: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Assert the same outputs, buffers and random numbers as in the eager model, bit for bit."""
+    """Assert the same outputs, buffers and random numbers as in the eager model in this mode, bit for bit."""
     torch.manual_seed(3)
     computed = [cascade(*args, **kwargs), torch.rand(2), *cascade.model.buffers()]
     torch.manual_seed(3)
-    expected = [eager(*args, **kwargs), torch.rand(2), *eager.buffers()]
-    assert all(map(torch.equal, pytree.tree_leaves(computed), pytree.tree_leaves(expected)))
+    expected = [eager.train(cascade.training)(*args, **kwargs), torch.rand(2), *eager.buffers()]
+    leaves, others = pytree.tree_leaves(computed), pytree.tree_leaves(expected)
+    assert all(map(torch.equal, leaves, others))
+    assert [leaf.requires_grad for leaf in leaves] == [leaf.requires_grad for leaf in others]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_unused_arguments_and_labels(training: bool) -> None:
-    model = Classifier().train(training)
-    eager, x, labels = copy.deepcopy(model), torch.randn(5, 6), torch.tensor([0, 2, 1, 1, 0])
-    cascade = lx.adapt(model, (x, labels), spec=SPEC)
+    x, labels = torch.randn(5, 6), torch.tensor([0, 2, 1, 1, 0])
+    cascade, eager = adapted(Classifier().train(training), x, labels)
     for mode in (not training, training, True, False):
         cascade.train(mode)
-        eager.train(mode)
         for kwargs in ({"labels": labels}, {}, {"return_dict": True}, {"labels": labels, "flag": False}):
             assert_same(cascade, eager, x, **kwargs)
         with torch.no_grad():
@@ -125,12 +129,9 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def adapted_in_both_modes(model: nn.Module, x: Tensor, training: bool) -> tuple[lx.Cascade, nn.Module]:
     """Adapt a model in one mode, and compare it with the eager model in both, with and without gradients."""
-    model.train(training)
-    eager = copy.deepcopy(model)
-    cascade = lx.adapt(model, (x,), spec=SPEC)
+    cascade, eager = adapted(model.train(training), x)
     for mode in (not training, training):
         cascade.train(mode)
-        eager.train(mode)
         with torch.no_grad():
             assert_same(cascade, eager, x)
         assert_same(cascade, eager, x)
@@ -141,9 +142,7 @@ def adapted_in_both_modes(model: nn.Module, x: Tensor, training: bool) -> tuple[
 def test_one_graph_for_both_modes(training: bool, exports: list[bool]) -> None:
     cascade, eager = adapted_in_both_modes(Plain(), torch.randn(5, 6), training)
     assert exports == [training]
-    cascade.train(not training)
-    eager.train(not training)
-    assert_same(cascade, eager, torch.randn(7, 6))  # a new size needs a graph of this mode
+    assert_same(cascade.train(not training), eager, torch.randn(7, 6))  # a new size needs a graph of this mode
     assert exports == [training, not training]
 
 
@@ -168,7 +167,7 @@ def test_two_parameters_of_equal_values() -> None:
     for module in (cascade.model, eager):
         with torch.no_grad():
             module.biases[0].fill_(1.0)
-    assert_same(cascade.eval(), eager.eval(), torch.ones(5, 6))
+    assert_same(cascade.eval(), eager, torch.ones(5, 6))
 
 
 def clamped(self: nn.Module, y: Tensor) -> Tensor:
@@ -190,36 +189,26 @@ def reads_number(self: nn.Module, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("how", [clamped, counted, reads_number])
 def test_eval_mode_reads_what_a_graph_cannot(how: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    model = Plain(how).train()
-    eager = copy.deepcopy(model)
     with torch.no_grad():
-        cascade = lx.adapt(model, (torch.zeros(5, 6),), spec=SPEC)
+        cascade, eager = adapted(Plain(how).train(), torch.zeros(5, 6))
         for x in (torch.zeros(5, 6), torch.randn(5, 6), torch.randn(5, 6)):
             for scale in (1.0, 100.0):
                 scales = torch.full((1,), scale)
-                assert_same(cascade.eval(), eager.eval(), x, scales)
-                assert_same(cascade.train(), eager.train(), x, scales)
+                assert_same(cascade.eval(), eager, x, scales)
+                assert_same(cascade.train(), eager, x, scales)
 
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_that_branches_on_its_mode(how: str, training: bool) -> None:
-    model = Branches(HOWS[how]).train(training)
-    eager, x = copy.deepcopy(model), torch.randn(5, 6)
-    cascade = lx.adapt(model, (x,), spec=SPEC)
+    cascade, eager = adapted(Branches(HOWS[how]).train(training), x := torch.randn(5, 6))
     for mode in (not training, training):
-        cascade.train(mode)
-        eager.train(mode)
-        assert_same(cascade, eager, x)
-        assert cascade(x).requires_grad == eager(x).requires_grad
+        assert_same(cascade.train(mode), eager, x)
 
 
 def test_a_mode_and_a_size_together() -> None:
     """The graph of one mode has no guard for a size that only the other mode reads."""
     model = Branches(lambda training, y: y if training or len(y) < 8 else y.tanh()).train()
-    eager = copy.deepcopy(model)
-    cascade = lx.adapt(model, (torch.randn(5, 6),), spec=SPEC)
+    cascade, eager = adapted(model, torch.randn(5, 6))
     for mode, size in ((True, 7), (True, 9), (False, 5), (False, 7), (False, 9), (False, 12), (False, 6), (True, 12)):
-        cascade.train(mode)
-        eager.train(mode)
-        assert_same(cascade, eager, torch.randn(size, 6))
+        assert_same(cascade.train(mode), eager, torch.randn(size, 6))
