@@ -405,7 +405,7 @@ def run(examples: int, steps: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_operations_against_the_law() -> None:
-    run(examples=12, steps=10)
+    run(examples=8, steps=10)
 
 
 @pytest.mark.slow

@@ -32,9 +32,9 @@ def only_versions(folder: Path, keep: int = 2) -> None:
     assert all(name.startswith("version-") for name in names)
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_killed_at_chosen_moments(every: int, undisturbed: tuple[str, float], tmp_path: Path) -> None:
-    """One run, killed at each moment, or each fifth; each new process looks at what it finds."""
+    """One run, killed at each moment, or each seventh; each new process looks at what it finds."""
     moments = list(MOMENTS)[::every]
     for count, moment in enumerate(moments):
         ended = run("train", folder=str(tmp_path), die=moment, after=2 if count % 3 == 0 else 0)
