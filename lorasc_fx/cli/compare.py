@@ -1,5 +1,8 @@
 """`lorasc-fx compare`: trains several methods with the same steps, seeds and examples, and compares their accuracies.
 
+The accuracy of a language model is the share of completions that greedy decoding gives exactly. With a file of general
+text, the rise of its loss shows what a method forgets.
+
 Each run (a method, a seed, a learning rate) writes one small file, so that a stopped comparison can continue. Paired
 differences have two 95 % intervals. The interval over seeds (Student's t) answers whether other training runs would
 show the difference on these test examples. The interval over examples (bootstrap) answers whether other test examples
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -19,7 +22,8 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from tyro.conf import Positional
 
-from lorasc_fx.cli.config import METHODS, Config, load_config, write_config
+from lorasc_fx.cli.config import METHODS, Config, DataConfig, load_config, write_config
+from lorasc_fx.cli.data import read_dialogues
 from lorasc_fx.cli.task import Task
 from lorasc_fx.cli.train import CONFIG, check_output, check_same
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
@@ -45,7 +49,8 @@ class Result(TypedDict):
     """The content of a run's file.
 
     `loss` and `accuracy` are measured on the validation examples. `predicted` and `labels` are class indices of the
-    test examples, both empty if the run diverged.
+    test examples, both empty if the run diverged; of a language model, `predicted` is 1 for an exact completion, and
+    every label is 1. `forgetting` is the rise of the loss of the general text, if there is one.
     """
 
     lr: float
@@ -55,6 +60,7 @@ class Result(TypedDict):
     accuracy: float
     predicted: list[int]
     labels: list[int]
+    forgetting: float | None
 
 
 Results = dict[Trial, Result]
@@ -73,8 +79,8 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     if (folder / CONFIG).is_file():
         check_same(folder, settings)
     task = Task(settings)
-    if task.kind == "language":
-        raise SpecError("compare needs a classifier, whose accuracy it compares, but the model is a language model")
+    if settings.compare.text and task.kind != "language":
+        raise SpecError("compare.text measures what a language model forgets, but the model is a classifier; remove it")
     write_config(settings, folder / CONFIG)
     (folder / "results").mkdir(exist_ok=True)
     results: Results = {}
@@ -118,11 +124,17 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
     """Train and evaluate one trial. Return None if Ctrl-C has stopped it."""
     task.config = configured(trial, config)
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
-    trainer, cascade, callback = trainer_of(task, arguments, saves=False)
+    evaluated, text = {}, config.compare.text
+    if task.kind == "language":
+        evaluated = {name: task.data[name] for name in ("validation", "test")}
+        evaluated |= {"text": read_dialogues(DataConfig(path=text))} if text else {}
+    trainer, cascade, callback = trainer_of(task, arguments, saves=False, evaluated=evaluated)
+    with cascade.weights("base"):
+        before = trainer.evaluate("text")["eval_loss"] if text else None
     trained = [value for value in cascade.parameters() if value.requires_grad]
     result: Result = {
         "lr": trial.lr, "parameters": sum(value.numel() for value in trained), "seconds": 0.0, "loss": math.inf,
-        "accuracy": 0.0, "predicted": [], "labels": [],
+        "accuracy": 0.0, "predicted": [], "labels": [], "forgetting": None,
     }  # fmt: skip
     try:
         with callback.catching():
@@ -132,11 +144,29 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
         return result
     if callback.stopped:
         return None
-    metrics, prediction = trainer.evaluate(), trainer.predict(task.data["test"])
-    result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
-    result |= {"predicted": prediction.predictions.argmax(-1).tolist(), "labels": prediction.label_ids.tolist()}
+    if task.kind == "language":
+        answers = {name: _exact(cascade.eval(), trainer.get_eval_dataloader(name)) for name in ("validation", "test")}
+        result |= {"loss": trainer.evaluate("validation")["eval_loss"], "predicted": answers["test"]}
+        result |= {"accuracy": statistics.fmean(answers["validation"]), "labels": [1] * len(answers["test"])}
+    else:
+        metrics, prediction = trainer.evaluate(), trainer.predict(task.data["test"])
+        result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
+        result |= {"predicted": prediction.predictions.argmax(-1).tolist(), "labels": prediction.label_ids.tolist()}
+    if before is not None:
+        result["forgetting"] = trainer.evaluate("text")["eval_loss"] - before
     print(f"{trial.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
     return result
+
+
+@torch.no_grad()
+def _exact(cascade: Any, batches: Iterable[dict[str, torch.Tensor]]) -> list[int]:
+    """Return for each example 1 if every token of its completion is the most likely one, else 0."""
+    right: list[int] = []
+    for batch in batches:
+        labels = batch.pop("labels")[:, 1:]
+        found = cascade(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+        right += ((found == labels) | (labels == -100)).all(-1).long().tolist()
+    return right
 
 
 def best_rates(results: Results) -> dict[str, list[Result]]:
@@ -158,13 +188,18 @@ def best_rates(results: Results) -> dict[str, list[Result]]:
 def tables(config: Config, results: Results) -> Iterator[str]:
     """Yield the table of accuracies, and the table of differences to the first method, in Markdown."""
     best, reference = best_rates(results), config.compare.methods[0]
+    forgetting = ["forgetting"] if config.compare.text else []
     yield _markdown(
-        ["method", "lr", "trained", "train s", "validation", "test"],
+        ["method", "lr", "trained", "train s", "validation", "test", *forgetting],
         [
             [
                 *(name, f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", f"{_mean(runs, 'seconds'):.1f}"),
                 _percent([run["accuracy"] for run in runs]),
                 _percent([_correct(run).mean().item() for run in runs if run["labels"]]),
+                *(
+                    f"{_mean(runs, name):+.3f}" if all(run["labels"] for run in runs) else "diverged"
+                    for name in forgetting
+                ),
             ]
             for name, runs in best.items()
         ],

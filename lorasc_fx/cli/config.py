@@ -82,6 +82,9 @@ class CompareConfig:
     """Learning rates to try for each method."""
     rates: dict[Method, Rates] = field(default_factory=dict)
     """{method: learning rates to try instead of `lrs`}."""
+    text: str = ""
+    """For a language model: a `.txt` file with one text per line, or a table with a column `text`. The rise of its loss
+    is printed as forgetting."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,15 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
-    """Apply `change` to the paths of the model and the data that are relative."""
+    """Apply `change` to the relative paths of the model, the data and the general text."""
 
     def changed(path: str) -> str:
         return change(path) if path and not os.path.isabs(path) else path
 
     model = dataclasses.replace(config.model, path=changed(config.model.path))
-    return dataclasses.replace(
-        config, model=model, data=dataclasses.replace(config.data, path=changed(config.data.path))
-    )
+    compare = dataclasses.replace(config.compare, text=changed(config.compare.text))
+    data = dataclasses.replace(config.data, path=changed(config.data.path))
+    return dataclasses.replace(config, model=model, data=data, compare=compare)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def load_splits(config: DataConfig, kind: str) -> dict[str, datasets.Dataset]:
 
     The columns are `input` and `label` for a classifier; `prompt` and `completion`, or `text`, for a language model.
     """
-    complete = _dialogues(config) if kind == "language" else _labelled(config, kind)
+    complete = read_dialogues(config) if kind == "language" else _labelled(config, kind)
     total, order = len(complete), complete.shuffle(seed=config.seed)
     parts: dict[str, datasets.Dataset] = {}
     start = 0
@@ -109,7 +109,7 @@ def _labelled(config: DataConfig, kind: str) -> datasets.Dataset:
     return table
 
 
-def _dialogues(config: DataConfig) -> datasets.Dataset:
+def read_dialogues(config: DataConfig) -> datasets.Dataset:
     """Return the examples of a language model. The last message of a conversation is its completion."""
     table = read_table(config.path)
     columns = {*table.column_names}

@@ -154,8 +154,16 @@ def arguments_of(config: Config, task: Task, **more: object) -> TrainingArgument
         return arguments(output_dir=config.output, **defaults | config.train | more)
 
 
-def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) -> tuple[Any, lx.Cascade, RunCallback]:
-    """Return a Trainer, its cascade and its callback. With `saves`, it evaluates and saves at the end of each stage."""
+def trainer_of(
+    task: Task, arguments: TrainingArguments, *, saves: bool = True, evaluated: object = None
+) -> tuple[Any, lx.Cascade, RunCallback]:
+    """Return a Trainer, its cascade and its callback.
+
+    Args:
+        task, arguments: what is trained, and the Trainer's arguments.
+        saves: whether it evaluates and saves at the end of each stage.
+        evaluated: data sets to evaluate, {name: data set}, instead of the validation examples.
+    """
     config, data = task.config, task.data
     set_seed(arguments.seed)
     model = task.model().to(arguments.device).train()
@@ -165,7 +173,7 @@ def trainer_of(task: Task, arguments: TrainingArguments, *, saves: bool = True) 
     callback = RunCallback(cascade, saves=saves)
     options: dict[str, Any] = {
         "model": cascade, "args": arguments, "config": config, "processing_class": task.processor,
-        "train_dataset": data["train"], "eval_dataset": data["validation"],
+        "train_dataset": data["train"], "eval_dataset": evaluated or data["validation"],
         "callbacks": [CascadeCallback(cascade, stages=config.stages.count), callback],
     }  # fmt: skip
     if task.kind != "language":

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import lorasc_fx as lx
 from lorasc_fx.cli import main
 from lorasc_fx.cli.compare import Result, Trial, best_rates, configured, tables
-from lorasc_fx.cli.config import METHODS, CompareConfig, Config
+from lorasc_fx.cli.config import METHODS, CompareConfig, Config, load_config
+from lorasc_fx.cli.data import load_splits
 from lorasc_fx.cli.trainer import RunCallback
 from tests.cli.test_train import results
 
@@ -61,6 +64,42 @@ def test_lorasc_is_what_train_trains(workspace: Path) -> None:
     assert sum(correct) / len(correct) == pytest.approx(trained["test_accuracy"])
 
 
+def test_a_language_model_and_what_it_forgets(language: Path, capsys: Capture, fails: Callable[..., None]) -> None:
+    """Exact completions are those that the trained model generates; the loss of the text is computed here."""
+    Path("general.txt").write_text("seven two nine\none one four\n")
+    options = ["stages.count=1", "compare.methods=['lora']", "compare.lrs=[0.02]", "compare.seeds=[0]"]
+    options += ["compare.text=general.txt", "data.path=pairs.jsonl", "train.num_train_epochs=4"]
+    assert main(["train", "language.toml", *options, "train.seed=0"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "language.toml", *options, "output=both"]) == 0
+    result = json.loads(Path("both/results/lora-seed0-lr0.02.json").read_text())
+    assert f"| {result['forgetting']:+.3f} |" in capsys.readouterr().out
+    config = load_config(Path("language.toml"), options)
+    test = load_splits(config.data, "language")["test"]
+    Path("asked.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in test["prompt"]))
+    given = [completion.strip() for completion in test["completion"]]
+    assert main(["predict", "runs/language", "asked.jsonl", "--max-new-tokens", "8"]) == 0
+    lines = [json.loads(line)["completion"].strip() for line in capsys.readouterr().out.splitlines()]
+    assert result["predicted"] == [int(line == answer) for line, answer in zip(lines, given, strict=True)]
+    assert 0 < sum(result["predicted"]) < len(given)
+    losses = [loss_of_texts(folder, ["seven two nine", "one one four"]) for folder in ("llama", "runs/language")]
+    assert result["forgetting"] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    fails(["compare", "tiny.toml", "compare.text=general.txt"], "compare.text measures what a language model forgets")
+
+
+def loss_of_texts(folder: str, texts: list[str]) -> float:
+    """Return the mean loss of all tokens after the first one of each text, which ends with the end token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(f"{text} </s>", add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
 def test_a_diverged_run(workspace: Path, capsys: Capture) -> None:
     options = ["compare.methods=['lora', 'cascade']", "compare.lrs=[1e30]", "compare.seeds=[0]"]
     assert main(["compare", "tiny.toml", *options, "output=diverged"]) == 0
@@ -73,7 +112,7 @@ def result(correct: str, loss: float = 1.0, accuracy: float = 0.5) -> Result:
     """Return a result whose prediction of each example is right where a letter is 1."""
     predicted = [int(letter) for letter in correct]
     return {"lr": 0.1, "parameters": 7, "seconds": 1.0, "loss": loss, "accuracy": accuracy,
-            "predicted": predicted, "labels": [1] * len(predicted)}  # fmt: skip
+            "predicted": predicted, "labels": [1] * len(predicted), "forgetting": None}  # fmt: skip
 
 
 def test_the_intervals() -> None:
