@@ -48,9 +48,8 @@ class Trial(NamedTuple):
 class Result(TypedDict):
     """The content of a run's file.
 
-    `loss` and `accuracy` are measured on the validation examples. `predicted` and `labels` are class indices of the
-    test examples, both empty if the run diverged; of a language model, `predicted` is 1 for an exact completion, and
-    every label is 1. `forgetting` is the rise of the loss of the general text, if there is one.
+    `loss` and `accuracy` are measured on the validation examples. `correct` has 1 or 0 for each test example, and is
+    empty if the run diverged. `forgetting` is the rise of the loss on general text, nan if it is not measured.
     """
 
     lr: float
@@ -58,9 +57,8 @@ class Result(TypedDict):
     seconds: float
     loss: float
     accuracy: float
-    predicted: list[int]
-    labels: list[int]
-    forgetting: float | None
+    correct: list[int]
+    forgetting: float
 
 
 Results = dict[Trial, Result]
@@ -129,12 +127,12 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
         evaluated = {name: task.data[name] for name in ("validation", "test")}
         evaluated |= {"text": read_dialogues(DataConfig(path=text))} if text else {}
     trainer, cascade, callback = trainer_of(task, arguments, saves=False, evaluated=evaluated)
-    with cascade.weights("base"):
-        before = trainer.evaluate("text")["eval_loss"] if text else None
-    trained = [value for value in cascade.parameters() if value.requires_grad]
+    with cascade.weights("base"):  # without noise
+        before = trainer.evaluate("text")["eval_loss"] if text else math.nan
+    trained = sum(value.numel() for value in cascade.parameters() if value.requires_grad)
     result: Result = {
-        "lr": trial.lr, "parameters": sum(value.numel() for value in trained), "seconds": 0.0, "loss": math.inf,
-        "accuracy": 0.0, "predicted": [], "labels": [], "forgetting": None,
+        "lr": trial.lr, "parameters": trained, "seconds": 0.0, "loss": math.inf, "accuracy": 0.0, "correct": [],
+        "forgetting": math.nan,
     }  # fmt: skip
     try:
         with callback.catching():
@@ -145,14 +143,14 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
     if callback.stopped:
         return None
     if task.kind == "language":
-        answers = {name: _exact(cascade.eval(), trainer.get_eval_dataloader(name)) for name in ("validation", "test")}
-        result |= {"loss": trainer.evaluate("validation")["eval_loss"], "predicted": answers["test"]}
-        result |= {"accuracy": statistics.fmean(answers["validation"]), "labels": [1] * len(answers["test"])}
+        exact = {name: _exact(cascade.eval(), trainer.get_eval_dataloader(name)) for name in ("validation", "test")}
+        result |= {"accuracy": statistics.fmean(exact["validation"]), "correct": exact["test"]}
+        result["loss"] = trainer.evaluate("validation")["eval_loss"]
     else:
         metrics, prediction = trainer.evaluate(), trainer.predict(task.data["test"])
         result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
-        result |= {"predicted": prediction.predictions.argmax(-1).tolist(), "labels": prediction.label_ids.tolist()}
-    if before is not None:
+        result["correct"] = (prediction.predictions.argmax(-1) == prediction.label_ids).astype(int).tolist()
+    if text:
         result["forgetting"] = trainer.evaluate("text")["eval_loss"] - before
     print(f"{trial.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
     return result
@@ -188,26 +186,21 @@ def best_rates(results: Results) -> dict[str, list[Result]]:
 def tables(config: Config, results: Results) -> Iterator[str]:
     """Yield the table of accuracies, and the table of differences to the first method, in Markdown."""
     best, reference = best_rates(results), config.compare.methods[0]
-    forgetting = ["forgetting"] if config.compare.text else []
-    yield _markdown(
-        ["method", "lr", "trained", "train s", "validation", "test", *forgetting],
+    head = ["method", "lr", "trained", "train s", "validation", "test", *["forgetting"] * bool(config.compare.text)]
+    rows = [
         [
-            [
-                *(name, f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", f"{_mean(runs, 'seconds'):.1f}"),
-                _percent([run["accuracy"] for run in runs]),
-                _percent([_correct(run).mean().item() for run in runs if run["labels"]]),
-                *(
-                    f"{_mean(runs, name):+.3f}" if all(run["labels"] for run in runs) else "diverged"
-                    for name in forgetting
-                ),
-            ]
-            for name, runs in best.items()
-        ],
-    )
+            *(name, f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", f"{_mean(runs, 'seconds'):.1f}"),
+            _percent([run["accuracy"] for run in runs]),
+            _percent([statistics.fmean(run["correct"]) for run in runs if run["correct"]]),
+            f"{_mean(runs, 'forgetting'):+.3f}",
+        ][: len(head)]
+        for name, runs in best.items()
+    ]
+    yield _markdown(head, rows)
     rows = [
         [name, *_difference(runs, best[reference])]
         for name, runs in best.items()
-        if name != reference and all(run["labels"] for run in (*runs, *best[reference]))
+        if name != reference and all(run["correct"] for run in (*runs, *best[reference]))
     ]
     if rows:
         head = [f"points over {reference}", "95 % over seeds (t)", "95 % over examples (bootstrap)"]
@@ -218,15 +211,10 @@ def _mean(runs: Sequence[Any], key: str) -> float:
     return statistics.fmean(run[key] for run in runs)
 
 
-def _correct(result: Result) -> torch.Tensor:
-    """Return whether each prediction is correct, [examples] of 0 and 1."""
-    return (torch.tensor(result["predicted"]) == torch.tensor(result["labels"])).double()
-
-
 def _difference(runs: Sequence[Result], reference: Sequence[Result]) -> tuple[str, str, str]:
     """Return the mean difference in points, and its intervals over seeds and over examples."""
     stats = module_of("cli", "scipy.stats")
-    ours, theirs = (100 * torch.stack([_correct(run) for run in group]) for group in (runs, reference))
+    ours, theirs = (100 * torch.tensor([run["correct"] for run in group]).double() for group in (runs, reference))
     over_seeds = "one seed"
     if len(runs) > 1:
         over_seeds = _interval(stats.ttest_rel(ours.mean(1), theirs.mean(1)).confidence_interval())

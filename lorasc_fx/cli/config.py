@@ -151,14 +151,11 @@ def write_config(config: Config, path: Path) -> None:
 
 def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
     """Apply `change` to the relative paths of the model, the data and the general text."""
-
-    def changed(path: str) -> str:
-        return change(path) if path and not os.path.isabs(path) else path
-
-    model = dataclasses.replace(config.model, path=changed(config.model.path))
-    compare = dataclasses.replace(config.compare, text=changed(config.compare.text))
-    data = dataclasses.replace(config.data, path=changed(config.data.path))
-    return dataclasses.replace(config, model=model, data=data, compare=compare)
+    for table, key in (("model", "path"), ("data", "path"), ("compare", "text")):
+        part = getattr(config, table)
+        if (path := getattr(part, key)) and not os.path.isabs(path):
+            config = dataclasses.replace(config, **{table: dataclasses.replace(part, **{key: change(path)})})
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
