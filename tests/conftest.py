@@ -104,7 +104,6 @@ SAMPLED = {
     "accelerator/test_training.py::test_without_fp64": 2,
     "checkpoint/test_damage.py::test_a_resume": 2,
     "checkpoint/test_damage.py::test_a_file": 3,
-    "export/test_weights.py::test_the_fold_of_a_checkpoint_is_that_of_its_cascade": 3,
     "state/test_noise.py::test_a_shard_draws_its_own_numbers": 3,
     "state/test_state.py::test_a_shard_of_the_state_is_the_state_of_the_shard": 4,
     "quantized/test_quantized.py::test_a_run_goes_on": 2,

@@ -25,7 +25,7 @@ from tyro.conf import Positional
 from lorasc_fx.cli.config import METHODS, Config, DataConfig, load_config, write_config
 from lorasc_fx.cli.data import read_dialogues
 from lorasc_fx.cli.task import Task
-from lorasc_fx.cli.train import CONFIG, check_output, check_same
+from lorasc_fx.cli.train import CONFIG, Overrides, check_output, check_same
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import NonFiniteBranch, SpecError, StateError
 from lorasc_fx.spec import Noise
@@ -64,7 +64,7 @@ class Result(TypedDict):
 Results = dict[Trial, Result]
 
 
-def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (), /) -> int:
+def compare(config: Positional[Path], overrides: Overrides = (), /) -> int:
     """Train several methods and compare their accuracies. The same command continues a stopped comparison.
 
     Args:
@@ -79,6 +79,8 @@ def compare(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (
     task = Task(settings)
     if settings.compare.text and task.kind != "language":
         raise SpecError("compare.text measures what a language model forgets, but the model is a classifier; remove it")
+    if task.kind == "language" and (settings.train.get("packing") or settings.train.get("padding_free")):
+        raise SpecError("compare counts exact completions of separate examples; remove train.packing and padding_free")
     write_config(settings, folder / CONFIG)
     (folder / "results").mkdir(exist_ok=True)
     results: Results = {}
@@ -102,8 +104,7 @@ def planned(config: Config) -> list[Trial]:
     return [
         Trial(method, seed, lr)
         for seed in config.compare.seeds
-        for method in METHODS
-        if method in config.compare.methods
+        for method in sorted(config.compare.methods, key=METHODS.index)
         for lr in config.compare.rates.get(method, config.compare.lrs)
     ]
 
@@ -122,13 +123,11 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
     """Train and evaluate one trial. Return None if Ctrl-C has stopped it."""
     task.config = configured(trial, config)
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
-    evaluated, text = {}, config.compare.text
-    if task.kind == "language":
-        evaluated = {name: task.data[name] for name in ("validation", "test")}
-        evaluated |= {"text": read_dialogues(DataConfig(path=text))} if text else {}
-    trainer, cascade, callback = trainer_of(task, arguments, saves=False, evaluated=evaluated)
-    with cascade.weights("base"):  # without noise
-        before = trainer.evaluate("text")["eval_loss"] if text else math.nan
+    evaluated, text = {name: task.data[name] for name in ("validation", "test")}, config.compare.text
+    if text:
+        evaluated["text"] = read_dialogues(DataConfig(path=text))
+    trainer, cascade, callback = trainer_of(task, arguments, evaluated)
+    before = trainer.evaluate("text")["eval_loss"] if text else math.nan
     trained = sum(value.numel() for value in cascade.parameters() if value.requires_grad)
     result: Result = {
         "lr": trial.lr, "parameters": trained, "seconds": 0.0, "loss": math.inf, "accuracy": 0.0, "correct": [],
@@ -142,28 +141,29 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
         return result
     if callback.stopped:
         return None
+    metrics = trainer.evaluate("validation")
     if task.kind == "language":
-        exact = {name: _exact(cascade.eval(), trainer.get_eval_dataloader(name)) for name in ("validation", "test")}
+        exact = {name: _exact(cascade, trainer.get_eval_dataloader(name)) for name in ("validation", "test")}
         result |= {"accuracy": statistics.fmean(exact["validation"]), "correct": exact["test"]}
-        result["loss"] = trainer.evaluate("validation")["eval_loss"]
     else:
-        metrics, prediction = trainer.evaluate(), trainer.predict(task.data["test"])
-        result |= {"loss": metrics["eval_loss"], "accuracy": metrics["eval_accuracy"]}
-        result["correct"] = (prediction.predictions.argmax(-1) == prediction.label_ids).astype(int).tolist()
+        prediction = trainer.predict(task.data["test"])
+        correct = (prediction.predictions.argmax(-1) == prediction.label_ids).astype(int).tolist()
+        result |= {"accuracy": metrics["eval_accuracy"], "correct": correct}
+    result["loss"] = metrics["eval_loss"]
     if text:
         result["forgetting"] = trainer.evaluate("text")["eval_loss"] - before
     print(f"{trial.name}: validation {result['accuracy']:.3f}, {result['seconds']:.0f} s", flush=True)
     return result
 
 
-@torch.no_grad()
 def _exact(cascade: Any, batches: Iterable[dict[str, torch.Tensor]]) -> list[int]:
     """Return for each example 1 if every token of its completion is the most likely one, else 0."""
     right: list[int] = []
-    for batch in batches:
-        labels = batch.pop("labels")[:, 1:]
-        found = cascade(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-        right += ((found == labels) | (labels == -100)).all(-1).long().tolist()
+    with torch.no_grad(), cascade.eval().weights("slow"):
+        for batch in batches:
+            labels = batch.pop("labels")[:, 1:]
+            found = cascade(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+            right += ((found == labels) | (labels == -100)).all(-1).int().tolist()
     return right
 
 
@@ -172,15 +172,10 @@ def best_rates(results: Results) -> dict[str, list[Result]]:
 
     Of equally good rates, the smallest one is selected. The loss of a diverged run is infinite.
     """
-    best: dict[str, list[Result]] = {}
-    for method in METHODS:
-        rates = sorted({trial.lr for trial in results if trial.method == method})
-        by_rate = [
-            [results[trial] for trial in sorted(results) if (trial.method, trial.lr) == (method, lr)] for lr in rates
-        ]
-        if by_rate:
-            best[method] = min(by_rate, key=lambda runs: _mean(runs, "loss"))
-    return best
+    runs: dict[str, dict[float, list[Result]]] = {}
+    for trial in sorted(results):
+        runs.setdefault(trial.method, {}).setdefault(trial.lr, []).append(results[trial])
+    return {name: min(runs[name].values(), key=lambda group: _mean(group, "loss")) for name in METHODS if name in runs}
 
 
 def tables(config: Config, results: Results) -> Iterator[str]:
@@ -192,7 +187,7 @@ def tables(config: Config, results: Results) -> Iterator[str]:
             *(name, f"{runs[0]['lr']:g}", f"{runs[0]['parameters']:,}", f"{_mean(runs, 'seconds'):.1f}"),
             _percent([run["accuracy"] for run in runs]),
             _percent([statistics.fmean(run["correct"]) for run in runs if run["correct"]]),
-            f"{_mean(runs, 'forgetting'):+.3f}",
+            f"{_mean(runs, 'forgetting'):+.3f}".replace("+nan", "diverged"),
         ][: len(head)]
         for name, runs in best.items()
     ]

@@ -118,10 +118,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise SpecError(f"{path}: the configuration cannot be read: {fault}", code="unreadable-file") from fault
     except SpecError as fault:
         raise SpecError(f"{path}: {fault}", code=fault.code) from fault
-    config = _with_paths(config, lambda target: os.path.normpath(path.parent / target))
-    if not overrides:
-        return config
-    table = to_dict(config)
+    table = to_dict(_with_paths(config, lambda target: os.path.normpath(path.parent / target)))
     for override in overrides:
         _override(table, override)
     return decode(Config, table)  # type: ignore[no-any-return]  # decode returns an instance of its first argument

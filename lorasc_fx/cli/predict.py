@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from lorasc_fx.cli.data import INPUT, read_inputs, read_table
 from lorasc_fx.cli.task import Task
-from lorasc_fx.cli.train import TASK, task_of
+from lorasc_fx.cli.train import TASK, Overrides, task_of
 from lorasc_fx.errors import SpecError
 
 BATCH = 32
@@ -22,11 +22,7 @@ BATCH = 32
 
 @torch.no_grad()
 def predict(
-    run: Positional[Path],
-    data: Positional[str],
-    overrides: Positional[tuple[str, ...]] = (),
-    /,
-    max_new_tokens: int = 128,
+    run: Positional[Path], data: Positional[str], overrides: Overrides = (), /, max_new_tokens: int = 128
 ) -> int:
     """Print the class and probability of each image or text, or the text that a language model generates.
 

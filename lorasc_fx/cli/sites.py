@@ -9,14 +9,11 @@ from lorasc_fx.cli.config import Config, ModelConfig
 from lorasc_fx.cli.task import Task
 from lorasc_fx.spec import KINDS, CascadeSpec
 
+Names = tuple[str, ...]
+
 
 def sites(
-    model: Positional[str],
-    /,
-    targets: tuple[str, ...] = KINDS,
-    exclude: tuple[str, ...] = (),
-    train: tuple[str, ...] = (),
-    rank: int = 8,
+    model: Positional[str], /, targets: Names = KINDS, exclude: Names = (), train: Names = (), rank: int = 8
 ) -> int:
     """List every weight matrix of a model: adapted, refused (with the reason), or not reached by the graph.
 

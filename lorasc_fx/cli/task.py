@@ -162,8 +162,7 @@ class Task:
                 raise SpecError("the run was trained on texts, but the prompt is a list of messages; give a text")
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return text
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def _kind_of(settings: Any) -> str:

@@ -16,16 +16,12 @@ from lorasc_fx.cli.task import Task
 from lorasc_fx.cli.trainer import arguments_of, trainer_of
 from lorasc_fx.errors import SpecError, StateError
 
+Overrides = Positional[tuple[str, ...]]
 CONFIG, TASK, CASCADE = "config.toml", "task.json", "cascade"
 """Entries of a run folder. The Trainer adds the model, the folders `checkpoint-N`, and `all_results.json`."""
 
 
-def train(
-    config: Positional[Path],
-    overrides: Positional[tuple[str, ...]] = (),
-    /,
-    resume: bool = False,
-) -> int:
+def train(config: Positional[Path], overrides: Overrides = (), /, resume: bool = False) -> int:
     """Train a model and write a run folder.
 
     Args:
@@ -78,7 +74,8 @@ def check_output(path: Path, *, folder: bool) -> None:
 def check_same(run: Path, config: Config) -> None:
     """Raise StateError unless the run in a folder has the same settings."""
     old, new = to_dict(load_config(run / CONFIG)), to_dict(config)
-    for table in ("model", "data", "stages", "train", "spec"):
+    old["compare.text"], new["compare.text"] = old["compare"]["text"], new["compare"]["text"]
+    for table in ("model", "data", "stages", "train", "spec", "compare.text"):
         if old[table] != new[table]:
             raise StateError(
                 f"{run} has a run with {table} = {old[table]}, but now it is {new[table]}. Resume with the same "

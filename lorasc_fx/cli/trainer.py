@@ -29,9 +29,6 @@ _SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup
 class StagedTrainer(Trainer):  # type: ignore[misc]
     """Trains a cascade in stages, with the schedule of `[stages]`, or the Trainer's own if `[train]` has one."""
 
-    optimizer: Any
-    lr_scheduler: Any
-
     def __init__(self, *, config: Config, **more: Any) -> None:
         self._config = config
         super().__init__(**more)
@@ -51,13 +48,9 @@ class StagedTrainer(Trainer):  # type: ignore[misc]
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             ends = [round(stage * num_training_steps / stages.count) for stage in range(stages.count + 1)]
-            optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = lx.StageSchedule(
-                getattr(optimizer, "optimizer", optimizer),  # accelerate has wrapped it
-                self.model,
-                [max(1, end - start) for start, end in pairwise(ends)],
-                warmup=stages.warmup, floor=stages.floor,
-            )  # fmt: skip
+            steps = [max(1, end - start) for start, end in pairwise(ends)]
+            plain = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+            self.lr_scheduler = lx.StageSchedule(plain, self.model, steps, warmup=stages.warmup, floor=stages.floor)
         return self.lr_scheduler
 
 
@@ -130,39 +123,36 @@ def arguments_of(config: Config, task: Task, **more: object) -> TrainingArgument
     Raises:
         SpecError: a key or a value of `[train]` is invalid.
     """
-    defaults: dict[str, Any] = {
-        "learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 16, "seed": 0,
-        "per_device_eval_batch_size": 64, "remove_unused_columns": False, "label_names": ["labels"],
-    }  # fmt: skip
     arguments: Any = TrainingArguments
+    defaults: dict[str, Any] = {
+        "seed": 0, "logging_steps": 10, "report_to": [], "save_strategy": "no", "save_total_limit": 1,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_nan_inf_filter": False,  # with it, the Trainer would log a finite loss instead of nan
+    }  # fmt: skip
     if task.kind == "language":
-        defaults = {
-            "learning_rate": 2e-4, "num_train_epochs": 3, "per_device_train_batch_size": 8, "seed": 0,
+        arguments = module_of("llm", "trl").SFTConfig
+        defaults |= {
+            "learning_rate": 2e-4, "num_train_epochs": 3, "per_device_train_batch_size": 8,
             "max_length": task.max_length,
             "activation_checkpointing": config.train.get("gradient_checkpointing", False),
             "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         }  # fmt: skip
-        arguments = module_of("llm", "trl").SFTConfig
-    defaults |= {
-        "logging_steps": 10, "report_to": [], "eval_strategy": "no", "save_strategy": "no", "save_total_limit": 1,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "logging_nan_inf_filter": False,  # with it, the Trainer would log a finite loss instead of nan
-    }  # fmt: skip
+    else:
+        defaults |= {
+            "learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 16,
+            "per_device_eval_batch_size": 64, "remove_unused_columns": False, "label_names": ["labels"],
+        }  # fmt: skip
     if config.train.get("dataloader_drop_last"):
         raise SpecError("train.dataloader_drop_last would also drop examples from evaluations; remove it")
     with reading("[train]"):
         return arguments(output_dir=config.output, **defaults | config.train | more)
 
 
-def trainer_of(
-    task: Task, arguments: TrainingArguments, *, saves: bool = True, evaluated: object = None
-) -> tuple[Any, lx.Cascade, RunCallback]:
+def trainer_of(task: Task, arguments: TrainingArguments, evaluated: Any = None) -> tuple[Any, lx.Cascade, RunCallback]:
     """Return a Trainer, its cascade and its callback.
 
-    Args:
-        task, arguments: what is trained, and the Trainer's arguments.
-        saves: whether it evaluates and saves at the end of each stage.
-        evaluated: data sets to evaluate, {name: data set}, instead of the validation examples.
+    By default, the Trainer evaluates the validation examples and saves at the end of each stage. With `evaluated`,
+    {name: data set}, it does neither during the training, and `evaluate` takes one of the names.
     """
     config, data = task.config, task.data
     set_seed(arguments.seed)
@@ -170,7 +160,7 @@ def trainer_of(
     batch: dict[str, Any] = {name: value.to(arguments.device) for name, value in task.example().items()}
     batch |= {"use_cache": False} if task.kind == "language" else {}
     cascade = lx.adapt(model, kwargs=batch, spec=config.spec)
-    callback = RunCallback(cascade, saves=saves)
+    callback = RunCallback(cascade, saves=evaluated is None)
     options: dict[str, Any] = {
         "model": cascade, "args": arguments, "config": config, "processing_class": task.processor,
         "train_dataset": data["train"], "eval_dataset": evaluated or data["validation"],

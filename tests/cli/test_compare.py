@@ -67,12 +67,12 @@ def test_lorasc_is_what_train_trains(workspace: Path) -> None:
 def test_a_language_model_and_what_it_forgets(language: Path, capsys: Capture, fails: Callable[..., None]) -> None:
     """Exact completions are those that the trained model generates; the loss of the text is computed here."""
     Path("general.txt").write_text("seven two nine\none one four\n")
-    options = ["stages.count=1", "compare.methods=['lora']", "compare.lrs=[0.02]", "compare.seeds=[0]"]
+    options = ["spec.noise.strength=0.5", "compare.methods=['lorasc']", "compare.lrs=[0.02]", "compare.seeds=[0]"]
     options += ["compare.text=general.txt", "data.path=pairs.jsonl", "train.num_train_epochs=4"]
     assert main(["train", "language.toml", *options, "train.seed=0"]) == 0
     capsys.readouterr()
     assert main(["compare", "language.toml", *options, "output=both"]) == 0
-    result = json.loads(Path("both/results/lora-seed0-lr0.02.json").read_text())
+    result = json.loads(Path("both/results/lorasc-seed0-lr0.02.json").read_text())
     assert f"| {result['forgetting']:+.3f} |" in capsys.readouterr().out
     config = load_config(Path("language.toml"), options)
     test = load_splits(config.data, "language")["test"]
@@ -84,6 +84,9 @@ def test_a_language_model_and_what_it_forgets(language: Path, capsys: Capture, f
     assert 0 < sum(result["correct"]) < len(given)
     losses = [loss_of_texts(folder, ["seven two nine", "one one four"]) for folder in ("llama", "runs/language")]
     assert result["forgetting"] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    again = ["compare", "language.toml", *options]
+    fails([*again, "output=both", "compare.text=''"], "both has a run with compare.text = ")
+    fails([*again, "output=packed", "train.packing=true"], "compare counts exact completions of separate examples")
     fails(["compare", "tiny.toml", "compare.text=general.txt"], "compare.text measures what a language model forgets")
 
 

@@ -103,7 +103,6 @@ def test_mistakes_with_language_models(language: Path, fails: Callable[..., None
     Path("other.csv").write_text("question,answer\na,b\n")
     fails([*train, "data.path=other.csv"], "the columns are question, answer; a language model needs messages")
     fails([*train, "train.lerning_rate=3"], "SFTConfig.__init__() got an unexpected keyword argument 'lerning_rate'")
-    fails(["compare", "language.toml", "compare.methods=['lora']"], "the model is a language model")
     fails([*train, "data.max_length=6"], "have no completion within 6 tokens (data.max_length); give")
     shutil.copytree("llama", "plain")
     Path("plain/chat_template.jinja").unlink()
