@@ -29,6 +29,9 @@ _SCHEDULE = {"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup
 class StagedTrainer(Trainer):  # type: ignore[misc]
     """Trains a cascade in stages, with the schedule of `[stages]`, or the Trainer's own if `[train]` has one."""
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *, config: Config, **more: Any) -> None:
         self._config = config
         super().__init__(**more)

@@ -74,8 +74,7 @@ def test_a_language_model_and_what_it_forgets(language: Path, capsys: Capture, f
     assert main(["compare", "language.toml", *options, "output=both"]) == 0
     result = json.loads(Path("both/results/lorasc-seed0-lr0.02.json").read_text())
     assert f"| {result['forgetting']:+.3f} |" in capsys.readouterr().out
-    config = load_config(Path("language.toml"), options)
-    test = load_splits(config.data, "language")["test"]
+    test = load_splits(load_config(Path("language.toml"), options).data, "language")["test"]
     Path("asked.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in test["prompt"]))
     given = [completion.strip() for completion in test["completion"]]
     assert main(["predict", "runs/language", "asked.jsonl", "--max-new-tokens", "8"]) == 0
