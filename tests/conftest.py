@@ -64,7 +64,6 @@ SAMPLED = {
     "checkpoint/test_resume.py::test_optimizers": 3,
     "checkpoint/test_resume.py::test_three_stages": 6,
     "errors/test_dropped.py::test_lost_training_and_noise": 5,
-    "errors/test_dropped.py::test_what_was_kept_is_not_lost": 4,
     "forms/test_calls.py::test_kinds_of_models": 3,
     "forms/test_calls.py::test_outputs_have_the_types_of_the_model": 4,
     "forms/test_forms.py::test_auto": 10,

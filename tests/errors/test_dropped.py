@@ -90,12 +90,23 @@ def state_dict(cascade: lx.Cascade, _: Path) -> None:
     cascade.state_dict()
 
 
+def folded(cascade: lx.Cascade, _: Path) -> None:
+    cascade.folded_graph((X,))
+
+
+def folded_state_dict(cascade: lx.Cascade, _: Path) -> None:
+    cascade.folded_state_dict()
+
+
 def exported(cascade: lx.Cascade, folder: Path) -> None:
     lx.export.safetensors(cascade, folder / f"out{len(list(folder.iterdir()))}")
 
 
 @pytest.mark.filterwarnings("ignore:.* only 0.5 of what it has trained is kept")
-@pytest.mark.parametrize("keep", [lx.save, state_dict, exported, copied_inside, saved_inside, called_inside])
+@pytest.mark.parametrize(
+    "keep",
+    [lx.save, state_dict, folded, folded_state_dict, exported, copied_inside, saved_inside, called_inside],
+)
 def test_what_was_kept_is_not_lost(keep: Callable[[lx.Cascade, Path], Any], tmp_path: Path) -> None:
     model = net()
     for later in (False, True):

@@ -31,6 +31,12 @@ def test_a_sum_on_the_device_is_the_formula(dtype: torch.dtype, monkeypatch: pyt
     assert device_sum(torch.tensor([3, 5], dtype=torch.uint8)) == (3 * keys[0] + 5 * keys[1]) % 2**64
 
 
+def test_the_order_of_blocks_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "HOST_BLOCK", 64)
+    weight = torch.arange(32.0)  # two blocks
+    assert checksum(weight) != checksum(weight.roll(16))
+
+
 def test_the_order_of_tensors_in_a_tensor_counts() -> None:
     pair: Any = TwoTensor(torch.arange(6.0), torch.ones(6))
     assert 2**64 > checksum(pair) != checksum(TwoTensor(pair.b, pair.a))
