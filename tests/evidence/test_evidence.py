@@ -202,6 +202,12 @@ def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == page.PAGE.read_text(encoding="utf-8")
 
 
+def small(*seeds: int) -> dict[str, Any]:
+    """Return the protocol with one task, one order, and these seeds."""
+    parts = {"plane": {"tasks": ["r8"]}, "sequences": {"orders": [["r8", "tweets", "extract"]]}}
+    return PROTOCOL | {part: PROTOCOL[part] | about | {"seeds": seeds} for part, about in parts.items()}
+
+
 def test_the_page_of_a_finished_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results(tmp_path / "results.jsonl", PROTOCOL["version"])
     for number, method in enumerate(("lora", "shira-stages")):
@@ -217,7 +223,7 @@ def test_the_page_of_a_finished_study(tmp_path: Path, monkeypatch: pytest.Monkey
             ]
             cell = Cell("sequences", ("r8", "tweets"), method, (0.01, 0.01), seed)
             results.found[cell] = {"diverged": False, "after": [each | {"general": 4.5} for each in after]}
-    text = "\n".join(page.third_edition(PROTOCOL | {"statistics": {"resamples": 50}}, results))
+    text = "\n".join(page.third_edition(small(1, 2) | {"statistics": {"resamples": 50}}, results))
     assert "| sequences | lora | 55.00 | -60.00 | 80.00 | 0.55 |" in text
     assert "equal forgetting | shira-stages | +10.00 [+10.00, +10.00]: supported |" in text
     assert json.dumps(text)
@@ -242,10 +248,11 @@ def test_a_page_of_a_part_of_the_runs(tmp_path: Path) -> None:
     for claim, found in runs.items():
         results = Results(tmp_path / "none.jsonl", PROTOCOL["version"])
         results.found = found
-        lines = page.third_edition(PROTOCOL, results)
+        assert len(page.third_edition(PROTOCOL, results)) == 2
+        lines = page.third_edition(small(1), results)
         assert any(line.startswith(f"| {claim}") and "| shira | +0.00" in line for line in lines)
         results.found = {cell: result for cell, result in found.items() if cell.method == "lora"}
-        assert len(page.third_edition(PROTOCOL, results)) == 2
+        assert len(page.third_edition(small(1), results)) == 2
 
 
 def test_the_picture_has_a_line_for_each_method() -> None:
