@@ -167,9 +167,8 @@ def _table(frame: pd.DataFrame) -> str:
 def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     """Return the lines about the runs of the protocol."""
     plane, sequences = frames(_complete(protocol, results))
-    lines = [
-        f"{len(results.found)} runs of version {protocol['version']} are made. A method is listed when it has made all its runs of a part."
-    ]
+    known = "A method is listed when it has made all its runs of a part."
+    lines = [f"{len(results.found)} runs of version {protocol['version']} are made. {known}"]
     verdicts = []
     for claim in protocol["claims"]:
         for method in claim["methods"]:
