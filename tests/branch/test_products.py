@@ -119,6 +119,7 @@ def test_weights_that_are_trained_have_their_gradients(calls: Counter[str]) -> N
     torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at its first dual number
 def test_plain_ops_under_tracing_modes_autocast_and_double_backward(calls: Counter[str]) -> None:
     torch.manual_seed(0)
     model, x = net(), inputs()
@@ -132,6 +133,8 @@ def test_plain_ops_under_tracing_modes_autocast_and_double_backward(calls: Count
         gradients(cascade, x)
         gradients(beside, x)
     torch.func.grad(lambda x: cascade(x).sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        cascade(torch.autograd.forward_ad.make_dual(x, x))
     assert not calls
 
     (once,) = torch.autograd.grad((cascade(leaf) ** 2).sum(), leaf, create_graph=True)
