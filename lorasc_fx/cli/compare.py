@@ -162,8 +162,8 @@ def _exact(cascade: Any, batches: Iterable[dict[str, torch.Tensor]]) -> list[int
     with torch.no_grad(), cascade.eval().weights("slow"):
         for batch in batches:
             labels = batch.pop("labels")[:, 1:]
-            found = cascade(**batch, use_cache=False).logits[:, :-1].argmax(-1)
-            right += ((found == labels) | (labels == -100)).all(-1).int().tolist()
+            predicted = cascade(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+            right += ((predicted == labels) | (labels == -100)).all(-1).int().tolist()
     return right
 
 
