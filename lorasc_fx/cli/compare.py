@@ -81,6 +81,8 @@ def compare(config: Positional[Path], overrides: Overrides = (), /) -> int:
         raise SpecError("compare.text measures what a language model forgets, but the model is a classifier; remove it")
     if task.kind == "language" and (settings.train.get("packing") or settings.train.get("padding_free")):
         raise SpecError("compare counts exact completions of separate examples; remove train.packing and padding_free")
+    if settings.compare.text:
+        task.data["text"] = read_dialogues(DataConfig(path=settings.compare.text))
     write_config(settings, folder / CONFIG)
     (folder / "results").mkdir(exist_ok=True)
     results: Results = {}
@@ -123,9 +125,7 @@ def _make(trial: Trial, config: Config, task: Task) -> Result | None:
     """Train and evaluate one trial. Return None if Ctrl-C has stopped it."""
     task.config = configured(trial, config)
     arguments = arguments_of(task.config, task, eval_strategy="no", save_strategy="no")
-    evaluated, text = {name: task.data[name] for name in ("validation", "test")}, config.compare.text
-    if text:
-        evaluated["text"] = read_dialogues(DataConfig(path=text))
+    evaluated, text = {name: data for name, data in task.data.items() if name != "train"}, config.compare.text
     trainer, cascade, callback = trainer_of(task, arguments, evaluated)
     before = trainer.evaluate("text")["eval_loss"] if text else math.nan
     trained = sum(value.numel() for value in cascade.parameters() if value.requires_grad)

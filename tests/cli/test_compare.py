@@ -85,6 +85,8 @@ def test_a_language_model_and_what_it_forgets(language: Path, capsys: Capture, f
     assert result["forgetting"] == pytest.approx(losses[1] - losses[0], rel=1e-4)
     again = ["compare", "language.toml", *options]
     fails([*again, "output=both", "compare.text=''"], "both has a run with compare.text = ")
+    fails([*again, "output=new", "compare.text=missing.txt"], "missing.txt")
+    assert not Path("new").exists()
     fails([*again, "output=packed", "train.packing=true"], "compare counts exact completions of separate examples")
     fails(["compare", "tiny.toml", "compare.text=general.txt"], "compare.text measures what a language model forgets")
 
