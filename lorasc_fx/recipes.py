@@ -1,4 +1,4 @@
-"""Combinations of a spec and a learning rate schedule, with the results of the second edition of docs/evidence.md."""
+"""Combinations of a spec and a learning rate schedule, with their results from docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import check_names, is_integer
 
-__all__ = ["Recipe", "lora", "lora_cycles", "small_data"]
+__all__ = ["Recipe", "lora", "lora_cycles", "sequence", "small_data"]
 
 WARMUP = 5
 """Number of optimizer steps of a learning rate warm-up, as in the measurements."""
@@ -57,7 +57,8 @@ def lora(steps: int, adapter: str = "lora", **options: object) -> Recipe:
     Raises:
         SpecError: an option is set by the recipe, or has an invalid value.
     """
-    return _recipe("lora", {"pace": 1.0, "restart": "slow"}, adapter, options, steps, 1, decays=True)
+    fixed = {"pace": 1.0, "restart": "slow"}
+    return _recipe("lora", fixed, {"adapter": adapter, **options}, steps, 1, decays=True)
 
 
 def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
@@ -79,8 +80,36 @@ def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
     Raises:
         SpecError: an option is set by the recipe, or has an invalid value.
     """
-    fixed = {"pace": "mean", "restart": "fast", "restart_factors": "none"}
-    return _recipe("lora_cycles", fixed, "lora", options, steps, stages, decays=True)
+    fixed = {"adapter": "lora", "pace": "mean", "restart": "fast", "restart_factors": "none"}
+    return _recipe("lora_cycles", fixed, options, steps, stages, decays=True)
+
+
+def sequence(steps: int, stages: int = 3, *, seed: int, **options: object) -> Recipe:
+    """For one task after another: SHiRA by the rule of the paper, which keeps most of what was learned before.
+
+    Each task is trained with this recipe. After its last stage, `model.release()` returns the model that `adapt` takes
+    for the next task. The learning rate is constant after a warm-up.
+
+    Evidence (docs/evidence.md): SmolLM2-135M, the last six layers, rank 8, three tasks in three orders, 200 examples
+    and 100 steps for each task, five seeds. After the last task the mean accuracy on the three tasks is 72.2 %, and
+    34.3 % with LoRA: +37.9 points [21.3, 53.1]. LoRA with 0.7 of each change has 42.0 %, SHiRA in one stage 51.5 %. The
+    last task alone has 88.4 % (LoRA 89.2 %). The loss on general text rises by 0.34 (LoRA 1.43). On images
+    (EfficientNet-Lite0: digits, then garments) the mean is 76.2 %, with LoRA 41.6 %. Not measured: more tasks.
+
+    Rate: of a grid with factor 2, the lowest whose mean validation loss on the task alone, over three seeds, is within
+    one standard error of the best. It was 0.01, 0.02 and 0.04 for the three tasks (LoRA: 0.0025 and 0.005).
+
+    Args:
+        steps: optimizer steps of the training of one task.
+        stages: number of stages of one task. Each has `steps / stages` steps.
+        seed: another one for each task, as in the measurements, so that each task changes other entries of a weight.
+        options: other fields of CascadeSpec.
+
+    Raises:
+        SpecError: an option is set by the recipe, or has an invalid value.
+    """
+    fixed = {"adapter": "shira", "pace": 0.5, "restart": "slow"}
+    return _recipe("sequence", fixed, {"seed": seed, **options}, steps, stages, decays=False)
 
 
 def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: object) -> Recipe:
@@ -106,11 +135,12 @@ def small_data(steps: int, stages: int = 3, adapter: str = "lora", **options: ob
     Raises:
         SpecError: an option is set by the recipe, or has an invalid value.
     """
-    return _recipe("small_data", {"pace": 0.5, "restart": "slow"}, adapter, options, steps, stages, decays=False)
+    fixed = {"pace": 0.5, "restart": "slow"}
+    return _recipe("small_data", fixed, {"adapter": adapter, **options}, steps, stages, decays=False)
 
 
 def _recipe(
-    name: str, fixed: dict[str, Any], adapter: str, options: dict[str, Any], steps: int, stages: int, *, decays: bool
+    name: str, fixed: dict[str, Any], options: dict[str, Any], steps: int, stages: int, *, decays: bool
 ) -> Recipe:
     if not is_integer(stages, 1):
         raise SpecError(f"recipes.{name}: stages is {stages!r}; give an integer of 1 or more")
@@ -134,4 +164,4 @@ def _recipe(
             return StageSchedule(optimizer, cascade, lengths, warmup=warmup)
         return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
-    return Recipe(CascadeSpec(**fixed, adapter=adapter, **options), schedule)
+    return Recipe(CascadeSpec(**fixed, **options), schedule)

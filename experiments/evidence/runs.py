@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -105,25 +106,21 @@ def cells(protocol: Protocol, results: Results) -> Iterator[Cell]:
     """Yield the runs that are known so far: those of a grid decide which others there are."""
     from experiments.evidence.methods import METHODS
 
-    plane, sequences, images = protocol["plane"], protocol["sequences"], protocol["images"]
-    for method in plane["methods"]:
+    plane, images = protocol["plane"], protocol["images"]
+    learned = [(method, task) for method in plane["methods"] for task in plane["tasks"]]
+    learned += [(method, task) for method in images["methods"] for order in images["orders"] for task in order]
+    for method, task in learned:
         source = METHODS[method].like or method
-        for task in plane["tasks"]:
-            for rate in _next_rates(protocol, results, task, source)[0] if source == method else ():
-                yield from (Cell("rates", (task,), method, (rate,), seed) for seed in protocol["rates"]["seeds"])
-            if rate := chosen_rate(protocol, results, task, source):
-                yield from (Cell("plane", (task,), method, (rate,), seed) for seed in plane["seeds"])
-    for method in sequences["methods"]:
-        source = METHODS[method].like or method
-        for order in sequences["orders"]:
-            rates = [chosen_rate(protocol, results, task, source) for task in order]
+        for rate in _next_rates(protocol, results, task, source)[0] if source == method else ():
+            yield from (Cell("rates", (task,), method, (rate,), seed) for seed in protocol["rates"]["seeds"])
+        if task in plane["tasks"] and (rate := chosen_rate(protocol, results, task, source)):
+            yield from (Cell("plane", (task,), method, (rate,), seed) for seed in plane["seeds"])
+    for part in ("sequences", "images"):
+        for method, order in itertools.product(protocol[part]["methods"], protocol[part]["orders"]):
+            rates = [chosen_rate(protocol, results, task, METHODS[method].like or method) for task in order]
             known = tuple(rate for rate in rates if rate is not None)
             if len(known) == len(rates):
-                yield from (Cell("sequences", tuple(order), method, known, seed) for seed in sequences["seeds"])
-    for method in images["methods"]:
-        for order in images["orders"]:
-            rates = (images["rate"],) * len(order)
-            yield from (Cell("images", tuple(order), method, rates, seed) for seed in images["seeds"])
+                yield from (Cell(part, tuple(order), method, known, seed) for seed in protocol[part]["seeds"])
 
 
 def _made(cell: Cell, protocol: Protocol) -> dict[str, Any]:

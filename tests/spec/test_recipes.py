@@ -17,6 +17,11 @@ RECIPES = {
     "lora": (lx.recipes.lora, 1, {"pace": 1.0, "restart": "slow", "restart_factors": "both"}),
     "small_data": (lx.recipes.small_data, 3, {"pace": 0.5, "restart": "slow", "restart_factors": "both"}),
     "lora_cycles": (lx.recipes.lora_cycles, 3, {"pace": "mean", "restart": "fast", "restart_factors": "none"}),
+    "sequence": (
+        lx.recipes.sequence,
+        3,
+        {"adapter": "shira", "pace": 0.5, "restart": "slow", "restart_factors": "both"},
+    ),
 }
 """Recipes with their number of stages and the options that they set."""
 
@@ -25,13 +30,14 @@ def rate_factor(name: str, step: int, cycles: int) -> float:
     """The rate by the formula: a warm-up of 5 steps, then one cosine decay, one for each cycle, or none."""
     length = STEPS // cycles if name == "lora_cycles" else STEPS
     warm = min(1.0, (step % length + 1) / 6)
-    return warm if name == "small_data" else warm * 0.5 * (1 + math.cos(math.pi * (step % length) / length))
+    constant = name in {"small_data", "sequence"}
+    return warm if constant else warm * 0.5 * (1 + math.cos(math.pi * (step % length) / length))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_sets_options_and_the_rate_of_each_step(name: str) -> None:
     recipe, stages, options = RECIPES[name]
-    usual = {"rank": 2, "targets": ("0.weight", "2.weight"), "train": ("4.*",), "lora_alpha": 4.0, "seed": 3}
+    usual = {"rank": 2, "targets": ("0.weight", "2.weight"), "train": ("4.*",), "seed": 3}
     spec, schedule = recipe(STEPS, **usual)
     assert spec == lx.CascadeSpec(**usual, **options)
 
