@@ -108,7 +108,8 @@ def cells(protocol: Protocol, results: Results) -> Iterator[Cell]:
 
     plane, images = protocol["plane"], protocol["images"]
     learned = [(method, task) for method in plane["methods"] for task in plane["tasks"]]
-    learned += [(method, task) for method in images["methods"] for order in images["orders"] for task in order]
+    drawn = dict.fromkeys(itertools.chain(*images["orders"]))  # once each
+    learned += [(method, task) for method in images["methods"] for task in drawn]
     for method, task in learned:
         source = METHODS[method].like or method
         for rate in _next_rates(protocol, results, task, source)[0] if source == method else ():

@@ -196,6 +196,7 @@ def test_the_archive_has_the_numbers_of_the_second_edition() -> None:
 
 def test_the_page_shows_what_is_stored(tmp_path: Path) -> None:
     results = Results(runner.RESULTS, PROTOCOL["version"])
+    assert results.found.keys() <= set(runner.cells(PROTOCOL, results))
     copy = tmp_path / "evidence.md"
     copy.write_text(page.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     page.write(PROTOCOL, results, copy)
