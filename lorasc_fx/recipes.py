@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from lorasc_fx.schedules import StageSchedule
 from lorasc_fx.spec import CascadeSpec
 from lorasc_fx.util.decode import check_names, is_integer
 
-__all__ = ["Recipe", "lora", "lora_cycles", "sequence", "small_data"]
+__all__ = ["Recipe", "lora", "sequence", "small_data"]
 
 WARMUP = 5
 """Number of optimizer steps of a learning rate warm-up, as in the measurements."""
@@ -59,29 +58,6 @@ def lora(steps: int, adapter: str = "lora", **options: object) -> Recipe:
     """
     fixed = {"pace": 1.0, "restart": "slow"}
     return _recipe("lora", fixed, {"adapter": adapter, **options}, steps, 1, decays=True)
-
-
-def lora_cycles(steps: int, stages: int = 3, **options: object) -> Recipe:
-    """LoRA whose rate decays to 0 in each of several cycles; the slow weights are the mean of the ends of the cycles.
-
-    Each cycle is a stage, and factors do not restart at the end of a stage. The cycles are as in snapshot ensembles
-    (1704.00109), and the mean of their weights as in stochastic weight averaging (1803.05407).
-
-    Evidence (`python -m experiments.evidence archive`, `lora-cycles`): points of test accuracy over LoRA in as many
-    steps, 500 examples, 10 seeds, where it was the best method on the validation examples: topics of texts +3.29
-    [2.00, 5.05] and a fifth of the labels wrong +2.75 [1.55, 3.83] in 60 steps; characters of tales +0.49 [0.33, 0.66]
-    and +0.50 [0.39, 0.61] in 60 and 300 steps. On images it is less accurate than LoRA.
-
-    Args:
-        steps: optimizer steps of the training.
-        stages: number of cycles, of `steps / stages` steps each.
-        options: other fields of CascadeSpec.
-
-    Raises:
-        SpecError: an option is set by the recipe, or has an invalid value.
-    """
-    fixed = {"adapter": "lora", "pace": "mean", "restart": "fast", "restart_factors": "none"}
-    return _recipe("lora_cycles", fixed, options, steps, stages, decays=True)
 
 
 def sequence(steps: int, stages: int = 3, *, seed: int, **options: object) -> Recipe:
@@ -154,14 +130,11 @@ def _recipe(
             code="conflicting-options",
         )
     check_names(CascadeSpec, options, ("spec",))
-    # Stages differ by at most one step. A warm-up must leave at least one step at the full rate.
-    ends = [round(stage * steps / stages) for stage in range(stages + 1)]
-    lengths = [end - start for start, end in itertools.pairwise(ends)]
-    warmup = min(WARMUP, min(lengths) - 1)
+    warmup = min(WARMUP, steps // stages - 1)  # leaves at least one step of a stage at the full rate
 
     def schedule(optimizer: torch.optim.Optimizer, cascade: Cascade) -> LRScheduler:
         if decays:
-            return StageSchedule(optimizer, cascade, lengths, warmup=warmup)
+            return StageSchedule(optimizer, cascade, steps, warmup=warmup)
         return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
     return Recipe(CascadeSpec(**fixed, **options), schedule)

@@ -16,7 +16,6 @@ STEPS = 24
 RECIPES = {
     "lora": (lx.recipes.lora, 1, {"pace": 1.0, "restart": "slow", "restart_factors": "both"}),
     "small_data": (lx.recipes.small_data, 3, {"pace": 0.5, "restart": "slow", "restart_factors": "both"}),
-    "lora_cycles": (lx.recipes.lora_cycles, 3, {"pace": "mean", "restart": "fast", "restart_factors": "none"}),
     "sequence": (
         lx.recipes.sequence,
         3,
@@ -26,12 +25,10 @@ RECIPES = {
 """Recipes with their number of stages and the options that they set."""
 
 
-def rate_factor(name: str, step: int, cycles: int) -> float:
-    """The rate by the formula: a warm-up of 5 steps, then one cosine decay, one for each cycle, or none."""
-    length = STEPS // cycles if name == "lora_cycles" else STEPS
-    warm = min(1.0, (step % length + 1) / 6)
-    constant = name in {"small_data", "sequence"}
-    return warm if constant else warm * 0.5 * (1 + math.cos(math.pi * (step % length) / length))
+def rate_factor(name: str, step: int) -> float:
+    """The rate by the formula: a warm-up of 5 steps, then a cosine decay or none."""
+    warm = min(1.0, (step + 1) / 6)
+    return warm * 0.5 * (1 + math.cos(math.pi * step / STEPS)) if name == "lora" else warm
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -50,18 +47,19 @@ def test_a_recipe_sets_options_and_the_rate_of_each_step(name: str) -> None:
         for _ in range(STEPS // stages):
             train(cascade, optimizer, [X])
             scheduler.step()
-    expected = [rate_factor(name, step, stages) for step in range(STEPS)]
+    expected = [rate_factor(name, step) for step in range(STEPS)]
     assert seen == pytest.approx([0.1 * factor for factor in expected], rel=1e-12)
 
 
 def test_cycles_are_those_of_one_branch() -> None:
     """In fp64, like LoRA of one stage with the same rates, averaged over the ends of the cycles."""
     rank, calls = {"rank": 2, "lora_alpha": 4.0, "targets": ("linear",)}, batches(STEPS, 4, 5)
-    spec, schedule = lx.recipes.lora_cycles(STEPS, 3, **rank)
+    spec = lx.CascadeSpec(pace="mean", restart="fast", restart_factors="none", **rank)
     cycles = lx.adapt(mlp(), (X,), spec=spec)
     alone = lx.adapt(mlp(), (X,), spec=lx.CascadeSpec(pace=1.0, **rank))
     ours, theirs = (torch.optim.AdamW(cascade.param_groups(lr=0.1)) for cascade in (cycles, alone))
-    scheduler, ends = schedule(ours, cycles), list[dict[str, torch.Tensor]]()
+    scheduler = lx.StageSchedule(ours, cycles, STEPS // 3, warmup=5)
+    ends = list[dict[str, torch.Tensor]]()
 
     def same_rates(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group, source in zip(theirs.param_groups, optimizer.param_groups, strict=True):
@@ -80,13 +78,15 @@ def test_cycles_are_those_of_one_branch() -> None:
     assert not torch.equal(ends[0]["0.weight"], ends[2]["0.weight"])
 
 
-def test_warm_up_and_decay_fit_into_short_stages() -> None:
-    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.lora_cycles(7, 3)[0])
+def test_a_warm_up_fits_into_short_stages() -> None:
+    """Of 7 steps in 3 stages the shortest has 2: one of warm-up, one at the full rate."""
+    cascade = lx.adapt(mlp(), (X,), spec=lx.recipes.sequence(7, 3, seed=0)[0])
     optimizer = torch.optim.SGD(cascade.param_groups(lr=1.0))
-    scheduler = lx.recipes.lora_cycles(7, 3).schedule(optimizer, cascade)
-    assert scheduler.steps == [2, 3, 2]
-    assert scheduler.warmup == 1
-    assert scheduler.factor(2, 1) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+    scheduler = lx.recipes.sequence(7, 3, seed=0).schedule(optimizer, cascade)
+    assert scheduler.get_last_lr() == [0.5]
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [1.0]
 
 
 def test_options_that_a_recipe_sets_are_refused() -> None:
@@ -99,6 +99,6 @@ def test_options_that_a_recipe_sets_are_refused() -> None:
     with raises(lx.SpecError, "invalid-value", "lora", "steps"):
         lx.recipes.lora(0)
     with raises(lx.SpecError, "invalid-value", "stages"):
-        lx.recipes.lora_cycles(10, 0)
+        lx.recipes.sequence(10, 0, seed=1)
     with raises(lx.SpecError, "invalid-value", "steps", "2 stages"):
         lx.recipes.small_data(1, 2)
