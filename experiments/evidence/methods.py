@@ -49,6 +49,8 @@ class Method:
 LORA = Method("one branch, pace 1, cosine decay")
 PAPER = Method("LoRASC as in the paper: slow restart, pace 0.5", stages=True, spec={"pace": 0.5, "restart": "slow"})
 SHIRA = {"adapter": "shira"}
+STAGES = replace(PAPER, about="SHiRA in stages, the same positions in each", spec=PAPER.spec | SHIRA)
+FRESH = STAGES.spec | {"adapter": "shira-fresh"}
 
 METHODS: dict[str, Method] = {
     "lora": LORA,
@@ -61,13 +63,9 @@ METHODS: dict[str, Method] = {
     "paper-noise": replace(PAPER, about="the paper's rule with noise", noise=True, like="paper"),
     "stages-1.0": replace(PAPER, about="stages with pace 1.0", spec={"pace": 1.0, "restart": "slow"}),
     "stages-0.25": replace(PAPER, about="stages with pace 0.25", spec={"pace": 0.25, "restart": "slow"}),
-    "shira-stages": replace(PAPER, about="SHiRA in stages, the same positions in each", spec=PAPER.spec | SHIRA),
-    "shira-fresh": replace(
-        PAPER,
-        about="SHiRA in stages, other positions in each",
-        spec=PAPER.spec | {"adapter": "shira-fresh"},
-        like="shira-stages",
-    ),
+    "shira-stages": STAGES,
+    "shira-fresh": replace(STAGES, about="SHiRA in stages, other positions", spec=FRESH, like="shira-stages"),
+    "shira-replay": replace(STAGES, about="SHiRA in stages with 5 % of old examples", replay=0.05, like="shira-stages"),
     "lora-scaled": replace(LORA, about="LoRA, 0.7 of the change is kept", scale=0.7, like="lora"),
     "lora-replay": replace(LORA, about="LoRA with 5 % of old examples", replay=0.05, like="lora"),
     "lora-each": replace(LORA, about="an adapter for each task (upper bound)", separate=True, like="lora"),

@@ -82,8 +82,10 @@ def front(points: pd.DataFrame) -> Callable[[float], float]:
     return lambda at: float(np.interp(at, forgetting, accuracy))
 
 
-def _differences(plane: pd.DataFrame, sequences: pd.DataFrame, method: str, measure: str) -> pd.Series[float]:
-    """Return the differences from scaled LoRA (or LoRA in a sequence), by task and seed."""
+def _differences(
+    plane: pd.DataFrame, sequences: pd.DataFrame, method: str, measure: str, baseline: str = "lora"
+) -> pd.Series[float]:
+    """Return the differences from scaled LoRA (in a sequence: from the baseline), by task or order and seed."""
     if (sequences if measure == "sequence" else plane).empty:
         return pd.Series(dtype=float)
     if measure == "sequence":
@@ -92,7 +94,7 @@ def _differences(plane: pd.DataFrame, sequences: pd.DataFrame, method: str, meas
             .set_index(["tasks", "seed", "method"])["average"]
             .unstack("method")
         )
-        return (by[method] - by["lora"]).dropna() if {method, "lora"} <= set(by) else pd.Series(dtype=float)
+        return (by[method] - by[baseline]).dropna() if {method, baseline} <= set(by) else pd.Series(dtype=float)
     found = {}
     for (task, seed), group in plane.groupby(["tasks", "seed"]):
         ours, lora = group[group["method"] == method], group[group["method"] == "lora"]
@@ -176,7 +178,7 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     for claim in protocol["claims"]:
         name = claim["name"]  # in its first row
         for method in claim["methods"]:
-            values = _differences(plane, sequences, method, claim["measure"])
+            values = _differences(plane, sequences, method, claim["measure"], claim.get("baseline", "lora"))
             if len(values):
                 verdicts.append(f"|{name}|{method}|{_verdict(values, protocol['statistics']['resamples'])}|")
                 name = ""
