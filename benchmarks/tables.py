@@ -185,7 +185,8 @@ def _peaks(name: str, variant: str) -> dict[str, int]:
 @_table(
     "`torch.compile` with inductor and empty caches. *First step* includes the compilation, in wall seconds. Then each"
     " variant trains and ends a stage: ours by `transition`, peft's by `merge_and_unload`, `get_peft_model` and another"
-    " `torch.compile`; the next columns count recompiled graphs and time the first step after it. Steps as above.",
+    " `torch.compile`; the next columns count recompiled graphs and time the first step of the second stage. Steps as"
+    " above.",
     tuple(COMPILED),
 )
 def compiled(work: Work, rounds: int) -> Rows:
@@ -222,7 +223,7 @@ def compiled(work: Work, rounds: int) -> Rows:
                         after: Any = eager.model
                         rivals[name] = replace(eager, model=torch.compile(wrapped(work, after.merge_and_unload())))
                     seconds, count = first_step(rivals[name])
-                    row |= {f"recompiled: {name}": str(count), f"first step after it, s: {name}": f"{seconds:.2f}"}
+                    row |= {f"recompiled: {name}": str(count), f"first step of stage 2, s: {name}": f"{seconds:.2f}"}
         before = graphs()
         seconds = alternate({name: Turn(rival.prepare, rival.step) for name, rival in rivals.items()}, rounds)
     if graphs() != before:

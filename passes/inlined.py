@@ -94,7 +94,7 @@ def formula(branch: Branch, record: Record, options: Mapping[str, Any]) -> fx.Gr
 
 
 def _compute(branch: Any, inputs: Sequence[Any], same_dtype: bool, at: Placement, **options: Any) -> Any:
-    """Compute a placement with plain operations. The tensors of the branch and the inputs may be proxies."""
+    """Return what a branch computes at its placement, by plain operations. All tensors may be proxies."""
     if branch.magnitude or branch.grid:
         raise refusal(branch, "it rounds to a grid" if branch.grid else "it scales the rows of the weight")
     if at is Placement.WEIGHT and not options:

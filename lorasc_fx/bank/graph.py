@@ -1,4 +1,4 @@
-"""A captured graph of a bank, whose last inputs are the factors of an adapter."""
+"""The graph that an AdapterBank captures of its model. The last inputs of the graph are the factors of an adapter."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _branch_names(graph: fx.GraphModule) -> set[str]:
 
 
 class _Projection(NamedTuple):
-    """A random projection of a tensor to its leading axes, to save memory, and the tolerance for its dtype."""
+    """A random projection of a tensor along its last axes, to save memory, and the tolerance for comparing it."""
 
     values: torch.Tensor
     tolerance: float

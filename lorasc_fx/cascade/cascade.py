@@ -104,8 +104,8 @@ class CascadeModule(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the user's model with the branches.
 
-        The first call with a new mode, new dtypes, a new structure of arguments or an unsupported size captures a
-        graph. Inside `weights(...)` no branch computes.
+        A call captures another graph if its mode, dtypes, structure of arguments or sizes are not those of a graph that
+        exists. Inside `weights(...)` no branch computes.
 
         Args:
             args, kwargs: arguments of the user's model.
@@ -324,7 +324,7 @@ class CascadeModule(nn.Module):
         Inside the block no branch computes. The cascade and the model give the same outputs, and methods of the model
         such as `generate` can be used. The weights have no noise:
 
-        - `slow`: W0 + S, as of the last transition.
+        - `slow`: W0 + S, the original weight plus the experts of the finished stages.
         - `fast`: W0 + F, which includes the running branches.
         - `base`: W0.
         - `averaged`: the mean of the slow weights over stages, if the spec has `average`.
@@ -398,7 +398,7 @@ class CascadeModule(nn.Module):
                 quantizes them again with the settings of their layer (bitsandbytes, torchao). This is the default with
                 grid="own". A callable gets each module with its dense weight and quantizes it in place, for example
                 torchao's `lambda module: quantize_(module, config)`. The share of the change that is kept is logged.
-                None is an error for such a weight, except with grid="own".
+                With None (the default) a quantized weight that has trained is an error, except with grid="own".
             view: `slow` or `averaged`, as in `weights`.
 
         Raises:

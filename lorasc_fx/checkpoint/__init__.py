@@ -101,7 +101,7 @@ class Checkpoint:
 
     @property
     def written(self) -> set[str]:
-        """Names of the saved buffers, and of the saved parameters that forward writes."""
+        """Names of the saved buffers, and of the saved parameters that a forward pass changes."""
         return set(self.content.buffer)
 
     @property

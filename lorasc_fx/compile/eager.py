@@ -182,7 +182,7 @@ class EagerModel:
         self.update(grown, uses.beside)
 
     def _check_gradients(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        """Make reads return merged weights if branches get wrong gradients with the placement `beside`.
+        """Let a read of a weight return the merged weight if branches with the placement `beside` get wrong gradients.
 
         Raises:
             CaptureError: branches get wrong gradients with merged weights too.

@@ -86,7 +86,7 @@ def adapter(
             change = low_rank_pairs(run, base.model, call="export.adapter")
         change.check_base(run_of(base).fingerprints(), "export.adapter")
         plan, dtypes = base.plan, branch_dtypes(run_of(base))
-    assert plan is not None, "low_rank_pairs requires a model for an adapter of peft"
+    assert plan is not None, "low_rank_pairs reads an adapter of peft only if it gets the base model"
     if foreign := change.pairs.keys() - plan.by_weight.keys():
         raise SpecError(
             f"export.adapter: {change.name}, changes {min(foreign)}, which is not a site of the base. Adapt the base "

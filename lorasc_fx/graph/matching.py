@@ -321,8 +321,8 @@ def _site(names: tuple[str, ...], weight: torch.Tensor, uses: WeightUses, spec: 
 def _with_placement(site: Site, uses: WeightUses, weight: torch.Tensor, spec: CascadeSpec) -> Site:
     """Return the site with its placement, and with dropout if the placement supports dropout.
 
-    The default placement is `beside`, also for a weight with a use that has no form. In graphs with such a use,
-    `_planned_uses` adds the branch to the weight instead.
+    The default placement is `beside`. For a weight that a graph also reads in an op without a form (see `Form`),
+    `_planned_uses` adds the branch to the weight in that graph.
 
     Raises:
         SpecError: the adapter method does not support the kind of the site, its shape, or its uses.
@@ -418,7 +418,7 @@ def _planned_uses(
                 "in this mode",
                 code="method-not-supported",
             )
-        # The branch is at the ops if it fits all of them, otherwise at the weight itself.
+        # There is a branch at each op if all ops support it; otherwise one branch at the weight.
         at_op = replaceable or "beside" in method.placements
         at_op = at_op and _beside(site, uses) and uses.beside[0].layout == site.layout
         if at_op and (site.placement != "weight" or uses.called):
