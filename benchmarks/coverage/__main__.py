@@ -28,21 +28,21 @@ the slow weights of the formula, and its state dict loads strictly into a new mo
 
 The columns count the weight matrices with a branch by kind, and the ones without by
 [reason](adapt.md#what-can-be-adapted) (`no-form` if none is named). The column *peft* is LoRA of peft on every linear
-and convolution: how many matrices it adapts, and its faults. *Groups*: peft raises because the groups of a convolution
-do not divide the rank. *No merge*: peft cannot merge a convolution with groups. `eager` follows the name of a model
-that runs [without a graph](adapt.md#with-and-without-a-graph)."""
+and convolution: how many matrices it adapts, and its faults. *Groups*: peft raises because its rank is not a multiple
+of a convolution's groups. *No merge*: peft cannot merge a convolution with groups. `eager` follows the name of a
+model that runs [without a graph](adapt.md#with-and-without-a-graph)."""
 KINDS = ("linear", "conv", "embedding", "stacked", "recurrent")
 HEAD = f"|model|{'|'.join(KINDS)}|not adapted|peft|\n|{'---|' * (len(KINDS) + 3)}"
-EVERYTHING = "Both adapt every weight matrix, and peft's result is right"
-BUT_EMBEDDINGS = "lorasc-fx adapts every weight matrix, peft all except embeddings, and peft's result is right"
+EVERYTHING = "Right in both, with every matrix"
+BUT_EMBEDDINGS = "Right in both, in peft without embeddings"
 MESSAGES = {
     "currently, support is limited to conv layers where the rank is div": (
         "groups",
-        "lorasc-fx adapts every weight matrix; peft raises, because groups do not divide the rank",
+        "*Groups*, in lorasc-fx right with every matrix",
     ),
     "merging is not supported for _convnd layers with groups": (
         "no merge",
-        "lorasc-fx adapts every weight matrix; peft cannot merge a convolution with groups",
+        "*No merge*, in lorasc-fx right with every matrix",
     ),
 }
 """Messages of peft that many models have: a word for the row, and a title for the list."""
@@ -91,7 +91,7 @@ def coverage(libraries: dict[str, list[dict[str, Any]]]) -> str:
             lists[title].append(_name(model) if title else _row(model))
         rows = lists.pop("", [])
         lines += ["", f"### {library}", ""]
-        lines += [line for title, names in lists.items() for line in (f"{title}. Models: {', '.join(names)}.", "")]
+        lines += [line for title, names in lists.items() for line in (f"{title}: {', '.join(names)}.", "")]
         lines += [HEAD, *rows]
     return "\n".join(lines) + "\n"
 

@@ -29,7 +29,7 @@ class Method:
         scale: in a sequence, the share of the change of each task that is kept.
         replay: in a sequence, the share of examples of the tasks before.
         separate: in a sequence, whether each task has its own adapter on the original model.
-        orthogonal: in a sequence, whether a task's lora_A starts orthogonally to those before (SLAO, 2512.23017).
+        orthogonal: in a sequence, whether a task's lora_A starts orthogonally to those of the tasks before.
         like: the method whose rates are used; otherwise the method has rates of its own.
     """
 
@@ -49,7 +49,7 @@ class Method:
 LORA = Method("one branch, pace 1, cosine decay")
 PAPER = Method("LoRASC as in the paper: slow restart, pace 0.5", stages=True, spec={"pace": 0.5, "restart": "slow"})
 SHIRA = {"adapter": "shira"}
-STAGES = replace(PAPER, about="SHiRA in stages, the same positions in each", spec=PAPER.spec | SHIRA)
+STAGES = replace(PAPER, about="SHiRA in stages, the same positions in each stage", spec=PAPER.spec | SHIRA)
 FRESH = STAGES.spec | {"adapter": "shira-fresh"}
 
 METHODS: dict[str, Method] = {
@@ -64,7 +64,9 @@ METHODS: dict[str, Method] = {
     "stages-1.0": replace(PAPER, about="stages with pace 1.0", spec={"pace": 1.0, "restart": "slow"}),
     "stages-0.25": replace(PAPER, about="stages with pace 0.25", spec={"pace": 0.25, "restart": "slow"}),
     "shira-stages": STAGES,
-    "shira-fresh": replace(STAGES, about="SHiRA in stages, other positions", spec=FRESH, like="shira-stages"),
+    "shira-fresh": replace(
+        STAGES, about="SHiRA in stages, other positions in each stage", spec=FRESH, like="shira-stages"
+    ),
     "shira-replay": replace(STAGES, about="SHiRA in stages with 5 % of old examples", replay=0.05, like="shira-stages"),
     "lora-scaled": replace(LORA, about="LoRA, 0.7 of the change is kept", scale=0.7, like="lora"),
     "lora-replay": replace(LORA, about="LoRA with 5 % of old examples", replay=0.05, like="lora"),

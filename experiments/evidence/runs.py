@@ -170,7 +170,10 @@ def make(protocol: Protocol, results: Results, words: list[str]) -> None:
 
 
 def check(protocol: Protocol, results: Results) -> int:
-    """Make a run again (another one after each commit), and compare its accuracies; return the exit code."""
+    """Make a run again (another one after each commit), and compare it and the loss before training."""
+    from experiments.evidence.page import BASE_LOSS
+    from experiments.evidence.tasks import general, measure, tail
+
     if not results.found:
         print("evidence: there are no runs yet; python -m experiments.evidence run", file=sys.stderr)
         return 2
@@ -179,7 +182,9 @@ def check(protocol: Protocol, results: Results) -> int:
     before, now = results.found[cell], _made(cell, protocol)
     before, now = ({key: value for key, value in found.items() if key != "cpu_s"} for found in (before, now))
     print(f"{cell}: {'the same' if before == now else f'{before} then, {now} now'}")
-    return int(before != now)
+    loss = measure(tail(), general())["loss"]
+    print(f"loss on general text before training: {BASE_LOSS} in page.py, {loss:.5f} now")
+    return int(before != now or abs(loss - BASE_LOSS) > 1e-4)
 
 
 def main(arguments: list[str]) -> int:

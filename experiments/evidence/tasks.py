@@ -23,7 +23,7 @@ from experiments.data import corpus, garments, imdb, mnist5k
 from experiments.models import LastBlocks, efficientnet, feature_maps, smollm2
 from experiments.sentences import TRAIN_TEMPLATES, examples
 
-__all__ = ["IMAGES", "TASKS", "Part", "Task", "general", "measure"]
+__all__ = ["IMAGES", "TASKS", "Part", "Task", "general", "measure", "tail"]
 
 FOLDER = Path("runs/evidence")
 LAYERS = 6
@@ -166,7 +166,7 @@ def part_of(model: Any, layers: int, rows: Sequence[tuple[Sequence[int], Sequenc
     return Part((torch.cat(batches), places), labels)
 
 
-def _tail() -> nn.Module:
+def tail() -> nn.Module:
     return copy.deepcopy(Tail(smollm2()[0], LAYERS)).requires_grad_(True)
 
 
@@ -219,7 +219,7 @@ def _text_task(name: str) -> Task:
         return {"hidden": part.inputs[0], "places": part.inputs[1], "labels": part.labels}
 
     kept = cached(name, compute)
-    return _split(name, _tail, Part((kept["hidden"], kept["places"]), kept["labels"]), exclude=("head.*",))
+    return _split(name, tail, Part((kept["hidden"], kept["places"]), kept["labels"]), exclude=("head.*",))
 
 
 def _split(name: str, model: Callable[[], nn.Module], part: Part, **options: Any) -> Task:

@@ -223,7 +223,10 @@ def test_the_page_of_a_finished_study(tmp_path: Path, monkeypatch: pytest.Monkey
                 {"r8": {"accuracy": 0.3}, "tweets": {"accuracy": 0.8}},
             ]
             cell = Cell("sequences", ("r8", "tweets"), method, (0.01, 0.01), seed)
-            results.found[cell] = {"diverged": False, "after": [each | {"general": 4.5} for each in after]}
+            results.found[cell] = {
+                "diverged": False,
+                "after": [each | {"general": page.BASE_LOSS + 0.55} for each in after],
+            }
     text = "\n".join(page.third_edition(small(1, 2) | {"statistics": {"resamples": 50}}, results))
     assert "|lora|55.00|-60.00|80.00|0.55|" in text
     assert "equal forgetting|shira-stages|+10.00 [+10.00, +10.00]: supported|" in text
