@@ -185,8 +185,7 @@ def _peaks(name: str, variant: str) -> dict[str, int]:
 @_table(
     "`torch.compile` with inductor and empty caches. *First step* includes the compilation, in wall seconds. Then each"
     " variant trains and ends a stage: ours by `transition`, peft's by `merge_and_unload`, `get_peft_model` and another"
-    " `torch.compile`; the next columns count recompiled graphs and time the first step of the second stage. Steps as"
-    " above.",
+    " `torch.compile`; the next columns count recompiled graphs and time the first step of stage 2. Steps as above.",
     tuple(COMPILED),
 )
 def compiled(work: Work, rounds: int) -> Rows:

@@ -47,10 +47,9 @@ class Method:
 
 
 LORA = Method("one branch, pace 1, cosine decay")
-PAPER = Method("LoRASC as in the paper: slow restart, pace 0.5", stages=True, spec={"pace": 0.5, "restart": "slow"})
-SHIRA = {"adapter": "shira"}
-STAGES = replace(PAPER, about="SHiRA in stages, the same positions in each stage", spec=PAPER.spec | SHIRA)
-FRESH = STAGES.spec | {"adapter": "shira-fresh"}
+PAPER = Method("LoRASC, the paper's rule: pace 0.5", stages=True, spec={"pace": 0.5, "restart": "slow"})
+STAGES = replace(PAPER, about="SHiRA in stages at the same positions", spec=PAPER.spec | {"adapter": "shira"})
+FRESH = replace(STAGES, about="SHiRA in stages at other positions", spec=PAPER.spec | {"adapter": "shira-fresh"})
 
 METHODS: dict[str, Method] = {
     "lora": LORA,
@@ -58,15 +57,13 @@ METHODS: dict[str, Method] = {
     "lora-early": replace(LORA, about="LoRA, stopped early by validation loss", keep="best", like="lora"),
     "lora-average": replace(LORA, about="LoRA, mean of the weights of the second half", keep="mean", like="lora"),
     "dora": replace(LORA, about="DoRA", spec={"pace": 1.0, "adapter": "dora"}),
-    "shira": replace(LORA, about="SHiRA in one stage", spec={"pace": 1.0, **SHIRA}),
+    "shira": replace(LORA, about="SHiRA in one stage", spec={"pace": 1.0, "adapter": "shira"}),
     "paper": PAPER,
     "paper-noise": replace(PAPER, about="the paper's rule with noise", noise=True, like="paper"),
     "stages-1.0": replace(PAPER, about="stages with pace 1.0", spec={"pace": 1.0, "restart": "slow"}),
     "stages-0.25": replace(PAPER, about="stages with pace 0.25", spec={"pace": 0.25, "restart": "slow"}),
     "shira-stages": STAGES,
-    "shira-fresh": replace(
-        STAGES, about="SHiRA in stages, other positions in each stage", spec=FRESH, like="shira-stages"
-    ),
+    "shira-fresh": replace(FRESH, like="shira-stages"),
     "shira-replay": replace(STAGES, about="SHiRA in stages with 5 % of old examples", replay=0.05, like="shira-stages"),
     "lora-scaled": replace(LORA, about="LoRA, 0.7 of the change is kept", scale=0.7, like="lora"),
     "lora-replay": replace(LORA, about="LoRA with 5 % of old examples", replay=0.05, like="lora"),

@@ -18,11 +18,8 @@ __all__ = ["archive", "front", "interval", "second_edition", "write"]
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
-BASE_LOSS = 3.85399
-"""Loss of SmolLM2-135M-Instruct on the general text before any training."""
-
-ARCHIVE_BASE_LOSS = 3.947002728780111
-"""The same for the archive, whose general text was another one (its task `lm-base`)."""
+BASE_LOSS, ARCHIVE_BASE_LOSS = 3.85399, 3.947002728780111
+"""Loss of SmolLM2-135M-Instruct on the general text, and on that of the archive (`lm-base`), before any training."""
 
 COLUMNS = "Accuracy in % after the last task: average over tasks, change since each was trained (backward), last task."
 
@@ -92,11 +89,8 @@ def _differences(
     if (sequences if measure == "sequence" else plane).empty:
         return pd.Series(dtype=float)
     if measure == "sequence":
-        by = (
-            sequences[sequences["part"] == "sequences"]
-            .set_index(["tasks", "seed", "method"])["average"]
-            .unstack("method")
-        )
+        texts = sequences[sequences["part"] == "sequences"]
+        by = texts.set_index(["tasks", "seed", "method"])["average"].unstack("method")
         return (by[method] - by[baseline]).dropna() if {method, baseline} <= set(by) else pd.Series(dtype=float)
     found = {}
     for (task, seed), group in plane.groupby(["tasks", "seed"]):
@@ -151,7 +145,7 @@ def picture(plane: pd.DataFrame, width: int = 760, height: int = 460, edge: int 
         f'<text x="{edge}" y="{edge - 15}">accuracy, {y_start:.0f} to 100 %; the end with a name is a = 1.0</text>',
     ]
     for index, method in enumerate(means.index.levels[0]):
-        color = f"hsl({360 * index // len(means.index.levels[0])} 70% 40%)"
+        color = f"hsl({360 * index // len(means.index.levels[0])}, 70%, 40%)"
         points = [(f"{x[method, scale]:.1f}", f"{y[method, scale]:.1f}") for scale in sorted(means.loc[method].index)]
         path = " ".join(map(",".join, points))
         lines += [
@@ -163,12 +157,8 @@ def picture(plane: pd.DataFrame, width: int = 760, height: int = 460, edge: int 
 
 def _table(frame: pd.DataFrame) -> str:
     """Return a frame in Markdown, its index as columns."""
-    flat = frame.reset_index()
-    rows = [
-        [str(cell) if not isinstance(cell, float) else "" if np.isnan(cell) else f"{cell:.2f}" for cell in row]
-        for row in flat.to_numpy().tolist()
-    ]
-    lines = [list(map(str, flat.columns)), ["---"] * len(flat.columns), *rows]
+    flat = frame.reset_index().map(lambda it: f"{it:.2f}".replace("nan", "") if isinstance(it, float) else str(it))
+    lines = [list(map(str, flat.columns)), ["---"] * len(flat.columns), *flat.to_numpy().tolist()]
     return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 
@@ -188,14 +178,16 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     if not verdicts:
         return [*lines, "There is no verdict yet; until then the second edition below is what is known."]
     if not plane.empty:
-        means = plane[plane["scale"] == 1.0].groupby("method")[["accuracy", "forgetting"]].mean()
+        unscaled, measured = plane[plane["scale"] == 1.0], ["accuracy", "forgetting"]
+        cells = unscaled.groupby(["method", "tasks"])[measured].mean().round(2).astype(str).agg("/".join, axis=1)
+        means = unscaled.groupby("method")[measured].mean().join(cells.unstack("tasks"))
         means["about"] = [METHODS[name].about for name in means.index]
         lines += [
             "",
             "## Which should I use, and what does it cost in forgetting?",
             "",
             "The change of every method is also scaled after training, W0 + a D, which costs nothing: a method is "
-            "useful if it is above the curve of scaled LoRA.",
+            "useful if it is above the curve of scaled LoRA. A task's column has accuracy/forgetting.",
             "",
             _table(means),
             "",
@@ -205,8 +197,7 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
         by = sequences.groupby(["part", "method"])[["average", "backward", "last", "forgetting"]].mean()
         wide = by.unstack("part").dropna(axis=1, how="all")
         wide.columns = [f"{name}, {part}" for name, part in wide.columns]
-        shown = set() if plane.empty else set(plane["method"])
-        wide["about"] = ["" if name in shown else METHODS[name].about for name in wide.index]
+        wide["about"] = ["" if name in set(plane.get("method", ())) else METHODS[name].about for name in wide.index]
         lines += ["", "## One task after another", "", COLUMNS, "", _table(wide)]
     return [*lines, "", "## Verdicts", "", "|claim|method|difference|", "|---|---|---|", *verdicts]
 
