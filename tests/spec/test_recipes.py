@@ -15,7 +15,6 @@ X = batches(1, 4, 5)[0]
 STEPS = 24
 RECIPES = {
     "lora": (lx.recipes.lora, 1, {"pace": 1.0, "restart": "slow", "restart_factors": "both"}),
-    "small_data": (lx.recipes.small_data, 3, {"pace": 0.5, "restart": "slow", "restart_factors": "both"}),
     "sequence": (
         lx.recipes.sequence,
         3,
@@ -90,8 +89,8 @@ def test_a_warm_up_fits_into_short_stages() -> None:
 
 
 def test_options_that_a_recipe_sets_are_refused() -> None:
-    with raises(lx.SpecError, "conflicting-options", "small_data", "pace"):
-        lx.recipes.small_data(10, pace=1.0)
+    with raises(lx.SpecError, "conflicting-options", "sequence", "pace"):
+        lx.recipes.sequence(10, seed=1, pace=1.0)
     with raises(lx.SpecError, "invalid-value", "adapter", "nearest: 'vera'"):
         lx.recipes.lora(10, adapter="vear")
     with raises(lx.SpecError, "unknown-name", "rnak"):
@@ -101,4 +100,4 @@ def test_options_that_a_recipe_sets_are_refused() -> None:
     with raises(lx.SpecError, "invalid-value", "stages"):
         lx.recipes.sequence(10, 0, seed=1)
     with raises(lx.SpecError, "invalid-value", "steps", "2 stages"):
-        lx.recipes.small_data(1, 2)
+        lx.recipes.sequence(1, 2, seed=1)
