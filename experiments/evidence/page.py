@@ -165,7 +165,7 @@ def _table(frame: pd.DataFrame) -> str:
 def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     """Return the lines about the runs of the protocol."""
     plane, sequences = frames(_complete(protocol, results))
-    known = "A method is listed when it has made all its runs of a part."
+    known = "Methods with all runs of a part are listed."
     lines = [f"{len(results.found)} runs of version {protocol['version']} are made. {known}"]
     verdicts = []
     for claim in protocol["claims"]:
@@ -176,7 +176,7 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
                 verdicts.append(f"|{name}|{method}|{_verdict(values, protocol['statistics']['resamples'])}|")
                 name = ""
     if not verdicts:
-        return [*lines, "There is no verdict yet; until then the second edition below is what is known."]
+        return [*lines, "There is no verdict yet; the earlier editions below are what is known."]
     if not plane.empty:
         unscaled, measured = plane[plane["scale"] == 1.0], ["accuracy", "forgetting"]
         cells = unscaled.groupby(["method", "tasks"])[measured].mean().round(2).astype(str).agg("/".join, axis=1)

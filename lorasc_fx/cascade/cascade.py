@@ -104,8 +104,8 @@ class CascadeModule(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the user's model with the branches.
 
-        A call captures another graph if its mode, dtypes, structure of arguments or sizes are not those of a graph that
-        exists. Inside `weights(...)` no branch computes.
+        A call captures another graph if there is none for its mode, dtypes, structure of arguments and sizes.
+        Inside `weights(...)` no branch computes.
 
         Args:
             args, kwargs: arguments of the user's model.

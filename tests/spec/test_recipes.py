@@ -91,6 +91,7 @@ def test_a_warm_up_fits_into_short_stages() -> None:
 def test_options_that_a_recipe_sets_are_refused() -> None:
     with raises(lx.SpecError, "conflicting-options", "sequence", "pace"):
         lx.recipes.sequence(10, seed=1, pace=1.0)
+    assert lx.recipes.sequence(10, adapter="lora", seed=1).spec.adapter == "lora"
     with raises(lx.SpecError, "invalid-value", "adapter", "nearest: 'vera'"):
         lx.recipes.lora(10, adapter="vear")
     with raises(lx.SpecError, "unknown-name", "rnak"):
