@@ -48,27 +48,14 @@ def frames(results: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
             continue
         row = {"part": cell.part, "tasks": " > ".join(cell.tasks), "method": cell.method, "seed": cell.seed}
         for scaled, scale in zip(result.get("scaled", ()), (1.0, 0.85, 0.7, 0.5, 0.35), strict=False):
-            plane.append(
-                {
-                    **row,
-                    "scale": scale,
-                    "accuracy": 100 * scaled["accuracy"],
-                    "forgetting": scaled["general"] - BASE_LOSS,
-                }
-            )
+            measured = {"accuracy": 100 * scaled["accuracy"], "forgetting": scaled["general"] - BASE_LOSS}
+            plane.append({**row, "scale": scale, **measured})
         if len(cell.tasks) > 1:
             after = [[100 * each[task]["accuracy"] for task in cell.tasks] for each in result["after"]]
             backward = np.mean([after[-1][i] - after[i][i] for i in range(len(cell.tasks) - 1)])
             general = result["after"][-1].get("general", np.nan) - BASE_LOSS
-            sequences.append(
-                {
-                    **row,
-                    "average": np.mean(after[-1]),
-                    "backward": backward,
-                    "last": after[-1][-1],
-                    "forgetting": general,
-                }
-            )
+            measured = {"average": np.mean(after[-1]), "backward": backward, "last": after[-1][-1]}
+            sequences.append({**row, **measured, "forgetting": general})
     return pd.DataFrame(plane), pd.DataFrame(sequences)
 
 
@@ -121,7 +108,7 @@ def interval(values: pd.Series[float], resamples: int, seed: int = 0) -> tuple[f
 
 
 def _verdict(values: pd.Series[float], resamples: int) -> str:
-    """Return mean, interval and verdict; a side must also hold without the task that carries it."""
+    """Return mean, interval and verdict as cells; a side must also hold without the task that carries it."""
     mean, low, high = interval(values, resamples)
     sign = 1 if low > 0 else -1 if high < 0 else 0
     by_task = values.groupby(level=0).mean()
@@ -129,28 +116,34 @@ def _verdict(values: pd.Series[float], resamples: int) -> str:
         carrier = (sign * by_task).idxmax()
         _, without_low, without_high = interval(values.drop(carrier, level=0), resamples)
         sign = sign if sign * (without_low if sign > 0 else without_high) > 0 else 0
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]: {('refuted', 'undecided', 'supported')[sign + 1]}"
+    return f"{mean:+.2f}|{low:+.2f}|{high:+.2f}|{('refuted', 'undecided', 'supported')[sign + 1]}"
 
 
 def picture(plane: pd.DataFrame, width: int = 760, height: int = 460, edge: int = 50) -> str:
     """Return the plane as SVG: for each method a line through its scales, means over tasks and seeds."""
     means = plane.groupby(["method", "scale"])[["forgetting", "accuracy"]].mean()
-    x_end, y_start = 1.05 * means["forgetting"].max(), 5 * np.floor(means["accuracy"].min() / 5)
+    x_end = 1.05 * means["forgetting"].max()
+    y_start, y_end = 5 * np.floor(means["accuracy"].min() / 5), 5 * np.ceil(means["accuracy"].max() / 5)
     x = edge + (width - 3 * edge) * means["forgetting"] / x_end
-    y = height - edge - (height - 2 * edge) * (means["accuracy"] - y_start) / (100 - y_start)
+    y = height - edge - (height - 2 * edge) * (means["accuracy"] - y_start) / (y_end - y_start)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12">',
         f'<path d="M{edge} {edge} V{height - edge} H{width - 2 * edge}" stroke="gray" fill="none"/>',
         f'<text x="{edge}" y="{height - 15}">forgetting: rise of the loss on general text, 0 to {x_end:.2f}</text>',
-        f'<text x="{edge}" y="{edge - 15}">accuracy, {y_start:.0f} to 100 %; the end with a name is a = 1.0</text>',
+        f'<text x="{edge}" y="{edge - 15}">accuracy, {y_start:.0f} to {y_end:.0f} %, dotted from a = 1.0</text>',
     ]
-    for index, method in enumerate(means.index.levels[0]):
-        color = f"hsl({360 * index // len(means.index.levels[0])}, 70%, 40%)"
+    methods = sorted(means.index.levels[0], key=lambda method: y[method, 1.0])
+    heights: list[float] = []  # of the names beside the plane, which must not overlap
+    for method in methods:
+        heights.append(max(y[method, 1.0], heights[-1] + 15 if heights else edge))
+    for index, (method, at) in enumerate(zip(methods, heights, strict=True)):
+        color = f"hsl({137 * index % 360}, 70%, 40%)"  # neighbours differ
         points = [(f"{x[method, scale]:.1f}", f"{y[method, scale]:.1f}") for scale in sorted(means.loc[method].index)]
         path = " ".join(map(",".join, points))
         lines += [
             f'<polyline points="{path}" stroke="{color}" fill="none" stroke-width="{3 if method == "lora" else 1.5}"/>',
-            f'<text x="{points[-1][0]}" y="{points[-1][1]}" fill="{color}">{method}</text>',
+            f'<path d="M{" ".join(points[-1])} L{width - 2 * edge} {at:.1f}" stroke="{color}" stroke-dasharray="1 3"/>',
+            f'<text x="{width - 2 * edge + 4}" y="{at + 4:.1f}" fill="{color}">{method}</text>',
         ]
     return "\n".join([*lines, "</svg>", ""])
 
@@ -199,7 +192,8 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
         wide.columns = [f"{name}, {part}" for name, part in wide.columns]
         wide["about"] = ["" if name in set(plane.get("method", ())) else METHODS[name].about for name in wide.index]
         lines += ["", "## One task after another", "", COLUMNS, "", _table(wide)]
-    return [*lines, "", "## Verdicts", "", "|claim|method|difference|", "|---|---|---|", *verdicts]
+    columns = "|claim|method|difference|from|to|verdict|"
+    return [*lines, "", "## Verdicts", "", columns, 6 * "|---" + "|", *verdicts]
 
 
 def archive(path: Path = HERE / "archive.jsonl") -> pd.DataFrame:
