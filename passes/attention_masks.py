@@ -258,7 +258,7 @@ def _bound(node: fx.Node, tensors: Mapping[fx.Node, torch.Tensor]) -> int | None
         common = math.gcd(*map(int, slopes or ())) or 1
         is_unit = slopes is not None and sorted(slope / common for slope in slopes) in ([], [-1], [1], [-1, 1])
         return abs(int(gap.flatten()[0])) // common + 1 if is_unit else None
-    # A slice that starts at the first entry does not move entries. A prefix moves entries by its length.
+    # A slice from index 0 with step 1 keeps the index of each entry. Entries put in front change it by their number.
     moves = name in _MOVES and (arguments.get("start") or 0, arguments.get("step", 1)) == (0, 1)
     if dtypes | {value.dtype} == {torch.bool}:
         return abs(arguments.get("diagonal", -1)) + 1 if moves or name in _LOGIC else None

@@ -49,7 +49,7 @@ class Placement(enum.StrEnum):
     LOOKUP = "lookup"
     """Adds the term to the output of the lookup of an embedding."""
     GROUPED = "grouped"
-    """Adds the term to the output of a grouped product with sorted rows."""
+    """Adds the term to the output of a product whose rows are grouped by matrix (`grouped_mm`)."""
     MERGED = "merged"
     """Computes the op with the adapted weight, instead of the op itself."""
     WEIGHT = "weight"

@@ -627,7 +627,7 @@ class UsageWatch(Fresh):
         self._check("model-saved-inside-stage", "the state dict of the model of a cascade was read")
 
     def __reduce__(self) -> tuple[type[Fresh], tuple[()]]:
-        """Note that the model, which has this hook, is copied or pickled."""
+        """Record that the model is copied or pickled, and its hooks, of which this is one, with it."""
         self._note_kept()
         return super().__reduce__()
 

@@ -334,7 +334,7 @@ def _gradient_difference(
         return None
     worst = max(errors, key=lambda name: errors[name])
     more = f", and {len(errors) - 1} more gradients differ" if len(errors) > 1 else ""
-    return f"the gradient of {worst} is off by {errors[worst]:.1e} of its scale{more}"
+    return f"the gradient of {worst} is off by {errors[worst]:.1e} of its norm{more}"
 
 
 def _tensor_difference(value: torch.Tensor, expected: torch.Tensor) -> str | None:
@@ -352,7 +352,7 @@ def _tensor_difference(value: torch.Tensor, expected: torch.Tensor) -> str | Non
     scale = float(expected[finite].abs().max()) if bool(finite.any()) else 0.0
     gap = float((value - expected)[finite].abs().max()) if bool(finite.any()) else 0.0
     allowed = min(ROUNDING * torch.finfo(value.dtype).eps, MAX_ROUNDING)
-    return f"off by {gap / scale:.1e} of its scale" if gap > allowed * scale else None
+    return f"off by {gap / scale:.1e} of its largest entry" if gap > allowed * scale else None
 
 
 def _types(value: object) -> Any:

@@ -45,7 +45,7 @@ RECOMPUTES = (
     "the model uses gradient checkpointing, which recomputes activations in backward, and a traced graph would store "
     "all activations"
 )
-"""The obstacle of a model with gradient checkpointing."""
+"""Why a model with gradient checkpointing gets no graph."""
 
 
 @dataclass

@@ -436,7 +436,7 @@ def decoded(content: Content, plan: Plan) -> RunState:
     for name, value in content.value.items():
         start = slow.started(name).dense_in("fast")
         if start is not None and not slow.moved({name: value}):
-            values[name] = start  # only a cast has rounded the value, so use the exact start
+            values[name] = start  # not trained: only a cast has rounded it
     return RunState(plan, slow, content.branch, values, content.buffer)
 
 

@@ -150,7 +150,7 @@ def fold_files(
 ) -> Path:
     """Write copies of a base's files with the folded weights. A new head is added to the last file.
 
-    A folder also gets the other files of the base (configuration, tokenizer), with `classes` in its configuration.
+    If the base is a folder, its other files (configuration, tokenizer) are copied, and config.json gets `classes`.
 
     Raises:
         CheckpointError: the base cannot be read, or is not the model that was adapted.

@@ -303,7 +303,7 @@ class GraphEditor:
     def release_module(self) -> fx.GraphModule:
         """Return the copy for a foreign pass, which may replace modules and parameters of the copy.
 
-        The copy has its own modules. It shares all tensors with the original, and the live model if there is one.
+        The copy has its own modules, but the tensors of the original. A live model is not copied: both graphs read it.
         """
         self._compile()
         # The live model is shared, because the graph must read the weights that the cascade changes.

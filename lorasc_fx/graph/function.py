@@ -83,7 +83,7 @@ class _Call(functools.partial[Any]):
 
     @property
     def unwrapped(self) -> Callable[..., Any]:
-        """The function without the overhead of a partial if it has no bound arguments, otherwise this object."""
+        """The plain function, which is faster, if no arguments are bound; otherwise this object."""
         return self if self.args or self.keywords else self.func
 
 

@@ -295,7 +295,7 @@ def _classified(uses_by_weight: Mapping[str, WeightUses], weights: Weights, reco
             if refusal is not None and bypassed:
                 raise PassError(
                     f"{weight} has a branch, but this graph uses it in a way that the branch cannot follow: "
-                    f"{refusal.sentence}. Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
+                    f"{refusal.sentence}. Exclude it (exclude=({weight!r},)), or avoid such calls",
                     code="method-not-supported",
                 )
         elif refusal is not None:
@@ -414,8 +414,7 @@ def _planned_uses(
         if "weight" not in (*method.placements, site.placement) and uses.reached and not replaceable:
             raise PassError(
                 f"the branch of {weight} replaces its op (adapter={site.options.adapter!r}), but this graph uses the "
-                f"weight in an op that it cannot replace. Exclude it (exclude=({weight!r},)), or do not run the model "
-                "in this mode",
+                f"weight in an op that it cannot replace. Exclude it (exclude=({weight!r},)), or avoid such calls",
                 code="method-not-supported",
             )
         # There is a branch at each op if all ops support it; otherwise one branch at the weight.
@@ -429,7 +428,7 @@ def _planned_uses(
         elif uses.reached:
             raise PassError(
                 f"{weight}: node {uses.called[0].name} does not read it as {site.layout}, as its branch does. "
-                f"Exclude it (exclude=({weight!r},)), or do not run the model in this mode",
+                f"Exclude it (exclude=({weight!r},)), or avoid such calls",
                 code="method-not-supported",
             )
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}

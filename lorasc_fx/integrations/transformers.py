@@ -46,11 +46,10 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
     """Ends the stages of a cascade in a Trainer: after the optimizer step, before the next forward.
 
     Pass the Trainer the cascade and this callback: `Trainer(model=cascade, callbacks=[CascadeCallback(cascade)], ...)`.
-    Evaluations and predictions use the slow weights. `trainer.save_model(folder)` writes the user's model with the slow
-    weights, in the layout of the model's library. Each `checkpoint-N` holds the state of the cascade, without W0. To
-    resume, adapt the same weights with the same spec and call `trainer.train(resume_from_checkpoint=...)`. If a stage
-    is still running when the training ends, it is folded, except with `load_best_model_at_end`: then the model keeps
-    the best weights.
+    `trainer.save_model(folder)` writes the user's model with the slow weights, in the layout of the model's library.
+    Each `checkpoint-N` holds the state of the cascade, without W0. To resume, adapt the same weights with the same spec
+    and call `trainer.train(resume_from_checkpoint=...)`. If a stage is still running when the training ends, it is
+    folded, except after `load_best_model_at_end` by slow weights: then the model has the best slow weights.
 
     Training logs (also for W&B and TensorBoard) have the stage of the step as `stage`. For weights in half precision,
     rounding loses a part of each weight's change in a fold. `kept` is the smallest share that the last fold has kept.
@@ -62,7 +61,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         epochs: epochs per stage. The default is 1, as in the paper, unless `stages` or `steps` is given.
         steps: optimizer steps per stage.
         evaluate: the weights for evaluations and predictions: `slow`, `fast`, or both, such as `("slow", "fast")`. Both
-            are evaluated in separate passes, and the first pass gives the predictions and `eval_loss`.
+            are evaluated in separate passes, and the first pass gives the predictions and `eval_loss`. The default is
+            `slow`, or `fast` with `stages=1`, because the slow weights do not change before the only stage ends.
 
     Raises:
         SpecError: several of `stages`, `epochs` and `steps` are given, one of them is below 1, or a cascade does not
@@ -77,8 +77,9 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         stages: int | None = None,
         epochs: int | None = None,
         steps: int | None = None,
-        evaluate: Evaluated | Sequence[Evaluated] = "slow",
+        evaluate: Evaluated | Sequence[Evaluated] | None = None,
     ) -> None:
+        evaluate = ("fast" if stages == 1 else "slow") if evaluate is None else evaluate
         rules = {"stages": stages, "epochs": epochs, "steps": steps}
         chosen = [name for name, value in rules.items() if value is not None]
         if len(chosen) > 1:
@@ -167,20 +168,15 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
             self.cascade.transition(kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fold the stage that is still running.
-
-        If the Trainer has loaded the best model, the stage is not folded. It is restarted if the model was chosen by
-        its slow weights, because then the branches of the stage were not evaluated.
-        """
+        """Fold the stage that is still running, or restart it if the best model was chosen by its slow weights."""
         run, optimizers = run_of(self.cascade), [kwargs["optimizer"]]
         if not transition.has_begun(run):
             return
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            metric = f"_{args.metric_for_best_model}"
-            best = next((view for view in get_args(Evaluated) if f"_{view}_" in metric), self._evaluated[0])
-            if best == "slow":
-                with run.lock:
-                    transition.restart(run, optimizers)
+        metric = f"_{args.metric_for_best_model}"
+        best = next((view for view in get_args(Evaluated) if f"_{view}_" in metric), self._evaluated[0])
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and best == "slow":
+            with run.lock:
+                transition.restart(run, optimizers)  # the branches of the stage were not evaluated
         else:
             transition.next_stage(run, optimizers, idle=True)
 

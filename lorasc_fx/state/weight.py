@@ -119,8 +119,8 @@ class History:
         """Return the current coefficients of an expert.
 
         Args:
-            stage: number t of the stage that trained the expert. At its end, the coefficient in the fast weights F_t is
-                1. An expert of stage 0 is part of all weights from the beginning.
+            stage: number t of the stage that trained the expert. At the end of stage t, its coefficient in the fast
+                weights F_t is 1. An expert of stage 0 has the coefficient 1 in every view from the beginning.
             origin: for a sum of earlier experts: its coefficients right after the stage.
         """
         key = (stage, origin)
@@ -278,7 +278,7 @@ class WeightState(Tree):
     # ---- values
 
     def on_base(self, base: torch.Tensor) -> WeightState:
-        """Return the state with W0 from a model. The grid "own" is dropped if this W0 is not quantized."""
+        """Return the state with W0 from a model. `grid="own"` is dropped if this W0 is not quantized."""
         has_grid = self.grid != OWN_GRID or is_quantized(base)
         return replace(self, base=base, grid=self.grid if has_grid else "")
 

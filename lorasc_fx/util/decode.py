@@ -48,7 +48,7 @@ _REMEDIES: dict[Any, str] = {
     list: "a list",
     dict: "a table",
 }
-"""Remedies for types without a `Check`, in the words of TOML."""
+"""What an error tells the user to give, for types without a `Check`, in the words of TOML: "give a list"."""
 
 
 class Check(NamedTuple):

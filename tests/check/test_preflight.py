@@ -404,9 +404,9 @@ DIFFERENCES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] 
     "an output is torch.float32 (4,) instead of torch.float64 (4,)": (lambda x: x.float(), lambda x: x * 1),
     "an output is different": (lambda x: x > 1, lambda x: x > 2),
     "an output is not finite in the same places": (lambda x: 1 / (x - 1), lambda x: 1 / (x - 2)),
-    "an output is off by 1.0e-01 of its scale": (lambda x: 1.1 / (x - 1), lambda x: 1 / (x - 1)),
-    "an output is off by 2.5e-01 of its scale": (lambda x: [x * 1, x + 1], lambda x: [x * 1, x * 1]),
-    "an argument after the call is off by 6.7e-01 of its scale": (lambda x: x * 1, written),
+    "an output is off by 1.0e-01 of its largest entry": (lambda x: 1.1 / (x - 1), lambda x: 1 / (x - 1)),
+    "an output is off by 2.5e-01 of its largest entry": (lambda x: [x * 1, x + 1], lambda x: [x * 1, x * 1]),
+    "an argument after the call is off by 6.7e-01 of its largest entry": (lambda x: x * 1, written),
 }
 
 
@@ -449,7 +449,7 @@ def test_differences_of_gradients(by: float, other: float) -> None:
         assert difference_of(computed, expected) is None
         check_agrees(graph, preflight, model, *call)
         return
-    phrase = f"the gradient of 0.weight is off by {by:.1e} of its scale{more}"
+    phrase = f"the gradient of 0.weight is off by {by:.1e} of its norm{more}"
     assert difference_of(computed, expected) == phrase
     with pytest.raises(Disagreement, match=phrase):
         check_agrees(graph, preflight, model, *call)

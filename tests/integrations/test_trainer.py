@@ -42,15 +42,16 @@ def trainer_of(cascade: lx.Cascade, folder: Path, how: dict[str, Any], *callback
     )  # fmt: skip
 
 
-def test_the_best_model_is_the_one_that_was_measured(tmp_path: Path) -> None:
-    cascade = adapted(SPEC)
+@pytest.mark.parametrize(("spec", "how"), [(SPEC, {"steps": 2}), (lx.CascadeSpec(rank=2, pace=1.0), {"stages": 1})])
+def test_the_best_model_is_the_one_that_was_measured(tmp_path: Path, spec: lx.CascadeSpec, how: dict[str, int]) -> None:
+    cascade = adapted(spec)
     more = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 2.0}
-    trainer = trainer_of(cascade, tmp_path, {"steps": 2}, load_best_model_at_end=True, **more)
+    trainer = trainer_of(cascade, tmp_path, how, load_best_model_at_end=True, **more)
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = min(losses.values())
     assert best < losses[max(losses)]  # it has run away since
-    assert trainer.evaluate()["eval_loss"] == best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
     model = cascade.release().eval()
     with torch.no_grad():
         data = rows(7)
