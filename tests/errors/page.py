@@ -17,7 +17,7 @@ every error of this page; `error.code` is its code.
 Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). Each is given once per cascade, at the
 line of your program.
 
-Classes, and the other classes by which `except` also catches them:
+Classes, with their bases besides LorascError:
 """
 
 CLASSES = (
@@ -67,8 +67,8 @@ def page() -> str:
     for name in CLASSES:
         kind = getattr(errors, name)
         bases = [base.__name__ for base in kind.__mro__[1:] if base not in (errors.LorascError, Exception, object)]
-        caught = ", ".join(f"`{base}`" for base in bases if base != "BaseException")
-        classes.append(f"`{name}`{caught and f' (also {caught})'}")
+        caught = ", ".join(base for base in bases if base != "BaseException")
+        classes.append(f"`{name}{caught and f'({caught})'}`")
     parts = [HEAD.rstrip(), f"{'; '.join(classes)}."]
     for title, codes in TASKS.items():
         parts += [f"## {title}", "\n".join(f"- `{code}`: {meaning(code)}" for code in codes.split())]
