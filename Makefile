@@ -46,7 +46,7 @@ $(DEMO)/.installed: pyproject.toml $(CONSTRAINTS) requirements/demo.txt
 	@$(DEMO)/bin/python -m pip install --quiet --no-compile --no-deps -r requirements/demo.txt
 	@touch $@
 
-compare: $(STAMP) ## LoRA and LoRASC side by side on film reviews, three seeds (experiments/compare.toml), in 3 minutes
+compare: $(STAMP) ## LoRA and stages side by side on film reviews, three seeds (experiments/compare.toml), in 3 minutes
 	$(BIN)/python -m experiments.compare
 
 test: $(STAMP) ## everything that is not slow

@@ -153,25 +153,25 @@ CONFLICTS = (
     Conflict(
         ("restart_factors", "adapter"),
         lambda factors, adapter: ADAPTERS[adapter].magnitude and factors == "none",
-        "magnitudes restart from the norms of the weight, without a delta",
+        "DoRA's magnitudes restart from the norms of the weight, without a delta",
         "Set restart_factors='both' or adapter='lora'",
     ),
     Conflict(
         ("adapter", "restart"),
         lambda adapter, restart: ADAPTERS[adapter].magnitude and restart != "slow",
-        "slow and fast weights would have different row scales, which one list of experts cannot represent",
+        "slow and fast weights of DoRA would have different row scales, which one list of experts cannot represent",
         "Set restart='slow' or adapter='lora'",
     ),
     Conflict(
         ("adapter", "noise.keep", "noise.strength"),
         lambda adapter, keep, strength: ADAPTERS[adapter].magnitude and keep and strength,
-        "later stages would rescale the kept noise",
+        "later stages of DoRA would rescale the kept noise",
         "Set keep=False or adapter='lora'",
     ),
     Conflict(
         ("adapter", "average"),
         lambda adapter, average: ADAPTERS[adapter].magnitude and average,
-        "the averaged weights have different row scales, which one list of experts cannot represent",
+        "averaged weights of DoRA have different row scales, which one list of experts cannot represent",
         "Set average=False or adapter='lora'",
     ),
     Conflict(
@@ -282,7 +282,7 @@ class Noise:
     the stage and the name of the weight.
 
     Args:
-        strength: lambda in docs/algorithm.md, relative to the standard deviation of the weight. 0 (default) turns noise
+        strength: as in docs/algorithm.md, relative to the standard deviation of the weight. 0 (default) turns noise
             off. NoisyTune (2202.12024) uses 0.15.
         distribution: `uniform` (default), as above and in NoisyTune, or `normal`: N(0, 1/12), the same variance.
         keep: if True, the noise of each stage stays in the slow weights. If False (default), the fold removes it

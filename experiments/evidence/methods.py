@@ -47,7 +47,7 @@ class Method:
 
 
 LORA = Method("one branch, pace 1, cosine decay")
-PAPER = Method("LoRASC, the paper's rule: pace 0.5", stages=True, spec={"pace": 0.5, "restart": "slow"})
+PAPER = Method("LoRASC, the paper's rule, our pace 0.5", stages=True, spec={"pace": 0.5, "restart": "slow"})
 STAGES = replace(PAPER, about="SHiRA in stages, the same positions in all", spec=PAPER.spec | {"adapter": "shira"})
 FRESH = replace(STAGES, about="SHiRA in stages, other positions in each", spec=PAPER.spec | {"adapter": "shira-fresh"})
 

@@ -204,7 +204,7 @@ def compile_with_own_pass(module: fx.GraphModule, args: Any) -> Any:
 
 OTHER_USE = "with 0 branches instead of one"
 CHANGED = Refused("nodes of inlined branches were changed", "computes the same; fold first")
-NO_GRAPH = Refused("must return a GraphModule", "returns no graph; fold first")
+NO_GRAPH = Refused("must return a GraphModule", "returns no graph; run it last")
 # fmt: off
 ROWS: tuple[Row, ...] = (
     Row("conv-bn fusion", "torch.fx.experimental.optimization.fuse", "modules", fuse,

@@ -14,8 +14,8 @@ Each error and each warning has a `code` that does not change between versions; 
 error is raised, model, branches, optimizer and files are as before the call. `except lx.LorascError as error:` catches
 every error of this page; `error.code` is its code.
 
-Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). Each is given once per cascade, at the
-line of your program.
+Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). They name the line
+of your program. Those about training are given once per cascade.
 
 Classes, with their bases besides LorascError:
 """
