@@ -13,8 +13,8 @@ becomes
 With a mask, transformers also repeats each head of keys and values for all query heads that read it. Without a mask,
 this pass replaces `%k = reshape(expand(unsqueeze(%few_k, 2)))` by `%few_k`, and passes `enable_gqa=True`.
 
-If all sizes are constant, the computed mask is the mask of every call. Symbolic sizes are set to `_SIZE`. The result
-is valid for every size, because `_bound` accepts only nodes with these properties:
+The pass computes the mask once. If all sizes are constant, every call has this mask. Symbolic sizes are set to
+`_SIZE`. The result is valid for every size, because `_bound` accepts only nodes with these properties:
 
 1. No value depends on a size. Sizes are only ends of ranges and shapes, so an entry is a function of its indices.
 2. Integers are affine functions of the indices. An integer op turns affine functions into a polynomial of degree two at

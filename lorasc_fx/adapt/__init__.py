@@ -366,8 +366,8 @@ def _check_memory(model: nn.Module, plan: Plan, trained: Iterable[str], weights:
     shared = shared_memory(model)
     for name in (weight for weight in trained if weight in shared):
         raise SpecError(
-            f"train: {_pattern_of(plan, weights, name)!r} matches {name}, which {shared[name]}. Exclude it, or give it "
-            "separate memory (parameter.data = parameter.data.clone()).",
+            f"train: {_pattern_of(plan, weights, name)!r} matches {name}, which {shared[name]}. Leave it out, or give "
+            "it separate memory (parameter.data = parameter.data.clone()).",
             code="not-trainable",
         )
     for name in (weight for weight in plan.by_weight if weight in shared):
@@ -476,7 +476,7 @@ def settle_ties(model: nn.Module, patterns: Sequence[str], undo: Undo, strict: b
 def _untie(model: nn.Module, ties: Sequence[_Tie], patterns: Sequence[str], undo: Undo) -> set[_Place]:
     """Give each place that matches a pattern a separate copy of the parameter. Return the places that changed.
 
-    Places that match no pattern stay tied to each other. The first place keeps the original object.
+    Places that match no pattern stay tied to each other. The first place of a tie always keeps the original object.
     """
     new: dict[_Place, nn.Parameter] = {}
     for tie in ties:

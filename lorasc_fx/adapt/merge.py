@@ -63,7 +63,7 @@ def check_same_weights(parts: Sequence[Part]) -> None:
 def check_fits(after: SlowWeights, call: str) -> None:
     """Raise SpecError if a weight of a sum overflows its dtype."""
     if overflowing := [name for name, state in after.states.items() if not state.fits()]:
-        raise SpecError(f"{call}: the sum overflows the dtype of {named(overflowing)}. Give the runs smaller numbers")
+        raise SpecError(f"{call}: the sum overflows the dtype of {named(overflowing)}. Give smaller `weights`")
 
 
 def weighted_sum(fresh: SlowWeights, parts: Sequence[Part], weights: Sequence[float], stage: int) -> SlowWeights:

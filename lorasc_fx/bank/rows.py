@@ -181,9 +181,9 @@ def check_batch_norm(model: nn.Module) -> None:
 
 
 def not_independent(reason: str) -> StateError:
-    """Return the error for a batch whose rows cannot have several adapters."""
+    """Return the error for a batch whose rows cannot use different adapters."""
     return StateError(
-        f"bank: the rows of this batch cannot have several adapters, because {reason}. Call the bank once for each "
+        f"bank: the rows of this batch cannot use different adapters, because {reason}. Call the bank once for each "
         "adapter, with its rows, or put layers that compute over the batch (BatchNorm) into eval mode",
         code="rows-not-independent",
     )

@@ -15,9 +15,9 @@ on processors of Intel. oneDNN uses AVX-512 on all processors. The results are e
 oneDNN only if gradients are enabled: without gradients, they compute the same bits as the ops of the model. Banks
 always use oneDNN.
 
-The autograd functions of branches compute the formulas of docs/algorithm.md (rows "training" and "Conv"). Beside an op,
-one fused product adds the term of the branch to the output of the op. Only A x is saved for the backward, and x if
-lora_A needs a gradient. Dropout saves no mask: the backward draws it again from a seed.
+The autograd functions of branches compute the formulas of docs/algorithm.md (rows "training" and "Conv"). At the
+placement "beside", one fused product adds the term of the branch to the output of the op. Only A x is saved for the
+backward, and x if lora_A needs a gradient. Dropout saves no mask: the backward draws it again from a seed.
 
 Names: `low` is A x, and `back` the gradient of `low` without the scale. `grad_rows` is the gradient of the output as
 rows [tokens, features]. da, db, dx, dw are gradients of lora_A, lora_B, x and the weight.

@@ -134,7 +134,7 @@ class _Example:
         """Return the graph of torch.export, or `module=None` if `frontend` asks for no graph or torch.export fails.
 
         Raises:
-            CaptureError: there is no graph, and `frontend` is `export` or the model has no values to run eagerly.
+            CaptureError: there is no graph, and `frontend` is `export` or the tensors of the model have no values.
         """
         register_cache_pytrees(self.model)
         name, start, reasons, fault = type(self.model).__name__, time.monotonic(), dict[str, str](), None

@@ -587,7 +587,7 @@ class UsageWatch(Fresh):
         self._remove: Callable[[], None] = lambda: None
 
     def arm(self, run: Run) -> None:
-        """Watch the model of this run until `disarm`."""
+        """Warn about calls and reads of the model of this run, until `disarm`."""
         self.disarm()
         self._run, model, call = weakref.ref(run), weakref.ref(run.model), self._checked_call(run.model)
         handle = run.model.register_state_dict_pre_hook(self)

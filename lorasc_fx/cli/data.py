@@ -1,4 +1,4 @@
-"""Reads and splits the data set in the table `[data]`, by the package datasets. Nothing is downloaded."""
+"""Reads and splits the data set that `[data]` of the configuration names, by the package datasets, from local files."""
 
 from __future__ import annotations
 

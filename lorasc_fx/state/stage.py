@@ -175,7 +175,8 @@ def begin_stage(
         branch: the branch, with its values from the stage before. It is not changed.
         site, spec, stage: from the plan of the new stage. The rank of the site is the rank of the values.
         keep: whether the factors that do not restart (`spec.restart_factors`) keep their values.
-        noisy: whether the new stage runs. In an idle stage, the weight has no noise, and no factors are subtracted.
+        noisy: whether the new stage starts now. Until then the weight has no noise, and no initial factors are
+            subtracted from it.
     """
     parameter, needs = next(branch.parameters()).detach(), branch.starts_from(spec, noisy)
     decomposes = "factors" in needs
@@ -602,7 +603,7 @@ def base_of(weight: torch.Tensor, memory: BaseMemory) -> torch.Tensor:
     if is_quantized(weight):
         return host(weight)
     if memory == "device" or (weight.device.type == "cpu" and memory == "memory"):
-        # Only a plain parameter shares its memory, because `keep_base` later assigns `data` of the shared tensor.
+        # Share memory only with a plain parameter, because `keep_base` later assigns `data` of the shared tensor.
         shared = type(weight) is nn.Parameter and not weight.is_inference()
         return weight.data if shared else local(weight).detach().clone()
     return host(weight).pin_memory() if memory == "pinned" else host(weight)

@@ -121,7 +121,7 @@ class History:
         Args:
             stage: number t of the stage that trained the expert. At the end of stage t, its coefficient in the fast
                 weights F_t is 1. An expert of stage 0 has the coefficient 1 in every view from the beginning.
-            origin: for a sum of earlier experts: its coefficients right after the stage.
+            origin: for an expert that replaces a sum of earlier ones: see `Expert`.
         """
         key = (stage, origin)
         if key in self._known:
@@ -151,8 +151,8 @@ class Expert(Factors):
 
     Args:
         stage: number of the stage that trained it; 0 for an expert from another run or tool.
-        origin: for a sum of earlier experts: its coefficients right after the stage. None for an expert that the stage
-            trained.
+        origin: None for an expert that the stage trained. For an expert that replaces a sum of earlier ones: the
+            coefficients of the sum in the three views, right after the stage.
         row_scale: [out] in fp64, under DoRA. The stage multiplied the rows of W0 and of all earlier experts by it. A
             stage that trained only magnitudes adds an expert of rank 0.
     """
