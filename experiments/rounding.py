@@ -74,7 +74,7 @@ def run(name: str, seed: int, steps: int = 40) -> list[dict[str, Any]]:
     task = TASKS[name]()
     start = {key: value.detach().clone() for key, value in task.model().state_dict().items()}
     tries = {rate: trained(task, start, {}, rate, 100, steps)[1]["loss"] for rate in RATES}
-    rate = min(tries, key=lambda each: tries[each])
+    rate = min(tries, key=lambda tried: tries[tried])
 
     def row(grid: str, way: str, state: dict[str, Tensor]) -> dict[str, Any]:
         model: nn.Module = task.model()
@@ -137,12 +137,12 @@ def steps(rounds: int = 15) -> None:
     ours = lx.adapt(task.model(), args=batch.inputs, spec=spec)
     seconds: dict[nn.Module, list[float]] = {plain: [], ours: []}
     for _ in range(rounds + 2):
-        for model, found in seconds.items():
+        for model, times in seconds.items():
             began = time.process_time()
             logits = model(*batch.inputs).flatten(0, -2)
             nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED).backward()
-            found.append(time.process_time() - began)
-    ratios = sorted(own / other for own, other in zip(seconds[ours][2:], seconds[plain][2:], strict=True))
+            times.append(time.process_time() - began)
+    ratios = sorted(adapted / eager for adapted, eager in zip(seconds[ours][2:], seconds[plain][2:], strict=True))
     count = len(ratios)
     print(f"{ratios[count // 2]:.2f} [{ratios[count // 4]:.2f}, {ratios[3 * count // 4]:.2f}] of plain torch")
 
@@ -155,11 +155,11 @@ def main(arguments: list[str]) -> int:
     if arguments == ["run"]:
         jobs = [(name, seed) for name in NAMES for seed in SEEDS]
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(run, *zip(*jobs, strict=True)))
-        RESULTS.write_text("".join(f"{json.dumps(row)}\n" for rows in found for row in rows), encoding="utf-8")
+            tables = list(pool.map(run, *zip(*jobs, strict=True)))
+        RESULTS.write_text("".join(f"{json.dumps(row)}\n" for rows in tables for row in rows), encoding="utf-8")
     rows = [json.loads(text) for text in RESULTS.read_text(encoding="utf-8").splitlines()]
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
+    before, _, table = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, after = table.partition(END)
     PAGE.write_text(f"{before}{START}\n" + "\n".join(lines(rows)) + f"\n{END}{after}", encoding="utf-8")
     return 0
 

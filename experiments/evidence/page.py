@@ -27,7 +27,7 @@ COLUMNS = "Accuracy in % after the last task: average over tasks, change since e
 def _complete(protocol: dict[str, Any], results: Any) -> Any:
     """Return the results without those of a method that has not made all its runs of a part."""
     kept = copy.copy(results)
-    made = Counter((cell.part, cell.method) for cell in results.found)
+    counts = Counter((cell.part, cell.method) for cell in results.found)
     runs = {
         part: len(protocol[part].get("orders") or protocol[part]["tasks"]) * len(protocol[part]["seeds"])
         for part in ("plane", "sequences", "images")
@@ -35,7 +35,7 @@ def _complete(protocol: dict[str, Any], results: Any) -> Any:
     kept.found = {
         cell: result
         for cell, result in results.found.items()
-        if cell.part in runs and made[cell.part, cell.method] == runs[cell.part]
+        if cell.part in runs and counts[cell.part, cell.method] == runs[cell.part]
     }
     return kept
 
@@ -51,7 +51,7 @@ def frames(results: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
             measured = {"accuracy": 100 * scaled["accuracy"], "forgetting": scaled["general"] - BASE_LOSS}
             plane.append({**row, "scale": scale, **measured})
         if len(cell.tasks) > 1:
-            after = [[100 * each[task]["accuracy"] for task in cell.tasks] for each in result["after"]]
+            after = [[100 * evaluated[task]["accuracy"] for task in cell.tasks] for evaluated in result["after"]]
             backward = np.mean([after[-1][i] - after[i][i] for i in range(len(cell.tasks) - 1)])
             general = result["after"][-1].get("general", np.nan) - BASE_LOSS
             measured = {"average": np.mean(after[-1]), "backward": backward, "last": after[-1][-1]}
@@ -158,8 +158,8 @@ def _table(frame: pd.DataFrame) -> str:
 def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
     """Return the lines about the runs of the protocol."""
     plane, sequences = frames(_complete(protocol, results))
-    known = "Methods with all runs of a part are listed."
-    lines = [f"{len(results.found)} runs of version {protocol['version']} are made. {known}"]
+    note = "Methods with all runs of a part are listed."
+    lines = [f"{len(results.found)} runs of version {protocol['version']} are made. {note}"]
     verdicts = []
     for claim in protocol["claims"]:
         name = claim["name"]  # in its first row
@@ -188,10 +188,10 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
         ]
     if not sequences.empty:
         by = sequences.groupby(["part", "method"])[["average", "backward", "last", "forgetting"]].mean()
-        wide = by.unstack("part").dropna(axis=1, how="all")
-        wide.columns = [f"{name}, {part}" for name, part in wide.columns]
-        wide["about"] = ["" if name in set(plane.get("method", ())) else METHODS[name].about for name in wide.index]
-        lines += ["", "## One task after another", "", COLUMNS, "", _table(wide)]
+        table = by.unstack("part").dropna(axis=1, how="all")
+        table.columns = [f"{name}, {part}" for name, part in table.columns]
+        table["about"] = ["" if name in set(plane.get("method", ())) else METHODS[name].about for name in table.index]
+        lines += ["", "## One task after another", "", COLUMNS, "", _table(table)]
     columns = "|claim|method|difference|from|to|verdict|"
     return [*lines, "", "## Verdicts", "", columns, 6 * "|---" + "|", *verdicts]
 
@@ -205,20 +205,20 @@ def archive(path: Path = HERE / "archive.jsonl") -> pd.DataFrame:
         if "finalists" in cell["phase"] and not result["diverged"]:
             measured = {"accuracy": 100 * result["test"]["accuracy"], "loss": result["validation"]["loss"]}
             rows.append({**cell, **measured, "forgetting": result.get("general", np.nan) - ARCHIVE_BASE_LOSS})
-    found = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
     keys = ["task", "size", "budget", "method"]
-    means = found.groupby([*keys, "rate"], as_index=False)["loss"].mean()
+    means = frame.groupby([*keys, "rate"], as_index=False)["loss"].mean()
     best = means.loc[means.groupby(keys)["loss"].idxmin(), [*keys, "rate"]]
-    return found.merge(best, on=[*keys, "rate"])
+    return frame.merge(best, on=[*keys, "rate"])
 
 
 def second_edition() -> list[str]:
     """Return the tables of the archive: accuracy by task and method, and forgetting on the language model."""
-    found = archive()
-    found["examples"] = found["size"].map(lambda size: size or "all")
+    runs = archive()
+    runs["examples"] = runs["size"].map(lambda size: size or "all")
     lines = []
     for language in (False, True):
-        part = found[found["task"].str.startswith("lm-") == language]
+        part = runs[runs["task"].str.startswith("lm-") == language]
         index = ["task", "examples", "budget"]
         shown = part.pivot_table(index=index, columns="method", values="accuracy").round(1).astype(object).fillna("")
         lines += [
@@ -226,7 +226,7 @@ def second_edition() -> list[str]:
             f"Test accuracy in %, mean over seeds, {'SmolLM2-135M' if language else 'encoders and small models'}:",
         ]
         lines += ["", _table(shown)]
-    forgotten = found.dropna(subset="forgetting").pivot_table(
+    forgotten = runs.dropna(subset="forgetting").pivot_table(
         index=["task", "examples", "budget"], columns="method", values="forgetting"
     )
     return [*lines, "", "Rise of the loss on general text:", "", _table(forgotten.round(2).astype(object).fillna(""))]

@@ -70,7 +70,7 @@ def _next_rates(protocol: Protocol, results: Results, task: str, method: str) ->
     rates = list(about["start"])
     while True:
         losses = {rate: _losses(protocol, results, task, method, rate) for rate in rates}
-        if any(found is None for found in losses.values()):
+        if any(values is None for values in losses.values()):
             return rates, False
         best = min(rates, key=lambda rate: (statistics.fmean(losses[rate] or [math.inf]), rate))
         lower, higher = rates[0] / about["factor"], rates[-1] * about["factor"]
@@ -85,10 +85,10 @@ def _next_rates(protocol: Protocol, results: Results, task: str, method: str) ->
 def _losses(protocol: Protocol, results: Results, task: str, method: str, rate: float) -> list[float] | None:
     """Return the validation losses of all seeds (infinite if a run diverged), or None if a run is missing."""
     runs = [results.found.get(Cell("rates", (task,), method, (rate,), seed)) for seed in protocol["rates"]["seeds"]]
-    known = [run for run in runs if run is not None]
-    if len(known) < len(runs):
+    finished = [run for run in runs if run is not None]
+    if len(finished) < len(runs):
         return None
-    return [math.inf if run["diverged"] else run["validation"]["loss"] for run in known]
+    return [math.inf if run["diverged"] else run["validation"]["loss"] for run in finished]
 
 
 def chosen_rate(protocol: Protocol, results: Results, task: str, method: str) -> float | None:
@@ -119,9 +119,9 @@ def cells(protocol: Protocol, results: Results) -> Iterator[Cell]:
     for part in ("sequences", "images"):
         for method, order in itertools.product(protocol[part]["methods"], protocol[part]["orders"]):
             rates = [chosen_rate(protocol, results, task, METHODS[method].like or method) for task in order]
-            known = tuple(rate for rate in rates if rate is not None)
-            if len(known) == len(rates):
-                yield from (Cell(part, tuple(order), method, known, seed) for seed in protocol[part]["seeds"])
+            chosen = tuple(rate for rate in rates if rate is not None)
+            if len(chosen) == len(rates):
+                yield from (Cell(part, tuple(order), method, chosen, seed) for seed in protocol[part]["seeds"])
 
 
 def _made(cell: Cell, protocol: Protocol) -> dict[str, Any]:
@@ -179,12 +179,12 @@ def check(protocol: Protocol, results: Results) -> int:
         return 2
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     cell = list(results.found)[int(commit[:8], 16) % len(results.found)]
-    before, now = results.found[cell], _made(cell, protocol)
-    before, now = ({key: value for key, value in found.items() if key != "cpu_s"} for found in (before, now))
-    print(f"{cell}: {'the same' if before == now else f'{before} then, {now} now'}")
+    before, after = results.found[cell], _made(cell, protocol)
+    before, after = ({key: value for key, value in result.items() if key != "cpu_s"} for result in (before, after))
+    print(f"{cell}: {'the same' if before == after else f'{before} then, {after} now'}")
     loss = measure(tail(), general())["loss"]
     print(f"loss on general text before training: {BASE_LOSS} in page.py, {loss:.5f} now")
-    return int(before != now or abs(loss - BASE_LOSS) > 1e-4)
+    return int(before != after or abs(loss - BASE_LOSS) > 1e-4)
 
 
 def main(arguments: list[str]) -> int:
@@ -192,10 +192,10 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     protocol = tomllib.loads(PROTOCOL.read_text(encoding="utf-8"))
     results = Results(RESULTS, protocol["version"])
-    command, *rest = arguments or ["status"]
+    command, *names = arguments or ["status"]
     try:
         if command == "run":
-            make(protocol, results, rest)
+            make(protocol, results, names)
         elif command == "check":
             return check(protocol, results)
         elif command == "page":
@@ -207,10 +207,11 @@ def main(arguments: list[str]) -> int:
 
             print("\n".join(second_edition()).strip())
         elif command == "status":
-            known = list(cells(protocol, results))
+            planned = list(cells(protocol, results))
             for part in ("rates", "plane", "sequences", "images"):
-                own = [cell for cell in known if cell.part == part]
-                print(f"{part}: {sum(cell in results.found for cell in own)} of {len(own)} runs that are known so far")
+                of_part = [cell for cell in planned if cell.part == part]
+                finished = sum(cell in results.found for cell in of_part)
+                print(f"{part}: {finished} of {len(of_part)} runs that are known so far")
         else:
             print(f"evidence: there is no command {command!r}: run, status, page, archive or check", file=sys.stderr)
             return 2

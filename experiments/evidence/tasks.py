@@ -175,8 +175,8 @@ Texts = list[tuple[str, str]]
 
 
 def _extraction() -> Texts:
-    found = examples(TRAIN_TEMPLATES, POOL + VALIDATION + TEST, 0)
-    return [(each.sentence, each.answer) for each in found]
+    sentences = examples(TRAIN_TEMPLATES, POOL + VALIDATION + TEST, 0)
+    return [(example.sentence, example.answer) for example in sentences]
 
 
 _SOURCES: dict[str, tuple[str, Callable[[], Texts], int | None]] = {

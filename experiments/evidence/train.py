@@ -145,8 +145,8 @@ def _start_orthogonally(cascade: lx.Cascade, bases: Mapping[str, Tensor]) -> Non
         if site.weight in bases:
             lora_a = cascade.branches[site.key].lora_A
             span = torch.linalg.qr(bases[site.weight].T).Q
-            rest = lora_a - lora_a @ span @ span.T
-            lora_a.copy_(rest * (lora_a.norm() / rest.norm().clamp(min=1e-12)))
+            orthogonal = lora_a - lora_a @ span @ span.T
+            lora_a.copy_(orthogonal * (lora_a.norm() / orthogonal.norm().clamp(min=1e-12)))
 
 
 def _scaled(model: nn.Module, task: Task, state: State) -> dict[str, Any]:

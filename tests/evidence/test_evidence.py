@@ -182,8 +182,8 @@ def test_equal_forgetting_is_read_from_the_front_of_lora() -> None:
 
 def test_the_archive_has_the_numbers_of_the_second_edition() -> None:
     """Finalists on SmolLM2-135M as they were published: accuracy of LoRA on R8 and on extraction."""
-    found = page.archive()
-    means = found[found["budget"] == "lm-long"].pivot_table(index=["task", "size"], columns="method", values="accuracy")
+    runs = page.archive()
+    means = runs[runs["budget"] == "lm-long"].pivot_table(index=["task", "size"], columns="method", values="accuracy")
     assert means.loc[("lm-r8", 200), "lora"] == pytest.approx(89.0, abs=0.06)
     assert means.loc[("lm-extract", 200), "lora"] == pytest.approx(68.5, abs=0.06)
     tables = "\n".join(page.second_edition())
