@@ -156,10 +156,9 @@ def _table(frame: pd.DataFrame) -> str:
 
 
 def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
-    """Return the lines about the runs of the protocol."""
+    """Return the lines about the runs of the protocol, with the methods that have made all runs of a part."""
     plane, sequences = frames(_complete(protocol, results))
-    note = "Methods with all runs of a part are listed."
-    lines = [f"{len(results.found)} runs of version {protocol['version']} are made. {note}"]
+    lines = [f"{len(results.found)} runs of version {protocol['version']} are made."]
     verdicts = []
     for claim in protocol["claims"]:
         name = claim["name"]  # in its first row
@@ -179,7 +178,7 @@ def third_edition(protocol: dict[str, Any], results: Any) -> list[str]:
             "",
             "## Which should I use, and what does it cost in forgetting?",
             "",
-            "The change of every method is also scaled after training, W0 + a D, which costs nothing: a method is "
+            "The change D of every method is also scaled after training, W0 + a D, which costs nothing: a method is "
             "useful if it is above the curve of scaled LoRA. A task's column has accuracy/forgetting.",
             "",
             _table(means),

@@ -12,7 +12,7 @@ HEAD = """# Errors
 
 Each error and each warning has a `code` that does not change between versions; the words of its message may. If an
 error is raised, model, branches, optimizer and files are as before the call. `except lx.LorascError as error:` catches
-every error of this page; `error.code` is its code.
+every error of the package; `error.code` is its code.
 
 Warnings are of the class `lorasc_fx.errors.LorascWarning` (a `UserWarning`). They name the line
 of your program. Those about training are given once per cascade.
