@@ -62,7 +62,7 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         steps: optimizer steps per stage.
         evaluate: the weights for evaluations and predictions: `slow`, `fast`, or both, such as `("slow", "fast")`. Both
             are evaluated in separate passes, and the first pass gives the predictions and `eval_loss`. The default is
-            `slow`, or `fast` with `stages=1`, because the slow weights do not change before the only stage ends.
+            `slow`, or `fast` in a training of one stage, in which the slow weights do not change before the end.
 
     Raises:
         SpecError: several of `stages`, `epochs` and `steps` are given, one of them is below 1, or a cascade does not
@@ -79,7 +79,6 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         steps: int | None = None,
         evaluate: Evaluated | Sequence[Evaluated] | None = None,
     ) -> None:
-        evaluate = ("fast" if stages == 1 else "slow") if evaluate is None else evaluate
         rules = {"stages": stages, "epochs": epochs, "steps": steps}
         chosen = [name for name, value in rules.items() if value is not None]
         if len(chosen) > 1:
@@ -91,7 +90,8 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         for name in chosen:
             if not is_integer(rules[name], 1):
                 raise SpecError(f"CascadeCallback: {name} is {rules[name]!r}. Give a whole number of 1 or more")
-        self._evaluated = (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
+        self._requested = () if evaluate is None else (evaluate,) if isinstance(evaluate, str) else tuple(evaluate)
+        self._evaluated = self._requested if evaluate is not None else ("slow",)
         if not self._evaluated or not {*self._evaluated} <= {*get_args(Evaluated)}:
             raise SpecError(f"CascadeCallback: evaluate is {evaluate!r}. Give slow, fast, or a tuple of both")
         run_of(cascade).check_alive("CascadeCallback")
@@ -145,10 +145,12 @@ class CascadeCallback(TrainerCallback):  # type: ignore[misc]
         if self.stages is not None:
             if not self.stages <= state.max_steps:
                 raise SpecError(
-                    f"CascadeCallback: stages is {self.stages}, but the training has {state.max_steps} optimizer steps"
-                    ". Give fewer stages"
+                    f"stages is {self.stages}, but the training has {state.max_steps} optimizer steps. Give fewer"
                 )
             self._last_steps = {round(stage * state.max_steps / self.stages) for stage in range(1, self.stages + 1)}
+        # The shares of the training that one stage takes. With one stage, the slow weights are the base until it ends.
+        shares = (self.steps or 0) / state.max_steps, (self.epochs or 0) / state.num_train_epochs, self.stages == 1
+        self._evaluated = self._requested or ("fast" if max(shares) >= 1 else "slow",)
         run = run_of(self.cascade)
         run.begin_loop([kwargs["optimizer"]], "CascadeCallback")
         transition.end_idle(run)
