@@ -97,12 +97,11 @@ def interval(values: pd.Series[float], resamples: int, seed: int = 0) -> tuple[f
     """Return the mean over tasks and its 95 % interval, by the bootstrap over tasks and over the seeds of each."""
     groups = [group.to_numpy() for _, group in values.groupby(level=0)]
     source = np.random.default_rng(seed)
-    means = [
-        np.mean(
-            [source.choice(groups[i], len(groups[i])).mean() for i in source.integers(len(groups), size=len(groups))]
-        )
-        for _ in range(resamples)
-    ]
+    means = []
+    for _ in range(resamples):
+        drawn = [groups[i] for i in source.integers(len(groups), size=len(groups))]
+        of_groups = [group[source.integers(len(group), size=len(group))].sum() / len(group) for group in drawn]
+        means.append(sum(of_groups) / len(of_groups))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.mean([group.mean() for group in groups])), float(low), float(high)
 
